@@ -1,0 +1,232 @@
+"""What each number of an element means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from setpred.errors import InputError
+
+PRESENCE = "presence"
+
+
+@dataclass(frozen=True)
+class Field:
+    """One named group of numbers inside an element.
+
+    A continuous field holds `size` numbers, each the real value divided by `scale`; a categorical field holds
+    one number per class (one-hot in targets, scores in predictions) and has `size == len(classes)`.
+    """
+
+    name: str
+    size: int
+    classes: tuple[str, ...] = ()
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.scale <= 0:
+            raise InputError(f"field {self.name!r}: expected size >= 1 and scale > 0, got {self.size}, {self.scale}")
+        if self.classes and len(self.classes) != self.size:
+            raise InputError(f"field {self.name!r}: expected {self.size} class names, got {len(self.classes)}")
+
+    @property
+    def categorical(self) -> bool:
+        return bool(self.classes)
+
+
+def continuous(name: str, size: int, *, scale: float = 1.0) -> Field:
+    """A field of `size` real numbers, stored divided by `scale`."""
+    return Field(name, size, scale=scale)
+
+
+def categorical(name: str, *classes: str) -> Field:
+    """A field with one number per class."""
+    return Field(name, len(classes), classes=classes)
+
+
+class ElementSchema:
+    """Names, slices, scales and classes of the numbers of an element; presence comes last.
+
+    An element is the concatenation of the fields in order, then one presence number (1 = a real object,
+    0 = padding; in a prediction, the confidence). `max_objects` is the largest set of this domain, the set
+    size that files are padded to and models default to.
+
+    >>> CLEVR.set_dim, CLEVR.slice("color"), CLEVR.field("size").classes
+    (19, slice(5, 13, None), ('large', 'small'))
+    """
+
+    def __init__(self, name: str, fields: Sequence[Field], *, max_objects: int) -> None:
+        self.name = name
+        self.fields = tuple(fields)
+        self.max_objects = max_objects
+        names = [field.name for field in self.fields]
+        if len(set(names)) != len(names) or PRESENCE in names:
+            raise InputError(f"schema {name!r}: field names must be unique and none {PRESENCE!r}, got {names}")
+        if not names or max_objects < 1:
+            raise InputError(f"schema {name!r}: expected at least one field and max_objects >= 1")
+        self._slices: dict[str, slice] = {}
+        start = 0
+        for field in self.fields:
+            self._slices[field.name] = slice(start, start + field.size)
+            start += field.size
+        self._slices[PRESENCE] = slice(start, start + 1)
+        self.set_dim = start + 1
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ElementSchema) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.fields, self.max_objects))
+
+    def __repr__(self) -> str:
+        return f"ElementSchema({self.name!r}, {self.set_dim} numbers, up to {self.max_objects} objects)"
+
+    @property
+    def continuous(self) -> tuple[Field, ...]:
+        return tuple(field for field in self.fields if not field.categorical)
+
+    @property
+    def categorical(self) -> tuple[Field, ...]:
+        return tuple(field for field in self.fields if field.categorical)
+
+    def field(self, name: str) -> Field:
+        for field in self.fields:
+            if field.name == name:
+                return field
+        raise InputError(f"schema {self.name!r} has no field {name!r}; it has {[f.name for f in self.fields]}")
+
+    def slice(self, name: str) -> slice:
+        """Where a field (or "presence") lies in the last axis of `elements`."""
+        if name not in self._slices:
+            raise InputError(f"schema {self.name!r} has no field {name!r}; it has {list(self._slices)}")
+        return self._slices[name]
+
+    def values(self, elements: Any, name: str) -> Any:
+        """A field in its own units: real values `[..., size]`, class indices `[...]`, or presence `[...]`.
+
+        `elements` is a NumPy array or a tensor `[..., set_dim]`; the result is of the same kind.
+        """
+        part = elements[..., self.slice(name)]
+        if name == PRESENCE:
+            return part[..., 0]
+        field = self.field(name)
+        return part.argmax(-1) if field.categorical else part * field.scale
+
+    def encode(self, objects: Sequence[Mapping[str, Any]], set_size: int | None = None) -> np.ndarray:
+        """Named objects to elements, zero-padded.
+
+        Args:
+            objects: each maps every field name to its value: a class name, or `size` real numbers.
+            set_size: rows of the result; `max_objects` unless given.
+
+        Returns:
+            float32 `[set_size, set_dim]`, the objects in their order, then zeros.
+
+        Raises:
+            InputError: too many objects, a missing field, an unknown class name, a value that is not finite.
+
+        >>> CLEVR.encode([dict(coords=(3, 0, 0.7), material="metal", color="red", shape="cube", size="large")])[0, :5]
+        array([1.        , 0.        , 0.23333333, 0.        , 1.        ], dtype=float32)
+        """
+        set_size = self.max_objects if set_size is None else set_size
+        if len(objects) > set_size:
+            raise InputError(f"expected at most {set_size} objects in a set, got {len(objects)}")
+        elements = np.zeros((set_size, self.set_dim), dtype=np.float32)
+        for row, obj in zip(elements, objects, strict=False):
+            for field in self.fields:
+                if field.name not in obj:
+                    raise InputError(f"an object lacks {field.name!r}; it has {sorted(obj)}")
+                row[self._slices[field.name]] = self._encode_value(field, obj[field.name])
+            row[-1] = 1.0
+        return elements
+
+    def _encode_value(self, field: Field, value: Any) -> np.ndarray:
+        if field.categorical:
+            if value not in field.classes:
+                raise InputError(f"unknown {field.name} {value!r}; expected one of {', '.join(field.classes)}")
+            return np.eye(field.size, dtype=np.float32)[field.classes.index(value)]
+        try:
+            numbers = np.asarray(value, dtype=np.float64).reshape(-1)
+        except (TypeError, ValueError):
+            numbers = np.empty(0)
+        if numbers.shape != (field.size,) or not np.isfinite(numbers).all():
+            raise InputError(f"{field.name}: expected {field.size} finite numbers, got {value!r}")
+        return numbers / field.scale
+
+    def decode(self, elements: Any, *, threshold: float = 0.5) -> list[dict[str, Any]]:
+        """Elements `[set_size, set_dim]` to named objects, most confident first.
+
+        Elements whose presence is under `threshold` are left out. Each object maps field names to a class
+        name or a list of real values in the field's own units, and "confidence" to the presence clipped to
+        [0, 1]. Inverse of `encode` up to the order.
+
+        >>> CLEVR.decode(CLEVR.encode([dict(coords=(3, 0, .75), material="metal", color="red", shape="cube",
+        ...                                 size="large")]))[0]["color"]
+        'red'
+        """
+        if hasattr(elements, "detach"):
+            elements = elements.detach().float().cpu().numpy()
+        elements = np.asarray(elements)
+        if elements.ndim != 2 or elements.shape[-1] != self.set_dim:
+            raise ValueError(f"expected elements [set_size, {self.set_dim}], got {list(elements.shape)}")
+        presence = self.values(elements, PRESENCE)
+        objects = []
+        for index in np.argsort(-presence, kind="stable"):
+            if presence[index] < threshold:
+                break
+            obj: dict[str, Any] = {}
+            for field in self.fields:
+                value = self.values(elements[index], field.name)
+                obj[field.name] = field.classes[int(value)] if field.categorical else [float(v) for v in value]
+            obj["confidence"] = float(np.clip(presence[index], 0.0, 1.0))
+            objects.append(obj)
+        return objects
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types only, for files and checkpoints."""
+        fields = [
+            {"name": f.name, "size": f.size, "classes": list(f.classes), "scale": float(f.scale)} for f in self.fields
+        ]
+        return {"name": self.name, "max_objects": self.max_objects, "fields": fields}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ElementSchema:
+        """Inverse of `to_dict`; raises `InputError` when the record is not one."""
+        try:
+            fields = [
+                Field(str(f["name"]), int(f["size"]), tuple(map(str, f["classes"])), float(f["scale"]))
+                for f in data["fields"]
+            ]
+            return cls(str(data["name"]), fields, max_objects=int(data["max_objects"]))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"not a schema record: {error!r}; expected name, max_objects and fields") from error
+
+    def differences(self, other: ElementSchema) -> str:
+        """One sentence on how `other` differs, for error messages; empty when equal."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        if mine == theirs:
+            return ""
+        if [f["name"] for f in mine["fields"]] != [f["name"] for f in theirs["fields"]]:
+            return f"fields {[f['name'] for f in mine['fields']]} against {[f['name'] for f in theirs['fields']]}"
+        for a, b in zip(mine["fields"], theirs["fields"], strict=True):
+            if a != b:
+                return f"field {a['name']!r}: {a} against {b}"
+        return f"{mine['name']} (up to {mine['max_objects']}) against {theirs['name']} (up to {theirs['max_objects']})"
+
+
+# CLEVR v1.0; coords are divided by 3, the half side of the square that objects are placed in.
+# Order of fields and classes as in the published iDSPN targets (literature: Zhang et al., ICLR 2022, code).
+CLEVR = ElementSchema(
+    "clevr",
+    [
+        continuous("coords", 3, scale=3.0),
+        categorical("material", "rubber", "metal"),
+        categorical("color", "cyan", "blue", "yellow", "purple", "red", "green", "gray", "brown"),
+        categorical("shape", "sphere", "cube", "cylinder"),
+        categorical("size", "large", "small"),
+    ],
+    max_objects=10,
+)

@@ -1,0 +1,33 @@
+"""Padded sets and masks: the one set convention, checked at the door.
+
+`elements [batch, set_size, set_dim]` float and `mask [batch, set_size]` bool, True where an element is present.
+Padded elements may hold anything; every consumer of a mask ignores them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_set(elements: Tensor, mask: Tensor | None = None, *, set_dim: int | None = None) -> None:
+    """Raises `ValueError` unless `elements` (and `mask`) follow the convention."""
+    wanted = "set_dim" if set_dim is None else str(set_dim)
+    if elements.ndim != 3 or (set_dim is not None and elements.shape[-1] != set_dim):
+        raise ValueError(f"expected elements [batch, set_size, {wanted}], got {list(elements.shape)}")
+    if not elements.is_floating_point():
+        raise ValueError(f"expected floating point elements, got {elements.dtype}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != elements.shape[:2]):
+        raise ValueError(f"expected bool mask {list(elements.shape[:2])}, got {mask.dtype} {list(mask.shape)}")
+
+
+def presence_mask(elements: Tensor) -> Tensor:
+    """Mask `[..., set_size]` of target elements: True where presence, the last number, is over one half."""
+    return elements[..., -1] > 0.5
+
+
+def check_set_size(mask: Tensor, set_size: int) -> None:
+    """Raises `ValueError` when a set has more present elements than `set_size`."""
+    most = int(mask.sum(-1).max()) if mask.numel() else 0
+    if most > set_size:
+        raise ValueError(f"expected at most {set_size} present elements in a set, got {most}")
