@@ -1,0 +1,16 @@
+"""Shared fixtures."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def clevr_blender() -> Path:
+    """Real CLEVR scenes in the CLEVR_v1.0 layout, beside the repository or where SETPRED_CLEVR_BLENDER says."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "clevr-blender"
+    root = Path(os.environ.get("SETPRED_CLEVR_BLENDER", beside))
+    if not (root / "scenes").is_dir():
+        pytest.skip(f"needs real CLEVR scenes at {root}; set SETPRED_CLEVR_BLENDER to a CLEVR_v1.0 folder")
+    return root
