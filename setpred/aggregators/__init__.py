@@ -1,0 +1,21 @@
+"""Set to vector, one family a file; all usable alone and inside the decoder's objective."""
+
+from setpred.aggregators.base import Aggregator
+from setpred.aggregators.basic import MaxPool, MeanPool, SumPool
+from setpred.aggregators.equilibrium import EquilibriumAggregation
+from setpred.aggregators.fspool import FSPool, sort_features
+from setpred.aggregators.potentials import ResidualPotential
+from setpred.aggregators.set_encoder import PairwiseSetEncoder, SetEncoder
+
+__all__ = [
+    "Aggregator",
+    "EquilibriumAggregation",
+    "FSPool",
+    "MaxPool",
+    "MeanPool",
+    "PairwiseSetEncoder",
+    "ResidualPotential",
+    "SetEncoder",
+    "SumPool",
+    "sort_features",
+]

@@ -1,0 +1,56 @@
+"""Set encoders: an element-wise network, then an aggregator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from setpred.aggregators.base import Aggregator
+from setpred.nn import MLP
+from setpred.schema import CLEVR
+
+
+class SetEncoder(Aggregator):
+    """g(Y) = aggregate_i MLP(y_i), with an MLP of one hidden layer.
+
+    Args:
+        aggregator: pools features; its `in_dim` is the width of the MLP's output.
+        set_dim: numbers of an element.
+        hidden_dim: width of the hidden layer.
+    """
+
+    def __init__(self, aggregator: Aggregator, *, set_dim: int = CLEVR.set_dim, hidden_dim: int = 512) -> None:
+        super().__init__(set_dim, aggregator.out_dim)
+        self.network = MLP(set_dim, hidden_dim, aggregator.in_dim)
+        self.aggregator = aggregator
+
+    def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
+        return self.aggregator(self.network(elements), mask)
+
+    def residual(self, elements: Tensor, latent: Tensor, mask: Tensor | None = None) -> Tensor:
+        """How far `latent` is from the equilibrium of the encoded set; for equilibrium aggregators."""
+        return self.aggregator.residual(self.network(elements), latent, mask)
+
+
+class PairwiseSetEncoder(Aggregator):
+    """g(Y) = g'({[y_i, y_j]}_ij): a set encoder over all ordered pairs of elements.
+
+    With FSPool of `set_size²` knots inside, this is the relational FSPool encoder of DSPN and iDSPN (RNFS).
+
+    Args:
+        set_encoder: g', over elements of twice the size.
+    """
+
+    def __init__(self, set_encoder: Aggregator) -> None:
+        if set_encoder.in_dim % 2:
+            raise ValueError(f"expected a set encoder over pairs, of even in_dim, got {set_encoder.in_dim}")
+        super().__init__(set_encoder.in_dim // 2, set_encoder.out_dim)
+        self.set_encoder = set_encoder
+
+    def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
+        size = elements.shape[1]
+        first = elements.unsqueeze(2).expand(-1, -1, size, -1)
+        second = elements.unsqueeze(1).expand(-1, size, -1, -1)
+        pairs = torch.cat([first, second], dim=-1).flatten(1, 2)
+        pair_mask = None if mask is None else (mask.unsqueeze(2) & mask.unsqueeze(1)).flatten(1, 2)
+        return self.set_encoder(pairs, pair_mask)

@@ -1,0 +1,124 @@
+"""The iDSPN decoder: a set found by descent on an objective."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from setpred.inner import GradientDescent, Problem
+from setpred.inner.differentiation import Differentiation, Implicit
+from setpred.schema import CLEVR
+
+
+class RandomStart(nn.Module):
+    """Y₀ = scale · N(0, 1).
+
+    In training a fresh draw from torch's generator. In evaluation the draw of an example depends on `seed` and its
+    index alone, so that neither batch size nor order nor device changes a result.
+    """
+
+    def __init__(self, set_size: int, set_dim: int, *, scale: float = 0.1, seed: int = 0) -> None:
+        super().__init__()
+        self.shape = (set_size, set_dim)
+        self.scale, self.seed = scale, seed
+
+    def forward(self, latent: Tensor, index: Tensor | None) -> Tensor:
+        """`[batch, set_size, set_dim]`."""
+        if index is None:
+            return self.scale * torch.randn(latent.shape[0], *self.shape, device=latent.device)
+        generator = torch.Generator()  # on the CPU, so that every device gets the same numbers
+        draws = []
+        for i in index.tolist():
+            generator.manual_seed((self.seed * 1_000_003 + i) % 2**63)
+            draws.append(torch.randn(self.shape, generator=generator))
+        return self.scale * torch.stack(draws).to(latent.device)
+
+
+class LearnedStart(nn.Module):
+    """Y₀ a parameter, the same for every example; starts at scale · N(0, 1)."""
+
+    def __init__(self, set_size: int, set_dim: int, *, scale: float = 0.1) -> None:
+        super().__init__()
+        self.initial = nn.Parameter(scale * torch.randn(set_size, set_dim))
+
+    def forward(self, latent: Tensor, index: Tensor | None) -> Tensor:
+        """`[batch, set_size, set_dim]`."""
+        return self.initial.expand(latent.shape[0], -1, -1)
+
+
+class IDSPN(nn.Module):
+    """Y*(z) = argmin_Y L(Y; z, θ) by gradient descent from Y₀.
+
+    `Implicit` differentiation with the identity solver is iDSPN (Zhang et al., ICLR 2022); `Unrolled` is DSPN
+    (NeurIPS 2019). Elements are raw numbers, without sigmoid or softmax.
+
+    Args:
+        objective: L(elements, `Problem`) -> `[batch]`.
+        descent: how to iterate.
+        differentiation: how gradients pass; `Implicit()` unless given.
+        set_size, set_dim: of the predicted sets.
+        start: Y₀ from (latent, index); `RandomStart` unless given.
+    """
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        descent: GradientDescent,
+        differentiation: Differentiation | None = None,
+        *,
+        set_size: int = CLEVR.max_objects,
+        set_dim: int = CLEVR.set_dim,
+        start: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.objective = objective
+        self.descent = descent
+        self.differentiation = Implicit() if differentiation is None else differentiation
+        self.set_size, self.set_dim = set_size, set_dim
+        self.start = RandomStart(set_size, set_dim) if start is None else start
+
+    def refine(
+        self,
+        latent: Tensor,
+        *,
+        index: Tensor | None = None,
+        iterations: int | None = None,
+        mask: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Iterator[Tensor]:
+        """Yields every iterate Y₀, …, Y_T `[batch, set_size, set_dim]`; see `forward`."""
+        latent = latent.float() if latent.dtype in (torch.float16, torch.bfloat16) else latent
+        initial = self.start(latent, index).to(latent.dtype)
+        problem = Problem(latent, initial, mask, condition)
+        steps = self.descent.iterations if iterations is None else iterations
+        yield from self.differentiation.iterates(
+            lambda elements: self.objective(elements, problem), initial, self.descent, steps
+        )
+
+    def forward(
+        self,
+        latent: Tensor,
+        *,
+        index: Tensor | None = None,
+        iterations: int | None = None,
+        mask: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """The predicted sets.
+
+        Args:
+            latent: z `[batch, latent_dim]`.
+            index: `[batch]` int, which examples these are: fixes a random start. None draws afresh.
+            iterations: number of descent steps; the descent's own unless given.
+            mask: which elements exist, `[batch, set_size]` bool.
+            condition: an input set `[batch, set_size, any]` for a `Conditioned` objective.
+
+        Returns:
+            `[batch, set_size, set_dim]`.
+        """
+        refinement = self.refine(latent, index=index, iterations=iterations, mask=mask, condition=condition)
+        for elements in refinement:  # noqa: B007
+            pass
+        return elements

@@ -1,0 +1,106 @@
+"""How to iterate: gradient descent with Nesterov momentum, clipping and projection."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Projection = Callable[[Tensor], Tensor]
+
+
+class State(NamedTuple):
+    """Where a descent stands: the iterate and its velocity, both `[batch, ...]` (velocity None before a step)."""
+
+    iterate: Tensor
+    velocity: Tensor | None = None
+
+
+def clip_norm(gradient: Tensor, largest: float) -> Tensor:
+    """Scales each example's gradient `[batch, ...]` to an L2 norm of at most `largest`; the direction stays."""
+    norm = gradient.flatten(1).norm(dim=1)
+    # the maximum with 1 keeps the derivative at a zero gradient finite
+    factor = 1.0 / (norm / largest).clamp(min=1.0)
+    return gradient * factor.view(-1, *[1] * (gradient.ndim - 1))
+
+
+class GradientDescent(nn.Module):
+    """Nesterov gradient descent, each example of the batch on its own.
+
+    With g = ∇L(Y), clipped per example to norm `clip`:
+
+        V ← μ V + g,    Y ← P(Y - η (g + μ V))
+
+    This is the form of `torch.optim.SGD(nesterov=True)`; its iterates are the look-ahead points y + μ v of the
+    textbook form (Sutskever et al., ICML 2013), so the gradient is taken at the look-ahead point in both.
+
+    Args:
+        iterations: default number of steps T.
+        learning_rate: η.
+        momentum: μ in [0, 1); 0 is plain gradient descent.
+        clip: largest L2 norm of an example's gradient; None does not clip.
+        projection: P, applied after each step; None is the identity.
+        learned: makes η (through a softplus) and μ (through a sigmoid) parameters that **start at the values
+            given here**. They receive gradients from `Unrolled` differentiation only.
+    """
+
+    def __init__(
+        self,
+        *,
+        iterations: int,
+        learning_rate: float = 1.0,
+        momentum: float = 0.0,
+        clip: float | None = None,
+        projection: Projection | None = None,
+        learned: bool = False,
+    ) -> None:
+        super().__init__()
+        if iterations < 0 or learning_rate <= 0 or not 0 <= momentum < 1 or (clip is not None and clip <= 0):
+            raise ValueError(
+                "expected iterations >= 0, learning_rate > 0, 0 <= momentum < 1 and clip > 0, got "
+                f"{iterations}, {learning_rate}, {momentum}, {clip}"
+            )
+        self.iterations = iterations
+        self.clip = clip
+        self.projection = projection
+        self.learned = learned
+        if learned:
+            momentum = max(momentum, 1e-4)  # a sigmoid does not reach 0
+            self.raw_learning_rate = nn.Parameter(torch.tensor(math.log(math.expm1(learning_rate))))
+            self.raw_momentum = nn.Parameter(torch.tensor(math.log(momentum / (1 - momentum))))
+        else:
+            self._learning_rate, self._momentum = learning_rate, momentum
+
+    @property
+    def learning_rate(self) -> float | Tensor:
+        """η in effect."""
+        return nn.functional.softplus(self.raw_learning_rate) if self.learned else self._learning_rate
+
+    @property
+    def momentum(self) -> float | Tensor:
+        """μ in effect."""
+        return self.raw_momentum.sigmoid() if self.learned else self._momentum
+
+    def step(self, state: State, gradient: Tensor) -> State:
+        """One step from `state`, whose iterate has this gradient."""
+        if self.clip is not None:
+            gradient = clip_norm(gradient, self.clip)
+        momentum = self.momentum
+        if not self.learned and momentum == 0:
+            velocity, direction = None, gradient
+        else:
+            velocity = gradient if state.velocity is None else momentum * state.velocity + gradient
+            direction = gradient + momentum * velocity
+        return State(self.project(state.iterate - self.learning_rate * direction), velocity)
+
+    def project(self, iterate: Tensor) -> Tensor:
+        return iterate if self.projection is None else self.projection(iterate)
+
+    def extra_repr(self) -> str:
+        return (
+            f"iterations={self.iterations}, learning_rate={float(self.learning_rate):.4g}, "
+            f"momentum={float(self.momentum):.4g}, clip={self.clip}, learned={self.learned}"
+        )

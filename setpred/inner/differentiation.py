@@ -1,0 +1,128 @@
+"""How gradients pass through argmin_Y L(Y): unrolled (DSPN) or implicit (iDSPN)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from setpred.inner.descent import GradientDescent, State
+from setpred.inner.linear_solvers import Identity, LinearSolver
+
+# L: iterate [batch, ...] -> [batch]; it closes over whatever else it depends on (latent vector, parameters)
+Energy = Callable[[Tensor], Tensor]
+
+
+def inner_gradient(energy: Energy, iterate: Tensor, *, create_graph: bool) -> Tensor:
+    """∇L at `iterate`, which must require gradients. Also under `torch.no_grad`, and in full precision always.
+
+    The sum over the batch keeps each example's gradient independent of the others.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "the inner descent needs gradients, which torch.inference_mode() forbids: "
+            "use torch.no_grad(), or Trainer(inference_mode=False)"
+        )
+    # half precision breaks the descent: the steps near the optimum are lost in rounding
+    with torch.enable_grad(), torch.autocast(iterate.device.type, enabled=False):
+        (gradient,) = torch.autograd.grad(energy(iterate).sum(), iterate, create_graph=create_graph)
+    return gradient
+
+
+class Unrolled:
+    """Differentiates through every step of the descent (DSPN; Zhang, Hare, Prügel-Bennett, NeurIPS 2019).
+
+    Exact for the iterate it returns; memory grows with the iterations. Every iterate it yields is
+    differentiable.
+    """
+
+    def iterates(self, energy: Energy, initial: Tensor, descent: GradientDescent, iterations: int) -> Iterator[Tensor]:
+        """Yields Y₀, …, Y_T."""
+        create_graph = torch.is_grad_enabled()
+        state = State(initial)
+        yield initial
+        for _ in range(iterations):
+            iterate = state.iterate if state.iterate.requires_grad else state.iterate.detach().requires_grad_()
+            gradient = inner_gradient(energy, iterate, create_graph=create_graph)
+            with torch.set_grad_enabled(create_graph):
+                state = descent.step(state._replace(iterate=iterate), gradient)
+            yield state.iterate
+
+
+class Implicit:
+    """Differentiates the optimality condition at the end of the descent (iDSPN; Zhang et al., ICLR 2022).
+
+    With R(Y; θ) = Y - P(Y - ∇L(Y; θ)), which is ∇L without a projection P, an optimum has R = 0 and
+
+        uᵀ dY*/dθ = -vᵀ ∂R/∂θ,    (∂R/∂Y)ᵀ v = u
+
+    R is taken at the last-but-one iterate, where the descent needs its gradient anyway; momentum, clipping
+    and step size act on the value only. The `solver` finds v; `Identity` takes v = u, the published iDSPN.
+    Memory does not grow with the iterations: all steps but the last are forgotten.
+
+    First derivatives only: the point where R is taken is held fixed, so a second derivative of the result
+    would miss terms. An inner problem inside another objective needs `Unrolled`.
+    """
+
+    def __init__(self, solver: LinearSolver | None = None) -> None:
+        self.solver = Identity() if solver is None else solver
+
+    def iterates(self, energy: Energy, initial: Tensor, descent: GradientDescent, iterations: int) -> Iterator[Tensor]:
+        """Yields Y₀, …, Y_T, of which only Y_T carries gradients."""
+        differentiable = torch.is_grad_enabled()
+        state = State(initial.detach())
+        yield initial if iterations == 0 else state.iterate
+        for left in reversed(range(iterations)):
+            last = left == 0 and differentiable
+            iterate = state.iterate.detach().requires_grad_()
+            gradient = inner_gradient(energy, iterate, create_graph=last)
+            with torch.no_grad():
+                state = descent.step(State(iterate.detach(), state.velocity), gradient.detach())
+            if last:
+                yield self._attach(state.iterate, iterate, gradient, descent)
+            else:
+                yield state.iterate
+
+    def _attach(self, value: Tensor, iterate: Tensor, gradient: Tensor, descent: GradientDescent) -> Tensor:
+        """`value`, with the gradients of the implicit function."""
+        residual = gradient if descent.projection is None else iterate - descent.project(iterate - gradient)
+        if not residual.requires_grad:  # an objective without parameters and inputs
+            return value
+        # a node of its own, so that the hook below refers to nodes before it and no reference cycle arises
+        carrier = -residual
+        if not isinstance(self.solver, Identity):
+
+            def operator(vector: Tensor) -> Tensor:
+                (product,) = torch.autograd.grad(
+                    residual, iterate, vector, retain_graph=True, create_graph=torch.is_grad_enabled()
+                )
+                return product
+
+            carrier.register_hook(lambda upstream: self.solver(operator, upstream))
+        return value + (carrier - carrier.detach())
+
+
+Differentiation = Unrolled | Implicit
+
+
+def minimise(
+    energy: Energy,
+    initial: Tensor,
+    *,
+    descent: GradientDescent,
+    differentiation: Differentiation,
+    iterations: int | None = None,
+) -> Tensor:
+    """argmin_Y L(Y) per example, differentiable: the last of the iterates.
+
+    Args:
+        energy: L, from `[batch, ...]` to `[batch]`.
+        initial: Y₀ `[batch, ...]`.
+        descent, differentiation: how to iterate and how gradients pass.
+        iterations: overrides the descent's number of steps.
+    """
+    iterations = descent.iterations if iterations is None else iterations
+    for iterate in differentiation.iterates(energy, initial, descent, iterations):  # noqa: B007
+        pass
+    return iterate

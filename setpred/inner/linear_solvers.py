@@ -1,0 +1,98 @@
+"""Linear solvers for implicit differentiation: plain callables `solver(operator, vector) -> solution`.
+
+They solve A v = u for every example at once. `operator(v)` applies A to `[batch, ...]`; A is block diagonal over
+the batch, so inner products are taken per example. Without a projection A is the Hessian of the inner objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Operator = Callable[[Tensor], Tensor]
+LinearSolver = Callable[[Operator, Tensor], Tensor]
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product per example, shaped to multiply `[batch, ...]`."""
+    return (a * b).flatten(1).sum(1).view(-1, *[1] * (a.ndim - 1))
+
+
+class Identity:
+    """v = u: the Hessian is replaced by the identity (iDSPN; Zhang et al., ICLR 2022). No operator call."""
+
+    def __call__(self, operator: Operator, vector: Tensor) -> Tensor:
+        return vector
+
+
+class ConjugateGradient:
+    """Conjugate gradient from v = 0; for symmetric positive definite A (no projection).
+
+    Args:
+        iterations: most steps; the dimension of an example's iterate is enough in exact arithmetic.
+        damping: solves (A + damping I) v = u, for optima with flat directions.
+        tolerance: an example stops once its residual norm is under tolerance times |u|.
+    """
+
+    def __init__(self, *, iterations: int = 10, damping: float = 0.0, tolerance: float = 1e-12) -> None:
+        self.iterations, self.damping, self.tolerance = iterations, damping, tolerance
+
+    def __call__(self, operator: Operator, vector: Tensor) -> Tensor:
+        solution = torch.zeros_like(vector)
+        residual = direction = vector
+        squared = _inner(residual, residual)
+        target = squared * self.tolerance**2
+        for _ in range(self.iterations):
+            active = squared > target
+            if not active.any():
+                break
+            applied = operator(direction) + self.damping * direction
+            curvature = _inner(direction, applied)
+            # a solved example, or a direction without positive curvature, keeps what it has
+            active = active & (curvature > 0)
+            length = torch.where(active, squared / torch.where(active, curvature, 1.0), 0.0)
+            solution = solution + length * direction
+            residual = residual - length * applied
+            new_squared = _inner(residual, residual)
+            ratio = torch.where(active, new_squared / torch.where(active, squared, 1.0), 0.0)
+            direction = residual + ratio * direction
+            squared = torch.where(active, new_squared, torch.zeros_like(squared))
+        return solution
+
+
+class Neumann:
+    """Truncated Neumann series v = η Σ_{k<K} (I - η A)ᵏ u; converges when 0 < η < 2/λ_max(A).
+
+    With K = `terms` it equals unrolling the last K plain gradient steps of size η at a fixed optimum.
+    A may be unsymmetric, so it also serves a descent with a projection.
+    """
+
+    def __init__(self, *, terms: int = 10, step_size: float = 1.0) -> None:
+        self.terms, self.step_size = terms, step_size
+
+    def __call__(self, operator: Operator, vector: Tensor) -> Tensor:
+        power = total = vector
+        for _ in range(self.terms - 1):
+            power = power - self.step_size * operator(power)
+            total = total + power
+        return self.step_size * total
+
+
+class Exact:
+    """Builds A column by column and factorises it: dim operator calls and dim³ work; for checks and small sets.
+
+    Args:
+        damping: solves (A + damping I) v = u.
+    """
+
+    def __init__(self, *, damping: float = 0.0) -> None:
+        self.damping = damping
+
+    def __call__(self, operator: Operator, vector: Tensor) -> Tensor:
+        batch, dim = vector.shape[0], vector[0].numel()
+        basis = torch.eye(dim, dtype=vector.dtype, device=vector.device)
+        columns = [operator(row.expand(batch, dim).reshape(vector.shape)).reshape(batch, dim) for row in basis]
+        matrix = torch.stack(columns, dim=-1) + self.damping * basis
+        return torch.linalg.solve(matrix, vector.reshape(batch, dim, 1)).reshape(vector.shape)

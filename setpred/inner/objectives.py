@@ -1,0 +1,111 @@
+"""What to solve: the objectives L(Y; z, θ) whose minimum over sets Y is the prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is given while a set is being found.
+
+    latent: z `[batch, latent_dim]`; initial: Y₀ `[batch, set_size, set_dim]`; mask: which elements exist,
+    `[batch, set_size]` bool or None for all; condition: an input set `[batch, set_size, any]`, or None.
+    """
+
+    latent: Tensor
+    initial: Tensor
+    mask: Tensor | None = None
+    condition: Tensor | None = None
+
+
+class LatentMatching(nn.Module):
+    """L(Y) = ½ mean_k (g(Y; θ)_k - z_k)²: the set whose encoding is the latent vector.
+
+    The mean is over latent features, so a learning rate of 1 suits any latent size (Zhang et al., ICLR 2022).
+
+    Args:
+        set_encoder: g, from `elements [batch, set_size, set_dim]` and `mask` to `[batch, latent_dim]`.
+    """
+
+    def __init__(self, set_encoder: nn.Module) -> None:
+        super().__init__()
+        self.set_encoder = set_encoder
+
+    def forward(self, elements: Tensor, problem: Problem) -> Tensor:
+        """`[batch]`."""
+        return 0.5 * (self.set_encoder(elements, problem.mask) - problem.latent).square().mean(-1)
+
+
+class EquilibriumMatching(nn.Module):
+    """L(Y) = ½ mean_k ρ_k(Y, z)²: the set whose energy has the latent vector as its equilibrium.
+
+    ρ(Y, z) = (1/λ) ∇_φ E(Y, φ) at φ = z is how far z is from equilibrium (see
+    `setpred.aggregators.EquilibriumAggregation.residual`); ρ = 0 says z = φ*(Y). Nothing is solved inside:
+    where `LatentMatching` of an equilibrium aggregator descends to φ*(Y) in each step, this asks for one gradient.
+
+    Args:
+        set_encoder: a `SetEncoder` whose aggregator has `residual`.
+    """
+
+    def __init__(self, set_encoder: nn.Module) -> None:
+        super().__init__()
+        self.set_encoder = set_encoder
+
+    def forward(self, elements: Tensor, problem: Problem) -> Tensor:
+        """`[batch]`."""
+        return 0.5 * self.set_encoder.residual(elements, problem.latent, problem.mask).square().mean(-1)
+
+
+class Proximity(nn.Module):
+    """L(Y) = weight · ½ Σ_i mean_d (Y_id - Y₀_id)²: stay near the start, so that the optimum is unique.
+
+    The mean is over the numbers of an element, the sum over elements.
+    """
+
+    def __init__(self, *, weight: float = 0.1) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, elements: Tensor, problem: Problem) -> Tensor:
+        """`[batch]`."""
+        distance = (elements - problem.initial).square().mean(-1)
+        if problem.mask is not None:
+            distance = distance * problem.mask
+        return self.weight * 0.5 * distance.sum(-1)
+
+
+class Sum(nn.Module):
+    """L(Y) = Σ_j L_j(Y)."""
+
+    def __init__(self, objectives: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.objectives = nn.ModuleList(objectives)
+
+    def forward(self, elements: Tensor, problem: Problem) -> Tensor:
+        """`[batch]`."""
+        return torch.stack([objective(elements, problem) for objective in self.objectives]).sum(0)
+
+
+class Conditioned(nn.Module):
+    """L(Y) = L'([Y, X]): the objective sees each element beside its element of the input set X.
+
+    For set-to-set tasks such as numbering, where output i belongs to input i.
+
+    Args:
+        objective: L', over elements of `set_dim + condition_dim` numbers.
+    """
+
+    def __init__(self, objective: nn.Module) -> None:
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, elements: Tensor, problem: Problem) -> Tensor:
+        """`[batch]`."""
+        if problem.condition is None:
+            raise ValueError("expected an input set as the problem's condition, got None")
+        return self.objective(torch.cat([elements, problem.condition], dim=-1), problem)

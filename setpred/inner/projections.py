@@ -1,0 +1,26 @@
+"""Projections onto the set of allowed iterates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def simplex(points: Tensor) -> Tensor:
+    """Euclidean projection of each row `[..., dim]` onto the probability simplex.
+
+        argmin_p ½|p - x|²  with  p >= 0, Σ p = 1,    p = max(x - τ, 0)
+
+    τ comes from the sorted entries in closed form (Held, Wolfe, Crowder 1974; Duchi et al., ICML 2008).
+    Differentiable almost everywhere; on the support the derivative is I - 11ᵀ/|support|.
+
+    >>> simplex(torch.tensor([[0.5, 0.5], [2.0, 0.0]]))
+    tensor([[0.5000, 0.5000],
+            [1.0000, 0.0000]])
+    """
+    descending = points.sort(dim=-1, descending=True).values
+    excess = descending.cumsum(-1) - 1
+    count = torch.arange(1, points.shape[-1] + 1, device=points.device, dtype=points.dtype)
+    support = (descending * count > excess).sum(-1, keepdim=True)
+    threshold = excess.gather(-1, support - 1) / support
+    return (points - threshold).clamp(min=0)

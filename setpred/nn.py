@@ -1,0 +1,34 @@
+"""Small network parts that several floors share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class MLP(nn.Sequential):
+    """Linear layers with ReLU between: `widths[0] -> widths[1] -> ... -> widths[-1]`, last one linear."""
+
+    def __init__(self, *widths: int) -> None:
+        layers: list[nn.Module] = []
+        for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(narrow, wide), nn.ReLU()]
+        super().__init__(*layers[:-1])
+
+
+def softplus_inverse(value: float) -> float:
+    """x with softplus(x) = value, so that a positive parameter starts at the value that was asked for."""
+    return float(torch.as_tensor(value, dtype=torch.float64).expm1().log())
+
+
+class Positive(nn.Module):
+    """A learned positive number that **starts at `value`**: softplus(raw)."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        if value <= 0:
+            raise ValueError(f"expected a positive start value, got {value}")
+        self.raw = nn.Parameter(torch.tensor(softplus_inverse(value)))
+
+    def forward(self) -> Tensor:
+        return nn.functional.softplus(self.raw)
