@@ -1,0 +1,228 @@
+"""Average precision of predicted sets, in two protocols.
+
+A prediction is right when its classes all equal those of a real object of its image and its continuous fields lie
+nearer to that object than a threshold. Average precision (AP) is the area under the curve of precision against
+recall, as the predictions are taken in the order of their presence. Published figures differ in the protocol:
+
+- `average_precision` ranks the predictions of all images in one list, as the evaluators of Slot Attention
+  (Locatello et al., NeurIPS 2020) and DSPN (Zhang et al., NeurIPS 2019) do; the DSPN one compares with <=.
+- `average_precision_per_image` ranks within each image and averages over the images, as the code of iDSPN
+  (Zhang et al., ICLR 2022) does; that code scores only the first image of each batch, this one scores all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from setpred.errors import InputError
+from setpred.schema import CLEVR, ElementSchema
+from setpred.sets import presence_mask
+
+THRESHOLDS = (math.inf, 1.0, 0.5, 0.25, 0.125, 0.0625)
+
+
+def threshold_name(threshold: float) -> str:
+    """How a threshold is written in tables, logs and files.
+
+    >>> [threshold_name(threshold) for threshold in THRESHOLDS]
+    ['inf', '1', '0.5', '0.25', '0.125', '0.0625']
+    """
+    return f"{threshold:g}"
+
+
+def average_precision(
+    predicted: Tensor,
+    target: Tensor,
+    *,
+    thresholds: Sequence[float] = THRESHOLDS,
+    schema: ElementSchema = CLEVR,
+) -> dict[float, float]:
+    """Average precision over the whole evaluation set.
+
+    The predictions of all images are ranked by presence, falling; equal ones by (image, slot). There is no cut on
+    the confidence: all count. Each looks at the nearest real object of its image whose classes all equal its own
+    (equally near ones: the first), and is a true positive if the distance is strictly under the threshold and no
+    prediction ranked before has claimed that object at this threshold. There is no second choice. Then
+
+        recall_i = TP_i / objects,  precision_i = TP_i / i,  AP = Σ_i (recall_i − recall_{i−1}) max_{j ≥ i} precision_j
+
+    Args:
+        predicted: `[images, set_size, set_dim]`, finite or infinite, never NaN.
+        target: `[images, target_size, set_dim]`; the real objects are those whose presence is over one half.
+        thresholds: in the units of the continuous fields (`Field.scale` is undone); `math.inf` asks only for the
+            classes, and for a finite distance.
+
+    Returns:
+        {threshold: AP as a fraction}; NaN where no image has a real object, for then recall has no meaning.
+
+    Raises:
+        ValueError: wrong shapes, a threshold that is not positive, NaN in a prediction or in a real object.
+
+    >>> cube = CLEVR.encode([dict(coords=(3, 0, 0.7), material="metal", color="red", shape="cube", size="large")])
+    >>> target = torch.from_numpy(cube)[None]
+    >>> predicted = target.clone()
+    >>> predicted[..., 0] += 0.1  # 0.3 in CLEVR's units
+    >>> average_precision(predicted, target, thresholds=(0.5, 0.25))
+    {0.5: 1.0, 0.25: 0.0}
+    """
+    _check_thresholds(thresholds)
+    ranking = _rank(predicted, target, schema)
+    return {threshold: _area(_true_positives(ranking, threshold), ranking.objects) for threshold in thresholds}
+
+
+def average_precision_per_image(
+    predicted: Tensor,
+    target: Tensor,
+    *,
+    thresholds: Sequence[float] = THRESHOLDS,
+    schema: ElementSchema = CLEVR,
+) -> dict[float, float]:
+    """Mean over the images of each image's own average precision: the protocol of the published iDSPN code.
+
+    Within an image the predictions are taken by presence, falling (equal ones by slot). Each takes the nearest
+    real object with all its classes that none before it took, and that object is gone, even when the distance is
+    over every threshold; so there is a second choice, and one claim for all thresholds. Recall, precision and area
+    are those of `average_precision`, within the image. Images without real objects have no recall and are left
+    out of the mean. Arguments, result and errors as in `average_precision`.
+    """
+    _check_thresholds(thresholds)
+    distance, candidate = _compare(predicted, target, schema)
+    order = predicted[..., -1].argsort(dim=1, descending=True, stable=True)[..., None].expand_as(distance)
+    claimed = _claim_in_turn(distance.gather(1, order), candidate.gather(1, order))
+    objects = presence_mask(target).sum(1)
+    images = int((objects > 0).sum())
+    rank = torch.arange(1, claimed.shape[1] + 1, device=claimed.device, dtype=torch.float64)
+
+    def mean_area(threshold: float) -> float:
+        hit = claimed < threshold
+        envelope = (hit.cumsum(1) / rank).flip(1).cummax(1).values.flip(1) if hit.numel() else hit.double()
+        return math.fsum((envelope / objects[:, None])[hit].tolist()) / images if images else math.nan
+
+    return {threshold: mean_area(threshold) for threshold in thresholds}
+
+
+def precision_recall(
+    predicted: Tensor, target: Tensor, threshold: float, *, schema: ElementSchema = CLEVR
+) -> tuple[Tensor, Tensor]:
+    """The curve under which `average_precision` is the area: recall and precision after each ranked prediction.
+
+    Both float64 `[images * set_size]`, as they come, before the precision is made to fall monotonically.
+    """
+    _check_thresholds([threshold])
+    ranking = _rank(predicted, target, schema)
+    right = torch.zeros_like(ranking.distance)
+    right[_true_positives(ranking, threshold)] = 1.0
+    right = right.cumsum(0)
+    return right / ranking.objects, right / torch.arange(1, len(right) + 1, device=right.device)
+
+
+@dataclass(frozen=True)
+class _Ranking:
+    """All predictions, most confident first: the distance to the object each looks at, and which that is."""
+
+    distance: Tensor  # [images * set_size] float64, inf where no object has the classes
+    aim: Tensor  # [images * set_size], index of the object among all target slots
+    slots: int  # target slots of all images
+    objects: int  # how many of them are real
+
+
+def _rank(predicted: Tensor, target: Tensor, schema: ElementSchema) -> _Ranking:
+    distance, candidate = _compare(predicted, target, schema)
+    distance, nearest = _nearest(distance, candidate)
+    images, _, target_size = candidate.shape
+    aim = nearest + target_size * torch.arange(images, device=nearest.device)[:, None]
+    order = predicted[..., -1].flatten().argsort(descending=True, stable=True)
+    objects = int(presence_mask(target).sum())
+    return _Ranking(distance.flatten()[order], aim.flatten()[order], images * target_size, objects)
+
+
+def _true_positives(ranking: _Ranking, threshold: float) -> Tensor:
+    """Ranks of the true positives, rising: for each object the first prediction that hits it."""
+    (rank,) = (ranking.distance < threshold).nonzero(as_tuple=True)
+    never = len(ranking.distance)
+    first = torch.full((ranking.slots,), never, device=rank.device).scatter_reduce(
+        0, ranking.aim[rank], rank, reduce="amin"
+    )
+    return first[first < never].sort().values
+
+
+def _area(true_positives: Tensor, objects: int) -> float:
+    """Area under the curve. Recall grows, by 1 / objects, and precision peaks at the true positives alone.
+
+    fsum is exact before its one rounding, so that the result does not depend on how the sum is taken.
+    """
+    if not objects:
+        return math.nan
+    precision = torch.arange(1, len(true_positives) + 1, device=true_positives.device) / (true_positives.double() + 1)
+    envelope = precision.flip(0).cummax(0).values
+    return math.fsum(envelope.tolist()) / objects
+
+
+def _compare(predicted: Tensor, target: Tensor, schema: ElementSchema) -> tuple[Tensor, Tensor]:
+    """Distance (float64) and whether real and of the same classes (bool), both `[images, set_size, target_size]`."""
+    check_pair(predicted, target, schema)
+    if target.shape[1] == 0:  # one absent object, so that there is a nearest
+        target = target.new_zeros(len(target), 1, schema.set_dim)
+    squared = predicted.new_zeros(*predicted.shape[:2], target.shape[1], dtype=torch.float64)
+    for field in schema.continuous:
+        mine = schema.values(predicted.double(), field.name)[:, :, None].unbind(-1)
+        theirs = schema.values(target.double(), field.name)[:, None].unbind(-1)
+        for a, b in zip(mine, theirs, strict=True):
+            squared += (a - b).square()
+    candidate = presence_mask(target)[:, None].expand_as(squared)
+    mine = predicted.new_zeros(predicted.shape[:2], dtype=torch.long)
+    theirs = target.new_zeros(target.shape[:2], dtype=torch.long)
+    for field in schema.categorical:  # all classes as one number
+        mine = mine * field.size + schema.values(predicted, field.name)
+        theirs = theirs * field.size + schema.values(target, field.name)
+    return squared.sqrt(), candidate & (mine[:, :, None] == theirs[:, None])
+
+
+def _nearest(distance: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
+    """Distance to and index of the nearest candidate along the last axis, the first of equals; inf where none."""
+    # a candidate at an infinite distance still comes before what is no candidate
+    key = torch.where(candidate, distance.clamp(max=torch.finfo(distance.dtype).max), math.inf)
+    index = key.min(-1).indices[..., None]
+    found = candidate.gather(-1, index)
+    return torch.where(found, distance.gather(-1, index), math.inf)[..., 0], index[..., 0]
+
+
+def _claim_in_turn(distance: Tensor, candidate: Tensor) -> Tensor:
+    """Distance `[images, set_size]` to the object each takes, in order, from those left; inf where none is left."""
+    free = candidate.new_ones(len(candidate), candidate.shape[-1])
+    claimed = torch.full_like(distance[..., 0], math.inf)
+    for turn in range(distance.shape[1]):
+        claimed[:, turn], index = _nearest(distance[:, turn], candidate[:, turn] & free)
+        index = index[:, None]
+        free.scatter_(1, index, free.gather(1, index) & ~candidate[:, turn].gather(1, index))
+    return claimed
+
+
+def _check_thresholds(thresholds: Sequence[float]) -> None:
+    for threshold in thresholds:
+        if not threshold > 0:
+            raise ValueError(f"expected thresholds over 0 (math.inf for none), got {threshold}")
+
+
+def check_pair(predicted: Tensor, target: Tensor, schema: ElementSchema) -> None:
+    """Raises `ValueError` unless the two are finite enough sets of the same images."""
+    for name, elements in (("predicted", predicted), ("target", target)):
+        if elements.ndim != 3 or elements.shape[-1] != schema.set_dim or not elements.is_floating_point():
+            shape = f"[images, set_size, {schema.set_dim}]"
+            raise ValueError(f"expected floating point {name} {shape}, got {elements.dtype} {list(elements.shape)}")
+    if len(predicted) != len(target):
+        raise ValueError(f"expected as many predicted sets as targets, got {len(predicted)} and {len(target)}")
+    broken = predicted.isnan().flatten(1).any(1)
+    if broken.any():
+        first, count = int(broken.nonzero()[0]), int(broken.sum())
+        raise InputError(f"expected predictions without NaN, got NaN in {count} images, first image {first}")
+    real = presence_mask(target)
+    broken = target[..., -1].isnan().any(1) | (real & ~target.isfinite().all(-1)).any(1)
+    if broken.any():
+        first = int(broken.nonzero()[0])
+        raise InputError(f"expected targets with finite real objects, got others, first in image {first}")

@@ -1,0 +1,251 @@
+"""Average precision against slow twins, by hand and by law; the report; the gathered metric."""
+
+import json
+import math
+
+import pytest
+import torch
+from twins import average_precision_per_image_twin, average_precision_twin
+
+from setpred.metrics import (
+    THRESHOLDS,
+    AveragePrecision,
+    attribute_report,
+    average_precision,
+    average_precision_per_image,
+    precision_recall,
+    threshold_name,
+)
+from setpred.schema import CLEVR, ElementSchema, categorical, continuous
+
+TOY = ElementSchema("toy", [continuous("at", 2, scale=2.0), categorical("kind", "a", "b")], max_objects=4)
+ONLY_NUMBERS = ElementSchema("numbers", [continuous("at", 1)], max_objects=3)
+ONLY_CLASSES = ElementSchema("classes", [categorical("kind", "a", "b", "c")], max_objects=3)
+SCHEMAS = [CLEVR, TOY, ONLY_NUMBERS, ONLY_CLASSES]
+TWINS = [
+    (average_precision, average_precision_twin),
+    (average_precision_per_image, average_precision_per_image_twin),
+]
+
+
+def full_of_ties(schema, images, set_size, target_size, seed, present=0.6):
+    """Sets on a coarse grid: equal presences, places, distances and class scores, some of it infinite."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def grid(*shape, levels=3):
+        return torch.randint(0, levels, shape, generator=generator) / 2
+
+    target = grid(images, target_size, schema.set_dim)
+    predicted = grid(images, set_size, schema.set_dim)
+    if images and min(set_size, target_size):  # let many predictions agree with an object
+        agree = torch.randint(0, target_size, (images, set_size), generator=generator)
+        copied = target.gather(1, agree[..., None].expand(-1, -1, schema.set_dim)).clone()
+        copied += 0.25 * (torch.rand(copied.shape, generator=generator) < 0.05)
+        predicted = torch.where(torch.rand(images, set_size, 1, generator=generator) < 0.8, copied, predicted)
+        predicted[torch.rand(predicted.shape, generator=generator) < 0.005] = math.inf
+    predicted[..., -1] = grid(images, set_size, levels=4)
+    target[..., -1] = (torch.rand(images, target_size, generator=generator) < present).float()
+    target[target[..., -1] == 0] = math.nan  # padding may hold anything
+    target[..., -1].nan_to_num_(0.0)
+    return predicted, target
+
+
+def same(scores, expected):
+    return list(scores) == list(expected) and all(
+        scores[t] == expected[t] or (math.isnan(scores[t]) and math.isnan(expected[t])) for t in expected
+    )
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.name)
+@pytest.mark.parametrize(("function", "twin"), TWINS)
+@pytest.mark.parametrize(
+    ("images", "set_size", "target_size", "present"),
+    [(25, 6, 6, 0.6), (25, 3, 7, 0.5), (25, 8, 2, 0.5), (4, 5, 5, 0.0), (3, 0, 4, 0.5), (3, 4, 0, 0.5), (0, 4, 4, 0.5)],
+)
+def test_equals_the_twin_exactly(schema, function, twin, images, set_size, target_size, present):
+    thresholds = (*THRESHOLDS, 1.5, math.sqrt(0.5))
+    for seed in range(3):
+        predicted, target = full_of_ties(schema, images, set_size, target_size, seed, present)
+        scores = function(predicted, target, thresholds=thresholds, schema=schema)
+        assert same(scores, twin(predicted.tolist(), target.tolist(), thresholds, schema))
+
+
+def test_the_random_sets_reach_every_case():
+    """The comparison above would be empty if nothing were ever hit or the protocols never differed."""
+    predicted, target = full_of_ties(TOY, 25, 6, 6, seed=0)
+    whole = average_precision(predicted, target, schema=TOY)
+    assert 0 < whole[0.0625] < whole[1.0] < whole[math.inf] < 1
+    assert whole != average_precision_per_image(predicted, target, schema=TOY)
+    assert predicted.isinf().any()
+
+
+def numbers(*rows):
+    """One image of elements (place, presence)."""
+    return torch.tensor([rows]) if rows else torch.zeros(1, 0, 2)
+
+
+@pytest.mark.parametrize("function", [average_precision, average_precision_per_image])
+def test_perfect_and_empty_predictions(function):
+    target = torch.rand(20, 6, TOY.set_dim, generator=torch.Generator().manual_seed(1))
+    target[..., -1] = (target[..., -1] > 0.3).float()
+    assert set(function(target, target, schema=TOY).values()) == {1.0}
+    assert set(function(target[:, :0], target, schema=TOY).values()) == {0.0}
+
+
+def test_by_hand():
+    """Hit, miss, hit: precisions 1, 1/2, 2/3 over two objects of three: (1 + 2/3) / 3."""
+    target = numbers((0.0, 1.0), (10.0, 1.0), (20.0, 1.0))
+    predicted = numbers((0.1, 0.9), (0.2, 0.8), (10.1, 0.7))
+    scores = average_precision(predicted, target, thresholds=(1.0, math.inf), schema=ONLY_NUMBERS)
+    assert list(scores.values()) == pytest.approx(2 * [(1 + 2 / 3) / 3])
+    # per image the second falls back on the object at 10, so that the third gets the one at 20
+    scores = average_precision_per_image(predicted, target, thresholds=(1.0, math.inf), schema=ONLY_NUMBERS)
+    assert list(scores.values()) == pytest.approx([1 / 3, 1.0])
+    recall, precision = precision_recall(predicted, target, 1.0, schema=ONLY_NUMBERS)
+    assert recall.tolist() == pytest.approx([1 / 3, 1 / 3, 2 / 3])
+    assert precision.tolist() == pytest.approx([1, 1 / 2, 2 / 3])
+
+
+def test_a_far_prediction_keeps_the_object_from_others_only_per_image():
+    target, predicted = numbers((0.0, 1.0)), numbers((3.0, 0.9), (0.1, 0.8))
+    arguments = {"thresholds": (1.0,), "schema": ONLY_NUMBERS}
+    assert average_precision(predicted, target, **arguments) == {1.0: 0.5}
+    assert average_precision_per_image(predicted, target, **arguments) == {1.0: 0.0}
+
+
+def test_the_threshold_is_strict_and_infinity_means_finite():
+    target = numbers((0.0, 1.0))
+    for place, expected in ((0.5, [0.0, 1.0]), (0.25, [1.0, 1.0]), (math.inf, [0.0, 0.0])):
+        for function in (average_precision, average_precision_per_image):
+            scores = function(numbers((place, 1.0)), target, thresholds=(0.5, math.inf), schema=ONLY_NUMBERS)
+            assert list(scores.values()) == expected
+
+
+def test_ties_of_presence_go_by_image_then_slot():
+    target = torch.cat([numbers((0.0, 1.0)), numbers((0.0, 1.0))])
+    miss_first = torch.cat([numbers((9.0, 0.7)), numbers((0.0, 0.7))])
+    arguments = {"thresholds": (1.0,), "schema": ONLY_NUMBERS}
+    assert average_precision(miss_first, target, **arguments) == {1.0: 0.25}
+    assert average_precision(miss_first.flip(0), target, **arguments) == {1.0: 0.5}
+
+
+def test_an_image_without_objects_costs_the_data_set_but_not_the_mean_over_images():
+    target = torch.cat([numbers((0.0, 0.0)), numbers((0.0, 1.0))])
+    predicted = torch.cat([numbers((0.0, 0.9)), numbers((0.0, 0.8))])
+    arguments = {"thresholds": (1.0,), "schema": ONLY_NUMBERS}
+    assert average_precision(predicted, target, **arguments) == {1.0: 0.5}
+    assert average_precision_per_image(predicted, target, **arguments) == {1.0: 1.0}
+
+
+@pytest.mark.parametrize("function", [average_precision, average_precision_per_image])
+def test_order_within_sets_padding_and_scale_of_presence_do_not_matter(function):
+    generator = torch.Generator().manual_seed(3)
+    target = torch.randn(30, 6, CLEVR.set_dim, generator=generator)
+    target[..., -1] = (torch.rand(30, 6, generator=generator) < 0.7).float()
+    predicted = target + 0.05 * torch.randn(target.shape, generator=generator)
+    scores = function(predicted, target)
+    shuffled = function(predicted[:, torch.randperm(6)], target[:, torch.randperm(6)])
+    padded = function(predicted, torch.cat([target, torch.zeros(30, 4, CLEVR.set_dim)], 1))
+    predicted[..., -1] = 5 * predicted[..., -1] - 3  # strictly rising
+    assert scores == shuffled == padded == function(predicted, target)
+    assert 0 < scores[0.25] < scores[1.0] < 1
+
+
+def test_area_of_the_curve_is_the_average_precision():
+    predicted, target = full_of_ties(TOY, 25, 6, 6, seed=4)
+    for threshold, score in average_precision(predicted, target, schema=TOY).items():
+        recall, precision = precision_recall(predicted, target, threshold, schema=TOY)
+        steps = torch.diff(recall, prepend=recall.new_zeros(1))
+        envelope = precision.flip(0).cummax(0).values.flip(0)
+        assert float((steps * envelope).sum()) == pytest.approx(score, abs=1e-12)
+
+
+@pytest.mark.parametrize("protocol", [average_precision, average_precision_per_image])
+@pytest.mark.parametrize("batch", [1, 7, 30])
+def test_gathered_equals_the_function_for_any_batching(protocol, batch):
+    predicted, target = full_of_ties(TOY, 30, 5, 6, seed=5)
+    metric = AveragePrecision(protocol, schema=TOY)
+    for pair in zip(predicted.split(batch), target.split(batch), strict=True):
+        metric.update(*pair)
+    expected = protocol(predicted, target, schema=TOY)
+    assert {name: value.item() for name, value in metric.compute().items()} == {
+        f"ap_{threshold_name(threshold)}": score for threshold, score in expected.items()
+    }
+    metric.reset()
+    one = metric(predicted[:3], target[:3])  # forward: the score of the batch alone
+    assert one["ap_inf"].item() == protocol(predicted[:3], target[:3], schema=TOY)[math.inf]
+
+
+@pytest.mark.parametrize("function", [average_precision, average_precision_per_image])
+def test_bad_input_is_named(function):
+    predicted, target = full_of_ties(TOY, 5, 3, 3, seed=6)
+    target = target.nan_to_num(0.0)
+    with pytest.raises(ValueError, match=r"expected floating point predicted .*, 5\], got .*\[5, 3, 4\]"):
+        function(predicted[..., 1:], target, schema=TOY)
+    with pytest.raises(ValueError, match=r"got torch\.int64"):
+        function(predicted, target.long(), schema=TOY)
+    with pytest.raises(ValueError, match="got 5 and 4"):
+        function(predicted, target[:4], schema=TOY)
+    with pytest.raises(ValueError, match="thresholds over 0"):
+        function(predicted, target, thresholds=(-1,), schema=TOY)
+    broken = predicted.clone()
+    broken[2, 1, 0] = broken[4, 0, -1] = math.nan
+    with pytest.raises(ValueError, match="NaN in 2 images, first image 2"):
+        function(broken, target, schema=TOY)
+    broken = target.clone()
+    broken[3, 0] = math.inf
+    with pytest.raises(ValueError, match="first in image 3"):
+        function(predicted, broken, schema=TOY)
+
+
+def kinds(*rows):
+    """One image of toy elements (x, y, kind, presence), x and y in real units."""
+    return torch.tensor([[[x / 2, y / 2, kind == "a", kind == "b", presence] for x, y, kind, presence in rows]])
+
+
+def test_report_by_hand():
+    target = kinds((0, 0, "a", 1), (4, 0, "b", 1), (9, 9, "b", 1), (0, 0, "a", 0))
+    predicted = kinds((4, 3, "a", 0.9), (0, 1, "a", 0.8), (9, 9, "b", 0.1), (5, 5, "a", 0.7))
+    report = attribute_report(predicted, target, torch.tensor([[1, 0, 2, 3]]), schema=TOY)
+    assert report["objects"] == 3
+    assert report["accuracy"] == {"kind": pytest.approx(2 / 3)}
+    assert report["all_attributes"] == pytest.approx(2 / 3)
+    assert report["confusion"] == {"kind": [[1, 0], [1, 1]]}
+    assert report["distance"] == {"mean": pytest.approx(4 / 3), "median": 1.0, "p90": 3.0, "p99": 3.0}
+    assert report["within"]["inf"] == 1.0
+    assert report["within"]["1"] == pytest.approx(1 / 3)
+    assert report["axis_errors"]["at"][0] == {"mean": 0.0, "median": 0.0, "bias": 0.0}
+    assert report["axis_errors"]["at"][1] == {"mean": pytest.approx(4 / 3), "median": 1.0, "bias": pytest.approx(4 / 3)}
+    assert report["presence_accuracy"] == 0.5  # slot 2 is too shy, slot 3 too bold
+    assert report["found"] == pytest.approx(2 / 3)
+    assert (report["count_error"], report["count_exact"]) == (0.0, 1.0)
+    assert json.loads(json.dumps(report)) == report
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.name)
+def test_report_of_perfect_and_of_no_objects(schema):
+    generator = torch.Generator().manual_seed(7)
+    target = torch.rand(8, 5, schema.set_dim, generator=generator)
+    target[..., -1] = (torch.rand(8, 5, generator=generator) < 0.6).float()
+    shuffle = torch.stack([torch.randperm(5, generator=generator) for _ in target])
+    predicted = torch.empty_like(target).scatter_(1, shuffle[..., None].expand_as(target), target)
+    report = attribute_report(predicted, target, shuffle, schema=schema)
+    assert all(share == 1.0 for share in report["accuracy"].values())
+    assert report["distance"]["p99"] == report["count_error"] == 0.0
+    assert report["all_attributes"] == report["presence_accuracy"] == report["found"] == 1.0
+    nothing = attribute_report(predicted, torch.zeros_like(target), shuffle, schema=schema)
+    assert nothing["objects"] == 0
+    assert math.isnan(nothing["distance"]["mean"])
+    assert math.isnan(nothing["found"])
+
+
+def test_report_refuses_bad_assignments():
+    target = kinds((0, 0, "a", 1), (4, 0, "b", 1))
+    for assignment, message in (
+        (torch.tensor([[0, 0]]), "one-to-one"),
+        (torch.tensor([[0, 2]]), r"slots in 0..1, got 0..2"),
+        (torch.tensor([[0.0, 1.0]]), "expected long assignment"),
+        (torch.tensor([[0, 1, 2]]), r"expected long assignment \[1, 2\], got torch.int64 \[1, 3\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attribute_report(target, target, assignment, schema=TOY)
