@@ -1,0 +1,110 @@
+"""CLEVR's camera: projection of world points to the image, rays of pixels, and the camera found from annotations.
+
+World: z up, the ground at z = 0, the unit of CLEVR's `3d_coords`. Image: origin at the top left corner, pixel
+centres at half integers. Source: the official scene file, whose camera always looks at the origin without roll.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+JITTER = 0.5  # each coordinate of the location moves by uniform(-JITTER, JITTER) from image to image
+ASPECT = 1.5  # CLEVR v1.0 is 480x320; other sizes show the same view stretched
+FOCAL = 35 / 32  # lens over sensor width: focal length in image widths
+ROUNDING = 12**-0.5  # standard deviation of an annotated pixel coordinate, which is rounded to an integer
+DEPTH_ERROR = 1e-4  # annotated depths are float32 numbers near 10
+TRUSTED = 0.1  # a fitted location less certain than this (one standard deviation) counts as not determined
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A camera at `location` that looks at the origin, its horizontal axis level.
+
+    With c = location, b = c/|c| (backward), r = (-b_y, b_x, 0)/|(b_x, b_y)| (right) and u = b x r (up), the point p
+    has X = (p - c).r, Y = (p - c).u, depth Z = -(p - c).b and is seen at
+
+        px = width/2 + f_x X/Z,    py = height/2 - f_y Y/Z,    f_x = 35/32 width,    f_y = 35/32 aspect height.
+
+    `aspect` is width over height of the view; when the image has another shape, the view is stretched to fill it, as
+    CLEVR images are when they are resized to a square.
+    """
+
+    location: tuple[float, float, float]
+
+    def axes(self) -> np.ndarray:
+        """Right, up and backward, the orthonormal rows of a `[3, 3]` matrix."""
+        backward = np.asarray(self.location, dtype=np.float64)
+        backward = backward / np.linalg.norm(backward)
+        right = np.array([-backward[1], backward[0], 0.0]) / np.hypot(backward[0], backward[1])
+        return np.stack([right, np.cross(backward, right), backward])
+
+    def project(self, points: np.ndarray, width: int, height: int, *, aspect: float = ASPECT) -> np.ndarray:
+        """World points `[..., 3]` to (px, py, depth) `[..., 3]`: pixels, pixels, world units. Depth > 0 is in front."""
+        local = (np.asarray(points, dtype=np.float64) - self.location) @ self.axes().T
+        depth = -local[..., 2]
+        focal_x, focal_y = FOCAL * width, FOCAL * aspect * height
+        px = width / 2 + focal_x * local[..., 0] / depth
+        py = height / 2 - focal_y * local[..., 1] / depth
+        return np.stack([px, py, depth], axis=-1)
+
+    def rays(self, width: int, height: int, *, aspect: float = ASPECT) -> np.ndarray:
+        """Directions `[height, width, 3]` through the pixel centres: location + Z * direction has depth Z."""
+        right, up, backward = self.axes()
+        x = ((np.arange(width) + 0.5) / width - 0.5) / FOCAL
+        y = (0.5 - (np.arange(height) + 0.5) / height) / (FOCAL * aspect)
+        return x[None, :, None] * right + y[:, None, None] * up - backward
+
+
+NOMINAL_CAMERA = Camera((7.481131553649902, -6.5076398849487305, 5.34366512298584))
+
+
+def fit_camera(
+    coords: np.ndarray, pixel_coords: np.ndarray, width: int, height: int, *, aspect: float = ASPECT
+) -> Camera | None:
+    """The camera that took an image, from the annotations of its objects.
+
+    Weighted least squares in the location: the differences of px and py, which are rounded to integers, and of the
+    depth, which is exact, each over its standard deviation; Gauss-Newton from the nominal camera.
+
+    Args:
+        coords: object centres `[objects, 3]` in world units.
+        pixel_coords: the annotated (px, py, depth) `[objects, 3]`, for an image of `width` x `height`.
+
+    Returns:
+        The camera, or None when the objects do not determine it (none, one, or nearly so) or when no camera explains
+        the annotations to within their rounding.
+    """
+    coords = np.asarray(coords, dtype=np.float64).reshape(-1, 3)
+    pixel_coords = np.asarray(pixel_coords, dtype=np.float64).reshape(-1, 3)
+    if len(coords) != len(pixel_coords):
+        raise ValueError(f"expected as many pixel_coords as coords, got {len(pixel_coords)} and {len(coords)}")
+    if len(coords) < 2 or not (np.isfinite(coords).all() and np.isfinite(pixel_coords).all()):
+        return None
+    spread = np.array([ROUNDING, ROUNDING, DEPTH_ERROR])
+
+    def residuals(location: np.ndarray) -> np.ndarray:
+        seen = Camera(tuple(location)).project(coords, width, height, aspect=aspect)
+        return ((seen - pixel_coords) / spread).reshape(-1)
+
+    location = np.array(NOMINAL_CAMERA.location)
+    step = 1e-5
+    for _ in range(20):
+        slopes = [(residuals(location + d) - residuals(location - d)) / (2 * step) for d in step * np.eye(3)]
+        jacobian = np.stack(slopes, axis=1)
+        information = jacobian.T @ jacobian
+        if np.linalg.matrix_rank(information, hermitian=True) < 3:
+            return None
+        change = np.linalg.solve(information, jacobian.T @ residuals(location))
+        location = location - change
+        if np.abs(location - NOMINAL_CAMERA.location).max() > 10 * JITTER:
+            return None
+        if np.abs(change).max() < 1e-9:
+            break
+    if np.sqrt(np.diag(np.linalg.inv(information))).max() > TRUSTED:
+        return None
+    misfit = np.abs(residuals(location).reshape(-1, 3) * spread).max(axis=0)
+    if misfit[:2].max() > 1.0 or misfit[2] > 10 * DEPTH_ERROR:
+        return None
+    return Camera(tuple(float(value) for value in location))
