@@ -1,5 +1,6 @@
 """Average precision against slow twins, by hand and by law; the report; the gathered metric."""
 
+import itertools
 import json
 import math
 
@@ -13,6 +14,8 @@ from setpred.metrics import (
     attribute_report,
     average_precision,
     average_precision_per_image,
+    match_by_position,
+    pairwise_distance,
     precision_recall,
     threshold_name,
 )
@@ -239,11 +242,43 @@ def test_report_of_perfect_and_of_no_objects(schema):
     assert math.isnan(nothing["found"])
 
 
+def test_match_by_position_is_the_best_of_all_and_prefers_confident_slots():
+    generator = torch.Generator().manual_seed(8)
+    target = torch.randn(20, 3, TOY.set_dim, generator=generator)
+    predicted = torch.randn(20, 4, TOY.set_dim, generator=generator)
+    target[..., -1] = (torch.rand(20, 3, generator=generator) < 0.7).float()
+    predicted[..., -1] = torch.rand(20, 4, generator=generator)
+    distance = pairwise_distance(predicted, target, schema=TOY)
+    confident, real = predicted[..., -1] > 0.5, target[..., -1] > 0.5
+    for image, assignment in enumerate(match_by_position(predicted, target, schema=TOY)):
+        slots = real[image].nonzero().flatten().tolist()
+
+        def badness(chosen, image=image, slots=slots):
+            shy = sum(not confident[image, i] for i in chosen)
+            return shy, sum(float(distance[image, i, j]) for i, j in zip(chosen, slots, strict=True))
+
+        best = min(itertools.permutations(range(4), len(slots)), key=badness)
+        assert assignment.tolist() == [best[slots.index(j)] if j in slots else -1 for j in range(3)]
+
+
+def test_a_predicted_set_too_small_leaves_objects_without_partner():
+    target = kinds((0, 0, "a", 1), (4, 0, "b", 1), (9, 9, "b", 1))
+    predicted = kinds((4, 1, "b", 0.9), (0, 0, "b", 0.2))
+    assignment = match_by_position(predicted, target, schema=TOY)
+    assert assignment.tolist() == [[1, 0, -1]]
+    report = attribute_report(predicted, target, assignment, schema=TOY)
+    assert (report["objects"], report["found"]) == (3, pytest.approx(1 / 3))
+    assert report["accuracy"] == {"kind": 0.5}  # over the two that have a partner
+    assert report["count_error"] == 2.0
+    assert match_by_position(predicted[:, :0], target, schema=TOY).tolist() == [[-1, -1, -1]]
+    assert match_by_position(predicted, target[:, :0], schema=TOY).shape == (1, 0)
+
+
 def test_report_refuses_bad_assignments():
     target = kinds((0, 0, "a", 1), (4, 0, "b", 1))
     for assignment, message in (
         (torch.tensor([[0, 0]]), "one-to-one"),
-        (torch.tensor([[0, 2]]), r"slots in 0..1, got 0..2"),
+        (torch.tensor([[0, 2]]), r"slots in -1\.\.1, got 0\.\.2"),
         (torch.tensor([[0.0, 1.0]]), "expected long assignment"),
         (torch.tensor([[0, 1, 2]]), r"expected long assignment \[1, 2\], got torch.int64 \[1, 3\]"),
     ):

@@ -1,11 +1,12 @@
 """How good predicted sets are: average precision in two protocols, and what lies behind it."""
 
-from setpred.metrics.attributes import attribute_report
+from setpred.metrics.attributes import attribute_report, match_by_position
 from setpred.metrics.gathered import AveragePrecision
 from setpred.metrics.precision import (
     THRESHOLDS,
     average_precision,
     average_precision_per_image,
+    pairwise_distance,
     precision_recall,
     threshold_name,
 )
@@ -16,6 +17,8 @@ __all__ = [
     "attribute_report",
     "average_precision",
     "average_precision_per_image",
+    "match_by_position",
+    "pairwise_distance",
     "precision_recall",
     "threshold_name",
 ]

@@ -9,9 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from setpred.metrics.precision import THRESHOLDS, check_pair, threshold_name
+from setpred.matching import hungarian
+from setpred.metrics.precision import THRESHOLDS, check_pair, pairwise_distance, threshold_name
 from setpred.schema import CLEVR, ElementSchema
 from setpred.sets import presence_mask
+
+_FAR = 100.0  # a distance that counts no further
+_SHY = 1e3  # what it costs to use a slot that claims no object: more than a whole set of far ones
+
+
+def match_by_position(predicted: Tensor, target: Tensor, *, schema: ElementSchema = CLEVR) -> Tensor:
+    """Which predicted slot stands for each real object: one to one, least total distance, classes ignored.
+
+    Confident slots (presence over one half) come first; the others fill in only where an image has fewer confident
+    slots than real objects. Otherwise an idle slot that happens to rest near an object would take it.
+
+    Returns:
+        long `[images, target_size]` for `attribute_report`: -1 for padding, and for the real objects that are left
+        over when a predicted set is smaller than the real one.
+    """
+    check_pair(predicted, target, schema)
+    real = presence_mask(target)
+    target = torch.where(real[..., None], target, 0.0)
+    cost = pairwise_distance(predicted, target, schema=schema).clamp(max=_FAR)
+    cost = cost + _SHY * ~presence_mask(predicted)[..., None]
+    lacking = max(target.shape[1] - predicted.shape[1], 0)
+    cost = torch.cat([cost, cost.new_full((len(cost), lacking, cost.shape[2]), 10 * _SHY)], 1)
+    assignment = hungarian(torch.where(real[:, None], cost, 0.0))
+    return torch.where(real & (assignment < predicted.shape[1]), assignment, -1)
 
 
 def attribute_report(
@@ -26,9 +51,9 @@ def attribute_report(
 
     Args:
         predicted, target: as in `average_precision`.
-        assignment: long `[images, target_size]`, the predicted slot matched to each target slot, one to one; read
-            only where the target is a real object. Match by position alone, so that the classes do not choose
-            the partners they are judged against.
+        assignment: long `[images, target_size]`, the predicted slot matched to each target slot, one to one, or -1
+            for none; read only where the target is a real object. `match_by_position` gives one in which the
+            classes do not choose the partners that they are judged against.
 
     Returns:
         Plain numbers, dictionaries and lists. "images", "objects"; over the matched real objects: "accuracy" by
@@ -46,12 +71,11 @@ def attribute_report(
         raise ValueError(
             f"expected long assignment {list(real.shape)}, got {assignment.dtype} {list(assignment.shape)}"
         )
-    image, slot = real.nonzero(as_tuple=True)
+    read = assignment[real]
+    if len(read) and not -1 <= int(read.min()) <= int(read.max()) < predicted.shape[1]:
+        raise ValueError(f"expected assigned slots in -1..{predicted.shape[1] - 1}, got {read.min()}..{read.max()}")
+    image, slot = (real & (assignment >= 0)).nonzero(as_tuple=True)
     partner = assignment[image, slot]
-    if len(partner) and not 0 <= int(partner.min()) <= int(partner.max()) < predicted.shape[1]:
-        raise ValueError(
-            f"expected assigned slots in 0..{predicted.shape[1] - 1}, got {partner.min()}..{partner.max()}"
-        )
     confident = presence_mask(predicted)
     matched = torch.zeros_like(confident)
     matched[image, partner] = True
@@ -78,7 +102,7 @@ def attribute_report(
     miscount = (confident.sum(1) - real.sum(1)).abs()
     return {
         "images": len(real),
-        "objects": len(truth),
+        "objects": len(read),
         "accuracy": accuracy,
         "all_attributes": _mean(all_right),
         "confusion": confusion,
@@ -87,7 +111,7 @@ def attribute_report(
         "within": {threshold_name(threshold): _mean(distance < threshold) for threshold in thresholds},
         "axis_errors": axis_errors,
         "presence_accuracy": _mean(confident == matched),
-        "found": _mean(confident[image, partner]),
+        "found": int(confident[image, partner].sum()) / len(read) if len(read) else math.nan,
         "count_error": _mean(miscount),
         "count_exact": _mean(miscount == 0),
     }

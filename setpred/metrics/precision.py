@@ -163,24 +163,30 @@ def _area(true_positives: Tensor, objects: int) -> float:
     return math.fsum(envelope.tolist()) / objects
 
 
-def _compare(predicted: Tensor, target: Tensor, schema: ElementSchema) -> tuple[Tensor, Tensor]:
-    """Distance (float64) and whether real and of the same classes (bool), both `[images, set_size, target_size]`."""
-    check_pair(predicted, target, schema)
-    if target.shape[1] == 0:  # one absent object, so that there is a nearest
-        target = target.new_zeros(len(target), 1, schema.set_dim)
+def pairwise_distance(predicted: Tensor, target: Tensor, *, schema: ElementSchema = CLEVR) -> Tensor:
+    """L2 distance over the continuous fields, in their units: float64 `[images, set_size, target_size]`."""
     squared = predicted.new_zeros(*predicted.shape[:2], target.shape[1], dtype=torch.float64)
     for field in schema.continuous:
         mine = schema.values(predicted.double(), field.name)[:, :, None].unbind(-1)
         theirs = schema.values(target.double(), field.name)[:, None].unbind(-1)
         for a, b in zip(mine, theirs, strict=True):
             squared += (a - b).square()
-    candidate = presence_mask(target)[:, None].expand_as(squared)
+    return squared.sqrt()
+
+
+def _compare(predicted: Tensor, target: Tensor, schema: ElementSchema) -> tuple[Tensor, Tensor]:
+    """Distance (float64) and whether real and of the same classes (bool), both `[images, set_size, target_size]`."""
+    check_pair(predicted, target, schema)
+    if target.shape[1] == 0:  # one absent object, so that there is a nearest
+        target = target.new_zeros(len(target), 1, schema.set_dim)
+    distance = pairwise_distance(predicted, target, schema=schema)
+    candidate = presence_mask(target)[:, None].expand_as(distance)
     mine = predicted.new_zeros(predicted.shape[:2], dtype=torch.long)
     theirs = target.new_zeros(target.shape[:2], dtype=torch.long)
     for field in schema.categorical:  # all classes as one number
         mine = mine * field.size + schema.values(predicted, field.name)
         theirs = theirs * field.size + schema.values(target, field.name)
-    return squared.sqrt(), candidate & (mine[:, :, None] == theirs[:, None])
+    return distance, candidate & (mine[:, :, None] == theirs[:, None])
 
 
 def _nearest(distance: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
