@@ -1,0 +1,141 @@
+"""`python -m setpred.data`: prepare a CLEVR folder, render built-in scenes, verify and describe the files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from setpred.data.workers import available_cores
+from setpred.errors import InputError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 130 on Ctrl-C, 2 after one sentence on stderr about a mistake."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from there", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m setpred.data",
+        description="Makes, checks and describes the HDF5 files of images and object sets that setpred learns from.",
+        epilog="Files appear under their name only when complete; an interrupted command, run again, goes on.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    prepare = commands.add_parser(
+        "prepare",
+        help="decode and resize the images of a CLEVR folder once",
+        description="Decodes and resizes the images of a folder in the CLEVR_v1.0 layout (data/README.md says how to "
+        "get it) and stores them with their objects in one file.",
+    )
+    prepare.add_argument("root", metavar="ROOT", type=Path, help="the folder, with images/ and scenes/ in it")
+    prepare.add_argument("--split", default="val", help="train or val; CLEVR's test split has no scenes (default: val)")
+    prepare.add_argument("--images", type=int, metavar="N", help="only the first N images (default: all)")
+    _add_output(prepare)
+    prepare.set_defaults(run=_prepare)
+
+    render = commands.add_parser(
+        "render",
+        help="render random scenes, no download needed",
+        description="Renders random scenes by CLEVR's rules and stores them with their objects in one file. The same "
+        "seed gives the same images, whatever the number of workers.",
+    )
+    render.add_argument("--images", type=int, required=True, metavar="N", help="how many")
+    render.add_argument(
+        "--objects", type=int, nargs=2, default=(3, 10), metavar=("LEAST", "MOST"), help="in a scene (default: 3 10)"
+    )
+    render.add_argument("--seed", type=int, default=0, metavar="K", help="which random scenes (default: 0)")
+    _add_output(render)
+    render.set_defaults(run=_render)
+
+    for name, run, text in (
+        ("verify", _verify, "read a whole file and compare its checksum"),
+        ("info", _info, "say what is in a file"),
+    ):
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.add_argument("file", metavar="FILE.h5", type=Path)
+        command.set_defaults(run=run)
+    return parser
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--image-size", type=int, default=128, metavar="S", help="side of the square images (default: 128)"
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="FILE.h5", help="the file to make")
+    command.add_argument(
+        "--workers",
+        type=int,
+        default=available_cores(),
+        metavar="N",
+        help="processes (default: all cores: %(default)s)",
+    )
+    command.add_argument("--force", action="store_true", help="replace FILE.h5 if it exists")
+
+
+# The modules are imported when their command runs, so that --help and mistakes answer at once.
+def _prepare(options: argparse.Namespace) -> None:
+    from setpred.data.prepared import prepare_file
+
+    sha256 = prepare_file(
+        options.out,
+        options.root,
+        split=options.split,
+        image_size=options.image_size,
+        images=options.images,
+        workers=_workers(options),
+        force=options.force,
+    )
+    print(f"{options.out}: complete, sha256 {sha256}")
+
+
+def _render(options: argparse.Namespace) -> None:
+    from setpred.data.rendered import render_file
+
+    sha256 = render_file(
+        options.out,
+        images=options.images,
+        image_size=options.image_size,
+        objects=tuple(options.objects),
+        seed=options.seed,
+        workers=_workers(options),
+        force=options.force,
+    )
+    print(f"{options.out}: complete, sha256 {sha256}")
+
+
+def _workers(options: argparse.Namespace) -> int:
+    if options.workers < 0:
+        raise InputError(f"expected --workers of at least 0 (0 works in one process), got {options.workers}")
+    return options.workers
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from setpred.data.cache import verify
+
+    header = verify(options.file)
+    print(f"{options.file}: {header.images} images of {header.image_size}x{header.image_size}, content as written")
+
+
+def _info(options: argparse.Namespace) -> None:
+    from setpred.data.report import describe
+
+    print(describe(options.file))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

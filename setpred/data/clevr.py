@@ -1,0 +1,186 @@
+"""Reading the CLEVR_v1.0 layout: `ROOT/images/SPLIT/*.png` and `ROOT/scenes/CLEVR_SPLIT_scenes.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from setpred.data.camera import fit_camera
+from setpred.errors import InputError
+from setpred.schema import CLEVR, ElementSchema
+
+PIXEL_SIZE = (480, 320)  # of CLEVR v1.0's images, in which `pixel_coords` count
+
+
+class _Scene(NamedTuple):
+    file_name: str
+    index: int
+    elements: np.ndarray
+    centres: np.ndarray
+    pixels: np.ndarray
+
+
+class ClevrFolder:
+    """One split of a folder in the CLEVR_v1.0 layout; the annotations are arrays.
+
+    Attributes:
+        elements: float32 `[n, schema.max_objects, schema.set_dim]`, encoded by the schema, zero padded.
+        index: int64 `[n]`, CLEVR's `image_index`.
+        centres, pixels: float64 `[n, schema.max_objects, 3]`, `3d_coords` and `pixel_coords`, NaN where padded.
+        source: where this comes from, in plain types.
+
+    Raises:
+        InputError: whatever is wrong with the folder, naming the file, image and object.
+    """
+
+    def __init__(
+        self, root: str | os.PathLike[str], split: str, *, schema: ElementSchema = CLEVR, images: int | None = None
+    ) -> None:
+        self.root, self.split, self.schema = Path(root), split, schema
+        scenes_file = _scenes_file(self.root, split)
+        content = _read(scenes_file)
+        scenes = self._parse(content, scenes_file)[:images]
+        self.file_names = [scene.file_name for scene in scenes]
+        self.elements = np.stack([scene.elements for scene in scenes])
+        self.index = np.array([scene.index for scene in scenes], dtype=np.int64)
+        self.centres = np.stack([scene.centres for scene in scenes])
+        self.pixels = np.stack([scene.pixels for scene in scenes])
+        self.source = {
+            "kind": "clevr",
+            "folder": self.root.resolve().name,
+            "split": split,
+            "scenes_sha256": sha256(content).hexdigest(),
+        }
+        self._check_images()
+
+    def __len__(self) -> int:
+        return len(self.file_names)
+
+    def path(self, number: int) -> Path:
+        return self.root / "images" / self.split / self.file_names[number]
+
+    def image(self, number: int, image_size: int) -> np.ndarray:
+        """uint8 `[image_size, image_size, 3]`."""
+        return load_image(self.path(number), image_size)
+
+    def camera(self, number: int) -> np.ndarray:
+        """Where the camera stood `[3]`, from `pixel_coords`; NaN where these do not determine it."""
+        return locate_camera(self.centres[number], self.pixels[number])
+
+    def _parse(self, content: bytes, scenes_file: Path) -> list[_Scene]:
+        def reduce(record: dict[str, Any]) -> Any:
+            # Each scene becomes arrays as soon as it is read: as Python objects 70,000 scenes would take gigabytes.
+            if "image_filename" in record:
+                return self._scene(record)
+            return None if record.keys() >= {"left", "right"} else record
+
+        try:
+            document = json.loads(content, object_hook=reduce)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{scenes_file} is not valid JSON: {error.msg} at character {error.pos} of {len(error.doc)}; "
+                "the file may be cut short, unpack or copy it again"
+            ) from error
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise InputError(f"{scenes_file} is not valid JSON ({error}); unpack or copy it again") from error
+        scenes = document.get("scenes") if isinstance(document, dict) else None
+        if not isinstance(scenes, list) or not scenes:
+            raise InputError(f"{scenes_file}: expected a list 'scenes' with at least one scene, as in CLEVR_v1.0")
+        for number, scene in enumerate(scenes):
+            if not isinstance(scene, _Scene):
+                raise InputError(f"{scenes_file}: scene {number} has no 'image_filename'")
+        return scenes
+
+    def _scene(self, record: Mapping[str, Any]) -> _Scene:
+        name, objects, index = record["image_filename"], record.get("objects"), record.get("image_index")
+        if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\0" in name:
+            raise InputError(f"image_filename {name!r}: expected a plain file name, without a folder")
+        if not isinstance(objects, list) or not all(isinstance(obj, dict) for obj in objects):
+            raise InputError(f"{name}: expected a list 'objects' of records")
+        if not isinstance(index, int) or index < 0:
+            raise InputError(f"{name}: expected an 'image_index' of at least 0, got {index!r}")
+        if len(objects) > self.schema.max_objects:
+            raise InputError(
+                f"{name} has {len(objects)} objects, but schema {self.schema.name!r} holds at most "
+                f"{self.schema.max_objects}; leave the image out or use a schema with a larger max_objects"
+            )
+        elements = np.zeros((self.schema.max_objects, self.schema.set_dim), dtype=np.float32)
+        centres, pixels = np.full((2, self.schema.max_objects, 3), np.nan)
+        for number, obj in enumerate(objects):
+            try:
+                if "3d_coords" not in obj:
+                    raise InputError(f"an object lacks '3d_coords'; it has {sorted(obj)}")
+                elements[number] = self.schema.encode([obj | {"coords": obj["3d_coords"]}], set_size=1)[0]
+                centres[number] = obj["3d_coords"]
+                pixels[number] = obj.get("pixel_coords", np.nan)
+            except (InputError, ValueError, TypeError) as error:
+                raise InputError(f"{name}, object {number}: {error}") from error
+        return _Scene(name, index, elements, centres, pixels)
+
+    def _check_images(self) -> None:
+        folder = self.root / "images" / self.split
+        try:
+            there = set(os.listdir(folder))
+        except OSError as error:
+            raise InputError(f"cannot read the folder {folder} ({error.strerror}); unpack CLEVR again") from error
+        missing = [name for name in self.file_names if name not in there]
+        if missing:
+            raise InputError(
+                f"{len(missing)} of {len(self)} images are missing in {folder}, the first is {missing[0]}; "
+                "unpack CLEVR again"
+            )
+
+
+def load_image(path: Path, image_size: int) -> np.ndarray:
+    """A whole image as uint8 `[image_size, image_size, 3]`: RGB, resized bilinearly without a crop.
+
+    Source: the published iDSPN recipe (Zhang et al., ICLR 2022, code) resizes so.
+
+    Raises:
+        InputError: the file is missing, not an image or cut short.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            resized = image.convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR)
+    except FileNotFoundError as error:
+        raise InputError(f"the image {path} is missing; unpack CLEVR again") from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path} is not an image; unpack CLEVR again") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"the image {path} is cut short or damaged ({error}); unpack CLEVR again") from error
+    return np.asarray(resized)
+
+
+def locate_camera(centres: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """Location `[3]` of the camera that saw `centres` at `pixels`, NaN if undetermined."""
+    known = np.isfinite(centres).all(-1) & np.isfinite(pixels).all(-1)
+    camera = fit_camera(centres[known], pixels[known], *PIXEL_SIZE)
+    return np.full(3, np.nan) if camera is None else np.array(camera.location, dtype=np.float64)
+
+
+def _scenes_file(root: Path, split: str) -> Path:
+    if not root.is_dir():
+        raise InputError(f"expected a folder in the CLEVR_v1.0 layout, but {root} is no folder; see data/README.md")
+    scenes_file = root / "scenes" / f"CLEVR_{split}_scenes.json"
+    if scenes_file.is_file():
+        return scenes_file
+    found = sorted(path.name[len("CLEVR_") : -len("_scenes.json")] for path in root.glob("scenes/CLEVR_*_scenes.json"))
+    which = f"in {root} there are those of {' and '.join(found)}" if found else f"in {root} there are none"
+    if split == "test":
+        raise InputError(f"CLEVR publishes no scenes for the split 'test', only for train and val; {which}")
+    raise InputError(f"the split {split!r} has no scenes: expected {scenes_file}, but {which}")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror})") from error

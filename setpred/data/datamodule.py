@@ -1,0 +1,218 @@
+"""Lightning data modules: prepared files or CLEVR folders, and built-in scenes rendered on demand."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, Sampler
+
+import setpred
+from setpred.data.dataset import ClevrImages, SetFile, as_batch, open_data
+from setpred.errors import InputError
+from setpred.schema import CLEVR
+
+VALIDATION_SEED = 1_000_000  # added to the seed of the training scenes: no training seed comes near
+
+
+class EpochPermutation(Sampler[int]):
+    """Each epoch another order of all examples, that depends on the seed and the epoch's number only.
+
+    So a resumed run sees what an uninterrupted one sees. Lightning calls `set_epoch` before every epoch.
+    """
+
+    def __init__(self, length: int, *, seed: int) -> None:
+        self.length, self.seed, self.epoch = length, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.length).tolist())
+
+
+class SetDataModule(LightningDataModule):
+    """Training and validation data, each a prepared file or a CLEVR_v1.0 folder.
+
+    Args:
+        train: training data; None when only evaluating.
+        val: validation data.
+        train_split, val_split: which split, where the data is a folder.
+        image_size: side of the images; a file of another size is refused.
+        set_size: size of the sets; the schema's largest unless given.
+        batch_size: training examples per step; the last, smaller batch of an epoch is left out.
+        eval_batch_size: validation examples at a time; as `batch_size` unless given.
+        num_workers: processes that read; 0 is right for files in memory.
+        in_memory: keep a file's images in memory; None does so under 2 GB.
+        seed: of the order of the training examples.
+        train_images, val_images: only so many, the first ones.
+
+    Raises:
+        InputError: on `setup`, whatever is wrong with the data.
+    """
+
+    schema = CLEVR
+
+    def __init__(
+        self,
+        train: str | None,
+        val: str,
+        *,
+        train_split: str = "train",
+        val_split: str = "val",
+        image_size: int = 128,
+        set_size: int | None = None,
+        batch_size: int = 128,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        in_memory: bool | None = None,
+        seed: int = 0,
+        train_images: int | None = None,
+        val_images: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.train_path, self.val_path = train, val
+        self.train_split, self.val_split = train_split, val_split
+        self.image_size, self.set_size, self.in_memory = image_size, set_size, in_memory
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.num_workers, self.seed = num_workers, seed
+        self.train_images, self.val_images = train_images, val_images
+        self.train_data: SetFile | ClevrImages | None = None
+        self.val_data: SetFile | ClevrImages | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        if stage in (None, "fit") and self.train_data is None:
+            if self.train_path is None:
+                raise InputError("this data has no training part; give `train` a file or a CLEVR folder")
+            self.train_data = self._open(self.train_path, self.train_split, self.train_images)
+            if len(self.train_data) < self.batch_size:
+                raise InputError(
+                    f"{self.train_path} has {len(self.train_data)} training images, fewer than one batch of "
+                    f"{self.batch_size}; use a smaller batch size"
+                )
+        if self.val_data is None:
+            self.val_data = self._open(self.val_path, self.val_split, self.val_images)
+
+    def train_dataloader(self) -> DataLoader:
+        assert self.train_data is not None, "setup('fit') comes first"
+        # A last batch of another size would have noisier batch statistics and another step size.
+        order = EpochPermutation(len(self.train_data), seed=self.seed)
+        return self._loader(self.train_data, self.batch_size, sampler=order, drop_last=True)
+
+    def val_dataloader(self) -> DataLoader:
+        assert self.val_data is not None, "setup comes first"
+        return self._loader(self.val_data, self.eval_batch_size, sampler=None, drop_last=False)
+
+    def _open(self, path: str, split: str, images: int | None) -> SetFile | ClevrImages:
+        return open_data(
+            path,
+            split=split,
+            image_size=self.image_size,
+            set_size=self.set_size,
+            schema=self.schema,
+            images=images,
+            in_memory=self.in_memory,
+        )
+
+    def _loader(
+        self, data: SetFile | ClevrImages, batch_size: int, *, sampler: Sampler[int] | None, drop_last: bool
+    ) -> DataLoader:
+        if isinstance(data, SetFile):
+            data.load()  # before the workers fork, so that they share the memory
+        return DataLoader(
+            data,
+            batch_size=batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            num_workers=self.num_workers,
+            collate_fn=as_batch,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        )
+
+
+class RenderedScenes(SetDataModule):
+    """Built-in scenes, no download: two files under `folder`, rendered when they are not there yet.
+
+    Args:
+        train_images, val_images: how many scenes.
+        objects: least and most objects of a scene.
+        scenes_seed: which scenes; the validation scenes have a seed of their own. `seed` is that of the order, so
+            that runs of several seeds share the files.
+        folder: where the files lie, for the next run too.
+        workers: processes that render; all cores unless given.
+    """
+
+    def __init__(
+        self,
+        *,
+        train_images: int = 12_000,
+        val_images: int = 1_000,
+        image_size: int = 64,
+        objects: tuple[int, int] = (3, 10),
+        scenes_seed: int = 0,
+        folder: str = "data",
+        workers: int | None = None,
+        set_size: int | None = None,
+        batch_size: int = 64,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        in_memory: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.objects, self.workers = tuple(objects), workers
+        self.seeds = {"train": scenes_seed, "val": scenes_seed + VALIDATION_SEED}
+        self.counts = {"train": train_images, "val": val_images}
+        least, most = self.objects
+        train, val = (
+            str(Path(folder) / f"rendered-{image_size}-{least}to{most}-seed{self.seeds[part]}-{self.counts[part]}.h5")
+            for part in ("train", "val")
+        )
+        super().__init__(
+            train,
+            val,
+            image_size=image_size,
+            set_size=set_size,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            in_memory=in_memory,
+            seed=seed,
+        )
+
+    def prepare_data(self) -> None:
+        """Renders the files that are not there yet.
+
+        Raises:
+            InputError: rendering failed (it has said why), or a file of that name is something else.
+        """
+        for path, part in ((self.train_path, "train"), (self.val_path, "val")):
+            if not os.path.exists(path):
+                self._render(path, part)
+            data = open_data(path, image_size=self.image_size, schema=self.schema, in_memory=False)
+            expected = {"kind": "rendered", "objects": list(self.objects), "seed": self.seeds[part]}
+            if data.source != expected or len(data) != self.counts[part]:
+                raise InputError(
+                    f"{path} is not what its name says: expected {self.counts[part]} images of {expected}, "
+                    f"got {len(data)} of {data.source}; move it away and it will be rendered"
+                )
+
+    def _render(self, path: str, part: str) -> None:
+        # As a command of its own: worker processes import the main program, which here would be torch and all.
+        least, most = map(str, self.objects)
+        command = [sys.executable, "-m", "setpred.data", "render", "--images", str(self.counts[part])]
+        command += ["--image-size", str(self.image_size), "--objects", least, most]
+        command += ["--seed", str(self.seeds[part]), "--out", path]
+        command += [] if self.workers is None else ["--workers", str(self.workers)]
+        here = str(Path(setpred.__file__).parents[1])
+        paths = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+        if subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}).returncode != 0:
+            raise InputError(f"rendering {path} failed, for the reason given above")

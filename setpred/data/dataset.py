@@ -1,0 +1,226 @@
+"""Torch data sets of images and their sets: from a prepared file, or straight from a CLEVR folder."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from setpred.data.cache import open_set_file, read_header
+from setpred.data.clevr import ClevrFolder
+from setpred.errors import InputError
+from setpred.schema import CLEVR, PRESENCE, ElementSchema
+from setpred.sets import presence_mask
+
+if TYPE_CHECKING:
+    import h5py
+
+Batch = dict[str, Tensor]
+IN_MEMORY_BYTES = 2_000_000_000  # files whose images take less are read into memory, unless told otherwise
+
+
+class SetImages(Dataset, ABC):
+    """Images with the sets of what is in them.
+
+    `data[i]` is a dict, and `data.__getitems__([i, j, ...])`, which a `DataLoader` calls, the same with a batch axis
+    in front:
+
+        image     uint8   [3, S, S]          (in memory channels last, as it was stored)
+        elements  float32 [set_size, D]      zero padded
+        mask      bool    [set_size]         True where an element is present
+        index     int64   []                 position in this data set
+
+    Give a `DataLoader` `collate_fn=as_batch`: a batch is already one.
+
+    Attributes: `schema`, `image_size`, `set_size`, `source` (plain types), `cameras` (float64 `[n, 3]`, NaN where
+    unknown).
+    """
+
+    schema: ElementSchema
+    image_size: int
+    set_size: int
+    source: dict[str, Any]
+
+    def _set_elements(self, elements: np.ndarray, set_size: int | None, name: str) -> None:
+        """Keeps `elements [n, N, D]`, trimmed or padded to `set_size`."""
+        self.set_size = elements.shape[1] if set_size is None else set_size
+        counts = (self.schema.values(elements, PRESENCE) > 0.5).sum(1)
+        if (too_many := counts > self.set_size).any():
+            first = int(too_many.argmax())
+            raise InputError(
+                f"{name}: image {first} has {counts[first]} objects, but the model holds sets of at most "
+                f"{self.set_size}; use a set size of at least {counts.max()}"
+            )
+        padding = max(0, self.set_size - elements.shape[1])
+        self._elements = np.pad(elements[:, : self.set_size], ((0, 0), (0, padding), (0, 0)))
+
+    def __len__(self) -> int:
+        return len(self._elements)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        index = np.asarray(indices, dtype=np.int64)
+        # torch.from_numpy shares memory: the image keeps the layout it has on the disk
+        elements = torch.from_numpy(self._elements[index])
+        return {
+            "image": torch.from_numpy(self._read(index)).permute(0, 3, 1, 2),
+            "elements": elements,
+            "mask": presence_mask(elements),
+            "index": torch.from_numpy(index),
+        }
+
+    def __getitem__(self, index: int) -> Batch:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"expected an index under {len(self)}, got {index}")
+        return {name: value[0] for name, value in self.__getitems__([index % len(self)]).items()}
+
+    @property
+    @abstractmethod
+    def cameras(self) -> np.ndarray:
+        """Where the cameras stood, float64 `[n, 3]`, NaN where unknown."""
+
+    @abstractmethod
+    def _read(self, index: np.ndarray) -> np.ndarray:
+        """Images `[batch, S, S, 3]` uint8, a new array."""
+
+
+def as_batch(batch: Batch) -> Batch:
+    """The `collate_fn` for these data sets, whose batches are already batches."""
+    return batch
+
+
+class SetFile(SetImages):
+    """A file made by `python -m setpred.data`.
+
+    The sets are read at once, the images when asked for. The file is opened in each process that reads it and never
+    shared: HDF5 handles survive neither a fork nor a pickle.
+
+    Args:
+        image_size: what the images must have; None takes what the file has.
+        set_size: size of the sets; None takes the schema's largest.
+        schema: what the elements must be; None takes what the file has.
+        images: only so many, the first ones.
+        in_memory: read all images at first use and keep them; None does so under 2 GB. A process that this data set
+            was sent to reads from the file.
+
+    Raises:
+        InputError: missing, cut short, damaged or foreign file; another image size or schema; sets too large.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        image_size: int | None = None,
+        set_size: int | None = None,
+        schema: ElementSchema | None = None,
+        images: int | None = None,
+        in_memory: bool | None = None,
+    ) -> None:
+        self.path = Path(path).resolve()
+        self._handle: h5py.File | None = None
+        self._images: np.ndarray | None = None
+        self._pid = self._owner = os.getpid()
+        with open_set_file(path) as file:
+            header = read_header(file, path)
+            if schema is not None and header.schema != schema:
+                raise InputError(
+                    f"{path} holds elements of another schema than the model: {schema.differences(header.schema)}"
+                )
+            if image_size is not None and header.image_size != image_size:
+                raise InputError(
+                    f"expected images of {image_size}x{image_size}, but {path} has "
+                    f"{header.image_size}x{header.image_size}; "
+                    f"make it again with --image-size {image_size}, or set the image size to {header.image_size}"
+                )
+            self.schema, self.image_size, self.source = header.schema, header.image_size, dict(header.source)
+            self.image_index: np.ndarray = file["index"][:images]
+            self._cameras: np.ndarray = file["camera"][:images]
+            self._set_elements(file["elements"][:images], set_size, str(path))
+        size = len(self) * self.image_size**2 * 3
+        self.in_memory = size < IN_MEMORY_BYTES if in_memory is None else in_memory
+
+    @property
+    def cameras(self) -> np.ndarray:
+        return self._cameras
+
+    def load(self) -> None:
+        """Reads the images into memory if they are to be there; before workers are forked, they share them."""
+        if self.in_memory and self._images is None:
+            self._images = self._file()["images"][: len(self)]
+
+    def _read(self, index: np.ndarray) -> np.ndarray:
+        if os.getpid() == self._owner:
+            self.load()
+        if self._images is not None:
+            return self._images[index]
+        # One by one in the file's order: HDF5's own selection of many rows is 200 times slower.
+        stored = self._file()["images"]
+        images = np.empty((len(index), *stored.shape[1:]), dtype=np.uint8)
+        for position in np.argsort(index, kind="stable"):
+            images[position] = stored[index[position]]
+        return images
+
+    def _file(self) -> h5py.File:
+        if self._handle is None or self._pid != os.getpid():
+            self._handle, self._pid = open_set_file(self.path), os.getpid()
+        return self._handle
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_handle": None, "_images": None, "_owner": None}
+
+
+class ClevrImages(SetImages):
+    """A split of a CLEVR_v1.0 folder, decoded image by image; `prepare` a file when it is to be read more than once.
+
+    Raises:
+        InputError: whatever is wrong with the folder; sets too large; later, an image that cannot be read.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        split: str = "val",
+        image_size: int,
+        set_size: int | None = None,
+        schema: ElementSchema = CLEVR,
+        images: int | None = None,
+    ) -> None:
+        self.folder = ClevrFolder(root, split, schema=schema, images=images)
+        self.schema, self.image_size, self.source = schema, image_size, self.folder.source
+        self.image_index = self.folder.index
+        self._set_elements(self.folder.elements, set_size, str(root))
+
+    @property
+    def cameras(self) -> np.ndarray:
+        return np.stack([self.folder.camera(number) for number in range(len(self))])
+
+    def _read(self, index: np.ndarray) -> np.ndarray:
+        return np.stack([self.folder.image(number, self.image_size) for number in index])
+
+
+def open_data(
+    path: str | os.PathLike[str],
+    *,
+    split: str = "val",
+    image_size: int,
+    set_size: int | None = None,
+    schema: ElementSchema = CLEVR,
+    images: int | None = None,
+    in_memory: bool | None = None,
+) -> SetFile | ClevrImages:
+    """The data set at `path`: a prepared file, or a CLEVR_v1.0 folder, of which `split` is taken.
+
+    Raises:
+        InputError: neither, or what `SetFile` and `ClevrImages` raise.
+    """
+    if Path(path).is_dir():
+        return ClevrImages(path, split=split, image_size=image_size, set_size=set_size, schema=schema, images=images)
+    return SetFile(path, image_size=image_size, set_size=set_size, schema=schema, images=images, in_memory=in_memory)

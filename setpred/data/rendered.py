@@ -1,0 +1,78 @@
+"""Files of built-in scenes."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+
+import setpred.data
+from setpred.data.cache import Header, Record
+from setpred.data.renderer import render
+from setpred.data.scenes import sample_scene
+from setpred.data.workers import ordered_map
+from setpred.data.writer import write_set_file
+from setpred.errors import InputError
+from setpred.schema import CLEVR
+
+
+def render_record(number: int, *, seed: int, image_size: int, objects: tuple[int, int]) -> Record:
+    """Image `number` of a rendering: it depends on `seed` and `number` only, whoever makes it and when."""
+    scene = sample_scene(np.random.default_rng([seed, number]), objects=objects)
+    return Record(
+        image=render(scene, width=image_size, height=image_size),
+        elements=CLEVR.encode([obj.as_dict() for obj in scene.objects]),
+        camera=np.array(scene.camera.location, dtype=np.float64),
+        index=number,
+    )
+
+
+def rendered_header(*, images: int, image_size: int, objects: tuple[int, int], seed: int) -> Header:
+    """What `render_file` with these arguments writes."""
+    if images < 1 or image_size < 8:
+        raise InputError(f"expected at least 1 image of at least 8x8 pixels, got {images} of {image_size}x{image_size}")
+    if not 0 <= objects[0] <= objects[1] <= CLEVR.max_objects:
+        raise InputError(f"objects: expected 0 <= least <= most <= {CLEVR.max_objects}, got {objects[0]} {objects[1]}")
+    if seed < 0:
+        raise InputError(f"expected a seed of at least 0, got {seed}")
+    return Header(images, image_size, CLEVR, {"kind": "rendered", "objects": list(objects), "seed": seed})
+
+
+def render_file(
+    path: str | os.PathLike[str],
+    *,
+    images: int,
+    image_size: int,
+    objects: tuple[int, int] = (3, 10),
+    seed: int = 0,
+    workers: int = 0,
+    force: bool = False,
+) -> str:
+    """Renders random scenes into a file of `setpred.data.cache`'s format; the content does not depend on `workers`.
+
+    Args:
+        objects: least and most objects of a scene.
+        workers: processes to render in; 0 renders in this one.
+
+    Returns:
+        The SHA-256 of the content.
+    """
+    header = rendered_header(images=images, image_size=image_size, objects=objects, seed=seed)
+    one = partial(render_record, seed=seed, image_size=image_size, objects=objects)
+    return write_set_file(
+        path,
+        header,
+        lambda start: ordered_map(one, range(start, images), workers=workers),
+        producer=renderer_fingerprint(),
+        description=f"rendering {image_size}x{image_size}",
+        force=force,
+    )
+
+
+def renderer_fingerprint() -> str:
+    """Changes with the code of this package, so that a file is not continued by another renderer."""
+    folder = Path(setpred.data.__file__).parent
+    return sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()

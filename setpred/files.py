@@ -1,0 +1,118 @@
+"""Files that are either complete or absent, and sentences for what goes wrong while writing them.
+
+Everything is written beside its final name and moved there with `os.replace` once it lies on the disk, so that a
+full disk, a kill or a power cut never leaves half a file under a name that somebody will read.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from setpred.errors import InputError
+
+_ADVICE = {
+    errno.ENOSPC: "the disk is full; free some space or choose another place",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another place",
+    errno.EFBIG: "the file would be larger than this system allows; raise the limit or choose another place",
+    errno.EACCES: "no permission to write there; choose another place or change the permissions",
+    errno.EPERM: "no permission to write there; choose another place or change the permissions",
+    errno.EROFS: "the file system is read-only; choose another place",
+    errno.ENOTDIR: "a part of the path is a file, not a folder; choose another place",
+    errno.EISDIR: "a folder has this name; choose another name",
+    errno.ENOENT: "the folder does not exist and could not be made",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.EIO: "the disk reports an input/output error; check the disk",
+}
+
+
+def error_number(error: OSError) -> int | None:
+    """The errno of an `OSError`, also of those of HDF5, which often say it in the text only."""
+    if error.errno is None and (found := re.search(r"errno = (\d+)", str(error))):
+        return int(found[1])
+    return error.errno
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str], *, hint: str = "") -> Iterator[None]:
+    """Turns an `OSError` of the block into an `InputError` that names `path`, the reason and what to do."""
+    try:
+        yield
+    except OSError as error:
+        number = error_number(error)
+        reason = _ADVICE.get(number) or (os.strerror(number) if number else str(error))
+        raise InputError(f"cannot write {os.fspath(path)}: {reason}{hint}") from error
+
+
+def make_folder(path: str | os.PathLike[str]) -> Path:
+    """The folder `path`, made with its parents if need be; `InputError` when that cannot be."""
+    folder = Path(path)
+    with writing(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder)) from error
+    return folder
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Moves a finished file to its final name: it lies on the disk, content first, when this returns."""
+    _sync(partial)
+    os.replace(partial, final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Writes a small file whole or not at all; the folder is made if need be.
+
+    Raises:
+        InputError: disk full, no permission and their like; what lay under `path` before still lies there.
+    """
+    final = Path(path)
+    make_folder(final.parent)
+    partial = final.with_name(f"{final.name}.partial-{os.getpid()}")
+    with writing(final):
+        try:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            publish(partial, final)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink()
+            raise
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """Creates `path` if need be and holds an exclusive lock on it; yields an open descriptor.
+
+    The system drops the lock when the process ends, however it ends, so there are no stale locks.
+
+    Raises:
+        InputError: another process holds the lock.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # the other writer may have published the file between our opening and our locking of it
+            ours = os.path.samestat(os.fstat(descriptor), os.stat(path))
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        if not ours:
+            raise InputError(f"another process is writing {path}; wait until it has ended, or choose another name")
+        yield descriptor
+    finally:
+        os.close(descriptor)
