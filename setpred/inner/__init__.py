@@ -1,23 +1,27 @@
 """min_Y L(Y): what to solve, how to iterate and how to differentiate, three independent choices."""
 
 from setpred.inner.descent import GradientDescent, State, clip_norm
-from setpred.inner.differentiation import Implicit, Unrolled, inner_gradient, minimise
-from setpred.inner.linear_solvers import ConjugateGradient, Exact, Identity, Neumann
+from setpred.inner.differentiation import Differentiation, Implicit, Unrolled, inner_gradient, minimise
+from setpred.inner.linear_solvers import ConjugateGradient, Exact, Identity, LinearSolver, Neumann
 from setpred.inner.objectives import Conditioned, EquilibriumMatching, LatentMatching, Problem, Proximity, Sum
-from setpred.inner.projections import simplex
+from setpred.inner.projections import Projection, Simplex, simplex
 
 __all__ = [
     "Conditioned",
     "ConjugateGradient",
+    "Differentiation",
     "EquilibriumMatching",
     "Exact",
     "GradientDescent",
     "Identity",
     "Implicit",
     "LatentMatching",
+    "LinearSolver",
     "Neumann",
     "Problem",
+    "Projection",
     "Proximity",
+    "Simplex",
     "State",
     "Sum",
     "Unrolled",

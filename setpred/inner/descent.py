@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-Projection = Callable[[Tensor], Tensor]
+from setpred.inner.projections import Projection
 
 
 class State(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
 import torch
@@ -30,7 +31,15 @@ def inner_gradient(energy: Energy, iterate: Tensor, *, create_graph: bool) -> Te
     return gradient
 
 
-class Unrolled:
+class Differentiation(ABC):
+    """Runs a descent and decides how gradients pass through it."""
+
+    @abstractmethod
+    def iterates(self, energy: Energy, initial: Tensor, descent: GradientDescent, iterations: int) -> Iterator[Tensor]:
+        """Yields Y₀, …, Y_T; at least the last carries gradients to whatever the energy depends on."""
+
+
+class Unrolled(Differentiation):
     """Differentiates through every step of the descent (DSPN; Zhang, Hare, Prügel-Bennett, NeurIPS 2019).
 
     Exact for the iterate it returns; memory grows with the iterations. Every iterate it yields is
@@ -38,7 +47,6 @@ class Unrolled:
     """
 
     def iterates(self, energy: Energy, initial: Tensor, descent: GradientDescent, iterations: int) -> Iterator[Tensor]:
-        """Yields Y₀, …, Y_T."""
         create_graph = torch.is_grad_enabled()
         state = State(initial)
         yield initial
@@ -50,7 +58,7 @@ class Unrolled:
             yield state.iterate
 
 
-class Implicit:
+class Implicit(Differentiation):
     """Differentiates the optimality condition at the end of the descent (iDSPN; Zhang et al., ICLR 2022).
 
     With R(Y; θ) = Y - P(Y - ∇L(Y; θ)), which is ∇L without a projection P, an optimum has R = 0 and
@@ -69,7 +77,6 @@ class Implicit:
         self.solver = Identity() if solver is None else solver
 
     def iterates(self, energy: Energy, initial: Tensor, descent: GradientDescent, iterations: int) -> Iterator[Tensor]:
-        """Yields Y₀, …, Y_T, of which only Y_T carries gradients."""
         differentiable = torch.is_grad_enabled()
         state = State(initial.detach())
         yield initial if iterations == 0 else state.iterate
@@ -101,9 +108,6 @@ class Implicit:
 
             carrier.register_hook(lambda upstream: self.solver(operator, upstream))
         return value + (carrier - carrier.detach())
-
-
-Differentiation = Unrolled | Implicit
 
 
 def minimise(

@@ -1,4 +1,4 @@
-"""Linear solvers for implicit differentiation: plain callables `solver(operator, vector) -> solution`.
+"""Linear solvers for implicit differentiation.
 
 They solve A v = u for every example at once. `operator(v)` applies A to `[batch, ...]`; A is block diagonal over
 the batch, so inner products are taken per example. Without a projection A is the Hessian of the inner objective.
@@ -6,13 +6,20 @@ the batch, so inner products are taken per example. Without a projection A is th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 Operator = Callable[[Tensor], Tensor]
-LinearSolver = Callable[[Operator, Tensor], Tensor]
+
+
+class LinearSolver(ABC):
+    """`solver(operator, u)` -> v with A v = u, approximately or exactly."""
+
+    @abstractmethod
+    def __call__(self, operator: Operator, vector: Tensor) -> Tensor: ...
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
@@ -20,14 +27,14 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).flatten(1).sum(1).view(-1, *[1] * (a.ndim - 1))
 
 
-class Identity:
+class Identity(LinearSolver):
     """v = u: the Hessian is replaced by the identity (iDSPN; Zhang et al., ICLR 2022). No operator call."""
 
     def __call__(self, operator: Operator, vector: Tensor) -> Tensor:
         return vector
 
 
-class ConjugateGradient:
+class ConjugateGradient(LinearSolver):
     """Conjugate gradient from v = 0; for symmetric positive definite A (no projection).
 
     Args:
@@ -62,7 +69,7 @@ class ConjugateGradient:
         return solution
 
 
-class Neumann:
+class Neumann(LinearSolver):
     """Truncated Neumann series v = η Σ_{k<K} (I - η A)ᵏ u; converges when 0 < η < 2/λ_max(A).
 
     With K = `terms` it equals unrolling the last K plain gradient steps of size η at a fixed optimum.
@@ -80,7 +87,7 @@ class Neumann:
         return self.step_size * total
 
 
-class Exact:
+class Exact(LinearSolver):
     """Builds A column by column and factorises it: dim operator calls and dim³ work; for checks and small sets.
 
     Args:

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor
+
+
+class Projection(ABC):
+    """The nearest allowed iterate: `[batch, ...]` to the same shape, each example on its own."""
+
+    @abstractmethod
+    def __call__(self, iterate: Tensor) -> Tensor: ...
+
+
+class Simplex(Projection):
+    """Each row, along the last axis, onto the probability simplex; see `simplex`."""
+
+    def __call__(self, iterate: Tensor) -> Tensor:
+        return simplex(iterate)
 
 
 def simplex(points: Tensor) -> Tensor:

@@ -1,0 +1,111 @@
+"""What a training run writes and prints: whole checkpoints, one line of metrics an epoch, plain progress."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from setpred.checkpoint import save_whole
+from setpred.files import write_atomically
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes each checkpoint aside and renames it; loads tensors and plain types only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None):
+        save_whole(checkpoint, path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
+
+def checkpoint_callbacks(folder: Path) -> list[ModelCheckpoint]:
+    """`best.ckpt` by validation AP, and `last.ckpt` after every epoch.
+
+    Two callbacks, since one with `save_last` writes last.ckpt only when it also saves a better one.
+    """
+    common = {"dirpath": folder, "auto_insert_metric_name": False, "enable_version_counter": False}
+    best = ModelCheckpoint(
+        filename="best", monitor="val_ap", mode="max", save_top_k=1, save_on_train_epoch_end=True, **common
+    )
+    last = ModelCheckpoint(filename="last", save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True, **common)
+    return [best, last]
+
+
+class MetricsFile(pl.Callback):
+    """One row an epoch in `metrics.csv`: epoch, step, seconds of the run, learning rate, losses and AP.
+
+    A resumed run keeps the rows of the epochs before it and drops later ones, so none is missing or double.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        self.start = 0.0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.rows = []
+        if trainer.current_epoch > 0 and self.path.exists():
+            with self.path.open(newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < trainer.current_epoch]
+        self.start = time.monotonic() - (float(self.rows[-1]["seconds"]) if self.rows else 0.0)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        row: dict[str, Any] = {
+            "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
+            "seconds": round(time.monotonic() - self.start, 1),
+            "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+        }
+        row |= {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+        self.rows.append(row)
+        names = list(dict.fromkeys(name for each in self.rows for name in each))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomically(self.path, text.getvalue())
+
+
+class EpochLines(pl.Callback):
+    """A plain line an epoch, and one at most every 30 s between, for logs that are no terminal."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.start = self.last = time.monotonic()
+        self.first_step = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.monotonic()
+        if now - self.last >= 30 and trainer.is_global_zero:
+            self.last = now
+            rate = (trainer.global_step - self.first_step) / (now - self.start)
+            print(
+                f"epoch {trainer.current_epoch}: batch {batch_idx + 1} of {trainer.num_training_batches}, "
+                f"loss {float(outputs['loss']):.4f}, {rate:.1f} steps/s",
+                flush=True,
+            )
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            metrics = trainer.callback_metrics
+            scores = ", ".join(f"{name} {float(metrics[name]):.4f}" for name in ("train_loss", "val_loss") if name in metrics)
+            scores += "".join(
+                f", AP_{name} {100 * float(metrics[f'val_ap_{name}']):.1f}"
+                for name in ("inf", "1", "0.5")
+                if f"val_ap_{name}" in metrics
+            )
+            elapsed = time.monotonic() - self.start
+            print(f"epoch {trainer.current_epoch}: step {trainer.global_step}, {scores}, {elapsed:.0f} s", flush=True)
+            self.last = time.monotonic()

@@ -1,0 +1,162 @@
+"""Checkpoints: read without running code from them, written whole or not at all."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import pickle
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from setpred import aggregators, decoders, encoders, inner
+from setpred.errors import InputError
+from setpred.files import write_atomically
+from setpred.model import SetPredictor
+from setpred.schema import ElementSchema
+
+KEY = "setpred"  # where a checkpoint keeps what rebuilds its model
+VERSION = 1
+PART_MODULES: tuple[ModuleType, ...] = (aggregators, decoders, encoders, inner)
+
+
+def allowed_classes(extra: Iterable[str] = ()) -> dict[str, type]:
+    """Class path to class, of all that a checkpoint may ask to be built: the public parts, and `extra`.
+
+    Both the public path (`setpred.encoders.ResNet`) and the defining one (`setpred.encoders.resnet.ResNet`) count.
+    The paths of `extra` come from the user, never from a file, and are imported.
+    """
+    classes: dict[str, type] = {}
+    for module in PART_MODULES:
+        for name in module.__all__:
+            part = getattr(module, name)
+            if isinstance(part, type):
+                classes[f"{module.__name__}.{name}"] = classes[f"{part.__module__}.{name}"] = part
+    for path in extra:
+        module_name, _, name = path.rpartition(".")
+        try:
+            part = getattr(importlib.import_module(module_name), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise InputError(f"--allow {path}: cannot import it ({error}); expected package.module.Class") from error
+        classes[path] = classes[f"{part.__module__}.{part.__qualname__}"] = part
+    return classes
+
+
+def build(config: Any, classes: Mapping[str, type]) -> Any:
+    """Instantiates `{"class_path": ..., "init_args": {...}}`, nested ones first; other values pass as they are.
+
+    Only classes in `classes` are touched; strings are never imported.
+
+    Raises:
+        InputError: a class path outside `classes`, or arguments the class does not take.
+    """
+    if isinstance(config, list):
+        return [build(item, classes) for item in config]
+    if not isinstance(config, dict):
+        return config
+    if "class_path" not in config:
+        return {key: build(value, classes) for key, value in config.items()}
+    path = config["class_path"]
+    if not isinstance(path, str) or path not in classes:
+        raise InputError(
+            f"the checkpoint asks for {path!r}, which is not on the list of allowed classes (the public parts of "
+            "setpred); if you trust it, name it with --allow"
+        )
+    arguments = {key: build(value, classes) for key, value in (config.get("init_args") or {}).items()}
+    try:
+        return classes[path](**arguments)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"the checkpoint's {path} cannot be built: {error}") from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that has been read: the model with its weights, and what it was trained on."""
+
+    model: SetPredictor
+    schema: ElementSchema
+    seed: int
+    epoch: int
+    step: int
+    data: dict[str, Any]  # the validation data it was trained with: path, split
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The raw content of a checkpoint, on the CPU: tensors and plain types only.
+
+    Raises:
+        InputError: missing, cut short, not a checkpoint, not of this project, or holding anything that would run
+            code on loading.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"no checkpoint at {path}; train one with train.py, or give the path of a .ckpt file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "WeightsUnpickler" in str(error) or "weights_only" in str(error):
+            raise InputError(
+                f"{path} holds more than tensors and plain types and is refused, since loading it could run code "
+                f"({str(error).splitlines()[0]})"
+            ) from error
+        raise InputError(f"{path} is not a checkpoint, or is damaged: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} is not a checkpoint, or is damaged: {reason}") from error
+    record = content.get(KEY) if isinstance(content, dict) else None
+    if not isinstance(record, dict) or "state_dict" not in content:
+        raise InputError(f"{path} is not a checkpoint of setpred: it lacks the record {KEY!r} or the weights")
+    if record.get("version") != VERSION:
+        raise InputError(
+            f"{path} has checkpoint format {record.get('version')!r}, this setpred reads {VERSION}; "
+            "use the setpred that wrote it"
+        )
+    return content
+
+
+def load_checkpoint(path: str | os.PathLike[str], *, allow: Iterable[str] = ()) -> Checkpoint:
+    """Rebuilds a model from the configuration in its checkpoint, runs no code from the file, and loads the weights.
+
+    Args:
+        allow: class paths of your own parts that may be built, besides the public ones of setpred.
+
+    Raises:
+        InputError: see `read_checkpoint` and `build`; weights that do not fit the model.
+    """
+    content = read_checkpoint(path)
+    record = content[KEY]
+    config = record.get("model")
+    if not isinstance(config, dict) or set(config) != {"encoder", "decoder"}:
+        raise InputError(
+            f"{path} does not say how its model is built (it was not trained by train.py); build the parts "
+            'yourself and load its "state_dict"'
+        )
+    classes = allowed_classes(allow)
+    model = SetPredictor(build(config["encoder"], classes), build(config["decoder"], classes))
+    prefix = "model."
+    weights = {
+        name.removeprefix(prefix): value for name, value in content["state_dict"].items() if name.startswith(prefix)
+    }
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"{path}: the weights do not fit the model it describes: {error}") from error
+    return Checkpoint(
+        model=model.eval(),
+        schema=ElementSchema.from_dict(record.get("schema")),
+        seed=int(record.get("seed", 0)),
+        epoch=int(content.get("epoch", 0)),
+        step=int(content.get("global_step", 0)),
+        data=dict(record.get("data") or {}),
+    )
+
+
+def save_whole(content: Any, path: str | os.PathLike[str]) -> None:
+    """`torch.save`, but the file appears under `path` only once it is whole, and an older one stays until then."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getvalue())

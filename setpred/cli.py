@@ -1,0 +1,184 @@
+"""The command line of train.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from setpred.callbacks import EpochLines, MetricsFile, WholeCheckpoints, checkpoint_callbacks
+from setpred.checkpoint import read_checkpoint
+from setpred.errors import InputError
+from setpred.files import make_folder, write_atomically
+from setpred.training import SetPrediction
+
+QUICKSTART = Path("configs") / "quickstart.yaml"
+CHECKPOINTS = Path("checkpoints")
+
+
+class TrainCLI(LightningCLI):
+    """LightningCLI with a run folder and `--resume`.
+
+    What is in force, the later over the earlier: defaults, `--config` files in order, other options. A resumed run
+    takes weights, optimiser and position from the checkpoint and everything else from there too.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=str | None, default=None, help="run name; the configuration's unless given")
+        parser.add_argument(
+            "--resume", type=str | None, default=None, help="'last', or the path of a checkpoint, to go on from"
+        )
+        parser.add_argument("--runs", type=str, default=str(CHECKPOINTS), help="folder that holds the runs")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.runs) / self.config.name
+
+    def resume_path(self) -> Path | None:
+        """The checkpoint to go on from, checked to be readable and of the same model."""
+        if self.config.resume is None:
+            return None
+        path = self.folder / "last.ckpt" if self.config.resume == "last" else Path(self.config.resume)
+        if self.config.resume == "last" and not path.exists():
+            raise InputError(f"nothing to resume: no {path}; start without --resume, or give the run's --name")
+        saved = read_checkpoint(path)["setpred"]
+        if saved["model"] is not None and (changes := differences(saved["model"], self.model.model_config)):
+            raise InputError(
+                f"{path} is of another model than asked for: {'; '.join(changes[:5])}; "
+                "resume with the configuration it was trained with"
+            )
+        return path
+
+    def before_instantiate_classes(self) -> None:
+        if self.config.name is None:
+            configs = self.config.config or []
+            self.config.name = Path(str(configs[-1])).stem if configs else "run"
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as error:
+            raise InputError(f"the configuration cannot be built: {error}") from error
+
+    def instantiate_trainer(self, **arguments: Any) -> pl.Trainer:
+        self.model.model_config = plain(self.config.model)
+        self.model.model_config = {part: self.model.model_config[part] for part in ("encoder", "decoder")}
+        self.model.seed = int(self.config.seed_everything or 0)
+        self.model.data_description = {"path": str(self.datamodule.val_path), "split": self.datamodule.val_split}
+        terminal = sys.stderr.isatty()
+        callbacks = [MetricsFile(self.folder / "metrics.csv"), *checkpoint_callbacks(self.folder)]
+        callbacks.append(TQDMProgressBar() if terminal else EpochLines())
+        arguments |= {
+            "callbacks": [*(self.config_init.trainer.callbacks or []), *callbacks],
+            "enable_progress_bar": terminal,
+            "default_root_dir": str(self.folder),
+            "plugins": [*(self.config_init.trainer.plugins or []), WholeCheckpoints()],
+            "logger": self._logger(),
+        }
+        if self.config.trainer.precision is None:
+            on_gpu = self.config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+            # the inner descent stays in float32 by itself
+            arguments["precision"] = "bf16-mixed" if on_gpu else "32-true"
+        return super().instantiate_trainer(**arguments)
+
+    def _logger(self) -> Any:
+        """TensorBoard where it is installed, unless the configuration says otherwise; metrics.csv is always written."""
+        chosen = self.config_init.trainer.logger
+        if chosen is not None:
+            return chosen
+        if importlib.util.find_spec("tensorboard") is None:
+            return False
+        return TensorBoardLogger(self.config.runs, name=self.config.name, version="tensorboard")
+
+
+def plain(value: Any) -> Any:
+    """A jsonargparse namespace as dictionaries and lists."""
+    if hasattr(value, "as_dict"):
+        value = value.as_dict()
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Where two plain configurations differ, as "key: old against new"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(dict.fromkeys([*old, *new]))
+        return [d for key in keys for d in differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
+    return [] if old == new else [f"{where}: {old} in the checkpoint against {new}"]
+
+
+def set_aside(folder: Path) -> None:
+    """An earlier run of the same name is kept under another name, not overwritten."""
+    if not any(folder.glob("*.ckpt")):
+        return
+    number = 1
+    while (kept := folder.with_name(f"{folder.name}-before-{number}")).exists():
+        number += 1
+    folder.rename(kept)
+    print(f"an earlier run was in {folder}; it is kept in {kept} (use --resume last to go on with a run)", flush=True)
+
+
+def quiet() -> None:
+    """Drops Lightning's advertising and advice that does not apply here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*The number of training batches.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+
+
+def train(arguments: list[str] | None = None) -> Path:
+    """Runs train.py with these command line arguments (`sys.argv` unless given); the quickstart if there is no config.
+
+    Returns:
+        The run's folder, with best.ckpt, last.ckpt, config.yaml and metrics.csv.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not any(a in ("-c", "--config") or a.startswith("--config=") for a in arguments):
+        arguments = ["--config", str(QUICKSTART), *arguments]
+    quiet()
+    cli = TrainCLI(
+        SetPrediction,
+        subclass_mode_data=True,
+        datamodule_class=pl.LightningDataModule,
+        save_config_callback=None,
+        seed_everything_default=0,
+        auto_configure_optimizers=False,
+        trainer_defaults={
+            "inference_mode": False,  # the inner descent needs gradients in validation too
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+        },
+        run=False,
+        args=arguments,
+        parser_kwargs={"description": "Train a set predictor."},
+    )
+    resume = cli.resume_path()
+    if resume is None:
+        set_aside(cli.folder)
+    make_folder(cli.folder)
+    text = cli.parser.dump(cli.config, skip_none=False)
+    write_atomically(cli.folder / "config.yaml", text)
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=True)
+    print(f"checkpoints, configuration and metrics are in {cli.folder}", flush=True)
+    return cli.folder
+
+
+def main() -> int:
+    """train.py: errors a user can mend become one sentence and exit status 2."""
+    try:
+        train()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,167 @@
+"""The training layer: one LightningModule for any set predictor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from setpred import checkpoint
+from setpred.checkpoint import save_whole
+from setpred.errors import InputError
+from setpred.losses import HungarianLoss
+from setpred.matching import NotFiniteError
+from setpred.metrics import AveragePrecision
+from setpred.model import SetPredictor
+from setpred.schedules import Constant, Schedule
+from setpred.schema import CLEVR, ElementSchema
+from setpred.sets import check_set
+
+SCHEMAS: dict[str, ElementSchema] = {CLEVR.name: CLEVR}
+
+
+class SetPrediction(pl.LightningModule):
+    """Trains a `SetPredictor` by a set loss and validates it by average precision.
+
+    Batches are dictionaries with `image` uint8 `[batch, 3, H, W]`, `elements [batch, set_size, set_dim]` and
+    `index [batch]`. The randomness of a training step is a function of (seed, step) alone, so that a resumed run
+    repeats the undisturbed one. Logs `train_loss`, `val_loss`, `val_ap_<threshold>` and `val_ap`, the mean of these.
+
+    Args:
+        encoder: image to latent vector.
+        decoder: latent vector to set.
+        schema: name of the element schema (`SCHEMAS`).
+        loss: per-example set loss; `HungarianLoss` unless given.
+        learning_rate: of Adam.
+        weight_decay: decoupled, as in AdamW.
+        schedule: of the learning rate; constant unless given.
+        iterations_by_epoch: descent steps from given epochs on, e.g. `{0: 20, 50: 40}`; training only.
+        gradient_clip: largest L2 norm of the whole gradient; None does not clip.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        *,
+        schema: str = CLEVR.name,
+        loss: nn.Module | None = None,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.0,
+        schedule: Schedule | None = None,
+        iterations_by_epoch: dict[int, int] | None = None,
+        gradient_clip: float | None = None,
+    ) -> None:
+        super().__init__()
+        if schema not in SCHEMAS:
+            raise InputError(f"unknown schema {schema!r}; expected one of {', '.join(SCHEMAS)}")
+        self.schema = SCHEMAS[schema]
+        set_dim = getattr(decoder, "set_dim", self.schema.set_dim)
+        if set_dim != self.schema.set_dim:
+            raise InputError(
+                f"schema {schema!r} has elements of {self.schema.set_dim} numbers, the decoder of {set_dim}"
+            )
+        # channels-last is the faster layout for convolutions on GPUs and CPUs alike
+        self.model = SetPredictor(encoder, decoder).to(memory_format=torch.channels_last)
+        self.loss = HungarianLoss() if loss is None else loss
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.schedule = Constant() if schedule is None else schedule
+        self.iterations_by_epoch = iterations_by_epoch
+        self.gradient_clip = gradient_clip
+        self.seed = 0  # the command line sets it to seed_everything
+        self.model_config: dict[str, Any] | None = None  # encoder and decoder as plain types, for checkpoints
+        self.data_description: dict[str, Any] = {}  # the validation data's path and split, likewise
+        self.average_precision = AveragePrecision(schema=self.schema)
+
+    def forward(self, images: Tensor, **arguments: Any) -> Tensor:
+        return self.model(images, **arguments)
+
+    def training_iterations(self) -> int | None:
+        """Descent steps at this epoch of training; None leaves it to the decoder."""
+        reached = [epoch for epoch in self.iterations_by_epoch or {} if epoch <= self.current_epoch]
+        return self.iterations_by_epoch[max(reached)] if reached else None
+
+    def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        # set from (step, epoch) each time, not by a stateful scheduler: nothing to restore, nothing to drift
+        for group in self.optimizers().param_groups:
+            group["lr"] = self.learning_rate * self.schedule(self.global_step, self.current_epoch)
+        # also seeds CUDA; 1_000_003 keeps the streams of neighbouring seeds apart
+        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        losses = self._losses(batch, self.model(batch["image"], iterations=self.training_iterations()))
+        loss = losses.mean()
+        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(losses))
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        predicted = self.model(batch["image"], index=batch["index"])
+        losses = self._losses(batch, predicted)
+        self.log("val_loss", losses.mean(), batch_size=len(losses), sync_dist=True)
+        self.average_precision.update(predicted.float(), batch["elements"])
+
+    def on_validation_epoch_end(self) -> None:
+        scores = {f"val_{name}": value.float() for name, value in self.average_precision.compute().items()}
+        scores["val_ap"] = torch.stack(list(scores.values())).mean()
+        self.log_dict(scores)
+        self.average_precision.reset()
+
+    def _losses(self, batch: dict[str, Tensor], predicted: Tensor) -> Tensor:
+        """Loss of each example, checked to be finite."""
+        check_set(batch["elements"], set_dim=self.schema.set_dim)
+        try:
+            losses = self.loss(predicted.float(), batch["elements"])
+            # one number to the host each step, against hours of training on nothing
+            if not torch.isfinite(losses.detach().sum()):
+                raise NotFiniteError("the loss", (~torch.isfinite(losses)).nonzero().flatten().tolist())
+        except NotFiniteError as error:
+            raise self._stop(error, batch) from error
+        return losses
+
+    def _stop(self, error: NotFiniteError, batch: dict[str, Tensor]) -> InputError:
+        """Saves all that repeats the failing step and says where it lies."""
+        index = batch["index"].tolist()
+        path = Path(self.trainer.default_root_dir) / f"repro-step-{self.global_step}.pt"
+        save_whole(
+            {
+                "error": str(error),
+                "step": self.global_step,
+                "epoch": self.current_epoch,
+                "training": self.training,
+                "samples": error.samples,
+                "batch": {name: value.cpu() for name, value in batch.items()},
+                "state_dict": self.state_dict(),
+                checkpoint.KEY: self.description(),
+            },
+            path,
+        )
+        return InputError(
+            f"step {self.global_step} (epoch {self.current_epoch}): {error}; "
+            f"data indices {[index[sample] for sample in error.samples[:8]]}. "
+            f"Model, batch and seed are saved in {path}. If the loss rose before, lower model.learning_rate or set "
+            "model.gradient_clip; if it came at once, look at these images and their elements"
+        )
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+
+    def configure_gradient_clipping(self, optimizer: Any, *arguments: Any, **keywords: Any) -> None:
+        if self.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters(), self.gradient_clip)
+
+    def on_save_checkpoint(self, content: dict[str, Any]) -> None:
+        """Adds what evaluation needs to rebuild the model: plain types only."""
+        content[checkpoint.KEY] = self.description()
+
+    def description(self) -> dict[str, Any]:
+        """What rebuilds the model, in plain types; `setpred.checkpoint` reads it."""
+        return {
+            "version": checkpoint.VERSION,
+            "schema": self.schema.to_dict(),
+            "model": self.model_config,
+            "data": self.data_description,
+            "seed": self.seed,
+        }
