@@ -99,7 +99,8 @@ class GradientDescent(nn.Module):
         return iterate if self.projection is None else self.projection(iterate)
 
     def extra_repr(self) -> str:
+        rate, momentum = (float(torch.as_tensor(value).detach()) for value in (self.learning_rate, self.momentum))
         return (
-            f"iterations={self.iterations}, learning_rate={float(self.learning_rate):.4g}, "
-            f"momentum={float(self.momentum):.4g}, clip={self.clip}, learned={self.learned}"
+            f"iterations={self.iterations}, learning_rate={rate:.4g}, momentum={momentum:.4g}, clip={self.clip}, "
+            f"learned={self.learned}"
         )

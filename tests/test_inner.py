@@ -1,0 +1,350 @@
+"""Laws of the inner optimisation: known optima, and gradients against finite differences."""
+
+import gc
+import itertools
+import weakref
+
+import pytest
+import torch
+from problems import Quadratic, finite_difference
+
+from setpred.aggregators import FSPool, SetEncoder
+from setpred.inner import (
+    Conditioned,
+    ConjugateGradient,
+    Exact,
+    GradientDescent,
+    Identity,
+    Implicit,
+    LatentMatching,
+    Neumann,
+    Problem,
+    Proximity,
+    Simplex,
+    Sum,
+    Unrolled,
+    clip_norm,
+    minimise,
+    simplex,
+)
+
+LONG = {"iterations": 150, "learning_rate": 0.7, "momentum": 0.5}
+SOLVERS = {
+    "conjugate gradient": ConjugateGradient(iterations=8),
+    "neumann": Neumann(terms=150, step_size=0.8),
+    "exact": Exact(),
+}
+
+
+def weighted_sum(elements):
+    """A scalar of the iterates that treats every number differently."""
+    weights = torch.linspace(-1, 2, elements.numel(), dtype=elements.dtype).view_as(elements)
+    return (weights * elements).sum() + (elements**3).sum()
+
+
+@pytest.mark.parametrize("differentiation", [Unrolled(), Implicit()], ids=["unrolled", "implicit"])
+@pytest.mark.parametrize("momentum", [0.0, 0.6])
+def test_descent_finds_the_optimum(differentiation, momentum):
+    problem = Quadratic()
+    descent = GradientDescent(iterations=250, learning_rate=0.7, momentum=momentum)
+    found = minimise(
+        problem.energy(problem.theta), problem.initial, descent=descent, differentiation=differentiation
+    )
+    torch.testing.assert_close(found, problem.optimum(problem.theta), rtol=1e-10, atol=1e-10)
+
+
+def test_nesterov_steps_are_those_of_torch_sgd():
+    problem = Quadratic()
+    leaf = problem.initial.clone().requires_grad_()
+    optimizer = torch.optim.SGD([leaf], lr=0.3, momentum=0.9, nesterov=True)
+    descent = GradientDescent(iterations=7, learning_rate=0.3, momentum=0.9)
+    iterates = Unrolled().iterates(problem.energy(problem.theta), problem.initial, descent, 7)
+    for iterate in iterates:
+        torch.testing.assert_close(iterate, leaf.detach(), rtol=0, atol=1e-13)
+        optimizer.zero_grad()
+        problem.energy(problem.theta)(leaf).sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
+def test_implicit_gradient_is_that_of_the_optimum(solver):
+    problem = Quadratic()
+    theta = problem.theta.clone().requires_grad_()
+    found = minimise(
+        problem.energy(theta), problem.initial, descent=GradientDescent(**LONG), differentiation=Implicit(solver)
+    )
+    weighted_sum(found).backward()
+    expected = finite_difference(lambda t: weighted_sum(problem.optimum(t)), problem.theta)
+    torch.testing.assert_close(theta.grad, expected, rtol=1e-7, atol=1e-7)
+
+
+def test_unrolled_gradient_is_that_of_the_iterate_before_convergence():
+    problem = Quadratic()
+    theta = problem.theta.clone().requires_grad_()
+    descent = GradientDescent(iterations=4, learning_rate=0.5, momentum=0.8, clip=0.7)
+
+    def found(theta):
+        return minimise(problem.energy(theta), problem.initial, descent=descent, differentiation=Unrolled())
+
+    weighted_sum(found(theta)).backward()
+    expected = finite_difference(lambda t: weighted_sum(found(t)), problem.theta)
+    torch.testing.assert_close(theta.grad, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_implicit_equals_unrolled_at_convergence():
+    problem = Quadratic(seed=3)
+    gradients = []
+    for differentiation in (Unrolled(), Implicit(Exact())):
+        theta = problem.theta.clone().requires_grad_()
+        descent = GradientDescent(**LONG)
+        found = minimise(problem.energy(theta), problem.initial, descent=descent, differentiation=differentiation)
+        weighted_sum(found).backward()
+        gradients.append(theta.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-9)
+
+
+def test_identity_solver_is_the_published_vector_product():
+    """v = u: the gradient is -uᵀ ∂(∇L)/∂θ = Bᵀ u for the quadratic, whatever the Hessian."""
+    problem = Quadratic()
+    theta = problem.theta.clone().requires_grad_()
+    found = minimise(
+        problem.energy(theta),
+        problem.initial,
+        descent=GradientDescent(iterations=5, learning_rate=0.3, momentum=0.9, clip=0.1),
+        differentiation=Implicit(Identity()),
+    )
+    upstream = torch.randn(found.shape, dtype=found.dtype, generator=torch.Generator().manual_seed(1))
+    found.backward(upstream)
+    expected = torch.einsum("bip,bi->p", problem.link, upstream.flatten(1))
+    torch.testing.assert_close(theta.grad, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", [Neumann(terms=150), Exact()], ids=["neumann", "exact"])
+def test_implicit_gradient_through_a_projection(solver):
+    """On the simplex, the gradient is that of the constrained optimum."""
+    problem = Quadratic(rows=2, dim=3, seed=5)
+    theta = 0.2 * problem.theta
+
+    def found(theta, differentiation, iterations=300):
+        descent = GradientDescent(iterations=iterations, learning_rate=1.0, projection=Simplex())
+        return minimise(problem.energy(theta), problem.initial, descent=descent, differentiation=differentiation)
+
+    leaf = theta.clone().requires_grad_()
+    value = found(leaf, Implicit(solver))
+    torch.testing.assert_close(value.sum(-1), torch.ones_like(value[..., 0]))
+    weighted_sum(value).backward()
+    expected = finite_difference(lambda t: weighted_sum(found(t, Implicit())), theta, step=1e-5)
+    torch.testing.assert_close(leaf.grad, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_examples_do_not_influence_each_other():
+    problem = Quadratic(batch=4)
+    descent = GradientDescent(iterations=6, learning_rate=0.5, momentum=0.9, clip=0.5)
+    together = minimise(
+        problem.energy(problem.theta), problem.initial, descent=descent, differentiation=Implicit()
+    )
+    for b in range(4):
+        alone = Quadratic(batch=4)
+        alone.matrix, alone.link = problem.matrix[b : b + 1], problem.link[b : b + 1]
+        one = minimise(
+            alone.energy(problem.theta), problem.initial[b : b + 1], descent=descent, differentiation=Implicit()
+        )
+        torch.testing.assert_close(together[b : b + 1], one, rtol=1e-12, atol=1e-12)
+
+
+def saved_tensors(function):
+    """Number of tensors that live on because autograd saved them for the backward pass of `function()`."""
+    saved = []
+
+    class Kept:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    def pack(tensor):
+        kept = Kept(tensor.detach())
+        saved.append(weakref.ref(kept))
+        return kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
+        result = function()
+    alive = sum(reference() is not None for reference in saved)
+    assert result.requires_grad
+    return alive
+
+
+def decoder_energy(seed=0):
+    torch.manual_seed(seed)
+    encoder = SetEncoder(FSPool(8, set_size=4), set_dim=3, hidden_dim=8).double()
+    objective = LatentMatching(encoder)
+    initial = torch.randn(2, 4, 3, dtype=torch.float64)
+    problem = Problem(torch.randn(2, 8, dtype=torch.float64), initial)
+    return encoder, initial, lambda elements: objective(elements, problem)
+
+
+def test_memory_of_the_implicit_way_does_not_grow_with_the_iterations():
+    _, initial, energy = decoder_energy()
+
+    def tensors(differentiation, iterations):
+        descent = GradientDescent(iterations=iterations, momentum=0.9)
+        return saved_tensors(lambda: minimise(energy, initial, descent=descent, differentiation=differentiation))
+
+    for solver in (Identity(), ConjugateGradient()):
+        assert tensors(Implicit(solver), 40) == tensors(Implicit(solver), 5) > 0
+    assert tensors(Unrolled(), 40) > 4 * tensors(Unrolled(), 5)
+
+
+def test_parameter_gradients_of_a_set_objective():
+    """Unrolled against finite differences through a real set encoder, for the latent vector."""
+    torch.manual_seed(0)
+    encoder = SetEncoder(FSPool(8, set_size=4), set_dim=3, hidden_dim=8).double()
+    objective = Sum([LatentMatching(encoder), Proximity(weight=0.1)])
+    initial = torch.randn(2, 4, 3, dtype=torch.float64)
+    latent = torch.randn(2, 8, dtype=torch.float64)
+
+    def value(latent):
+        descent = GradientDescent(iterations=3, momentum=0.9)
+        problem = Problem(latent, initial)
+        return weighted_sum(
+            minimise(lambda y: objective(y, problem), initial, descent=descent, differentiation=Unrolled())
+        )
+
+    leaf = latent.clone().requires_grad_()
+    value(leaf).backward()
+    torch.testing.assert_close(leaf.grad, finite_difference(value, latent), rtol=1e-5, atol=1e-7)
+
+
+def test_no_reference_cycle_keeps_the_graph_alive():
+    """The graph of a step is freed by reference counting alone, solver hook included."""
+    _, initial, energy = decoder_energy()
+    watched = []
+
+    class Token:
+        pass
+
+    class Tagged(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, elements):
+            ctx.token = Token()
+            watched.append(weakref.ref(ctx.token))
+            return elements.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    gc.disable()
+    try:
+        found = minimise(
+            lambda elements: energy(Tagged.apply(elements)),
+            initial,
+            descent=GradientDescent(iterations=3),
+            differentiation=Implicit(ConjugateGradient()),
+        )
+        assert any(token() is not None for token in watched)
+        found.sum().backward()
+        del found
+        assert all(token() is None for token in watched)
+    finally:
+        gc.enable()
+
+
+def test_works_without_grad_and_leaves_the_mode_alone():
+    _, initial, energy = decoder_energy()
+    descent = GradientDescent(iterations=3)
+    for differentiation in (Unrolled(), Implicit()):
+        with torch.no_grad():
+            for iterate in differentiation.iterates(energy, initial, descent, 3):
+                assert not torch.is_grad_enabled()
+                assert not iterate.requires_grad
+        with torch.enable_grad():
+            attached = minimise(energy, initial, descent=descent, differentiation=differentiation)
+        assert attached.requires_grad
+
+
+def test_inference_mode_is_refused_with_advice():
+    _, initial, energy = decoder_energy()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="no_grad"):
+        minimise(energy, initial, descent=GradientDescent(iterations=1), differentiation=Implicit())
+
+
+def test_iterations_at_call_time():
+    problem = Quadratic()
+    descent = GradientDescent(iterations=3, learning_rate=0.5)
+    energy = problem.energy(problem.theta)
+    all_iterates = list(Unrolled().iterates(energy, problem.initial, descent, 6))
+    assert len(all_iterates) == 7
+    for iterations, differentiation in itertools.product((0, 1, 6), (Unrolled(), Implicit())):
+        found = minimise(
+            energy, problem.initial, descent=descent, differentiation=differentiation, iterations=iterations
+        )
+        torch.testing.assert_close(found, all_iterates[iterations], rtol=0, atol=1e-14)
+
+
+def test_clip_keeps_direction_and_bounds_the_norm():
+    gradient = torch.randn(5, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gradient[0] = 0
+    gradient[1] *= 1e-3
+    clipped = clip_norm(gradient, 0.5)
+    norms = clipped.flatten(1).norm(dim=1)
+    assert (norms <= 0.5 + 1e-12).all()
+    torch.testing.assert_close(clipped[:2], gradient[:2])
+    cosine = torch.nn.functional.cosine_similarity(clipped[2:].flatten(1), gradient[2:].flatten(1))
+    torch.testing.assert_close(cosine, torch.ones_like(cosine))
+    zero = torch.zeros(1, 2, requires_grad=True)
+    clip_norm(zero, 1.0).sum().backward()
+    assert torch.isfinite(zero.grad).all()
+
+
+def test_simplex_projection_is_the_nearest_point():
+    """Against the optimality condition: x - p is constant on the support and smaller off it."""
+    points = 3 * torch.randn(200, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    projected = simplex(points)
+    assert (projected >= 0).all()
+    torch.testing.assert_close(projected.sum(-1), torch.ones(200, dtype=torch.float64))
+    slack = points - projected
+    multiplier = torch.where(projected > 0, slack, -torch.inf).amax(-1, keepdim=True)
+    support = projected > 0
+    torch.testing.assert_close(slack[support], multiplier.expand_as(slack)[support])
+    assert (slack <= multiplier + 1e-12).all()
+    torch.testing.assert_close(simplex(projected), projected)
+
+
+def test_proximity_makes_the_start_the_optimum_alone():
+    initial = torch.randn(2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    problem = Problem(latent=initial[:, 0], initial=initial, mask=mask)
+    shifted = initial + 1.0
+    torch.testing.assert_close(Proximity(weight=0.1)(initial, problem), torch.zeros(2, dtype=torch.float64))
+    torch.testing.assert_close(
+        Proximity(weight=0.1)(shifted, problem), torch.tensor([0.05 * 4, 0.05 * 2], dtype=torch.float64)
+    )
+
+
+def test_conditioning_lets_the_input_decide():
+    encoder = SetEncoder(FSPool(8, set_size=4), set_dim=5, hidden_dim=8)
+    objective = Conditioned(LatentMatching(encoder))
+    elements, condition = torch.randn(2, 4, 3), torch.randn(2, 4, 2)
+    latent = encoder(torch.cat([elements, condition], dim=-1))
+    right = Problem(latent, elements, condition=condition)
+    torch.testing.assert_close(objective(elements, right), torch.zeros(2))
+    other = Problem(latent, elements, condition=condition.roll(1, dims=1))
+    assert (objective(elements, other) > 0).all()
+    with pytest.raises(ValueError, match="condition"):
+        objective(elements, Problem(latent, elements))
+
+
+def test_learned_descent_starts_where_it_says():
+    descent = GradientDescent(iterations=1, learning_rate=0.1, momentum=0.9, learned=True)
+    assert descent.learning_rate.item() == pytest.approx(0.1, rel=1e-6)
+    assert descent.momentum.item() == pytest.approx(0.9, rel=1e-6)
+    problem = Quadratic()
+    start = problem.initial.float()
+    found = minimise(
+        lambda y: (y - 1).square().flatten(1).sum(1),
+        start,
+        descent=descent,
+        differentiation=Unrolled(),
+        iterations=2,
+    )
+    found.sum().backward()
+    assert all(parameter.grad.abs() > 0 for parameter in descent.parameters())
