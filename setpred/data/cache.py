@@ -152,18 +152,18 @@ def verify(path: str | os.PathLike[str]) -> Header:
     """
     with open_set_file(path) as file:
         header = read_header(file, path)
-        checksum = Checksum(header)
+        checksum, present = Checksum(header), 0
         try:
             for images, elements, camera, index in read_rows(file):
                 checksum.update(images, elements, camera, index)
+                present += int(header.schema.values(elements, PRESENCE).sum())
                 if (wrong := malformed(elements, header.schema)).any():
                     raise InputError(f"{path}: the set of image {index[wrong.argmax()]} is malformed; make it again")
             objects, digest = int(file.attrs["objects"]), str(file.attrs["sha256"])
         except (OSError, RuntimeError, KeyError) as error:
             raise InputError(f"{path} is damaged ({error}); copy or make it again") from error
-    if checksum.hexdigest() != digest:
+    if checksum.hexdigest() != digest or present != objects:
         raise InputError(f"{path}: the content is not what was written (SHA-256 differs); copy or make it again")
-    assert objects >= 0
     return header
 
 

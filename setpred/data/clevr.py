@@ -44,6 +44,8 @@ class ClevrFolder:
         self, root: str | os.PathLike[str], split: str, *, schema: ElementSchema = CLEVR, images: int | None = None
     ) -> None:
         self.root, self.split, self.schema = Path(root), split, schema
+        if images is not None and images < 1:
+            raise InputError(f"expected at least 1 image, got {images}")
         scenes_file = _scenes_file(self.root, split)
         content = _read(scenes_file)
         scenes = self._parse(content, scenes_file)[:images]

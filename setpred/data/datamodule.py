@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 
 import setpred
 from setpred.data.dataset import ClevrImages, SetFile, as_batch, open_data
+from setpred.data.rendered import render_record
 from setpred.errors import InputError
 from setpred.schema import CLEVR
 
@@ -197,13 +198,25 @@ class RenderedScenes(SetDataModule):
         for path, part in ((self.train_path, "train"), (self.val_path, "val")):
             if not os.path.exists(path):
                 self._render(path, part)
-            data = open_data(path, image_size=self.image_size, schema=self.schema, in_memory=False)
+            data = SetFile(path, image_size=self.image_size, schema=self.schema, in_memory=False)
             expected = {"kind": "rendered", "objects": list(self.objects), "seed": self.seeds[part]}
             if data.source != expected or len(data) != self.counts[part]:
                 raise InputError(
                     f"{path} is not what its name says: expected {self.counts[part]} images of {expected}, "
                     f"got {len(data)} of {data.source}; move it away and it will be rendered"
                 )
+            if not self._up_to_date(data, self.seeds[part]):
+                raise InputError(
+                    f"{path} was rendered by another version of the renderer, which draws other pictures; move it away "
+                    "and it will be rendered again, or train on it as it is with setpred.data.datamodule.SetDataModule"
+                )
+
+    def _up_to_date(self, data: SetFile, seed: int) -> bool:
+        now = render_record(0, seed=seed, image_size=self.image_size, objects=self.objects)
+        stored = data[0]
+        shades = np.abs(stored["image"].permute(1, 2, 0).numpy().astype(int) - now.image).mean()
+        # other processors and versions of NumPy may round otherwise
+        return shades < 1 and np.allclose(stored["elements"].numpy(), now.elements, atol=1e-4)
 
     def _render(self, path: str, part: str) -> None:
         # As a command of its own: worker processes import the main program, which here would be torch and all.

@@ -39,14 +39,14 @@ class SetImages(Dataset, ABC):
 
     Give a `DataLoader` `collate_fn=as_batch`: a batch is already one.
 
-    Attributes: `schema`, `image_size`, `set_size`, `source` (plain types), `cameras` (float64 `[n, 3]`, NaN where
-    unknown).
+    Attributes: `schema`, `image_size`, `set_size`, `source` (plain types), `image_index` (numbers in the source).
     """
 
     schema: ElementSchema
     image_size: int
     set_size: int
     source: dict[str, Any]
+    image_index: np.ndarray
 
     def _set_elements(self, elements: np.ndarray, set_size: int | None, name: str) -> None:
         """Keeps `elements [n, N, D]`, trimmed or padded to `set_size`."""
@@ -80,10 +80,9 @@ class SetImages(Dataset, ABC):
             raise IndexError(f"expected an index under {len(self)}, got {index}")
         return {name: value[0] for name, value in self.__getitems__([index % len(self)]).items()}
 
-    @property
     @abstractmethod
-    def cameras(self) -> np.ndarray:
-        """Where the cameras stood, float64 `[n, 3]`, NaN where unknown."""
+    def camera(self, index: int) -> np.ndarray:
+        """Where the camera of an image stood, float64 `[3]`, NaN where unknown."""
 
     @abstractmethod
     def _read(self, index: np.ndarray) -> np.ndarray:
@@ -126,7 +125,10 @@ class SetFile(SetImages):
         self.path = Path(path).resolve()
         self._handle: h5py.File | None = None
         self._images: np.ndarray | None = None
-        self._pid = self._owner = os.getpid()
+        self._pid: int | None = os.getpid()
+        self._owner = self._pid  # the process that may fill its memory with images
+        if images is not None and images < 1:
+            raise InputError(f"expected at least 1 image, got {images}")
         with open_set_file(path) as file:
             header = read_header(file, path)
             if schema is not None and header.schema != schema:
@@ -146,9 +148,8 @@ class SetFile(SetImages):
         size = len(self) * self.image_size**2 * 3
         self.in_memory = size < IN_MEMORY_BYTES if in_memory is None else in_memory
 
-    @property
-    def cameras(self) -> np.ndarray:
-        return self._cameras
+    def camera(self, index: int) -> np.ndarray:
+        return self._cameras[index]
 
     def load(self) -> None:
         """Reads the images into memory if they are to be there; before workers are forked, they share them."""
@@ -164,7 +165,10 @@ class SetFile(SetImages):
         stored = self._file()["images"]
         images = np.empty((len(index), *stored.shape[1:]), dtype=np.uint8)
         for position in np.argsort(index, kind="stable"):
-            images[position] = stored[index[position]]
+            try:
+                images[position] = stored[index[position]]
+            except (OSError, RuntimeError) as error:
+                raise InputError(f"{self.path}: image {index[position]} cannot be read ({error})") from error
         return images
 
     def _file(self) -> h5py.File:
@@ -198,9 +202,8 @@ class ClevrImages(SetImages):
         self.image_index = self.folder.index
         self._set_elements(self.folder.elements, set_size, str(root))
 
-    @property
-    def cameras(self) -> np.ndarray:
-        return np.stack([self.folder.camera(number) for number in range(len(self))])
+    def camera(self, index: int) -> np.ndarray:
+        return self.folder.camera(index)
 
     def _read(self, index: np.ndarray) -> np.ndarray:
         return np.stack([self.folder.image(number, self.image_size) for number in index])

@@ -47,8 +47,8 @@ def prepare_file(
     Returns:
         The SHA-256 of the content.
     """
-    if image_size < 8 or (images is not None and images < 1):
-        raise InputError(f"expected at least 1 image of at least 8x8 pixels, got {images} of {image_size}x{image_size}")
+    if image_size < 8:
+        raise InputError(f"expected images of at least 8x8 pixels, got {image_size}x{image_size}")
     folder = ClevrFolder(root, split, schema=schema, images=images)
 
     def records(start: int) -> Iterator[Record]:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-import setpred.data
 from setpred.data.cache import Header, Record
 from setpred.data.renderer import render
 from setpred.data.scenes import sample_scene
@@ -74,5 +73,4 @@ def render_file(
 
 def renderer_fingerprint() -> str:
     """Changes with the code of this package, so that a file is not continued by another renderer."""
-    folder = Path(setpred.data.__file__).parent
-    return sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()
+    return sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()

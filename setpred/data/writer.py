@@ -1,12 +1,18 @@
-"""Writing a file of prepared images: whole or not at all, continued after an interruption."""
+"""Writing a file of prepared images: whole or not at all, continued after an interruption.
+
+HDF5 must not write to the disk by itself: when a delayed write of its fails (a full disk), the error surfaces while
+some object is freed, where Python can only print it, and closing the file then succeeds or crashes. So HDF5 writes to
+a `_Sink`, which always reports success and keeps the error for us.
+"""
 
 from __future__ import annotations
 
+import io
+import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import h5py
@@ -54,25 +60,60 @@ def write_set_file(
     make_folder(path.parent)
     partial = path.with_name(path.name + ".partial")
     hint = f"; what was done stays in {partial.name}, and the same command goes on from there"
-    with writing(partial), locked(partial) as descriptor:
-        file, done = _open(partial, header, producer)
+    with writing(path), locked(partial) as descriptor:
+        sink = _Sink(descriptor)
+        file, done = _open(sink, partial, header, producer)
         try:
-            _reserve(descriptor, partial, file)
+            _reserve(sink, partial, header, done)
             with writing(path, hint=hint):
-                digest = _write_rows(file, header, records, done, description)
-                file.close()
-                publish(partial, path)
+                digest = _write_rows(file, sink, header, records, done, description)
         finally:
-            with suppress(OSError, RuntimeError):  # a full disk shows again on closing
-                file.close()
+            file.close()
+        sink.check()
+        publish(partial, path)
     return digest
 
 
-def _open(partial: Path, header: Header, producer: str) -> tuple[h5py.File, int]:
+class _Sink(io.FileIO):
+    """A file that takes everything and tells the first error when asked."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor, "r+b", closefd=False)
+        self._error: BaseException | None = None
+
+    def write(self, data: memoryview) -> int:
+        if self._error is None:
+            try:
+                rest = memoryview(data).cast("B")
+                while rest:  # on a disk that is nearly full the system writes a part
+                    rest = rest[super().write(rest) :]
+            except BaseException as error:  # Ctrl-C too
+                self._error = error
+        return len(data)
+
+    def truncate(self, size: int | None = None) -> int:
+        if self._error is None:
+            try:
+                return super().truncate(size)
+            except BaseException as error:
+                self._error = error
+        return size or 0
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def sync(self) -> None:
+        """Everything written lies on the disk when this returns."""
+        self.check()
+        os.fsync(self.fileno())
+
+
+def _open(sink: _Sink, partial: Path, header: Header, producer: str) -> tuple[h5py.File, int]:
     """The partial file and the number of rows that it has already."""
-    if partial.stat().st_size:
+    if os.fstat(sink.fileno()).st_size:
         try:
-            file = h5py.File(partial, "r+", locking=False)
+            file = h5py.File(sink, "r+")
             if read_header(file, partial).to_json() == header.to_json() and file.attrs["producer"] == producer:
                 done = rows_done(file)
                 print(f"{partial} goes on after {done} of {header.images} images", file=sys.stderr)
@@ -81,7 +122,8 @@ def _open(partial: Path, header: Header, producer: str) -> tuple[h5py.File, int]
             print(f"{partial} was of other data, settings or code: starting again", file=sys.stderr)
         except (OSError, RuntimeError, KeyError, InputError):
             print(f"{partial} cannot be read: starting again", file=sys.stderr)
-    file = h5py.File(partial, "w", locking=False)
+        sink.truncate(0)
+    file = h5py.File(sink, "w")
     file.attrs.update(
         format=FORMAT,
         version=VERSION,
@@ -107,17 +149,18 @@ def _open(partial: Path, header: Header, producer: str) -> tuple[h5py.File, int]
     return file, 0
 
 
-def _reserve(descriptor: int, partial: Path, file: h5py.File) -> None:
+def _reserve(sink: _Sink, partial: Path, header: Header, done: int) -> None:
     """Takes the disk space of the whole file now: better no file at once than a full disk an hour later."""
-    if not hasattr(os, "posix_fallocate"):
-        return
-    size = os.fstat(descriptor).st_size
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError:
-        file.close()
-        partial.unlink()
-        raise
+    size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in header.layout().values())
+    with writing(partial, hint=f" (the file takes {size / 1e6:.1f} MB)"):
+        try:
+            sink.check()
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(sink.fileno(), 0, os.fstat(sink.fileno()).st_size)
+        except OSError:
+            if done == 0:
+                partial.unlink()
+            raise
 
 
 def rows_done(file: h5py.File) -> int:
@@ -127,7 +170,12 @@ def rows_done(file: h5py.File) -> int:
 
 
 def _write_rows(
-    file: h5py.File, header: Header, records: Callable[[int], Iterator[Record]], done: int, description: str
+    file: h5py.File,
+    sink: _Sink,
+    header: Header,
+    records: Callable[[int], Iterator[Record]],
+    done: int,
+    description: str,
 ) -> str:
     checksum = Checksum(header)
     for block in read_rows(file, done):
@@ -140,35 +188,28 @@ def _write_rows(
         for number, record in enumerate(shown, start=done):
             waiting[number] = record
             if len(waiting) == BLOCK or time.monotonic() - committed > SECONDS_BETWEEN_COMMITS:
-                _commit(file, waiting, checksum)
+                _commit(file, sink, waiting, checksum)
                 waiting = {}
                 committed = time.monotonic()
     finally:
         rows.close()
-        _commit(file, waiting, checksum)  # after an interruption too; rows have numbers, so twice does no harm
+        _commit(file, sink, waiting, checksum)  # after an interruption too; rows have numbers, so twice does no harm
     assert rows_done(file) == header.images
     file.attrs["objects"] = int(header.schema.values(file["elements"][:], PRESENCE).sum())
     file.attrs["sha256"] = checksum.hexdigest()
     return checksum.hexdigest()
 
 
-def _commit(file: h5py.File, waiting: dict[int, Record], checksum: Checksum) -> None:
+def _commit(file: h5py.File, sink: _Sink, waiting: dict[int, Record], checksum: Checksum) -> None:
     """Writes the waiting rows, then, when they lie on the disk, their index."""
     if not waiting:
         return
     images, elements, camera, index = map(np.stack, zip(*waiting.values(), strict=True))
     rows = slice(min(waiting), max(waiting) + 1)
     file["images"][rows], file["elements"][rows], file["camera"][rows] = images, elements, camera
-    _flush(file)
-    file["index"][rows] = index
-    _flush(file)
-    checksum.update(images, elements, camera, index)
-
-
-def _flush(file: h5py.File) -> None:
     file.flush()
-    descriptor = os.open(file.filename, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sink.sync()
+    file["index"][rows] = index
+    file.flush()
+    sink.sync()
+    checksum.update(images, elements, camera, index)
