@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from setpred.data.cache import open_set_file, read_header
+from setpred.data.cache import open_set_file, read_header, read_images
 from setpred.data.clevr import ClevrFolder
 from setpred.errors import InputError
 from setpred.schema import CLEVR, PRESENCE, ElementSchema
@@ -154,27 +154,20 @@ class SetFile(SetImages):
     def load(self) -> None:
         """Reads the images into memory if they are to be there; before workers are forked, they share them."""
         if self.in_memory and self._images is None:
-            self._images = self._file()["images"][: len(self)]
+            self._images = self._stored(np.arange(len(self)))
 
     def _read(self, index: np.ndarray) -> np.ndarray:
         if os.getpid() == self._owner:
             self.load()
-        if self._images is not None:
-            return self._images[index]
-        # One by one in the file's order: HDF5's own selection of many rows is 200 times slower.
-        stored = self._file()["images"]
-        images = np.empty((len(index), *stored.shape[1:]), dtype=np.uint8)
-        for position in np.argsort(index, kind="stable"):
-            try:
-                images[position] = stored[index[position]]
-            except (OSError, RuntimeError) as error:
-                raise InputError(f"{self.path}: image {index[position]} cannot be read ({error})") from error
-        return images
+        return self._stored(index) if self._images is None else self._images[index]
 
-    def _file(self) -> h5py.File:
+    def _stored(self, index: np.ndarray) -> np.ndarray:
         if self._handle is None or self._pid != os.getpid():
             self._handle, self._pid = open_set_file(self.path), os.getpid()
-        return self._handle
+        try:
+            return read_images(self._handle, index)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{self.path} is damaged ({error}); copy or make it again") from error
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_handle": None, "_images": None, "_owner": None}
