@@ -37,8 +37,9 @@ class Camera:
         """Right, up and backward, the orthonormal rows of a `[3, 3]` matrix."""
         backward = np.asarray(self.location, dtype=np.float64)
         backward = backward / np.linalg.norm(backward)
-        right = np.array([-backward[1], backward[0], 0.0]) / np.hypot(backward[0], backward[1])
-        return np.stack([right, np.cross(backward, right), backward])
+        x, y, z = backward
+        flat = np.hypot(x, y)
+        return np.array([[-y / flat, x / flat, 0.0], [-x * z / flat, -y * z / flat, flat], [x, y, z]])
 
     def project(self, points: np.ndarray, width: int, height: int, *, aspect: float = ASPECT) -> np.ndarray:
         """World points `[..., 3]` to (px, py, depth) `[..., 3]`: pixels, pixels, world units. Depth > 0 is in front."""

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from setpred.data.bodies import HALF_SIZE, Bodies
 from setpred.data.camera import JITTER, NOMINAL_CAMERA, Camera
-from setpred.data.visibility import HALF_SIZE, instance_map
+from setpred.data.visibility import find_visible
 from setpred.errors import InputError
 from setpred.schema import CLEVR
 
@@ -126,6 +127,6 @@ def _all_visible(objects: tuple[SceneObject, ...], camera: Camera, min_visible_p
     if not objects or min_visible_pixels <= 0:
         return True
     width, height = COUNTED
-    seen = instance_map(objects, camera, width, height)
+    seen = find_visible(Bodies.of(objects), camera, width, height, samples=1).ids
     counts = np.bincount(seen[seen >= 0], minlength=len(objects))
     return bool(counts.min() >= min_visible_pixels * width * height / (480 * 320))

@@ -1,28 +1,18 @@
-"""Which object is seen where: rays through a grid of image points, nearest hit of each."""
+"""Which object is seen where: rays through a grid of image points, the nearest hit of each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from setpred.data.bodies import SHAPES, Bodies
 from setpred.data.camera import ASPECT, FOCAL, Camera
+from setpred.data.ground import floor_height
 from setpred.data.shapes import HIT
 
-if TYPE_CHECKING:
-    from setpred.data.scenes import SceneObject
-
-HALF_SIZE = {"large": 0.7, "small": 0.35}
 GROUND = -1
-CORNERS = np.array([(x, y, z) for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)])
-
-
-def turn(angle: float) -> np.ndarray:
-    """The matrix `[3, 3]` that turns by `angle` radians about z."""
-    c, s = np.cos(angle), np.sin(angle)
-    return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+CORNERS = np.array([(x, y, z) for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)]).T
 
 
 @dataclass(frozen=True)
@@ -43,53 +33,47 @@ class Visibility:
 
 
 def find_visible(
-    objects: Sequence[SceneObject], camera: Camera, width: int, height: int, *, samples: int, aspect: float = ASPECT
+    bodies: Bodies, camera: Camera, width: int, height: int, *, samples: int, aspect: float = ASPECT
 ) -> Visibility:
-    """Casts the rays of an image at the objects, each only inside its projected bounding box."""
-    inside = (np.arange(samples) + 0.5) / samples
-    x = ((np.arange(width) + inside[:, None]) / width - 0.5) / FOCAL
-    y = (0.5 - (np.arange(height) + inside[:, None]) / height) / (FOCAL * aspect)
+    """Casts the rays of an image at the objects, each object only inside its projected bounding box."""
+    inside = ((np.arange(samples) + 0.5) / samples)[:, None]
+    x = ((np.arange(width) + inside) / width - 0.5) / FOCAL
+    y = (0.5 - (np.arange(height) + inside) / height) / (FOCAL * aspect)
     x = np.tile(x, (samples, 1)).astype(np.float32)
     y = np.repeat(y, samples, axis=0).astype(np.float32)
     ids = np.full((samples**2, height, width), GROUND, dtype=np.int8)
     depth = np.full((samples**2, height, width), np.inf, dtype=np.float32)
-    turns = [turn(obj.rotation) for obj in objects]
-    boxes = _boxes(objects, turns, camera, width, height, aspect)
-    axes = camera.axes()
-    for index, (obj, matrix, (left, top, right, bottom)) in enumerate(zip(objects, turns, boxes, strict=True)):
-        if left >= right or top >= bottom:
+    axes = camera.axes().astype(np.float32)
+    location = np.array(camera.location, dtype=np.float32)
+    boxes = _boxes(bodies, camera, width, height, aspect)
+    foot = floor_height(bodies.centre) / bodies.half - 1  # objects stand on z = 0, sunk into the floor by its height
+    for index, (left, top, end, bottom) in enumerate(boxes):
+        if left >= end or top >= bottom:
             continue
-        to_unit = matrix.T / HALF_SIZE[obj.size]
-        origin = (to_unit @ (np.subtract(camera.location, obj.coords))).astype(np.float32)
-        along_x, along_y, back = (to_unit @ axes.T).T.astype(np.float32)
-        rows, columns = y[:, top:bottom, None], x[:, None, left:right]
-        direction = tuple(columns * along_x[k] + (rows * along_y[k] - back[k]) for k in range(3))
-        hit = HIT[obj.shape](origin, direction)
-        window = np.s_[:, top:bottom, left:right]
-        nearer = hit < depth[window]
+        origin = bodies.to_unit(index, location - bodies.centre[:, index])[:, None]
+        right, up, backward = bodies.to_unit(index, axes.T).T[:, :, None, None, None]
+        rows, columns = y[:, top:bottom, None], x[:, None, left:end]
+        direction = right * columns + (up * rows - backward)
+        hit = HIT[SHAPES[bodies.shape[index]]](origin, direction.reshape(3, -1)).reshape(direction.shape[1:])
+        window = np.s_[:, top:bottom, left:end]
+        nearer = (hit < depth[window]) & (origin[2] + hit * direction[2] > foot[index])
         np.copyto(depth[window], hit, where=nearer)
         np.copyto(ids[window], index, where=nearer)
     return Visibility(ids, depth, x, y, boxes)
 
 
-def _boxes(
-    objects: Sequence[SceneObject],
-    turns: list[np.ndarray],
-    camera: Camera,
-    width: int,
-    height: int,
-    aspect: float,
-) -> np.ndarray:
-    corners = [np.asarray(o.coords) + HALF_SIZE[o.size] * CORNERS @ m.T for o, m in zip(objects, turns, strict=True)]
-    seen = camera.project(np.array(corners).reshape(-1, 8, 3), width, height, aspect=aspect)
-    low = np.floor(seen[..., :2].min(axis=1)).astype(int)
-    high = np.ceil(seen[..., :2].max(axis=1)).astype(int)
-    limit = [width, height]
-    return np.concatenate([np.clip(low, 0, limit), np.clip(high, 0, limit)], axis=1)
+def _boxes(bodies: Bodies, camera: Camera, width: int, height: int, aspect: float) -> np.ndarray:
+    x, y, z = CORNERS[:, :, None] * bodies.half
+    c, s = bodies.cosine, bodies.sine
+    corners = np.stack([c * x - s * y, s * x + c * y, z]) + bodies.centre[:, None]
+    return pixel_boxes(corners, camera, width, height, aspect)
 
 
-def instance_map(
-    objects: Sequence[SceneObject], camera: Camera, width: int, height: int, *, aspect: float = ASPECT
-) -> np.ndarray:
-    """Index of the object seen at each pixel centre, -1 for the ground: int8 `[height, width]`."""
-    return find_visible(objects, camera, width, height, samples=1, aspect=aspect).ids[0]
+def pixel_boxes(points: np.ndarray, camera: Camera, width: int, height: int, aspect: float) -> np.ndarray:
+    """The pixels (left, top, right, bottom) around the convex hulls of points `[3, points, n]`: int `[n, 4]`."""
+    seen = camera.project(np.moveaxis(points, 0, -1), width, height, aspect=aspect)
+    limit = np.array([width, height])
+    low = np.clip(np.floor(seen[..., :2].min(axis=0)), 0, limit)
+    high = np.clip(np.ceil(seen[..., :2].max(axis=0)), 0, limit)
+    behind = seen[..., 2].min(axis=0)[:, None] < 0.1  # such hulls have no finite box
+    return np.concatenate([np.where(behind, 0, low), np.where(behind, limit, high)], axis=1).astype(int)
