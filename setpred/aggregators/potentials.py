@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from setpred.nn import LayerNorm
+
 
 class ResidualPotential(nn.Module):
     """F(x, φ) = mean_c h_c([x, φ])² >= 0, with h a residual MLP (Bartunov et al., UAI 2022).
@@ -24,7 +26,7 @@ class ResidualPotential(nn.Module):
         super().__init__()
         self.element_layer = nn.Linear(in_dim, widths[0])
         self.state_layer = nn.Linear(state_dim, widths[0], bias=False)
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths[:-1])
+        self.norms = nn.ModuleList(LayerNorm(width) for width in widths[:-1])
         pairs = list(zip(widths[:-1], widths[1:], strict=True))
         self.layers = nn.ModuleList(nn.Linear(narrow, wide) for narrow, wide in pairs)
         self.skips = nn.ModuleList(

@@ -51,7 +51,9 @@ class Unrolled(Differentiation):
         state = State(initial)
         yield initial
         for _ in range(iterations):
-            iterate = state.iterate if state.iterate.requires_grad else state.iterate.detach().requires_grad_()
+            # a fresh node: the energy may also depend on the very tensor that the descent starts from
+            iterate = state.iterate.view_as(state.iterate) if create_graph else state.iterate.detach()
+            iterate = iterate if iterate.requires_grad else iterate.requires_grad_()
             gradient = inner_gradient(energy, iterate, create_graph=create_graph)
             with torch.set_grad_enabled(create_graph):
                 state = descent.step(state._replace(iterate=iterate), gradient)

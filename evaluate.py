@@ -1,0 +1,8 @@
+"""Evaluate a checkpoint: `python evaluate.py --help`."""
+
+import sys
+
+from setpred.evaluation import main
+
+if __name__ == "__main__":
+    sys.exit(main())

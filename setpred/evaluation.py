@@ -1,0 +1,279 @@
+"""Evaluating a checkpoint: predicted sets, AP, and what lies behind it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from setpred.checkpoint import Checkpoint, load_checkpoint
+from setpred.data.dataset import SetImages, as_batch, open_data
+from setpred.errors import InputError
+from setpred.files import write_atomically
+from setpred.matching import hungarian
+from setpred.metrics import attribute_report, average_precision, average_precision_per_image, threshold_name
+from setpred.model import SetPredictor
+from setpred.progress import progress
+from setpred.schema import ElementSchema
+from setpred.sets import presence_mask
+from setpred.visualise import write_report
+
+PROTOCOLS = {"dataset": average_precision, "per-image": average_precision_per_image}
+PROTOCOL_MEANING = {
+    "dataset": "all predictions of all images ranked together (Slot Attention, DSPN)",
+    "per-image": "AP of each image, averaged over all images (the published iDSPN code, which scored 118 images)",
+}
+
+
+class Predictions(NamedTuple):
+    """Predicted and real sets of a data set, on the CPU: `[images, set_size, set_dim]`, set sizes may differ."""
+
+    predicted: Tensor
+    target: Tensor
+
+
+@torch.no_grad()
+def predict(
+    model: SetPredictor,
+    data: SetImages,
+    *,
+    iterations: int | None = None,
+    batch_size: int = 128,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+) -> Predictions:
+    """Predicts every image of a data set, in order.
+
+    A prediction depends on the image and its index alone, not on `batch_size`, `workers` or what else is evaluated.
+    On a GPU the image encoder runs in bfloat16; the descent runs in float32 everywhere.
+    """
+    device = torch.device(device)
+    model = model.to(device).eval()
+    loader = DataLoader(data, batch_size=batch_size, num_workers=workers, collate_fn=as_batch)
+    predicted, target = [], []
+    for batch in progress(loader, total=len(loader), description=f"predicting {len(data)} images, batches"):
+        images, index = batch["image"].to(device, non_blocking=True), batch["index"].to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            elements = model(images, index=index, iterations=iterations)
+        predicted.append(elements.float().cpu())
+        target.append(batch["elements"])
+    return Predictions(torch.cat(predicted), torch.cat(target))
+
+
+def match_by_position(predicted: Tensor, target: Tensor, schema: ElementSchema) -> Tensor:
+    """Which predicted slot goes with each target slot, by least total distance in the continuous fields.
+
+    Classes do not take part, so that they can be judged. Returns long `[images, target slots]`. Where a set has more
+    real objects than predictions, the surplus gets a number past the last slot.
+    """
+    real = presence_mask(target).unsqueeze(1)
+    guess, truth = (
+        torch.cat([schema.values(elements, field.name) for field in schema.continuous], dim=-1).double()
+        for elements in (predicted, target)
+    )
+    distance = torch.cdist(guess, truth) * real  # padding takes any slot at no cost
+    missing = target.shape[1] - predicted.shape[1]
+    if missing > 0:
+        # stand-ins that are worse for a real object than any prediction
+        worst = 1 + len(distance[0]) * distance.amax()
+        distance = torch.cat([distance, (worst * real).expand(-1, missing, -1)], dim=1)
+    return hungarian(distance)
+
+
+def report(predictions: Predictions, schema: ElementSchema, protocol: str) -> dict[str, Any]:
+    """AP by threshold, attribute accuracies and distance errors, in plain types.
+
+    Real objects beyond the number of slots count as missed in the AP; "attributes" leaves them out and
+    "without_slot" counts them.
+    """
+    predicted, target = predictions
+    scores = PROTOCOLS[protocol](predicted, target, schema=schema)
+    assignment = match_by_position(predicted, target, schema)
+    without = presence_mask(target) & (assignment >= predicted.shape[1])
+    judged = target.clone()
+    judged[without] = 0.0
+    return {
+        "ap": {threshold_name(threshold): score for threshold, score in scores.items()},
+        "images": len(target),
+        "protocol": protocol,
+        "without_slot": int(without.sum()),
+        "attributes": attribute_report(predicted, judged, assignment, schema=schema),
+    }
+
+
+def format_report(result: dict[str, Any]) -> str:
+    """The report as text for people."""
+    details = result["attributes"]
+    shares = {"all": details["all_attributes"], **details["accuracy"]}
+    distances = {name: value for name, value in details["distance"].items() if not math.isnan(value)}
+    lines = [
+        f"AP on {result['images']} images of {result['data']}",
+        f"protocol {result['protocol']}: {PROTOCOL_MEANING[result['protocol']]}",
+        "",
+        "  distance under   " + "".join(f"{name:>8}" for name in result["ap"]),
+        "  AP in %          " + "".join(f"{100 * score:8.1f}" for score in result["ap"].values()),
+        "",
+        f"Behind it: {details['objects']} real objects, each matched to a prediction by position alone",
+        "  attributes right " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items()),
+        "  distance         " + ", ".join(f"{name} {value:.3f}" for name, value in distances.items()),
+        "  distance under   " + ", ".join(f"{name}: {100 * share:.1f} %" for name, share in details["within"].items()),
+        f"  presence         {100 * details['presence_accuracy']:.1f} % of slots right, "
+        f"the count right in {100 * details['count_exact']:.1f} % of images",
+    ]
+    if result["without_slot"]:
+        lines.append(
+            f"  note: {result['without_slot']} real objects are in images with more objects than the model has slots; "
+            "they count as missed"
+        )
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def figures(
+    folder: Path,
+    loaded: Checkpoint,
+    data: SetImages,
+    predictions: Predictions,
+    *,
+    iterations: int | None,
+    device: torch.device,
+    title: str,
+    shown: int = 6,
+) -> list[Path]:
+    """Writes the pictures of an evaluation, with the descent of the first `shown` images iterate by iterate."""
+    first = data.__getitems__(range(min(shown, len(data))))
+    iterates = torch.stack(
+        [
+            elements.float().cpu()
+            for elements in loaded.model.refine(
+                first["image"].to(device), index=first["index"].to(device), iterations=iterations
+            )
+        ]
+    )
+    return write_report(
+        folder,
+        images=first["image"],
+        predicted=predictions.predicted,
+        target=predictions.target,
+        iterates=iterates,
+        camera=data.cameras[: len(first["index"])],
+        schema=loaded.schema,
+        title=title,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of evaluate.py."""
+    options = argparse.ArgumentParser(
+        prog="evaluate.py", description="Evaluate a checkpoint by average precision, and look at the predicted sets."
+    )
+    options.add_argument("checkpoint", help="a .ckpt file written by train.py")
+    options.add_argument(
+        "--data", help="FILE.h5 or a CLEVR_v1.0 folder; the validation data of the training unless given"
+    )
+    options.add_argument("--split", help="split of a CLEVR folder: train or val (default val)")
+    options.add_argument("--iterations", type=int, help="descent steps; the model's own unless given")
+    options.add_argument("--protocol", choices=list(PROTOCOLS), default="dataset", help="which AP (see README)")
+    options.add_argument("--figures", type=Path, metavar="DIR", help="write pictures into DIR")
+    options.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
+    options.add_argument("--images", type=int, help="evaluate the first IMAGES images only")
+    options.add_argument("--batch-size", type=int, default=128, help="images at a time; does not change the result")
+    options.add_argument("--workers", type=int, default=0, help="processes that read; does not change the result")
+    options.add_argument("--device", default="auto", help="cpu, cuda, … (default: a GPU if there is one)")
+    options.add_argument(
+        "--allow", action="append", default=[], metavar="PACKAGE.CLASS", help="a part of your own that may be built"
+    )
+    return options
+
+
+def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Runs evaluate.py with these command line arguments (`sys.argv` unless given); returns what `--json` writes.
+
+    Raises:
+        InputError: bad checkpoint, data or options.
+    """
+    options = parser().parse_args(arguments)
+    for name in ("iterations", "images", "batch_size", "workers"):
+        least = 0 if name in ("iterations", "workers") else 1
+        if (value := getattr(options, name)) is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+    loaded = load_checkpoint(options.checkpoint, allow=options.allow)
+    path = options.data or loaded.data.get("path")
+    if path is None:
+        raise InputError(f"{options.checkpoint} does not say what data it was validated on; give --data")
+    data = open_data(
+        path,
+        split=options.split or ("val" if options.data else loaded.data.get("split", "val")),
+        image_size=loaded.model.encoder.image_size,
+        schema=loaded.schema,
+        images=options.images,
+    )
+    device = choose_device(options.device)
+    predictions = predict(
+        loaded.model,
+        data,
+        iterations=options.iterations,
+        batch_size=options.batch_size,
+        device=device,
+        workers=options.workers,
+    )
+    iterations = loaded.model.decoder.descent.iterations if options.iterations is None else options.iterations
+    result = report(predictions, loaded.schema, options.protocol) | {
+        "data": str(path),
+        "checkpoint": str(options.checkpoint),
+        "epoch": loaded.epoch,
+        "step": loaded.step,
+        "iterations": iterations,
+        "device": str(device),
+    }
+    print(format_report(result))
+    if options.json is not None:
+        write_atomically(options.json, json.dumps(finite(result), indent=2) + "\n")
+    if options.figures is not None:
+        written = figures(
+            options.figures,
+            loaded,
+            data,
+            predictions,
+            iterations=options.iterations,
+            device=device,
+            title=f"{options.checkpoint} on {path}",
+        )
+        print("pictures:", *written, sep="\n  ")
+    return result
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU if there is one that works."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
+    return device
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN: what there was nothing to average becomes null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def main() -> int:
+    """evaluate.py: errors a user can mend become one sentence and exit status 2."""
+    try:
+        evaluate()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
