@@ -16,11 +16,12 @@ from setpred.data.ground import ALBEDO, BACK, S_ORIGIN, S_X, S_Y, along_profile
 from setpred.data.lighting import LIGHT_COLORS, Lights, dot
 
 PI = np.pi
-METAL_BLUR, METAL_SHARP, RUBBER_GLOSS = 0.17, 0.01, 0.35  # widths of the lobes
+METAL_BLUR, METAL_SHARP, RUBBER_GLOSS = 0.19, 0.01, 0.35  # widths of the lobes
 METAL_BLURRED_SHARE = 0.4
-METAL_REFLECTANCE = 0.93  # what the facets of the blurred part do not send on
+METAL_REFLECTANCE = 0.89  # what the facets of the blurred part do not send on
 BACKDROP_TOP = 23.1 / (BACK - S_ORIGIN)  # tangent of the elevation at which the backdrop ends, seen from the origin
 BACKDROP_RADIANCE = 0.12
+BENT = 0.05  # spread of the normals in a fragment at which one mirror ray and the mean count alike
 GLOW = 0.13  # radiance of the floor next to an object of reflectance 1, from the light that comes off the object
 
 
@@ -32,7 +33,7 @@ def irradiance(lights: Lights, normals: np.ndarray) -> np.ndarray:
 
 def shade_ground(points: np.ndarray, normals: np.ndarray, lights: Lights) -> np.ndarray:
     """The white, matt ground. It also receives what backdrop and floor send each other, most near the bend."""
-    ambient = np.clip(0.012 + 0.0008 * (along_profile(points) + 14), 0.007, 0.022)
+    ambient = np.clip(0.013 + 0.0008 * (along_profile(points) + 14), 0.007, 0.022)
     return ALBEDO / PI * irradiance(lights, normals) + ambient
 
 
@@ -78,7 +79,9 @@ def surroundings(direction: np.ndarray, blur: float) -> np.ndarray:
     return share * share * (3 - 2 * share)
 
 
-def highlight(view: np.ndarray, normals: np.ndarray, lights: Lights, lobes: list[tuple[float, np.ndarray]]):
+def highlight(
+    view: np.ndarray, normals: np.ndarray, lights: Lights, lobes: list[tuple[float, np.ndarray]]
+) -> np.ndarray:
     """Light sources mirrored in a rough surface of reflectance 1: linear RGB `[3, n]`.
 
     GGX microfacets; `lobes` are (weight, squared width `[4, n]`) pairs.
@@ -96,7 +99,13 @@ def highlight(view: np.ndarray, normals: np.ndarray, lights: Lights, lobes: list
     return np.stack([sum(c * part for c, part in zip(column, sent, strict=True)) for column in LIGHT_COLORS.T])
 
 
-def shade_rubber(normals, view, color, spread, lights: Lights) -> np.ndarray:
+def shade_rubber(
+    normals: np.ndarray, view: np.ndarray, color: np.ndarray, spread: np.ndarray, lights: Lights
+) -> np.ndarray:
+    """A matt colour under a grey gloss, which grows towards the rim.
+
+    normals, view (unit, towards the camera), color: `[3, n]`; spread of the normals within each point's pixel: `[n]`.
+    """
     cosine = np.maximum(dot(view, normals), 0)
     gloss = fresnel(cosine, 1.2)
     matt = (1 - 0.6 * fresnel(cosine, 1.4)) * shade_matt(normals, color, lights)
@@ -111,11 +120,26 @@ def shade_mirrored_metal(normals: np.ndarray, color: np.ndarray, direction: np.n
     return color * (0.07 + 0.1 * surroundings(onwards, 0.5))
 
 
-def shade_metal(normals, view, color, spread, direction, mirrored, lost, lights: Lights) -> np.ndarray:
-    """`mirrored [3, n]` is the radiance that arrives along the mirror `direction`; `lost` where it meets nothing."""
+def shade_metal(
+    normals: np.ndarray,
+    view: np.ndarray,
+    color: np.ndarray,
+    spread: np.ndarray,
+    direction: np.ndarray,
+    mirrored: np.ndarray,
+    lost: np.ndarray,
+    lights: Lights,
+) -> np.ndarray:
+    """A mirror, partly blurred, that tints all it reflects.
+
+    Arguments as for `shade_rubber`; `mirrored [3, n]` is the radiance that arrives along the mirror `direction
+    [3, n]`, and `lost [n]` says where that ray meets nothing.
+    """
     size = lights.tangent**2 / 6  # the width of the half vectors of a lamp's points
     lobes = [(METAL_BLURRED_SHARE, METAL_BLUR**2 + spread), (1 - METAL_BLURRED_SHARE, METAL_SHARP**2 + spread + size)]
     blurred = np.where(lost, BACKDROP_RADIANCE, mirrored) * surroundings(direction, 0.5)
-    sharp = np.where(lost, 0, mirrored)
+    # where a fragment bends much, a single mirror ray says little: take the surroundings' mean
+    bent = spread / (spread + BENT)
+    sharp = (1 - bent) * np.where(lost, 0, mirrored) + bent * (BACKDROP_RADIANCE * surroundings(direction, 0.5))
     seen = METAL_BLURRED_SHARE * blurred + (1 - METAL_BLURRED_SHARE) * sharp
     return METAL_REFLECTANCE * color * (seen + highlight(view, normals, lights, lobes))

@@ -69,7 +69,7 @@ def sample_scene(
     The count is uniform in `objects` (both ends included) and kept; camera and lamps are jittered. Objects are placed
     one by one, each with uniform attributes and at most 50 tries for its position: outlines at least 0.25 apart,
     centres at least 0.4 apart both along `right` and along `behind`. When an object finds no place, or when one shows
-    fewer than `min_visible_pixels` (counted in an image of 480x320), all objects are drawn again.
+    fewer than `min_visible_pixels` of 480x320 (counted on a coarser grid), all objects are drawn again.
 
     Raises:
         InputError: the range of counts is not one, or so many objects do not fit.
