@@ -1,0 +1,104 @@
+"""What all figures share: type, colours, words, and files that are whole or absent.
+
+Figures are drawn on matplotlib's Agg canvas without pyplot: no display, no global state.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from setpred.files import write_atomically
+from setpred.schema import ElementSchema, Field
+
+DPI = 110
+INK = "#222222"
+FAINT = "#8a8a8a"
+GROUND = "#e9e9e6"
+WRONG = "#d1381c"  # vermilion, told from INK and from the blues with any colour vision
+
+# CLEVR's own colours (properties file of its generator)
+CLASS_COLOURS = {
+    "gray": "#575757",
+    "red": "#ad2323",
+    "blue": "#2a4bd7",
+    "green": "#1d6914",
+    "brown": "#814a19",
+    "purple": "#8126c0",
+    "cyan": "#29d0d0",
+    "yellow": "#ffee33",
+}
+PLAIN = "#4477aa"  # for elements without a colour
+
+# British words for CLEVR's names, and the order in which English lists adjectives
+WORDS = {"color": "colour", "gray": "grey"}
+ADJECTIVES = ("size", "color", "material", "shape")
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """The fonts and lines of all figures; `@styled()` over a function that draws and saves."""
+    with mpl.rc_context(
+        {
+            "font.family": "DejaVu Sans",
+            "font.size": 10,
+            "axes.titlesize": 11,
+            "axes.titlelocation": "left",
+            "axes.edgecolor": FAINT,
+            "axes.labelcolor": INK,
+            "text.color": INK,
+            "xtick.color": INK,
+            "ytick.color": INK,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+        }
+    ):
+        yield
+
+
+def new_figure(width: float, height: float, *, dpi: int = DPI) -> Figure:
+    """An empty figure of so many inches."""
+    figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def heading(figure: Figure, title: str, subtitle: str = "", *, left: float = 0.3, top: float = 0.32) -> None:
+    """Title and one line under it, at fixed inches from the left and top edges."""
+    width, height = figure.get_size_inches()
+    figure.text(left / width, 1 - top / height, title, fontsize=14, fontweight="bold", va="center")
+    figure.text(left / width, 1 - (top + 0.29) / height, subtitle, fontsize=10, color="#555555", va="center")
+
+
+def save_png(figure: Figure, path: Path) -> Path:
+    """Writes the figure whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomically(path, buffer.getvalue())
+    return path
+
+
+def word(name: str) -> str:
+    """A name of the schema as prose spells it."""
+    return WORDS.get(name, name)
+
+
+def in_english_order(schema: ElementSchema) -> list[Field]:
+    """Categorical fields in the order that English lists adjectives: large red metal cube."""
+
+    def rank(field: Field) -> int:
+        return ADJECTIVES.index(field.name) if field.name in ADJECTIVES else len(ADJECTIVES)
+
+    return sorted(schema.categorical, key=rank)
+
+
+def plural(count: int, noun: str) -> str:
+    """'1 object', '2,000 objects'."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
