@@ -69,7 +69,11 @@ def _matrix(axes: Axes, counts: np.ndarray, names: list[str]) -> None:
         if not totals[row]:
             text, colour = "none", "#b5b5b5"
         else:
-            text = f"{100 * shares[row, column]:.0f} %\n{counts[row, column]:,}" if counts[row, column] else "0"
+            text = (
+                f"{_per_cent(counts[row, column], totals[row, 0])}\n{counts[row, column]:,}"
+                if counts[row, column]
+                else "0"
+            )
             colour = "white" if shares[row, column] > 0.45 else INK if counts[row, column] else "#b5b5b5"
         axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour, linespacing=1.25)
     ticks = range(len(names))
@@ -85,3 +89,11 @@ def _matrix(axes: Axes, counts: np.ndarray, names: list[str]) -> None:
     axes.set_yticks(np.arange(-0.5, len(names)), minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="minor", length=0)
+
+
+def _per_cent(part: int, whole: int) -> str:
+    """Rounded, but neither 0 nor 100 unless it is so."""
+    rounded = f"{100 * part / whole:.0f} %"
+    if part < whole and rounded == "100 %":
+        return "> 99 %"
+    return "< 1 %" if rounded == "0 %" and part else rounded
