@@ -22,6 +22,7 @@ METAL_REFLECTANCE = 0.89  # what the facets of the blurred part do not send on
 BACKDROP_TOP = 23.1 / (BACK - S_ORIGIN)  # tangent of the elevation at which the backdrop ends, seen from the origin
 BACKDROP_RADIANCE = 0.12
 BENT = 0.05  # spread of the normals in a fragment at which one mirror ray and the mean count alike
+DARKEST_BLUR = 0.08  # the blurred part sees bright floor around any dark thing that is mirrored
 GLOW = 0.13  # radiance of the floor next to an object of reflectance 1, from the light that comes off the object
 
 
@@ -137,7 +138,7 @@ def shade_metal(
     """
     size = lights.tangent**2 / 6  # the width of the half vectors of a lamp's points
     lobes = [(METAL_BLURRED_SHARE, METAL_BLUR**2 + spread), (1 - METAL_BLURRED_SHARE, METAL_SHARP**2 + spread + size)]
-    blurred = np.where(lost, BACKDROP_RADIANCE, mirrored) * surroundings(direction, 0.5)
+    blurred = np.where(lost, BACKDROP_RADIANCE, np.maximum(mirrored, DARKEST_BLUR)) * surroundings(direction, 0.5)
     # where a fragment bends much, a single mirror ray says little: take the surroundings' mean
     bent = spread / (spread + BENT)
     sharp = (1 - bent) * np.where(lost, 0, mirrored) + bent * (BACKDROP_RADIANCE * surroundings(direction, 0.5))
