@@ -51,7 +51,7 @@ class MetricsFile(pl.Callback):
         self.rows: list[dict[str, Any]] = []
         self.start = 0.0
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.rows = []
         if trainer.current_epoch > 0 and self.path.exists():
             with self.path.open(newline="") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -21,7 +22,7 @@ from setpred.errors import InputError
 from setpred.files import make_folder, write_atomically
 from setpred.training import SetPrediction
 
-QUICKSTART = Path("configs") / "quickstart.yaml"
+QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 CHECKPOINTS = Path("checkpoints")
 
 
@@ -130,24 +131,26 @@ def set_aside(folder: Path) -> None:
 
 def quiet() -> None:
     """Drops Lightning's advertising and advice that does not apply here."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*The number of training batches.*")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory.*exists and is not empty.*")
-    warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of Lightning's own calls
+    for message in (
+        ".*LightningCLI's args parameter.*",
+        ".*does not have many workers.*",
+        ".*Checkpoint directory.*exists and is not empty.*",
+        ".*GPU available but not used.*",
+        ".*The dirpath has changed.*",  # resumed from elsewhere: the best so far starts anew
+        ".*LeafSpec.*",  # of torch, on itself
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
-def train(arguments: list[str] | None = None) -> Path:
-    """Runs train.py with these command line arguments (`sys.argv` unless given); the quickstart if there is no config.
-
-    Returns:
-        The run's folder, with best.ckpt, last.ckpt, config.yaml and metrics.csv.
-    """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if not any(a in ("-c", "--config") or a.startswith("--config=") for a in arguments):
+def build(arguments: list[str]) -> TrainCLI:
+    """Parses the options of train.py and builds model, data and trainer; the quickstart if no config is given."""
+    if not any(argument in ("-c", "--config") or argument.startswith("--config=") for argument in arguments):
         arguments = ["--config", str(QUICKSTART), *arguments]
     quiet()
-    cli = TrainCLI(
+    return TrainCLI(
         SetPrediction,
         subclass_mode_data=True,
         datamodule_class=pl.LightningDataModule,
@@ -161,14 +164,33 @@ def train(arguments: list[str] | None = None) -> Path:
         },
         run=False,
         args=arguments,
-        parser_kwargs={"description": "Train a set predictor."},
+        parser_kwargs={
+            "description": "Train a set predictor; without --config, the quickstart on built-in scenes.",
+            "usage": "train.py [--config FILE] [--resume last] [options]   (train.py --help lists them all)",
+            "allow_abbrev": False,  # a mistyped key is refused, not taken for a longer one
+        },
     )
+
+
+def train(arguments: list[str] | None = None) -> Path:
+    """Runs train.py with these command line arguments (`sys.argv` unless given).
+
+    Returns:
+        The run's folder, with best.ckpt, last.ckpt, config.yaml and metrics.csv.
+
+    Raises:
+        InputError: bad configuration, data or checkpoint; a loss that is not finite; a disk that does not take files.
+    """
+    cli = build(sys.argv[1:] if arguments is None else arguments)
     resume = cli.resume_path()
-    if resume is None:
-        set_aside(cli.folder)
-    make_folder(cli.folder)
-    text = cli.parser.dump(cli.config, skip_none=False)
-    write_atomically(cli.folder / "config.yaml", text)
+    if cli.trainer.is_global_zero:
+        # first what can fail for the user's reasons, so that an earlier run stays in its place if it does
+        cli.datamodule.prepare_data()
+        cli.datamodule.setup("fit")
+        if resume is None:
+            set_aside(cli.folder)
+        make_folder(cli.folder)
+        write_atomically(cli.folder / "config.yaml", cli.parser.dump(cli.config, skip_none=False))
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=True)
     print(f"checkpoints, configuration and metrics are in {cli.folder}", flush=True)
     return cli.folder

@@ -14,3 +14,9 @@ def clevr_blender() -> Path:
     if not (root / "scenes").is_dir():
         pytest.skip(f"needs real CLEVR scenes at {root}; set SETPRED_CLEVR_BLENDER to a CLEVR_v1.0 folder")
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the scenes of the tiny trainings lie; rendered by the first of them."""
+    return tmp_path_factory.mktemp("tiny-data")

@@ -1,0 +1,257 @@
+"""Training end to end on tiny scenes: what a run writes, exact resumption, refusals, and nothing lost."""
+
+import csv
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny import CONFIG, run
+
+from setpred import files
+from setpred.checkpoint import load_checkpoint, read_checkpoint
+from setpred.cli import build
+from setpred.errors import InputError
+from setpred.evaluation import evaluate
+from setpred.losses import HungarianLoss
+from setpred.schedules import Constant, StepDecay, WarmupCosine
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_data):
+    """A run of two epochs."""
+    return run(tmp_path_factory.mktemp("finished"), data=tiny_data)
+
+
+def test_a_run_writes_what_it_promises(finished):
+    assert {path.name for path in finished.iterdir()} >= {"best.ckpt", "last.ckpt", "config.yaml", "metrics.csv"}
+    table = rows(finished)
+    assert [row["epoch"] for row in table] == ["0", "1"]
+    assert [row["step"] for row in table] == ["5", "10"]
+    assert all(0 < float(row["train_loss"]) < 10 and 0 <= float(row["val_ap_inf"]) <= 1 for row in table)
+    last = read_checkpoint(finished / "last.ckpt")
+    assert (last["epoch"], last["global_step"]) == (1, 10)
+    best = max(table, key=lambda row: float(row["val_ap"]))
+    assert read_checkpoint(finished / "best.ckpt")["epoch"] == int(best["epoch"])
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    assert config["model"]["encoder"]["class_path"] == "setpred.encoders.SmallCNN"
+
+
+def test_one_epoch_and_a_resume_are_two_epochs_bit_by_bit(finished, tmp_path, tiny_data):
+    first = run(tmp_path, "--trainer.max_epochs=1", data=tiny_data)
+    assert len(rows(first)) == 1
+    again = run(tmp_path, "--trainer.max_epochs=2", "--resume=last", data=tiny_data)
+    assert again == first
+    resumed, undisturbed = weights(again / "last.ckpt"), weights(finished / "last.ckpt")
+    assert resumed.keys() == undisturbed.keys()
+    assert all(torch.equal(resumed[name], undisturbed[name]) for name in resumed)
+    for ours, theirs in zip(rows(again), rows(finished), strict=True):
+        ours.pop("seconds"), theirs.pop("seconds")
+        assert ours == theirs
+
+
+def test_resume_from_a_path_and_from_another_model(finished, tmp_path, tiny_data):
+    longer = run(tmp_path, "--trainer.max_epochs=3", f"--resume={finished / 'last.ckpt'}", data=tiny_data)
+    assert [row["epoch"] for row in rows(longer)] == ["2"]
+    other = "--model.decoder.init_args.descent.init_args.iterations=4"
+    with pytest.raises(InputError, match=r"decoder.init_args.descent.init_args.iterations: 3 .* against 4"):
+        run(tmp_path, other, f"--resume={finished / 'last.ckpt'}", data=tiny_data)
+    with pytest.raises(InputError, match="nothing to resume"):
+        run(tmp_path, "--resume=last", data=tiny_data, name="never")
+
+
+def test_an_earlier_run_is_kept(tmp_path, tiny_data, capsys):
+    first = run(tmp_path, "--trainer.max_epochs=1", data=tiny_data)
+    before = (first / "last.ckpt").read_bytes()
+    run(tmp_path, "--trainer.max_epochs=1", "--seed_everything=5", data=tiny_data)
+    assert (tmp_path / "tiny-before-1" / "last.ckpt").read_bytes() == before
+    assert "kept in" in capsys.readouterr().out
+    assert read_checkpoint(first / "last.ckpt")["setpred"]["seed"] == 5
+
+
+def test_seeds_decide(finished, tmp_path, tiny_data):
+    other = run(tmp_path, "--seed_everything=1", data=tiny_data)
+    ours, theirs = weights(other / "last.ckpt"), weights(finished / "last.ckpt")
+    assert not all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_training_lowers_the_loss(tmp_path, tiny_data):
+    folder = run(tmp_path, "--trainer.max_epochs=8", "--model.learning_rate=0.01", data=tiny_data)
+    table = rows(folder)
+    assert float(table[-1]["train_loss"]) < 0.7 * float(table[0]["train_loss"])
+
+
+def test_command_line_wins_over_the_configuration(tmp_path):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG)
+    cli = build(["--config", str(config), "--model.learning_rate", "0.5", "--trainer.max_epochs", "7"])
+    assert cli.model.learning_rate == 0.5
+    assert cli.trainer.max_epochs == 7
+    assert cli.config.name == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [
+        ("--trainer.max_epoch=3", "max_epoch"),
+        ("--model.encoder.init_args.widht=3", "widht"),
+        ("--model.decoder.class_path=setpred.decoders.Nope", "Nope"),
+        ("--learning_rate=1", "learning_rate"),
+    ],
+)
+def test_unknown_keys_are_refused_by_name(argument, named, tmp_path, capsys):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG)
+    with pytest.raises(SystemExit) as stopped:
+        build(["--config", str(config), argument])
+    assert stopped.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+def test_unknown_keys_in_a_file_are_refused_by_name(tmp_path, capsys):
+    config = tmp_path / "typo.yaml"
+    config.write_text(CONFIG.replace("max_epochs: 2", "max_epochs: 2, max_epohcs: 3"))
+    with pytest.raises(SystemExit):
+        build(["--config", str(config)])
+    assert "max_epohcs" in capsys.readouterr().err
+
+
+def test_bad_values_are_refused_with_a_sentence(tmp_path):
+    config = tmp_path / "bad.yaml"
+    config.write_text(CONFIG.replace("image_size: 16, latent_dim", "image_size: 17, latent_dim"))
+    with pytest.raises(InputError, match="expected image_size"):
+        build(["--config", str(config)])
+
+
+class Broken(HungarianLoss):
+    """Not a number for the second sample, from the seventh step on."""
+
+    calls = 0
+
+    def forward(self, predicted, target):
+        losses = super().forward(predicted, target)
+        Broken.calls += predicted.requires_grad
+        if Broken.calls > 6 and predicted.requires_grad:
+            losses = losses.clone()
+            losses[1] = torch.nan
+        return losses
+
+
+@pytest.mark.parametrize("where", ["loss", "cost"])
+def test_nan_stops_with_step_samples_and_a_repro_file(where, tmp_path, tiny_data, monkeypatch):
+    Broken.calls = 0
+    loss = Broken()
+    if where == "cost":
+        from setpred.model import SetPredictor
+
+        forward = SetPredictor.forward
+
+        def poisoned(self, images, **arguments):
+            elements = forward(self, images, **arguments)
+            Broken.calls += self.training
+            if self.training and Broken.calls > 6:
+                elements = elements.clone()
+                elements[1, 0, 0] = torch.nan
+            return elements
+
+        monkeypatch.setattr(SetPredictor, "forward", poisoned)
+        loss = HungarianLoss()
+    monkeypatch.setattr("setpred.training.HungarianLoss", lambda: loss)
+    with pytest.raises(InputError, match=r"step 6 \(epoch 1\): the (loss|matching cost) is not finite in samples 1 ") as e:
+        run(tmp_path, data=tiny_data)
+    repro = tmp_path / "tiny" / "repro-step-6.pt"
+    assert str(repro) in str(e.value)
+    record = torch.load(repro, weights_only=True)
+    assert record["samples"] == [1]
+    assert record["batch"]["image"].shape == (8, 3, 16, 16)
+    assert str(record["batch"]["index"].tolist()[1]) in str(e.value)
+    # the epoch before is whole and can be gone on from
+    assert read_checkpoint(tmp_path / "tiny" / "last.ckpt")["epoch"] == 0
+
+
+def test_a_full_disk_keeps_the_last_whole_checkpoint(tmp_path, tiny_data, monkeypatch):
+    folder = run(tmp_path, "--trainer.max_epochs=1", data=tiny_data)
+    whole = (folder / "last.ckpt").read_bytes()
+    write_bytes = Path.write_bytes
+
+    def full(self, content):
+        if ".ckpt" in self.name:
+            write_bytes(self, content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_bytes(self, content)
+
+    monkeypatch.setattr(files.Path, "write_bytes", full)
+    with pytest.raises(InputError, match=r"last.ckpt: the disk is full|best.ckpt: the disk is full"):
+        run(tmp_path, "--resume=last", data=tiny_data)
+    assert (folder / "last.ckpt").read_bytes() == whole
+    assert not [path for path in folder.iterdir() if "partial" in path.name]
+
+
+def test_no_permission_to_write_is_a_sentence(tmp_path, tiny_data):
+    (tmp_path / "tiny").write_text("a file where the run's folder should be")
+    with pytest.raises(InputError, match="cannot write"):
+        run(tmp_path, data=tiny_data)
+
+
+def test_evaluation_gives_the_validation_score_of_training(finished, tmp_path):
+    result = evaluate([str(finished / "last.ckpt"), "--json", str(tmp_path / "out.json")])
+    row = rows(finished)[-1]
+    for name, score in result["ap"].items():
+        assert score == pytest.approx(float(row[f"val_ap_{name}"]), abs=1e-6)
+    loaded = load_checkpoint(finished / "last.ckpt")
+    assert (loaded.epoch, loaded.step, loaded.seed) == (1, 10, 0)
+
+
+def test_mistakes_on_the_command_line_leave_one_sentence_and_status_2(tmp_path):
+    """As users run it, with no traceback."""
+    for command in (
+        ["evaluate.py", str(tmp_path / "none.ckpt")],
+        ["train.py", "--resume", "last", "--runs", str(tmp_path)],
+    ):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / command[0]), *command[1:]], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert done.stderr.strip().splitlines()[-1].startswith("error: no")
+
+
+def test_schedules():
+    assert Constant()(7, 3) == 1
+    decay = StepDecay(epochs=[2, 4], factor=0.1)
+    assert [round(decay(0, epoch), 6) for epoch in range(6)] == [1, 1, 0.1, 0.1, 0.01, 0.01]
+    cosine = WarmupCosine(warmup_steps=10, total_steps=110, final=0.1)
+    assert cosine(0, 0) == pytest.approx(1 / 11)
+    assert cosine(10, 0) == pytest.approx(1.0)
+    assert cosine(60, 0) == pytest.approx(0.55)
+    assert cosine(110, 0) == pytest.approx(0.1) == cosine(1000, 9)
+    values = [cosine(step, 0) for step in range(10, 111)]
+    assert values == sorted(values, reverse=True)
+    with pytest.raises(ValueError, match="warmup_steps"):
+        WarmupCosine(warmup_steps=10, total_steps=10)
+
+
+def test_iterations_by_epoch(tmp_path, monkeypatch):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG)
+    model = build(["--config", str(config), "--model.iterations_by_epoch={0: 2, 5: 4}"]).model
+    asked = []
+    for epoch in (0, 4, 5, 9):
+        monkeypatch.setattr(type(model), "current_epoch", epoch)
+        asked.append(model.training_iterations())
+    assert asked == [2, 2, 4, 4]

@@ -1,0 +1,48 @@
+"""A training small enough for a test: 16x16 scenes, a few thousand parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from setpred.cli import train
+
+CONFIG = """
+model:
+  encoder:
+    class_path: setpred.encoders.SmallCNN
+    init_args: {image_size: 16, latent_dim: 16, width: 4}
+  decoder:
+    class_path: setpred.decoders.IDSPN
+    init_args:
+      set_size: 4
+      objective:
+        class_path: setpred.inner.LatentMatching
+        init_args:
+          set_encoder:
+            class_path: setpred.aggregators.SetEncoder
+            init_args:
+              hidden_dim: 16
+              aggregator: {class_path: setpred.aggregators.FSPool, init_args: {in_dim: 16, set_size: 4}}
+      descent:
+        class_path: setpred.inner.GradientDescent
+        init_args: {iterations: 3, momentum: 0.9}
+  schedule: {class_path: setpred.schedules.WarmupCosine, init_args: {warmup_steps: 2, total_steps: 40}}
+data:
+  class_path: setpred.data.datamodule.RenderedScenes
+  init_args:
+    {train_images: 40, val_images: 12, image_size: 16, objects: [3, 4], set_size: 4, batch_size: 8, workers: 1}
+trainer: {max_epochs: 2, accelerator: cpu}
+"""
+
+
+def run(folder: Path, *arguments: str, data: Path, name: str = "tiny") -> Path:
+    """Trains in `folder` with scenes rendered once under `data`; returns the run's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "tiny.yaml"
+    config.write_text(CONFIG)
+    return train(
+        [
+            *("--config", str(config), "--runs", str(folder), "--name", name),
+            *(f"--data.init_args.folder={data}", *arguments),
+        ]
+    )
