@@ -138,6 +138,12 @@ def _info(options: argparse.Namespace) -> None:
     print(describe(options.file))
 
 
+def stop_as_on_ctrl_c() -> None:
+    """A batch system's request to stop (SIGTERM) counts as Ctrl-C, also where a shell made us ignore that."""
+    for request in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(request, signal.default_int_handler)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's request to stop is a Ctrl-C
+    stop_as_on_ctrl_c()
     sys.exit(main())

@@ -1,0 +1,177 @@
+"""Data modules: what order, which examples, and the same after a resume."""
+
+import os
+
+import jsonargparse
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+
+from setpred import InputError
+from setpred.data.datamodule import EpochPermutation, RenderedScenes, SetDataModule
+from setpred.data.dataset import SetFile
+from setpred.data.rendered import render_file
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for name, images in (("train", 22), ("val", 11)):
+        render_file(folder / f"{name}.h5", images=images, image_size=16, objects=(0, 3), seed=images)
+    return str(folder / "train.h5"), str(folder / "val.h5")
+
+
+def module(files, **options) -> SetDataModule:
+    return SetDataModule(*files, **{"image_size": 16, "batch_size": 5} | options)
+
+
+def test_an_order_depends_on_seed_and_epoch_only():
+    def order(seed, epoch):
+        sampler = EpochPermutation(50, seed=seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert sorted(order(0, 0)) == list(range(50))
+    assert order(3, 7) == order(3, 7)
+    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_batches_are_full_and_validation_is_in_order(files, workers):
+    data = module(files, num_workers=workers, eval_batch_size=4)
+    data.setup("fit")
+    batches = [batch["index"] for batch in data.train_dataloader()]
+    assert [len(batch) for batch in batches] == [5] * 4
+    assert len(torch.cat(batches).unique()) == 20
+    assert torch.cat(batches).tolist() == list(EpochPermutation(22, seed=0))[:20]
+    seen = [batch["index"].tolist() for batch in data.val_dataloader()]
+    assert seen == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+
+
+class Watch(LightningModule):
+    """Learns nothing and notes what it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.shown: list[list[int]] = []
+
+    def training_step(self, batch, _):
+        self.shown.append([self.current_epoch, *batch["index"].tolist()])
+        return self.weight.square().sum() + batch["image"].float().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(files, epochs: int, *, checkpoint: str | None = None, **options) -> tuple[list[list[int]], Trainer]:
+    model = Watch()
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(model, datamodule=module(files, **options), ckpt_path=checkpoint)
+    return model.shown, trainer
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning warns about workers, logging and its own use of torch
+def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(files, tmp_path):
+    whole, _ = fit(files, 3)
+    assert len(whole) == 12
+    assert len({tuple(shown[1:]) for shown in whole}) == 12  # another order each epoch
+    first, trainer = fit(files, 1)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    rest, _ = fit(files, 3, checkpoint=str(tmp_path / "a.ckpt"))
+    assert first + rest == whole
+    assert fit(files, 1, seed=1)[0] != first
+
+
+def test_only_what_is_asked_for(files):
+    data = module((None, files[1]), val_images=3)
+    data.setup("validate")
+    assert [batch["index"].tolist() for batch in data.val_dataloader()] == [[0, 1, 2]]
+    with pytest.raises(InputError, match="no training part"):
+        data.setup("fit")
+
+
+def test_fewer_images_than_a_batch(files):
+    with pytest.raises(InputError, match="22 training images, fewer than one batch of 23"):
+        module(files, batch_size=23).setup("fit")
+    with pytest.raises(InputError, match="3 training images, fewer than one batch of 5"):
+        module(files, train_images=3).setup("fit")
+
+
+SCENES = {"train_images": 6, "val_images": 4, "image_size": 16, "objects": (0, 2), "batch_size": 3, "workers": 0}
+
+
+def test_built_in_scenes_are_rendered_once(tmp_path, monkeypatch):
+    data = RenderedScenes(**SCENES, folder=str(tmp_path / "data"))
+    data.prepare_data()
+    names = ["rendered-16-0to2-seed0-6.h5", "rendered-16-0to2-seed1000000-4.h5"]
+    assert sorted(os.listdir(tmp_path / "data")) == names
+    train, val = (SetFile(tmp_path / "data" / name) for name in names)
+    assert not any(torch.equal(a["image"], b["image"]) for a in train for b in val)
+
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("rendered again"))
+    again = RenderedScenes(**SCENES | {"batch_size": 2, "seed": 5}, folder=str(tmp_path / "data"))
+    again.prepare_data()
+    again.setup("fit")
+    assert [len(again.train_data), len(again.val_data)] == [6, 4]
+
+
+def test_a_wrong_file_under_the_name_is_not_used(tmp_path, monkeypatch):
+    data = RenderedScenes(**SCENES, folder=str(tmp_path))
+    data.prepare_data()
+    content = (tmp_path / "rendered-16-0to2-seed0-6.h5").read_bytes()
+
+    (tmp_path / "rendered-16-0to2-seed0-6.h5").write_bytes(content[:9000])
+    with pytest.raises(InputError, match="cut short"):
+        data.prepare_data()
+
+    render_file(tmp_path / "rendered-16-0to2-seed0-6.h5", images=6, image_size=16, objects=(0, 2), seed=4, force=True)
+    with pytest.raises(InputError, match="is not what its name says"):
+        data.prepare_data()
+
+    (tmp_path / "rendered-16-0to2-seed0-6.h5").write_bytes(content)
+    monkeypatch.setattr(
+        "setpred.data.rendered.render", lambda scene, *, width, height: 9 + 0 * render(scene, width, height)
+    )
+    with pytest.raises(InputError, match="another version of the renderer"):
+        data.prepare_data()
+
+
+def render(scene, width, height):
+    from setpred.data.renderer import render
+
+    return render(scene, width=width, height=height)
+
+
+def test_a_rendering_that_fails_is_reported(tmp_path):
+    (tmp_path / "data").write_text("in the way")
+    with pytest.raises(InputError, match=r"rendering .* failed"):
+        RenderedScenes(**SCENES, folder=str(tmp_path / "data")).prepare_data()
+
+
+@pytest.mark.filterwarnings("ignore")  # jsonargparse renames its methods from version to version
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (SetDataModule, {"train": None, "val": "b.h5", "image_size": 32, "set_size": 6}),
+        (RenderedScenes, {"objects": [3, 6], "image_size": 32, "seed": 4}),
+    ],
+)
+def test_a_configuration_builds_them(cls, options):
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(cls, "data")
+    config = parser.parse_string(
+        yaml.safe_dump({"data": {"class_path": f"{cls.__module__}.{cls.__name__}", "init_args": options}})
+    )
+    built = parser.instantiate_classes(config).data
+    assert isinstance(built, cls)
+    assert built.image_size == 32
+    assert built.seed == options.get("seed", 0)
