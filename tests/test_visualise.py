@@ -17,6 +17,7 @@ from setpred.schema import CLEVR, ElementSchema, categorical, continuous
 from setpred.visualise import Descent, report, write_report
 from setpred.visualise.comparison import compare
 from setpred.visualise.curves import _envelope
+from setpred.visualise.style import heading, new_figure
 from setpred.visualise.world import VIEW, as_pictures, cameras_of, on_map, outlines_on_image
 
 FIGURES = ["predictions.png", "refinement.gif", "refinement.png", "precision_recall.png", "confusion.png"]
@@ -179,6 +180,17 @@ def test_a_full_disk_leaves_no_partial_figure(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="disk is full"):
         write_report(tmp_path, images=pictures(1), predicted=predicted, target=target)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_long_description_is_cut_to_the_room_beside_the_title():
+    figure = new_figure(9, 4)
+    name = heading(figure, "Title", "subtitle", "$_{folder/" * 50 + "end.h5")
+    aside = figure.texts[-1]
+    renderer = figure.canvas.get_renderer()
+    assert name.get_window_extent(renderer).x1 < aside.get_window_extent(renderer).x0
+    assert aside.get_text().startswith("…")
+    assert aside.get_text().endswith("/end.h5")
+    assert heading(figure, "Title", "subtitle", "") is figure.texts[-2]
 
 
 def test_pictures_of_both_layouts_are_the_same():

@@ -17,7 +17,7 @@ _PER_LINE = 4
 
 
 @styled()
-def draw_confusion(path: Path, report: Mapping[str, Any], *, schema: ElementSchema, title: str) -> Path:
+def draw_confusion(path: Path, report: Mapping[str, Any], *, schema: ElementSchema, about: str) -> Path:
     """A matrix for each categorical field, its rows normalised; `report` is that of `attribute_report`."""
     fields = in_english_order(schema)
     fields.sort(key=lambda field: -field.size)
@@ -38,9 +38,10 @@ def draw_confusion(path: Path, report: Mapping[str, Any], *, schema: ElementSche
     matched = int(np.sum(report["confusion"][fields[0].name]))
     heading(
         figure,
-        title,
+        "Which class is taken for which",
         f"{plural(matched, 'real object')} and the predictions that stand for them, paired one to one by place alone. "
         "Share of the row, and how many.",
+        about,
     )
     x = 0.3
     for column, column_width in zip(columns, widths, strict=True):

@@ -30,7 +30,7 @@ under the curve."""
 
 @styled()
 def draw_precision_recall(
-    path: Path, predicted: Tensor, target: Tensor, *, thresholds: Sequence[float], schema: ElementSchema, title: str
+    path: Path, predicted: Tensor, target: Tensor, *, thresholds: Sequence[float], schema: ElementSchema, about: str
 ) -> Path:
     """The curves under which the average precision over the data set is the area, that area in the legend."""
     scores = average_precision(predicted, target, thresholds=thresholds, schema=schema)
@@ -38,9 +38,10 @@ def draw_precision_recall(
     objects = int(presence_mask(target).sum())
     heading(
         figure,
-        title,
+        "Precision and recall",
         f"Predictions of {plural(len(target), 'image')} in one list, most confident first; "
         f"{plural(objects, 'real object')} to find.",
+        about,
     )
     axes = figure.add_axes((0.09, 0.115, 0.52, 0.72))
     shades = colormaps["viridis"](np.linspace(0.0, 0.85, max(len(thresholds), 1)))

@@ -24,7 +24,7 @@ def draw_distance_errors(
     *,
     thresholds: Sequence[float],
     schema: ElementSchema,
-    title: str,
+    about: str,
 ) -> Path:
     """Histogram of the distance on a logarithmic axis, with the share of the objects under each threshold."""
     image, slot = (presence_mask(target) & (assignment >= 0)).nonzero(as_tuple=True)
@@ -35,9 +35,10 @@ def draw_distance_errors(
     middle = f"; median {np.median(distance):.3g}" if len(distance) else ""
     heading(
         figure,
-        title,
+        "How far predictions lie from the objects",
         f"{plural(len(distance), 'real object')} and the predictions that stand for them, paired one to one by place "
         f"alone{middle}.",
+        about,
     )
     low = min([0.01, *(limit / 4 for limit in limits)])
     high = max([10.0, *(4 * limit for limit in limits)])

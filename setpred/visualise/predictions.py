@@ -33,7 +33,7 @@ def draw_predictions(
     cameras: Sequence[Camera],
     *,
     schema: ElementSchema,
-    title: str,
+    about: str,
 ) -> Path:
     """One row for each picture: the image with the predicted objects, the map, the list."""
     width = 0.3 + IMAGE[0] + GAP + MAP + GAP + LIST + 0.2
@@ -41,9 +41,10 @@ def draw_predictions(
     figure = new_figure(width, height)
     heading(
         figure,
-        title,
+        "Predicted objects",
         "Objects predicted with a confidence over 50 %. Left: outlined on the image (how a cube is turned is not "
         "predicted). Middle: seen from above, with the real ones. Right: in words, most confident first.",
+        about,
     )
     for row, picture in enumerate(pictures):
         comparison = compare(predicted[row], target[row], schema)
@@ -143,7 +144,7 @@ def _write_list(axes: Axes, comparison: Comparison, schema: ElementSchema) -> No
         write(
             end + 1.45,
             y,
-            "extra" if distance is None else f"{distance:.2f}",
+            "extra" if distance is None else f"{distance:.2f}" if distance < 100 else "> 100",
             ha="right",
             color=WRONG if distance is None else INK,
         )

@@ -27,6 +27,7 @@ STRIP = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500)  # iterations shown in the strip
 MOST_COLUMNS, MOST_FRAMES = 7, 60
 FILM_DPI, FRAME_MS, LAST_MS = 80, 120, 2500
 FAINTEST = 0.12  # opacity of an element of no confidence
+_TITLE = "How the set is refined"
 _ERROR = "Error: smooth L1 distance to the real set, matched as at the end."
 _STRIP_NOTE = (
     "Maps seen from above, the camera at the lower edge: real objects outlined, the set filled, fainter where less "
@@ -73,7 +74,7 @@ class Descent:
         errors = self.errors()
         axes.plot(errors[: step + 1], color=INK, linewidth=1.8)
         axes.plot(step, errors[step], "o", color=WRONG, markersize=6, clip_on=False, zorder=6)
-        axes.text(0.97, 0.95, f"{errors[step]:.3g}", transform=axes.transAxes, ha="right", va="top", fontsize=11)
+        axes.text(1, 1.03, f"{errors[step]:.3g}", transform=axes.transAxes, ha="right", fontsize=11)
 
     def _elements(self, step: int) -> list[dict[str, Any]]:
         """All elements of an iterate, the surest last so that it lies on top."""
@@ -91,7 +92,7 @@ def _opacity(confidence: float) -> float:
 
 
 @styled()
-def draw_refinement_strip(path: Path, descents: Sequence[Descent], *, title: str) -> Path:
+def draw_refinement_strip(path: Path, descents: Sequence[Descent], *, about: str) -> Path:
     """For each example a row: its image, then the map at a few iterations, the last one included."""
     last = descents[0].steps
     shown = [*[step for step in STRIP if step < last][: MOST_COLUMNS - 1], last]
@@ -100,7 +101,7 @@ def draw_refinement_strip(path: Path, descents: Sequence[Descent], *, title: str
     width = max(0.3 + image_width + (gap + side) * len(shown) + 0.2, 15.0)  # room for the note
     height = 1.15 + (side + foot) * len(descents)
     figure = new_figure(width, height)
-    heading(figure, title, _STRIP_NOTE)
+    heading(figure, _TITLE, _STRIP_NOTE, about)
     for row, descent in enumerate(descents):
         bottom = height - 1.15 - side * (row + 1) - foot * row
         axes = figure.add_axes((0.3 / width, bottom / height, image_width / width, side / height))
@@ -123,11 +124,11 @@ def _step_name(step: int) -> str:
 
 
 @styled()
-def draw_refinement_film(path: Path, descents: Sequence[Descent], *, title: str) -> Path:
+def draw_refinement_film(path: Path, descents: Sequence[Descent], *, about: str) -> Path:
     """A GIF: image with the outlined set, map with the ways of the elements, and the error so far."""
     last = descents[0].steps
     steps = sorted(set(np.linspace(0, last, min(last + 1, MOST_FRAMES)).round().astype(int).tolist()))
-    frames = _frames(descents, steps, title)
+    frames = _frames(descents, steps, about)
     palette = _palette(frames)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     buffer = io.BytesIO()
@@ -152,13 +153,14 @@ def _palette(frames: Sequence[Image.Image]) -> Image.Image:
     return sheet.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
 
 
-def _frames(descents: Sequence[Descent], steps: Sequence[int], title: str) -> list[Image.Image]:
+def _frames(descents: Sequence[Descent], steps: Sequence[int], about: str) -> list[Image.Image]:
     """What stays is drawn once, and on a copy of it for each step what moves."""
     side, gap, head = 3.1, 0.2, 1.1
     width = 0.3 + 1.5 * side + gap + side + 0.75 + side + 0.3
     height = head + (side + 0.4) * len(descents)
     figure = new_figure(width, height, dpi=FILM_DPI)
-    heading(figure, "", _FILM_NOTE)
+    name = heading(figure, f"{_TITLE}: step {steps[-1]} of {steps[-1]}", _FILM_NOTE, about)
+    name.set_visible(False)
     moving: list[tuple[Axes, Callable[[Axes, int], None]]] = []
     for row, descent in enumerate(descents):
         bottom = height - head - side * (row + 1) - 0.4 * row
@@ -179,13 +181,12 @@ def _frames(descents: Sequence[Descent], steps: Sequence[int], title: str) -> li
     canvas = figure.canvas
     canvas.draw()
     still = canvas.copy_from_bbox(figure.bbox)
+    name.set_visible(True)
     frames = []
     for step in steps:
         canvas.restore_region(still)
-        name = figure.text(0.3 / width, 1 - 0.32 / height, "", fontsize=14, fontweight="bold", va="center")
-        name.set_text(f"{title}: step {step} of {descents[0].steps}")
+        name.set_text(f"{_TITLE}: step {step} of {steps[-1]}")
         figure.draw_artist(name)
-        name.remove()
         for axes, draw in moving:
             before = set(axes.get_children())
             draw(axes, step)

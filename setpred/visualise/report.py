@@ -50,7 +50,7 @@ def write_report(
         target: `[n, target_size, set_dim]`.
         iterates: `[steps + 1, m, set_size, set_dim]`, the descents of the first m predictions, the start first.
         camera: locations `[k, 3]` or `[n, 3]` in world units, NaN where unknown; then CLEVR's nominal one is taken.
-        title: what was evaluated, put after the title of each figure.
+        title: what was evaluated; a small line beside the title of each figure.
 
     Returns:
         The paths written, in the order above.
@@ -74,40 +74,34 @@ def write_report(
     cameras = cameras_of(camera, min(PICTURED, len(pictures)))
     written: list[Path] = []
 
-    def named(name: str) -> str:
-        return f"{name} ({title})" if title else name
-
     if has_world(schema):
         shown = slice(len(cameras))
         sets = predicted[shown].clamp(-_FAR, _FAR), target[shown]
         path = folder / "predictions.png"
-        written.append(
-            draw_predictions(path, pictures[shown], *sets, cameras, schema=schema, title=named("Predicted objects"))
-        )
+        written.append(draw_predictions(path, pictures[shown], *sets, cameras, schema=schema, about=title))
         if iterates is not None:
             ways = iterates.detach().cpu().double().clamp(-_FAR, _FAR)
             descents = [
                 Descent(pictures[k], ways[:, k], target[k], cameras[k], schema)
                 for k in range(min(FILMED, len(cameras), iterates.shape[1]))
             ]
-            name = named("How the set is refined")
-            written.append(draw_refinement_film(folder / "refinement.gif", descents, title=name))
-            written.append(draw_refinement_strip(folder / "refinement.png", descents, title=name))
+            written.append(draw_refinement_film(folder / "refinement.gif", descents, about=title))
+            written.append(draw_refinement_strip(folder / "refinement.png", descents, about=title))
     else:
         say(f"No pictures of the sets: schema {schema.name!r} has no continuous field 'coords' of three numbers.")
 
-    path, name = folder / "precision_recall.png", named("Precision and recall")
-    written.append(draw_precision_recall(path, predicted, target, thresholds=thresholds, schema=schema, title=name))
+    path = folder / "precision_recall.png"
+    written.append(draw_precision_recall(path, predicted, target, thresholds=thresholds, schema=schema, about=title))
     if schema.categorical:
         report = attribute_report(predicted, target, assignment, schema=schema)
-        path, name = folder / "confusion.png", named("Which class is taken for which")
-        written.append(draw_confusion(path, report, schema=schema, title=name))
+        path = folder / "confusion.png"
+        written.append(draw_confusion(path, report, schema=schema, about=title))
     else:
         say(f"No confusion of attributes: schema {schema.name!r} has no classes.")
     if schema.continuous:
-        path, name = folder / "distance_errors.png", named("How far predictions lie from the objects")
+        path = folder / "distance_errors.png"
         written.append(
-            draw_distance_errors(path, predicted, target, assignment, thresholds=thresholds, schema=schema, title=name)
+            draw_distance_errors(path, predicted, target, assignment, thresholds=thresholds, schema=schema, about=title)
         )
     else:
         say(f"No distance errors: schema {schema.name!r} has no continuous fields.")

@@ -13,6 +13,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from setpred.files import write_atomically
 from setpred.schema import ElementSchema, Field
@@ -70,11 +71,22 @@ def new_figure(width: float, height: float, *, dpi: int = DPI) -> Figure:
     return figure
 
 
-def heading(figure: Figure, title: str, subtitle: str = "", *, left: float = 0.3, top: float = 0.32) -> None:
-    """Title and one line under it, at fixed inches from the left and top edges."""
+def heading(figure: Figure, title: str, subtitle: str, about: str) -> Text:
+    """Title and a line under it; beside the title, small and cut to fit, what was evaluated. Returns the title."""
+    left, top, right = 0.3, 0.32, 0.2  # inches
     width, height = figure.get_size_inches()
-    figure.text(left / width, 1 - top / height, title, fontsize=14, fontweight="bold", va="center")
+    line = 1 - top / height
+    name = figure.text(left / width, line, title, fontsize=14, fontweight="bold", va="center")
     figure.text(left / width, 1 - (top + 0.29) / height, subtitle, fontsize=10, color="#555555", va="center")
+    if about:
+        renderer = figure.canvas.get_renderer()
+        start = name.get_window_extent(renderer).x1 / figure.dpi + 0.3
+        style = {"fontsize": 9, "color": "#555555", "va": "center", "ha": "right"}
+        aside = figure.text(1 - right / width, line, about, parse_math=False, **style)
+        while len(about) > 1 and aside.get_window_extent(renderer).x0 / figure.dpi < start:
+            about = about[1:]  # the end of a path says more than its start
+            aside.set_text("…" + about)
+    return name
 
 
 def save_png(figure: Figure, path: Path) -> Path:
