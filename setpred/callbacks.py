@@ -100,7 +100,9 @@ class EpochLines(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             metrics = trainer.callback_metrics
-            scores = ", ".join(f"{name} {float(metrics[name]):.4f}" for name in ("train_loss", "val_loss") if name in metrics)
+            scores = ", ".join(
+                f"{name} {float(metrics[name]):.4f}" for name in ("train_loss", "val_loss") if name in metrics
+            )
             scores += "".join(
                 f", AP_{name} {100 * float(metrics[f'val_ap_{name}']):.1f}"
                 for name in ("inf", "1", "0.5")

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from setpred.callbacks import EpochLines, MetricsFile, WholeCheckpoints, checkpoint_callbacks
 from setpred.checkpoint import read_checkpoint
 from setpred.errors import InputError
 from setpred.files import make_folder, write_atomically
+from setpred.precision import training_precision
 from setpred.training import SetPrediction
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
@@ -86,9 +86,7 @@ class TrainCLI(LightningCLI):
             "logger": self._logger(),
         }
         if self.config.trainer.precision is None:
-            on_gpu = self.config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-            # the inner descent stays in float32 by itself
-            arguments["precision"] = "bf16-mixed" if on_gpu else "32-true"
+            arguments["precision"] = training_precision(self.config.trainer.accelerator)
         return super().instantiate_trainer(**arguments)
 
     def _logger(self) -> Any:

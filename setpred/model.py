@@ -46,9 +46,7 @@ class SetPredictor(nn.Module):
         """
         return self.decoder(self.encode(images), index=self._index(images, index), iterations=iterations)
 
-    def refine(
-        self, images: Tensor, *, index: Tensor | None = None, iterations: int | None = None
-    ) -> Iterator[Tensor]:
+    def refine(self, images: Tensor, *, index: Tensor | None = None, iterations: int | None = None) -> Iterator[Tensor]:
         """Yields every iterate of the prediction, the start first; arguments as in `forward`."""
         return self.decoder.refine(self.encode(images), index=self._index(images, index), iterations=iterations)
 

@@ -152,9 +152,7 @@ def test_known_answers():
     torch.testing.assert_close(SumPool(2)(elements, mask), torch.tensor([[3.0, 5.0]]))
     torch.testing.assert_close(MeanPool(2)(elements, mask), torch.tensor([[1.5, 2.5]]))
     torch.testing.assert_close(MaxPool(2)(elements, mask), torch.tensor([[2.0, 5.0]]))
-    torch.testing.assert_close(
-        sort_features(elements, mask), torch.tensor([[[2.0, 5.0], [1.0, 0.0], [0.0, 0.0]]])
-    )
+    torch.testing.assert_close(sort_features(elements, mask), torch.tensor([[[2.0, 5.0], [1.0, 0.0], [0.0, 0.0]]]))
     pool = FSPool(2, set_size=3)
     with torch.no_grad():
         pool.weight.copy_(torch.tensor([[1.0, 0.0], [10.0, 0.0], [100.0, 1.0]]))

@@ -47,9 +47,7 @@ def weighted_sum(elements):
 def test_descent_finds_the_optimum(differentiation, momentum):
     problem = Quadratic()
     descent = GradientDescent(iterations=250, learning_rate=0.7, momentum=momentum)
-    found = minimise(
-        problem.energy(problem.theta), problem.initial, descent=descent, differentiation=differentiation
-    )
+    found = minimise(problem.energy(problem.theta), problem.initial, descent=descent, differentiation=differentiation)
     torch.testing.assert_close(found, problem.optimum(problem.theta), rtol=1e-10, atol=1e-10)
 
 
@@ -140,9 +138,7 @@ def test_implicit_gradient_through_a_projection(solver):
 def test_examples_do_not_influence_each_other():
     problem = Quadratic(batch=4)
     descent = GradientDescent(iterations=6, learning_rate=0.5, momentum=0.9, clip=0.5)
-    together = minimise(
-        problem.energy(problem.theta), problem.initial, descent=descent, differentiation=Implicit()
-    )
+    together = minimise(problem.energy(problem.theta), problem.initial, descent=descent, differentiation=Implicit())
     for b in range(4):
         alone = Quadratic(batch=4)
         alone.matrix, alone.link = problem.matrix[b : b + 1], problem.link[b : b + 1]

@@ -172,7 +172,9 @@ def test_nan_stops_with_step_samples_and_a_repro_file(where, tmp_path, tiny_data
         monkeypatch.setattr(SetPredictor, "forward", poisoned)
         loss = HungarianLoss()
     monkeypatch.setattr("setpred.training.HungarianLoss", lambda: loss)
-    with pytest.raises(InputError, match=r"step 6 \(epoch 1\): the (loss|matching cost) is not finite in samples 1 ") as e:
+    with pytest.raises(
+        InputError, match=r"step 6 \(epoch 1\): the (loss|matching cost) is not finite in samples 1 "
+    ) as e:
         run(tmp_path, data=tiny_data)
     repro = tmp_path / "tiny" / "repro-step-6.pt"
     assert str(repro) in str(e.value)

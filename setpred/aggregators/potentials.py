@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -27,7 +28,7 @@ class ResidualPotential(nn.Module):
         self.element_layer = nn.Linear(in_dim, widths[0])
         self.state_layer = nn.Linear(state_dim, widths[0], bias=False)
         self.norms = nn.ModuleList(LayerNorm(width) for width in widths[:-1])
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        pairs = list(itertools.pairwise(widths))
         self.layers = nn.ModuleList(nn.Linear(narrow, wide) for narrow, wide in pairs)
         self.skips = nn.ModuleList(
             nn.Identity() if narrow == wide else nn.Linear(narrow, wide, bias=False) for narrow, wide in pairs

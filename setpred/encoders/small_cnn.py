@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor, nn
 
 
@@ -25,7 +27,7 @@ class SmallCNN(nn.Module):
         self.image_size, self.latent_dim = image_size, latent_dim
         channels = [3] + [width * 2 ** min(stage, 3) for stage in range(stages)]
         layers: list[nn.Module] = []
-        for stage, (narrow, wide) in enumerate(zip(channels[:-1], channels[1:], strict=True)):
+        for stage, (narrow, wide) in enumerate(itertools.pairwise(channels)):
             kernel = 5 if stage == 0 else 3
             layers += [
                 nn.Conv2d(narrow, wide, kernel, stride=2, padding=kernel // 2, bias=False),
