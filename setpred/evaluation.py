@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -17,8 +18,13 @@ from setpred.checkpoint import Checkpoint, load_checkpoint
 from setpred.data.dataset import SetImages, as_batch, open_data
 from setpred.errors import InputError
 from setpred.files import write_atomically
-from setpred.matching import hungarian
-from setpred.metrics import attribute_report, average_precision, average_precision_per_image, threshold_name
+from setpred.metrics import (
+    attribute_report,
+    average_precision,
+    average_precision_per_image,
+    match_by_position,
+    threshold_name,
+)
 from setpred.model import SetPredictor
 from setpred.progress import progress
 from setpred.schema import ElementSchema
@@ -67,26 +73,6 @@ def predict(
     return Predictions(torch.cat(predicted), torch.cat(target))
 
 
-def match_by_position(predicted: Tensor, target: Tensor, schema: ElementSchema) -> Tensor:
-    """Which predicted slot goes with each target slot, by least total distance in the continuous fields.
-
-    Classes do not take part, so that they can be judged. Returns long `[images, target slots]`. Where a set has more
-    real objects than predictions, the surplus gets a number past the last slot.
-    """
-    real = presence_mask(target).unsqueeze(1)
-    guess, truth = (
-        torch.cat([schema.values(elements, field.name) for field in schema.continuous], dim=-1).double()
-        for elements in (predicted, target)
-    )
-    distance = torch.cdist(guess, truth) * real  # padding takes any slot at no cost
-    missing = target.shape[1] - predicted.shape[1]
-    if missing > 0:
-        # stand-ins that are worse for a real object than any prediction
-        worst = 1 + len(distance[0]) * distance.amax()
-        distance = torch.cat([distance, (worst * real).expand(-1, missing, -1)], dim=1)
-    return hungarian(distance)
-
-
 def report(predictions: Predictions, schema: ElementSchema, protocol: str) -> dict[str, Any]:
     """AP by threshold, attribute accuracies and distance errors, in plain types.
 
@@ -95,16 +81,14 @@ def report(predictions: Predictions, schema: ElementSchema, protocol: str) -> di
     """
     predicted, target = predictions
     scores = PROTOCOLS[protocol](predicted, target, schema=schema)
-    assignment = match_by_position(predicted, target, schema)
-    without = presence_mask(target) & (assignment >= predicted.shape[1])
-    judged = target.clone()
-    judged[without] = 0.0
+    assignment = match_by_position(predicted, target, schema=schema)
+    without = presence_mask(target) & (assignment < 0)
     return {
         "ap": {threshold_name(threshold): score for threshold, score in scores.items()},
         "images": len(target),
         "protocol": protocol,
         "without_slot": int(without.sum()),
-        "attributes": attribute_report(predicted, judged, assignment, schema=schema),
+        "attributes": attribute_report(predicted, target, assignment, schema=schema),
     }
 
 
@@ -163,7 +147,7 @@ def figures(
         predicted=predictions.predicted,
         target=predictions.target,
         iterates=iterates,
-        camera=data.cameras[: len(first["index"])],
+        camera=np.stack([data.camera(index) for index in first["index"].tolist()]),
         schema=loaded.schema,
         title=title,
     )

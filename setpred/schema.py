@@ -128,8 +128,9 @@ class ElementSchema:
         Raises:
             InputError: too many objects, a missing field, an unknown class name, a value that is not finite.
 
-        >>> CLEVR.encode([dict(coords=(3, 0, 0.7), material="metal", color="red", shape="cube", size="large")])[0, :5]
-        array([1.        , 0.        , 0.23333333, 0.        , 1.        ], dtype=float32)
+        >>> cube = dict(coords=(3, 0, 1.5), material="metal", color="red", shape="cube", size="large")
+        >>> CLEVR.encode([cube])[0, :5].tolist()
+        [1.0, 0.0, 0.5, 0.0, 1.0]
         """
         set_size = self.max_objects if set_size is None else set_size
         if len(objects) > set_size:

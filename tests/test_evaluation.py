@@ -1,0 +1,206 @@
+"""evaluate.py: the same answer however it is batched, other data, and refusals without running code."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import run
+
+from setpred.checkpoint import KEY, build, load_checkpoint, save_whole
+from setpred.data.dataset import open_data
+from setpred.decoders import IDSPN
+from setpred.errors import InputError
+from setpred.evaluation import evaluate
+from setpred.model import SetPredictor
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny_data):
+    return run(tmp_path_factory.mktemp("run"), "--trainer.max_epochs=1", data=tiny_data) / "best.ckpt"
+
+
+def changed(checkpoint, tmp_path, change):
+    """A copy of the checkpoint with its content changed."""
+    content = torch.load(checkpoint, weights_only=True)
+    change(content)
+    path = tmp_path / "changed.ckpt"
+    save_whole(content, path)
+    return path
+
+
+def test_the_answer_does_not_depend_on_batches_or_workers(checkpoint):
+    expected = evaluate([str(checkpoint)])
+    for options in (["--batch-size", "1"], ["--batch-size", "7"], ["--workers", "2"]):
+        result = evaluate([str(checkpoint), *options])
+        assert result["ap"] == pytest.approx(expected["ap"], abs=1e-6)
+        assert result["attributes"]["distance"] == pytest.approx(expected["attributes"]["distance"], abs=1e-5)
+    assert evaluate([str(checkpoint), "--iterations", "0"])["ap"] != expected["ap"]
+
+
+def test_json_and_table_say_what_was_evaluated(checkpoint, tmp_path, capsys):
+    out = tmp_path / "deep" / "result.json"
+    result = evaluate([str(checkpoint), "--json", str(out), "--protocol", "per-image", "--images", "9"])
+    written = json.loads(out.read_text())
+    assert list(written["ap"]) == ["inf", "1", "0.5", "0.25", "0.125", "0.0625"]
+    assert all(0 <= score <= 1 for score in written["ap"].values())
+    assert (written["images"], written["protocol"]) == (9, "per-image")
+    assert written["data"].endswith(".h5")
+    assert written["ap"] == result["ap"]
+    printed = capsys.readouterr().out
+    assert "9 images" in printed
+    assert "per-image" in printed
+    assert "color" in printed
+
+
+def test_a_perfect_model_has_ap_1_and_an_empty_one_0(checkpoint, monkeypatch):
+    loaded = load_checkpoint(checkpoint)
+    data = open_data(loaded.data["path"], image_size=16)
+    truth = data.__getitems__(range(len(data)))["elements"][:, :4]
+    monkeypatch.setattr(SetPredictor, "forward", lambda self, images, *, index, iterations: truth[index])
+    result = evaluate([str(checkpoint)])
+    assert set(result["ap"].values()) == {1.0}
+    assert set(result["attributes"]["accuracy"].values()) == {1.0}
+    monkeypatch.setattr(SetPredictor, "forward", lambda self, images, *, index, iterations: 9 + 0 * truth[index])
+    assert evaluate([str(checkpoint)])["ap"]["1"] == 0.0
+
+
+def test_real_clevr_folder_and_pictures(checkpoint, clevr_blender, tmp_path, capsys):
+    """Images with more objects than the model has slots are scored, and it says so."""
+    result = evaluate(
+        [str(checkpoint), "--data", str(clevr_blender), "--images", "6", "--figures", str(tmp_path / "figures")]
+    )
+    assert result["images"] == 6
+    assert result["without_slot"] > 0
+    assert "more objects than the model has slots" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert names >= {"predictions.png", "refinement.png", "refinement.gif", "precision_recall.png", "confusion.png"}
+    assert not [name for name in names if "partial" in name]
+
+
+def test_a_missing_or_foreign_checkpoint_is_a_sentence(checkpoint, tmp_path):
+    with pytest.raises(InputError, match="no checkpoint at"):
+        evaluate([str(tmp_path / "none.ckpt")])
+    whole = checkpoint.read_bytes()
+    for content in (b"", b"not a checkpoint", whole[: len(whole) // 2], whole[:-100]):
+        broken = tmp_path / "broken.ckpt"
+        broken.write_bytes(content)
+        with pytest.raises(InputError, match="is not a checkpoint, or is damaged"):
+            evaluate([str(broken)])
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "other.ckpt")
+    with pytest.raises(InputError, match="not a checkpoint of setpred"):
+        evaluate([str(tmp_path / "other.ckpt")])
+
+
+class Payload:
+    path = ""
+
+    def __reduce__(self):
+        return (Path.touch, (Path(self.path),))
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(checkpoint, tmp_path, monkeypatch):
+    witness = tmp_path / "was-run"
+    monkeypatch.setattr(Payload, "path", str(witness))
+    hostile = tmp_path / "hostile.ckpt"
+    torch.save({KEY: {"version": 1}, "state_dict": {}, "payload": Payload()}, hostile)
+    with pytest.raises(InputError, match=r"refused, since loading it could run code|is damaged"):
+        evaluate([str(hostile)])
+    plain_pickle = tmp_path / "plain.ckpt"
+    plain_pickle.write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(InputError):
+        evaluate([str(plain_pickle)])
+    assert not witness.exists()
+    pickle.loads(plain_pickle.read_bytes())  # the payload does work where code is run
+    assert witness.exists()
+
+
+@pytest.mark.parametrize("path", ["os.system", "subprocess.Popen", "setpred.cli.TrainCLI", "setpred.encoders.os", 7])
+def test_class_paths_outside_the_list_are_refused(checkpoint, tmp_path, path):
+    def change(content):
+        content[KEY]["model"]["encoder"]["class_path"] = path
+
+    with pytest.raises(InputError, match="not on the list of allowed classes"):
+        load_checkpoint(changed(checkpoint, tmp_path, change))
+
+
+def test_strings_in_a_configuration_are_never_imported():
+    built = build({"projection": "os.system", "list": ["os.system", {"a": "b"}]}, {})
+    assert built == {"projection": "os.system", "list": ["os.system", {"a": "b"}]}
+
+
+def test_own_parts_are_allowed_by_name(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "my_parts.py").write_text(
+        "from setpred.encoders import SmallCNN\nclass MyEncoder(SmallCNN):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def change(content):
+        content[KEY]["model"]["encoder"]["class_path"] = "my_parts.MyEncoder"
+
+    path = changed(checkpoint, tmp_path, change)
+    with pytest.raises(InputError, match="--allow"):
+        load_checkpoint(path)
+    assert type(load_checkpoint(path, allow=["my_parts.MyEncoder"]).model.encoder).__name__ == "MyEncoder"
+    with pytest.raises(InputError, match="cannot import"):
+        load_checkpoint(path, allow=["my_parts.Nope"])
+
+
+def test_a_checkpoint_of_another_schema_is_refused(checkpoint, tmp_path):
+    def change(content):
+        content[KEY]["schema"]["fields"][2]["classes"][0] = "pink"
+
+    with pytest.raises(InputError, match="another schema"):
+        evaluate([str(changed(checkpoint, tmp_path, change))])
+
+
+@pytest.mark.parametrize("what", ["missing", "shape", "arguments", "version"])
+def test_checkpoints_that_do_not_fit_are_refused(checkpoint, tmp_path, what):
+    def change(content):
+        if what == "missing":
+            content["state_dict"].pop("model.encoder.network.0.weight")
+        elif what == "shape":
+            content["state_dict"]["model.encoder.network.0.weight"] = torch.zeros(3)
+        elif what == "arguments":
+            content[KEY]["model"]["decoder"]["init_args"]["nonsense"] = 1
+        else:
+            content[KEY]["version"] = 99
+
+    with pytest.raises(InputError, match=r"do not fit|cannot be built|checkpoint format 99"):
+        load_checkpoint(changed(checkpoint, tmp_path, change))
+
+
+def test_data_of_another_size_is_refused(checkpoint, tmp_path):
+    path = tmp_path / "other.h5"
+    command = [sys.executable, "-m", "setpred.data", "render", "--images", "2", "--image-size", "32", "--objects"]
+    subprocess.run([*command, "3", "4", "--seed", "1", "--workers", "1", "--out", str(path)], check=True)
+    with pytest.raises(InputError, match="expected images of 16x16"):
+        evaluate([str(checkpoint), "--data", str(path)])
+    with pytest.raises(InputError, match=r"nowhere\.h5"):
+        evaluate([str(checkpoint), "--data", str(tmp_path / "nowhere.h5")])
+
+
+@pytest.mark.parametrize("option", [["--iterations", "-1"], ["--images", "0"], ["--batch-size", "0"]])
+def test_impossible_numbers_are_refused(checkpoint, option):
+    with pytest.raises(InputError, match=f"{option[0]}: expected at least"):
+        evaluate([str(checkpoint), *option])
+
+
+def test_a_device_that_is_not_there_is_a_sentence(checkpoint):
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    with pytest.raises(InputError, match="--device cuda: cannot be used here"):
+        evaluate([str(checkpoint), "--device", "cuda"])
+
+
+def test_the_model_is_the_one_that_was_trained(checkpoint):
+    model = load_checkpoint(checkpoint).model
+    assert isinstance(model.decoder, IDSPN)
+    assert (model.decoder.set_size, model.decoder.descent.iterations) == (4, 3)
+    weights = torch.load(checkpoint, weights_only=True)["state_dict"]
+    for name, value in model.state_dict().items():
+        np.testing.assert_array_equal(value.numpy(), weights[f"model.{name}"].numpy())
