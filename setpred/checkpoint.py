@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,20 +97,21 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     if not Path(path).is_file():
         raise InputError(f"no checkpoint at {path}; train one with train.py, or give the path of a .ckpt file")
+    damaged = f"{path} is not a checkpoint, or is damaged"
+    if not zipfile.is_zipfile(path):  # the only container that torch.save writes; older ones are bare pickles
+        raise InputError(f"{damaged}: it is not a whole torch file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd pickles, on their way to being refused
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "WeightsUnpickler" in str(error) or "weights_only" in str(error):
-            raise InputError(
-                f"{path} holds more than tensors and plain types and is refused, since loading it could run code "
-                f"({str(error).splitlines()[0]})"
-            ) from error
-        raise InputError(f"{path} is not a checkpoint, or is damaged: {str(error).splitlines()[0]}") from error
+        reason = next((line for line in str(error).splitlines() if "Unsupported" in line), type(error).__name__)
+        raise InputError(
+            f"{path} holds more than tensors and plain types and is refused, since loading it could run code "
+            f"({reason.strip()})"
+        ) from error
     except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} is not a checkpoint, or is damaged: {reason}") from error
+        raise InputError(f"{damaged}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     record = content.get(KEY) if isinstance(content, dict) else None
     if not isinstance(record, dict) or "state_dict" not in content:
         raise InputError(f"{path} is not a checkpoint of setpred: it lacks the record {KEY!r} or the weights")
