@@ -24,10 +24,3 @@ def check_set(elements: Tensor, mask: Tensor | None = None, *, set_dim: int | No
 def presence_mask(elements: Tensor) -> Tensor:
     """Mask `[..., set_size]` of target elements: True where presence, the last number, is over one half."""
     return elements[..., -1] > 0.5
-
-
-def check_set_size(mask: Tensor, set_size: int) -> None:
-    """Raises `ValueError` when a set has more present elements than `set_size`."""
-    most = int(mask.sum(-1).max()) if mask.numel() else 0
-    if most > set_size:
-        raise ValueError(f"expected at most {set_size} present elements in a set, got {most}")

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from setpred.aggregators.base import Aggregator
 from setpred.aggregators.basic import masked_fill
+from setpred.schema import CLEVR
 
 
 def sort_features(elements: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -36,7 +37,7 @@ class FSPool(Aggregator):
         set_size: knots of the weight function; the usual set size.
     """
 
-    def __init__(self, in_dim: int, *, set_size: int) -> None:
+    def __init__(self, in_dim: int, *, set_size: int = CLEVR.max_objects) -> None:
         super().__init__(in_dim)
         # N(0, 1/set_size), the published start (Kaiming normal, fan out, linear)
         self.weight = nn.Parameter(torch.randn(set_size, in_dim) / set_size**0.5)

@@ -1,0 +1,75 @@
+"""The tree keeps its shape: floors import only floors below, heavy libraries stay in their rooms, sizes in the schema."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "setpred"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+# a module may import modules of a lower number, and its own folder
+FLOORS = {
+    "errors": 0, "files": 0, "progress": 0, "precision": 0, "schema": 0, "sets": 0, "nn": 0, "schedules": 0,
+    "inner": 1, "matching": 1,
+    "aggregators": 2, "encoders": 2, "decoders": 2, "losses": 2, "metrics": 2, "data": 2,
+    "model": 3, "visualise": 3, "checkpoint": 4,
+    "training": 5, "callbacks": 5, "evaluation": 5, "cli": 6,
+}  # fmt: skip
+ROOMS = {
+    "scipy": {"matching"},
+    "h5py": {"data"},
+    "matplotlib": {"visualise"},
+    "lightning": {"data", "training", "callbacks", "cli"},
+    "torchmetrics": {"metrics"},
+    "torchvision": {"encoders"},
+}
+
+
+def module_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """Dotted names that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down(path):
+    ours = module_of(path)
+    if ours == "__init__":
+        return
+    assert ours in FLOORS, f"{ours} has no floor: give it one in FLOORS"
+    for name in imports(path):
+        top, *rest = name.split(".")
+        if top == "setpred" and rest and rest[0] in FLOORS and rest[0] != ours:
+            assert FLOORS[rest[0]] <= FLOORS[ours], f"{path} imports upwards: {name}"
+            same_floor = FLOORS[rest[0]] == FLOORS[ours] > 0
+            assert not (same_floor and ours == "data"), f"data imports model code: {name}"
+        assert top not in ROOMS or ours in ROOMS[top], f"{path}: {top} belongs in {ROOMS[top]}"
+
+
+def test_sizes_of_clevr_stand_in_the_schema_alone():
+    """19 and 10 objects follow from the schema; no file repeats the element size."""
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            assert not (isinstance(node, ast.Constant) and node.value == 19), f"{path}:{node.lineno} says 19"
+    for path in (ROOT / "configs").glob("*.yaml"):
+        assert "set_dim" not in path.read_text(), f"{path} repeats the element size"
+
+
+def test_every_public_part_is_documented():
+    from setpred import aggregators, decoders, encoders, inner
+
+    for module in (aggregators, decoders, encoders, inner):
+        assert list(module.__all__) == sorted(module.__all__, key=lambda name: (name[0].islower(), name))
+        for name in module.__all__:
+            assert getattr(module, name).__doc__, f"{module.__name__}.{name} has no docstring"
