@@ -1,4 +1,4 @@
-"""The tree keeps its shape: floors import only floors below, heavy libraries stay in their rooms, sizes in the schema."""
+"""The tree keeps its shape: imports go down, heavy libraries stay in their rooms, sizes stand in the schema."""
 
 import ast
 from pathlib import Path

@@ -77,7 +77,7 @@ def test_differences_are_named():
     other = CLEVR.to_dict()
     other["fields"][1]["classes"] = ["metal", "rubber"]
     assert "material" in CLEVR.differences(ElementSchema.from_dict(other))
-    assert CLEVR != ElementSchema.from_dict(other)
+    assert ElementSchema.from_dict(other) != CLEVR
 
 
 @pytest.mark.parametrize(
