@@ -35,7 +35,7 @@ class SetPrediction(pl.LightningModule):
         decoder: latent vector to set.
         schema: name of the element schema (`SCHEMAS`).
         loss: per-example set loss; `HungarianLoss` unless given.
-        learning_rate: of Adam.
+        learning_rate, betas: of Adam.
         weight_decay: decoupled, as in AdamW.
         schedule: of the learning rate; constant unless given.
         iterations_by_epoch: descent steps from given epochs on, e.g. `{0: 20, 50: 40}`; training only.
@@ -50,6 +50,7 @@ class SetPrediction(pl.LightningModule):
         schema: str = CLEVR.name,
         loss: nn.Module | None = None,
         learning_rate: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         schedule: Schedule | None = None,
         iterations_by_epoch: dict[int, int] | None = None,
@@ -67,7 +68,7 @@ class SetPrediction(pl.LightningModule):
         # channels-last is the faster layout for convolutions on GPUs and CPUs alike
         self.model = SetPredictor(encoder, decoder).to(memory_format=torch.channels_last)
         self.loss = HungarianLoss() if loss is None else loss
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.schedule = Constant() if schedule is None else schedule
         self.iterations_by_epoch = iterations_by_epoch
         self.gradient_clip = gradient_clip
@@ -146,7 +147,9 @@ class SetPrediction(pl.LightningModule):
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), self.learning_rate, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(
+            self.parameters(), self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
+        )
 
     def configure_gradient_clipping(self, optimizer: Any, *arguments: Any, **keywords: Any) -> None:
         if self.gradient_clip is not None:

@@ -162,9 +162,9 @@ def test_a_checkpoint_of_another_schema_is_refused(checkpoint, tmp_path):
 def test_checkpoints_that_do_not_fit_are_refused(checkpoint, tmp_path, what):
     def change(content):
         if what == "missing":
-            content["state_dict"].pop("model.encoder.network.0.weight")
+            content["state_dict"].pop("model.encoder.head.weight")
         elif what == "shape":
-            content["state_dict"]["model.encoder.network.0.weight"] = torch.zeros(3)
+            content["state_dict"]["model.encoder.head.weight"] = torch.zeros(3)
         elif what == "arguments":
             content[KEY]["model"]["decoder"]["init_args"]["nonsense"] = 1
         else:
