@@ -99,6 +99,17 @@ class TrainCLI(LightningCLI):
         return TensorBoardLogger(self.config.runs, name=self.config.name, version="tensorboard")
 
 
+def check_set_sizes(cli: TrainCLI) -> None:
+    """Model and data must speak of sets of the same size."""
+    model_size = getattr(cli.model.model.decoder, "set_size", None)
+    data_size = getattr(getattr(cli.datamodule, "train_data", None), "set_size", model_size)
+    if model_size not in (None, data_size):
+        raise InputError(
+            f"the decoder predicts sets of {model_size}, the data has sets of {data_size}; give both the same "
+            "set_size (model.decoder.init_args.set_size and data.init_args.set_size)"
+        )
+
+
 def plain(value: Any) -> Any:
     """A jsonargparse namespace as dictionaries and lists."""
     if hasattr(value, "as_dict"):
@@ -185,10 +196,13 @@ def train(arguments: list[str] | None = None) -> Path:
         # first what can fail for the user's reasons, so that an earlier run stays in its place if it does
         cli.datamodule.prepare_data()
         cli.datamodule.setup("fit")
+        check_set_sizes(cli)
         if resume is None:
             set_aside(cli.folder)
         make_folder(cli.folder)
-        write_atomically(cli.folder / "config.yaml", cli.parser.dump(cli.config, skip_none=False))
+        repeatable = cli.config.clone()
+        repeatable.resume = None
+        write_atomically(cli.folder / "config.yaml", cli.parser.dump(repeatable, skip_none=False))
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=True)
     print(f"checkpoints, configuration and metrics are in {cli.folder}", flush=True)
     return cli.folder

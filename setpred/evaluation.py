@@ -168,6 +168,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--figures", type=Path, metavar="DIR", help="write pictures into DIR")
     options.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     options.add_argument("--images", type=int, help="evaluate the first IMAGES images only")
+    options.add_argument("--seed", type=int, help="of the random start of the descent; the model's own unless given")
     options.add_argument("--batch-size", type=int, default=128, help="images at a time; does not change the result")
     options.add_argument("--workers", type=int, default=0, help="processes that read; does not change the result")
     options.add_argument("--device", default="auto", help="cpu, cuda, … (default: a GPU if there is one)")
@@ -189,6 +190,10 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
         if (value := getattr(options, name)) is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
     loaded = load_checkpoint(options.checkpoint, allow=options.allow)
+    if options.seed is not None:
+        if not hasattr(loaded.model.decoder.start, "seed"):
+            raise InputError("--seed: this model starts from a learned set, there is nothing random to seed")
+        loaded.model.decoder.start.seed = options.seed
     path = options.data or loaded.data.get("path")
     if path is None:
         raise InputError(f"{options.checkpoint} does not say what data it was validated on; give --data")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class MLP(nn.Sequential):
 
 def softplus_inverse(value: float) -> float:
     """x with softplus(x) = value, so that a positive parameter starts at the value that was asked for."""
-    return float(torch.as_tensor(value, dtype=torch.float64).expm1().log())
+    return value + math.log(-math.expm1(-value))  # log(eˣ - 1), without overflow
 
 
 class Positive(nn.Module):

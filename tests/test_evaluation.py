@@ -40,6 +40,9 @@ def test_the_answer_does_not_depend_on_batches_or_workers(checkpoint):
         assert result["ap"] == pytest.approx(expected["ap"], abs=1e-6)
         assert result["attributes"]["distance"] == pytest.approx(expected["attributes"]["distance"], abs=1e-5)
     assert evaluate([str(checkpoint), "--iterations", "0"])["ap"] != expected["ap"]
+    other = evaluate([str(checkpoint), "--seed", "1"])
+    assert other["attributes"]["distance"] != expected["attributes"]["distance"]
+    assert evaluate([str(checkpoint), "--seed", "0"])["ap"] == expected["ap"]
 
 
 def test_json_and_table_say_what_was_evaluated(checkpoint, tmp_path, capsys):
@@ -80,6 +83,16 @@ def test_real_clevr_folder_and_pictures(checkpoint, clevr_blender, tmp_path, cap
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     assert names >= {"predictions.png", "refinement.png", "refinement.gif", "precision_recall.png", "confusion.png"}
     assert not [name for name in names if "partial" in name]
+
+
+def test_a_prepared_clevr_file_and_its_folder_give_the_same_answer(checkpoint, clevr_blender, tmp_path):
+    file = tmp_path / "clevr.h5"
+    command = [sys.executable, "-m", "setpred.data", "prepare", str(clevr_blender), "--split", "val", "--images", "8"]
+    subprocess.run([*command, "--image-size", "16", "--workers", "1", "--out", str(file)], check=True)
+    from_file = evaluate([str(checkpoint), "--data", str(file)])
+    from_folder = evaluate([str(checkpoint), "--data", str(clevr_blender), "--images", "8"])
+    assert from_file["ap"] == from_folder["ap"]
+    assert from_file["images"] == 8
 
 
 def test_a_missing_or_foreign_checkpoint_is_a_sentence(checkpoint, tmp_path):

@@ -37,7 +37,7 @@ def test_layer_norm_is_that_of_torch_with_right_third_derivatives():
     assert third_derivative_error(ours) < 1e-6
 
 
-@pytest.mark.parametrize("value", [1e-3, 0.1, 1.0, 30.0])
+@pytest.mark.parametrize("value", [1e-3, 0.1, 1.0, 30.0, 800.0])
 def test_positive_starts_at_the_value_asked_for(value):
     assert Positive(value)().item() == pytest.approx(value, rel=1e-4)
     assert torch.nn.functional.softplus(torch.tensor(softplus_inverse(value))).item() == pytest.approx(value, rel=1e-4)

@@ -14,7 +14,7 @@ from tiny import CONFIG, run
 
 from setpred import files
 from setpred.checkpoint import load_checkpoint, read_checkpoint
-from setpred.cli import build
+from setpred.cli import build, train
 from setpred.errors import InputError
 from setpred.evaluation import evaluate
 from setpred.losses import HungarianLoss
@@ -94,6 +94,41 @@ def test_training_lowers_the_loss(tmp_path, tiny_data):
     folder = run(tmp_path, "--trainer.max_epochs=8", "--model.learning_rate=0.01", data=tiny_data)
     table = rows(folder)
     assert float(table[-1]["train_loss"]) < 0.7 * float(table[0]["train_loss"])
+
+
+def test_real_clevr_scenes_lower_the_loss(tmp_path, clevr_blender, tiny_data):
+    """Straight from a CLEVR folder; the scenes have up to 10 objects."""
+    config = tmp_path / "clevr.yaml"
+    text = CONFIG[: CONFIG.index("data:")].replace("set_size: 4", "set_size: 10")
+    config.write_text(
+        f"""{text}
+data:
+  class_path: setpred.data.datamodule.SetDataModule
+  init_args: {{train: {clevr_blender}, val: {clevr_blender}, train_split: val, image_size: 16, batch_size: 16}}
+trainer: {{max_epochs: 5, accelerator: cpu, precision: 32-true}}
+"""
+    )
+    folder = train(["--config", str(config), "--runs", str(tmp_path), "--model.learning_rate=0.01"])
+    table = rows(folder)
+    assert float(table[-1]["train_loss"]) < 0.7 * float(table[0]["train_loss"])
+
+
+def test_more_objects_than_the_model_holds_is_refused(tmp_path, tiny_data):
+    small = "--model.decoder.init_args.set_size=3"
+    with pytest.raises(InputError, match=r"image \d+ has 4 objects, but the model holds sets of at most 3"):
+        run(tmp_path, small, "--data.init_args.set_size=3", data=tiny_data)
+
+
+def test_a_data_set_of_another_set_size_than_the_model_is_refused(tmp_path, tiny_data):
+    with pytest.raises(InputError, match="the decoder predicts sets of 3, the data has sets of 4"):
+        run(tmp_path, "--model.decoder.init_args.set_size=3", data=tiny_data)
+
+
+def test_the_written_configuration_repeats_the_run(finished, tmp_path, tiny_data):
+    again = train(["--config", str(finished / "config.yaml"), "--runs", str(tmp_path)])
+    assert again == tmp_path / "tiny"
+    ours, theirs = weights(again / "last.ckpt"), weights(finished / "last.ckpt")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_command_line_wins_over_the_configuration(tmp_path):

@@ -15,7 +15,7 @@ class ResidualPotential(nn.Module):
     """F(x, φ) = mean_c h_c([x, φ])² >= 0, with h a residual MLP (Bartunov et al., UAI 2022).
 
     Each stage is linear plus a skip (the identity, or a projection where the width changes); all but the last are
-    followed by LayerNorm and tanh, which bounds h.
+    followed by LayerNorm and tanh, so h and F are bounded.
 
     Args:
         in_dim: features of an element.
@@ -25,6 +25,8 @@ class ResidualPotential(nn.Module):
 
     def __init__(self, in_dim: int, state_dim: int, *, widths: Sequence[int] = (64, 32)) -> None:
         super().__init__()
+        if len(widths) < 2:
+            raise ValueError(f"expected at least two widths, so that tanh bounds the potential, got {list(widths)}")
         self.element_layer = nn.Linear(in_dim, widths[0])
         self.state_layer = nn.Linear(state_dim, widths[0], bias=False)
         self.norms = nn.ModuleList(LayerNorm(width) for width in widths[:-1])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from setpred.inner.projections import Projection
+from setpred.nn import softplus_inverse
 
 
 class State(NamedTuple):
@@ -20,9 +21,8 @@ class State(NamedTuple):
 
 def clip_norm(gradient: Tensor, largest: float) -> Tensor:
     """Scales each example's gradient `[batch, ...]` to an L2 norm of at most `largest`; the direction stays."""
-    norm = gradient.flatten(1).norm(dim=1)
-    # the maximum with 1 keeps the derivative at a zero gradient finite
-    factor = 1.0 / (norm / largest).clamp(min=1.0)
+    # clamped before the root, so that derivatives of every order are finite at a zero gradient
+    factor = (gradient / largest).flatten(1).square().sum(1).clamp(min=1.0).rsqrt()
     return gradient * factor.view(-1, *[1] * (gradient.ndim - 1))
 
 
@@ -68,7 +68,7 @@ class GradientDescent(nn.Module):
         self.learned = learned
         if learned:
             momentum = max(momentum, 1e-4)  # a sigmoid does not reach 0
-            self.raw_learning_rate = nn.Parameter(torch.tensor(math.log(math.expm1(learning_rate))))
+            self.raw_learning_rate = nn.Parameter(torch.tensor(softplus_inverse(learning_rate)))
             self.raw_momentum = nn.Parameter(torch.tensor(math.log(momentum / (1 - momentum))))
         else:
             self._learning_rate, self._momentum = learning_rate, momentum
