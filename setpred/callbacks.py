@@ -27,13 +27,30 @@ class WholeCheckpoints(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location, weights_only=True)
 
 
+class BestCheckpoint(ModelCheckpoint):
+    """Remembers the best score also when the run's folder was moved, where Lightning starts to count anew."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        here = Path(str(self.dirpath))
+        path = here / Path(state_dict["best_model_path"] or "none").name
+        if path.is_file():
+            score = state_dict["best_model_score"]
+            state_dict = state_dict | {
+                "dirpath": self.dirpath,
+                "best_model_path": str(path),
+                "kth_best_model_path": str(path),
+                "best_k_models": {str(path): score},
+            }
+        super().load_state_dict(state_dict)
+
+
 def checkpoint_callbacks(folder: Path) -> list[ModelCheckpoint]:
     """`best.ckpt` by validation AP, and `last.ckpt` after every epoch.
 
     Two callbacks, since one with `save_last` writes last.ckpt only when it also saves a better one.
     """
     common = {"dirpath": folder, "auto_insert_metric_name": False, "enable_version_counter": False}
-    best = ModelCheckpoint(
+    best = BestCheckpoint(
         filename="best", monitor="val_ap", mode="max", save_top_k=1, save_on_train_epoch_end=True, **common
     )
     last = ModelCheckpoint(filename="last", save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True, **common)
@@ -78,7 +95,7 @@ class MetricsFile(pl.Callback):
 
 
 class EpochLines(pl.Callback):
-    """A plain line an epoch, and one at most every 30 s between, for logs that are no terminal."""
+    """A line an epoch; where no progress bar shows, one every 30 s between."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.start = self.last = time.monotonic()
@@ -88,7 +105,7 @@ class EpochLines(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = time.monotonic()
-        if now - self.last >= 30 and trainer.is_global_zero:
+        if now - self.last >= 30 and trainer.is_global_zero and trainer.progress_bar_callback is None:
             self.last = now
             rate = (trainer.global_step - self.first_step) / (now - self.start)
             print(
@@ -109,5 +126,9 @@ class EpochLines(pl.Callback):
                 if f"val_ap_{name}" in metrics
             )
             elapsed = time.monotonic() - self.start
-            print(f"epoch {trainer.current_epoch}: step {trainer.global_step}, {scores}, {elapsed:.0f} s", flush=True)
+            line = f"epoch {trainer.current_epoch}: step {trainer.global_step}, {scores}, {elapsed:.0f} s"
+            if trainer.progress_bar_callback is None:
+                print(line, flush=True)
+            else:
+                trainer.progress_bar_callback.print(line)
             self.last = time.monotonic()

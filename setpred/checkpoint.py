@@ -72,7 +72,7 @@ def build(config: Any, classes: Mapping[str, type]) -> Any:
     arguments = {key: build(value, classes) for key, value in (config.get("init_args") or {}).items()}
     try:
         return classes[path](**arguments)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"the checkpoint's {path} cannot be built: {error}") from error
 
 
@@ -85,6 +85,7 @@ class Checkpoint:
     seed: int
     epoch: int
     step: int
+    image_size: int
     data: dict[str, Any]  # the validation data it was trained with: path, split
 
 
@@ -103,6 +104,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd pickles, on their way to being refused
+            with zipfile.ZipFile(path) as archive:
+                flaw = archive.testzip()  # torch itself does not compare the checksums
+            if flaw is not None:
+                raise InputError(f"{damaged}: the checksum of {flaw} inside does not fit")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "Unsupported" in line), type(error).__name__)
@@ -110,7 +115,18 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} holds more than tensors and plain types and is refused, since loading it could run code "
             f"({reason.strip()})"
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
+    except InputError:
+        raise
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        zipfile.BadZipFile,
+    ) as error:
         raise InputError(f"{damaged}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
     record = content.get(KEY) if isinstance(content, dict) else None
     if not isinstance(record, dict) or "state_dict" not in content:
@@ -142,22 +158,39 @@ def load_checkpoint(path: str | os.PathLike[str], *, allow: Iterable[str] = ()) 
         )
     classes = allowed_classes(allow)
     model = SetPredictor(build(config["encoder"], classes), build(config["decoder"], classes))
-    prefix = "model."
-    weights = {
-        name.removeprefix(prefix): value for name, value in content["state_dict"].items() if name.startswith(prefix)
-    }
+    _load_weights(model, content["state_dict"], path)
+    data = record.get("data")
     try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise InputError(f"{path}: the weights do not fit the model it describes: {error}") from error
-    return Checkpoint(
-        model=model.eval(),
-        schema=ElementSchema.from_dict(record.get("schema")),
-        seed=int(record.get("seed", 0)),
-        epoch=int(content.get("epoch", 0)),
-        step=int(content.get("global_step", 0)),
-        data=dict(record.get("data") or {}),
-    )
+        return Checkpoint(
+            model=model.eval(),
+            schema=ElementSchema.from_dict(record.get("schema")),
+            seed=int(record["seed"]),
+            epoch=int(content["epoch"]),
+            step=int(content["global_step"]),
+            image_size=int(data["image_size"]),
+            data=dict(data),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: its record is damaged ({error!r}); train again or use another checkpoint") from error
+
+
+def _load_weights(model: SetPredictor, state: Any, path: str | os.PathLike[str]) -> None:
+    prefix = "model."
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: expected weights by name, got {type(state).__name__}")
+    weights = {str(name).removeprefix(prefix): value for name, value in state.items() if str(name).startswith(prefix)}
+    wanted = model.state_dict()
+    wrong = [f"{name} is missing" for name in wanted if name not in weights]
+    wrong += [f"{name} is unknown" for name in weights if name not in wanted]
+    wrong += [
+        f"{name}: expected {list(value.shape)}, got {list(getattr(weights[name], 'shape', []))}"
+        for name, value in wanted.items()
+        if name in weights and getattr(weights[name], "shape", None) != value.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise InputError(f"{path}: the weights do not fit the model it describes: {'; '.join(wrong[:3])}{more}")
+    model.load_state_dict(weights)
 
 
 def save_whole(content: Any, path: str | os.PathLike[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import logging
 import os
@@ -14,7 +15,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from setpred import checkpoint
 from setpred.callbacks import EpochLines, MetricsFile, WholeCheckpoints, checkpoint_callbacks
 from setpred.checkpoint import read_checkpoint
 from setpred.errors import InputError
@@ -30,7 +33,8 @@ class TrainCLI(LightningCLI):
     """LightningCLI with a run folder and `--resume`.
 
     What is in force, the later over the earlier: defaults, `--config` files in order, other options. A resumed run
-    takes weights, optimiser and position from the checkpoint and everything else from there too.
+    takes weights, optimiser state and position from the checkpoint, and all settings from there too; the model must
+    be the same, and other settings that have changed are said.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -51,12 +55,14 @@ class TrainCLI(LightningCLI):
         path = self.folder / "last.ckpt" if self.config.resume == "last" else Path(self.config.resume)
         if self.config.resume == "last" and not path.exists():
             raise InputError(f"nothing to resume: no {path}; start without --resume, or give the run's --name")
-        saved = read_checkpoint(path)["setpred"]
-        if saved["model"] is not None and (changes := differences(saved["model"], self.model.model_config)):
+        saved = read_checkpoint(path)[checkpoint.KEY]
+        if saved.get("model") and (changes := differences(saved["model"], self.model.model_config)):
             raise InputError(
                 f"{path} is of another model than asked for: {'; '.join(changes[:5])}; "
                 "resume with the configuration it was trained with"
             )
+        if changes := differences(saved.get("settings") or {}, self.model.settings):
+            print("resumed with other settings: " + "; ".join(changes), flush=True)
         return path
 
     def before_instantiate_classes(self) -> None:
@@ -67,17 +73,21 @@ class TrainCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, MisconfigurationException) as error:
             raise InputError(f"the configuration cannot be built: {error}") from error
 
     def instantiate_trainer(self, **arguments: Any) -> pl.Trainer:
-        self.model.model_config = plain(self.config.model)
-        self.model.model_config = {part: self.model.model_config[part] for part in ("encoder", "decoder")}
+        model = plain(self.config.model)
+        self.model.model_config = {part: model.pop(part) for part in ("encoder", "decoder")}
+        self.model.settings = {"model": model, "data": plain(self.config.data), "seed": self.config.seed_everything}
         self.model.seed = int(self.config.seed_everything or 0)
-        self.model.data_description = {"path": str(self.datamodule.val_path), "split": self.datamodule.val_split}
-        terminal = sys.stderr.isatty()
+        if getattr(self.datamodule, "seed", 0) is None:
+            self.datamodule.seed = self.model.seed
+        named = {"path": "val_path", "split": "val_split", "image_size": "image_size"}
+        self.model.data_description = {key: getattr(self.datamodule, name, None) for key, name in named.items()}
+        terminal = sys.stdout.isatty()  # where Lightning's bar goes
         callbacks = [MetricsFile(self.folder / "metrics.csv"), *checkpoint_callbacks(self.folder)]
-        callbacks.append(TQDMProgressBar() if terminal else EpochLines())
+        callbacks += [EpochLines(), *([TQDMProgressBar(leave=False)] if terminal else [])]
         arguments |= {
             "callbacks": [*(self.config_init.trainer.callbacks or []), *callbacks],
             "enable_progress_bar": terminal,
@@ -99,8 +109,14 @@ class TrainCLI(LightningCLI):
         return TensorBoardLogger(self.config.runs, name=self.config.name, version="tensorboard")
 
 
-def check_set_sizes(cli: TrainCLI) -> None:
-    """Model and data must speak of sets of the same size."""
+def check_fit(cli: TrainCLI) -> None:
+    """Model and data must speak of images and of sets of the same size."""
+    sees, given = (getattr(part, "image_size", None) for part in (cli.model.model.encoder, cli.datamodule))
+    if None not in (sees, given) and sees != given:
+        raise InputError(
+            f"the encoder takes images of {sees}x{sees}, the data has {given}x{given}; give both the same image_size "
+            "(model.encoder.init_args.image_size and data.init_args.image_size)"
+        )
     model_size = getattr(cli.model.model.decoder, "set_size", None)
     data_size = getattr(getattr(cli.datamodule, "train_data", None), "set_size", model_size)
     if model_size not in (None, data_size):
@@ -154,10 +170,19 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+def default_config(arguments: list[str]) -> Path:
+    """What to run without `--config`: the configuration beside a checkpoint that is resumed, else the quickstart."""
+    look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    look.add_argument("--resume")
+    resumed = look.parse_known_args(arguments)[0].resume
+    beside = Path(resumed or "last").parent / "config.yaml"
+    return beside if resumed not in (None, "last") and beside.is_file() else QUICKSTART
+
+
 def build(arguments: list[str]) -> TrainCLI:
     """Parses the options of train.py and builds model, data and trainer; the quickstart if no config is given."""
     if not any(argument in ("-c", "--config") or argument.startswith("--config=") for argument in arguments):
-        arguments = ["--config", str(QUICKSTART), *arguments]
+        arguments = ["--config", str(default_config(arguments)), *arguments]
     quiet()
     return TrainCLI(
         SetPrediction,
@@ -196,16 +221,33 @@ def train(arguments: list[str] | None = None) -> Path:
         # first what can fail for the user's reasons, so that an earlier run stays in its place if it does
         cli.datamodule.prepare_data()
         cli.datamodule.setup("fit")
-        check_set_sizes(cli)
-        if resume is None:
+        check_fit(cli)
+        if resume is None or resume.resolve().parent != cli.folder.resolve():
             set_aside(cli.folder)
         make_folder(cli.folder)
         repeatable = cli.config.clone()
         repeatable.resume = None
         write_atomically(cli.folder / "config.yaml", cli.parser.dump(repeatable, skip_none=False))
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=True)
-    print(f"checkpoints, configuration and metrics are in {cli.folder}", flush=True)
+    if resume is not None and cli.trainer.max_epochs not in (None, -1):
+        done = read_checkpoint(resume)["epoch"] + 1
+        if done >= cli.trainer.max_epochs:
+            print(f"nothing left to train: {resume} has {done} epochs of {cli.trainer.max_epochs}", flush=True)
+    try:
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=True)
+    except SystemExit as stopped:  # how Lightning ends on Ctrl-C
+        raise Interrupted(cli.folder) from stopped
+    if cli.trainer.interrupted or cli.trainer.received_sigterm:
+        raise Interrupted(cli.folder)
+    if cli.trainer.is_global_zero:
+        print(f"checkpoints, configuration and metrics are in {cli.folder}", flush=True)
     return cli.folder
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by Ctrl-C or a termination signal."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"interrupted; {folder}/last.ckpt has the last whole epoch, go on from it with --resume last")
 
 
 def main() -> int:
@@ -215,4 +257,7 @@ def main() -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stopped:
+        print(stopped or "interrupted", file=sys.stderr)
+        return 130
     return 0

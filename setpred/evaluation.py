@@ -26,6 +26,7 @@ from setpred.metrics import (
     threshold_name,
 )
 from setpred.model import SetPredictor
+from setpred.precision import encoder_autocast
 from setpred.progress import progress
 from setpred.schema import ElementSchema
 from setpred.sets import presence_mask
@@ -66,7 +67,7 @@ def predict(
     predicted, target = [], []
     for batch in progress(loader, total=len(loader), description=f"predicting {len(data)} images, batches"):
         images, index = batch["image"].to(device, non_blocking=True), batch["index"].to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with encoder_autocast(device):
             elements = model(images, index=index, iterations=iterations)
         predicted.append(elements.float().cpu())
         target.append(batch["elements"])
@@ -133,20 +134,17 @@ def figures(
 ) -> list[Path]:
     """Writes the pictures of an evaluation, with the descent of the first `shown` images iterate by iterate."""
     first = data.__getitems__(range(min(shown, len(data))))
-    iterates = torch.stack(
-        [
-            elements.float().cpu()
-            for elements in loaded.model.refine(
-                first["image"].to(device), index=first["index"].to(device), iterations=iterations
-            )
+    images, index = first["image"].to(device), first["index"].to(device)
+    with encoder_autocast(device):
+        iterates = [
+            elements.float().cpu() for elements in loaded.model.refine(images, index=index, iterations=iterations)
         ]
-    )
     return write_report(
         folder,
         images=first["image"],
         predicted=predictions.predicted,
         target=predictions.target,
-        iterates=iterates,
+        iterates=torch.stack(iterates),
         camera=np.stack([data.camera(index) for index in first["index"].tolist()]),
         schema=loaded.schema,
         title=title,
@@ -191,8 +189,8 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
             raise InputError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
     loaded = load_checkpoint(options.checkpoint, allow=options.allow)
     if options.seed is not None:
-        if not hasattr(loaded.model.decoder.start, "seed"):
-            raise InputError("--seed: this model starts from a learned set, there is nothing random to seed")
+        if not hasattr(getattr(loaded.model.decoder, "start", None), "seed"):
+            raise InputError("--seed: the decoder of this model has no random start to seed")
         loaded.model.decoder.start.seed = options.seed
     path = options.data or loaded.data.get("path")
     if path is None:
@@ -200,10 +198,15 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     data = open_data(
         path,
         split=options.split or ("val" if options.data else loaded.data.get("split", "val")),
-        image_size=loaded.model.encoder.image_size,
+        image_size=loaded.image_size,
         schema=loaded.schema,
         images=options.images,
     )
+    found = data.source.get("split")
+    if options.split and found and options.split != found:
+        raise InputError(
+            f"--split {options.split}: {path} holds the split {found}; leave --split out or give that file"
+        )
     device = choose_device(options.device)
     predictions = predict(
         loaded.model,
@@ -213,7 +216,8 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
         device=device,
         workers=options.workers,
     )
-    iterations = loaded.model.decoder.descent.iterations if options.iterations is None else options.iterations
+    descent = getattr(loaded.model.decoder, "descent", None)
+    iterations = options.iterations if options.iterations is not None else getattr(descent, "iterations", None)
     result = report(predictions, loaded.schema, options.protocol) | {
         "data": str(path),
         "checkpoint": str(options.checkpoint),
@@ -243,8 +247,8 @@ def choose_device(name: str) -> torch.device:
     """The device of that name; "auto" is a GPU if there is one that works."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # the meta device has no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]}); try cpu") from error
     return device
 
@@ -265,4 +269,7 @@ def main() -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     return 0

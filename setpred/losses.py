@@ -16,6 +16,11 @@ class HungarianLoss(nn.Module):
     """
 
     def forward(self, predicted: Tensor, target: Tensor) -> Tensor:
+        if predicted.shape[1] != target.shape[1]:
+            raise ValueError(
+                f"expected sets of one size, padded, got {predicted.shape[1]} predicted and {target.shape[1]} target "
+                "elements; predictions left over would cost nothing"
+            )
         cost = pairwise_smooth_l1(predicted, target)
         return cost.gather(1, hungarian(cost).unsqueeze(1)).squeeze(1).mean(-1)
 

@@ -14,7 +14,7 @@ class NotFiniteError(ArithmeticError):
 
     def __init__(self, what: str, samples: list[int]) -> None:
         shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
-        super().__init__(f"{what} is not finite in samples {shown} of the batch")
+        super().__init__(f"{what} is not finite" + (f" in samples {shown} of the batch" if samples else ""))
         self.samples = samples
 
 

@@ -14,6 +14,11 @@ def cpu_has_bfloat16() -> bool:
     return any(capabilities.get(name, False) for name in NATIVE)
 
 
+def encoder_autocast(device: torch.device) -> torch.autocast:
+    """The context in which evaluation runs a model: bfloat16 for the encoder on a GPU, float32 on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
 def training_precision(accelerator: str) -> str:
     """Lightning's name of the precision for an accelerator option: bfloat16 for the encoder where that is native."""
     gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()

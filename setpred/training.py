@@ -39,7 +39,6 @@ class SetPrediction(pl.LightningModule):
         weight_decay: decoupled, as in AdamW.
         schedule: of the learning rate; constant unless given.
         iterations_by_epoch: descent steps from given epochs on, e.g. `{0: 20, 50: 40}`; training only.
-        gradient_clip: largest L2 norm of the whole gradient; None does not clip.
     """
 
     def __init__(
@@ -54,7 +53,6 @@ class SetPrediction(pl.LightningModule):
         weight_decay: float = 0.0,
         schedule: Schedule | None = None,
         iterations_by_epoch: dict[int, int] | None = None,
-        gradient_clip: float | None = None,
     ) -> None:
         super().__init__()
         if schema not in SCHEMAS:
@@ -71,10 +69,11 @@ class SetPrediction(pl.LightningModule):
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.schedule = Constant() if schedule is None else schedule
         self.iterations_by_epoch = iterations_by_epoch
-        self.gradient_clip = gradient_clip
+        self._batch: dict[str, Tensor] = {}
         self.seed = 0  # the command line sets it to seed_everything
         self.model_config: dict[str, Any] | None = None  # encoder and decoder as plain types, for checkpoints
-        self.data_description: dict[str, Any] = {}  # the validation data's path and split, likewise
+        self.data_description: dict[str, Any] = {}  # the validation data's path, split and image size
+        self.settings: dict[str, Any] = {}  # the other settings of the run, likewise; a resumed run is compared
         self.average_precision = AveragePrecision(schema=self.schema)
 
     def forward(self, images: Tensor, **arguments: Any) -> Tensor:
@@ -90,9 +89,11 @@ class SetPrediction(pl.LightningModule):
         for group in self.optimizers().param_groups:
             group["lr"] = self.learning_rate * self.schedule(self.global_step, self.current_epoch)
         # also seeds CUDA; 1_000_003 keeps the streams of neighbouring seeds apart
-        torch.manual_seed((self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank)
+        stream = (self.seed * 1_000_003 + self.global_step) * 1_009 + batch_idx
+        torch.manual_seed((stream * 1_021 + self.global_rank) % 2**63)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self._batch = batch
         losses = self._losses(batch, self.model(batch["image"], iterations=self.training_iterations()))
         loss = losses.mean()
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(losses))
@@ -107,7 +108,7 @@ class SetPrediction(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         scores = {f"val_{name}": value.float() for name, value in self.average_precision.compute().items()}
         scores["val_ap"] = torch.stack(list(scores.values())).mean()
-        self.log_dict(scores)
+        self.log_dict(scores, sync_dist=True)
         self.average_precision.reset()
 
     def _losses(self, batch: dict[str, Tensor], predicted: Tensor) -> Tensor:
@@ -143,7 +144,7 @@ class SetPrediction(pl.LightningModule):
             f"step {self.global_step} (epoch {self.current_epoch}): {error}; "
             f"data indices {[index[sample] for sample in error.samples[:8]]}. "
             f"Model, batch and seed are saved in {path}. If the loss rose before, lower model.learning_rate or set "
-            "model.gradient_clip; if it came at once, look at these images and their elements"
+            "trainer.gradient_clip_val; if it came at once, look at these images and their elements"
         )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -151,9 +152,12 @@ class SetPrediction(pl.LightningModule):
             self.parameters(), self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
         )
 
-    def configure_gradient_clipping(self, optimizer: Any, *arguments: Any, **keywords: Any) -> None:
-        if self.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters(), self.gradient_clip)
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        if not torch.isfinite(nn.utils.get_total_norm(gradients)):
+            # before the weights take it in, so that the repro file holds the last good ones
+            error = NotFiniteError("the gradient", [])
+            raise self._stop(error, self._batch) from error
 
     def on_save_checkpoint(self, content: dict[str, Any]) -> None:
         """Adds what evaluation needs to rebuild the model: plain types only."""
@@ -166,5 +170,6 @@ class SetPrediction(pl.LightningModule):
             "schema": self.schema.to_dict(),
             "model": self.model_config,
             "data": self.data_description,
+            "settings": self.settings,
             "seed": self.seed,
         }

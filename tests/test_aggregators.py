@@ -83,6 +83,19 @@ def test_padding_has_no_influence(aggregator):
     torch.testing.assert_close(aggregator(elements), expected, rtol=1e-9, atol=1e-9)
 
 
+def test_padding_gives_no_gradient_to_parameters(aggregator):
+    elements, mask = random_set(), torch.tensor([True, False, True, True, False]).expand(3, -1)
+    poisoned = elements.masked_fill(~mask.unsqueeze(-1), torch.nan)
+    gradients = []
+    for each in (elements, poisoned):
+        aggregator.zero_grad()
+        leaf = each.clone().requires_grad_()
+        aggregator(leaf, mask).square().sum().backward()
+        gradients.append([p.grad for p in aggregator.parameters() if p.grad is not None])
+    for clean, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, clean)
+
+
 def test_padding_gets_no_gradient(aggregator):
     elements = random_set().requires_grad_()
     mask = torch.tensor([True, False, True, True, False]).expand(3, -1)
@@ -293,6 +306,23 @@ def test_nested_and_residual_objectives_agree_on_the_optimum():
         value = objective(elements, problem)
         torch.testing.assert_close(value, torch.zeros_like(value), rtol=0, atol=1e-12)
         assert (objective(elements + 0.1, problem) > 1e-8).all()
+
+
+def test_the_equilibrium_is_found_in_full_precision_under_autocast():
+    torch.manual_seed(0)
+    encoder = SetEncoder(equilibrium(), set_dim=DIM, hidden_dim=8)
+    elements = random_set().float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        mixed = encoder(elements)
+    assert mixed.dtype == torch.float32
+    torch.testing.assert_close(mixed, encoder(elements).detach(), rtol=0.1, atol=0.1)
+
+
+def test_the_objective_needs_an_equilibrium():
+    with pytest.raises(ValueError, match="EquilibriumAggregation"):
+        EquilibriumMatching(SetEncoder(FSPool(DIM, set_size=SIZE), set_dim=DIM))
+    with pytest.raises(ValueError, match="at least two widths"):
+        ResidualPotential(DIM, DIM, widths=(8,))
 
 
 def test_a_prior_that_does_not_fit_is_refused():

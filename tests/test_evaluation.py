@@ -4,6 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from setpred.data.dataset import open_data
 from setpred.decoders import IDSPN
 from setpred.errors import InputError
 from setpred.evaluation import evaluate
+from setpred.metrics import average_precision, average_precision_per_image
 from setpred.model import SetPredictor
 
 
@@ -58,6 +60,20 @@ def test_json_and_table_say_what_was_evaluated(checkpoint, tmp_path, capsys):
     assert "9 images" in printed
     assert "per-image" in printed
     assert "color" in printed
+
+
+def test_each_protocol_is_the_function_of_its_name(checkpoint, monkeypatch):
+    loaded = load_checkpoint(checkpoint)
+    target = open_data(loaded.data["path"], image_size=16).__getitems__(range(12))["elements"]
+    # half right, the wrong ones more confident: the two protocols rank them differently
+    predicted = target[:, :4].clone()
+    predicted[::2, :2, 3:18] = predicted[::2, :2, 3:18].flip(-1)
+    predicted[::2, :, -1] *= 2
+    monkeypatch.setattr(SetPredictor, "forward", lambda self, images, *, index, iterations: predicted[index])
+    for protocol, function in (("dataset", average_precision), ("per-image", average_precision_per_image)):
+        result = evaluate([str(checkpoint), "--protocol", protocol])
+        assert list(result["ap"].values()) == list(function(predicted, target).values())
+    assert average_precision(predicted, target) != average_precision_per_image(predicted, target)
 
 
 def test_a_perfect_model_has_ap_1_and_an_empty_one_0(checkpoint, monkeypatch):
@@ -148,17 +164,27 @@ def test_strings_in_a_configuration_are_never_imported():
 
 def test_own_parts_are_allowed_by_name(checkpoint, tmp_path, monkeypatch):
     (tmp_path / "my_parts.py").write_text(
-        "from setpred.encoders import SmallCNN\nclass MyEncoder(SmallCNN):\n    pass\n"
+        "from torch import nn\n"
+        "class MyEncoder(nn.Sequential):\n"
+        "    def __init__(self, *, size):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(3 * size * size, 16))\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
 
     def change(content):
-        content[KEY]["model"]["encoder"]["class_path"] = "my_parts.MyEncoder"
+        content[KEY]["model"]["encoder"] = {"class_path": "my_parts.MyEncoder", "init_args": {"size": 16}}
+        for name in [name for name in content["state_dict"] if name.startswith("model.encoder")]:
+            del content["state_dict"][name]
+        content["state_dict"] |= {
+            "model.encoder.1.weight": torch.zeros(16, 768),
+            "model.encoder.1.bias": torch.ones(16),
+        }
 
     path = changed(checkpoint, tmp_path, change)
     with pytest.raises(InputError, match="--allow"):
         load_checkpoint(path)
     assert type(load_checkpoint(path, allow=["my_parts.MyEncoder"]).model.encoder).__name__ == "MyEncoder"
+    assert evaluate([str(path), "--allow", "my_parts.MyEncoder"])["images"] == 12
     with pytest.raises(InputError, match="cannot import"):
         load_checkpoint(path, allow=["my_parts.Nope"])
 
@@ -169,6 +195,34 @@ def test_a_checkpoint_of_another_schema_is_refused(checkpoint, tmp_path):
 
     with pytest.raises(InputError, match="another schema"):
         evaluate([str(changed(checkpoint, tmp_path, change))])
+
+
+def test_a_flipped_byte_in_the_weights_is_noticed(checkpoint, tmp_path):
+    content = bytearray(checkpoint.read_bytes())
+    with zipfile.ZipFile(checkpoint) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    content[largest.header_offset + 200 + largest.file_size // 2] ^= 1
+    flipped = tmp_path / "flipped.ckpt"
+    flipped.write_bytes(content)
+    with pytest.raises(InputError, match="checksum"):
+        evaluate([str(flipped)])
+
+
+@pytest.mark.parametrize("record", ["seed", "data", "schema", "state_dict"])
+def test_hand_made_records_are_refused(checkpoint, tmp_path, record):
+    def change(content):
+        (content if record == "state_dict" else content[KEY])[record] = [1]
+
+    with pytest.raises(InputError):
+        load_checkpoint(changed(checkpoint, tmp_path, change))
+
+
+def test_another_split_than_the_file_holds_is_refused(checkpoint, clevr_blender, tmp_path):
+    file = tmp_path / "clevr.h5"
+    command = [sys.executable, "-m", "setpred.data", "prepare", str(clevr_blender), "--split", "val", "--images", "2"]
+    subprocess.run([*command, "--image-size", "16", "--workers", "1", "--out", str(file)], check=True)
+    with pytest.raises(InputError, match=r"--split train: .* holds the split val"):
+        evaluate([str(checkpoint), "--data", str(file), "--split", "train"])
 
 
 @pytest.mark.parametrize("what", ["missing", "shape", "arguments", "version"])

@@ -103,6 +103,11 @@ def test_chamfer_is_the_definition_and_blind_to_multiplicity():
     assert ChamferLoss()(single, one).item() == pytest.approx(0.5 * 3.5 / 3)
 
 
+def test_predictions_left_over_are_not_free():
+    with pytest.raises(ValueError, match="3 predicted and 2 target"):
+        HungarianLoss()(torch.zeros(1, 3, 4), torch.zeros(1, 2, 4))
+
+
 def test_sets_of_other_element_sizes_are_refused():
     with pytest.raises(ValueError, match="equal batch and element size"):
         HungarianLoss()(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5))

@@ -3,6 +3,7 @@
 import csv
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,13 +67,48 @@ def test_one_epoch_and_a_resume_are_two_epochs_bit_by_bit(finished, tmp_path, ti
 
 
 def test_resume_from_a_path_and_from_another_model(finished, tmp_path, tiny_data):
+    other = run(tmp_path, "--trainer.max_epochs=1", "--seed_everything=7", data=tiny_data)
+    kept = (other / "best.ckpt").read_bytes()
     longer = run(tmp_path, "--trainer.max_epochs=3", f"--resume={finished / 'last.ckpt'}", data=tiny_data)
     assert [row["epoch"] for row in rows(longer)] == ["2"]
+    assert (tmp_path / "tiny-before-1" / "best.ckpt").read_bytes() == kept
     other = "--model.decoder.init_args.descent.init_args.iterations=4"
     with pytest.raises(InputError, match=r"decoder.init_args.descent.init_args.iterations: 3 .* against 4"):
         run(tmp_path, other, f"--resume={finished / 'last.ckpt'}", data=tiny_data)
     with pytest.raises(InputError, match="nothing to resume"):
         run(tmp_path, "--resume=last", data=tiny_data, name="never")
+
+
+def test_resuming_from_an_earlier_checkpoint_drops_the_later_rows(tmp_path, tiny_data):
+    folder = run(tmp_path, "--trainer.max_epochs=1", data=tiny_data)
+    first = tmp_path / "first.ckpt"
+    shutil.copy(folder / "last.ckpt", first)
+    run(tmp_path, "--trainer.max_epochs=3", "--resume=last", data=tiny_data)
+    shutil.copy(first, folder / "first.ckpt")
+    run(tmp_path, "--trainer.max_epochs=2", f"--resume={folder / 'first.ckpt'}", data=tiny_data)
+    assert [row["epoch"] for row in rows(folder)] == ["0", "1"]
+
+
+def test_the_best_checkpoint_stays_the_best_in_a_moved_folder(tmp_path, tiny_data):
+    folder = run(tmp_path / "here", "--trainer.max_epochs=1", data=tiny_data)
+    content = torch.load(folder / "last.ckpt", weights_only=True)
+    state = next(s for s in content["callbacks"].values() if s.get("monitor") == "val_ap")
+    state["best_model_score"] = torch.tensor(0.99)
+    state["best_k_models"] = {path: torch.tensor(0.99) for path in state["best_k_models"]}
+    torch.save(content, folder / "last.ckpt")
+    moved = tmp_path / "there" / "tiny"
+    shutil.copytree(folder, moved)
+    best = (moved / "best.ckpt").read_bytes()
+    run(tmp_path / "there", "--trainer.max_epochs=2", "--resume=last", data=tiny_data)
+    assert (moved / "best.ckpt").read_bytes() == best
+
+
+def test_other_settings_of_a_resumed_run_are_said(finished, tmp_path, tiny_data, capsys):
+    run(tmp_path, "--trainer.max_epochs=1", data=tiny_data)
+    run(tmp_path, "--resume=last", "--model.learning_rate=0.5", data=tiny_data)
+    assert "model.learning_rate: 0.001 in the checkpoint against 0.5" in capsys.readouterr().out
+    run(tmp_path, "--resume=last", data=tiny_data)
+    assert "nothing left to train" in capsys.readouterr().out
 
 
 def test_an_earlier_run_is_kept(tmp_path, tiny_data, capsys):
@@ -88,6 +124,42 @@ def test_seeds_decide(finished, tmp_path, tiny_data):
     other = run(tmp_path, "--seed_everything=1", data=tiny_data)
     ours, theirs = weights(other / "last.ckpt"), weights(finished / "last.ckpt")
     assert not all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_an_interrupted_run_says_so(tmp_path, tiny_data, monkeypatch):
+    from setpred.training import SetPrediction
+
+    step = SetPrediction.training_step
+
+    def stopped(self, batch, batch_idx):
+        if self.global_step == 7:
+            raise KeyboardInterrupt
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(SetPrediction, "training_step", stopped)
+    with pytest.raises(KeyboardInterrupt, match=r"last\.ckpt has the last whole epoch"):
+        run(tmp_path, data=tiny_data)
+    assert read_checkpoint(tmp_path / "tiny" / "last.ckpt")["epoch"] == 0
+
+
+def test_trainer_options_for_clipping_work(tmp_path, tiny_data, finished):
+    clipped = run(tmp_path, "--trainer.gradient_clip_val=1e-6", "--trainer.max_epochs=1", data=tiny_data)
+    assert rows(clipped)[0]["train_loss"] != rows(finished)[0]["train_loss"]
+
+
+def test_gradients_that_are_not_finite_stop_before_the_weights_take_them(tmp_path, tiny_data, monkeypatch):
+    from setpred.training import SetPrediction
+
+    def poison(self):
+        if self.global_step == 6:
+            next(self.parameters()).grad[0] = torch.nan
+
+    monkeypatch.setattr(SetPrediction, "on_after_backward", poison)
+    with pytest.raises(InputError, match=r"step 6 \(epoch 1\): the gradient is not finite"):
+        run(tmp_path, data=tiny_data)
+    record = torch.load(tmp_path / "tiny" / "repro-step-6.pt", weights_only=True)
+    assert record["state_dict"].keys() == weights(tmp_path / "tiny" / "last.ckpt").keys()
+    assert all(torch.isfinite(value).all() for value in record["state_dict"].values())
 
 
 def test_training_lowers_the_loss(tmp_path, tiny_data):
@@ -110,7 +182,7 @@ trainer: {{max_epochs: 5, accelerator: cpu, precision: 32-true}}
     )
     folder = train(["--config", str(config), "--runs", str(tmp_path), "--model.learning_rate=0.01"])
     table = rows(folder)
-    assert float(table[-1]["train_loss"]) < 0.7 * float(table[0]["train_loss"])
+    assert float(table[-1]["train_loss"]) < 0.8 * float(table[0]["train_loss"])
 
 
 def test_more_objects_than_the_model_holds_is_refused(tmp_path, tiny_data):
@@ -245,6 +317,26 @@ def test_no_permission_to_write_is_a_sentence(tmp_path, tiny_data):
         run(tmp_path, data=tiny_data)
 
 
+def test_no_permission_for_a_checkpoint_is_a_sentence(tmp_path, tiny_data, monkeypatch):
+    write_bytes = Path.write_bytes
+
+    def forbidden(self, content):
+        if ".ckpt" in self.name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return write_bytes(self, content)
+
+    monkeypatch.setattr(files.Path, "write_bytes", forbidden)
+    with pytest.raises(InputError, match=r"\.ckpt: no permission to write there"):
+        run(tmp_path, data=tiny_data)
+
+
+def test_image_sizes_that_differ_are_refused_before_anything_is_moved(finished, tmp_path, tiny_data):
+    first = run(tmp_path, "--trainer.max_epochs=1", data=tiny_data)
+    with pytest.raises(InputError, match="takes images of 32x32, the data has 16x16"):
+        run(tmp_path, "--model.encoder.init_args.image_size=32", data=tiny_data)
+    assert (first / "last.ckpt").exists()
+
+
 def test_evaluation_gives_the_validation_score_of_training(finished, tmp_path):
     result = evaluate([str(finished / "last.ckpt"), "--json", str(tmp_path / "out.json")])
     row = rows(finished)[-1]
@@ -292,3 +384,18 @@ def test_iterations_by_epoch(tmp_path, monkeypatch):
         monkeypatch.setattr(type(model), "current_epoch", epoch)
         asked.append(model.training_iterations())
     assert asked == [2, 2, 4, 4]
+
+
+def test_training_uses_the_iterations_of_the_epoch(tmp_path, tiny_data, monkeypatch):
+    from setpred.model import SetPredictor
+
+    forward, asked = SetPredictor.forward, []
+
+    def spy(self, images, *, index=None, iterations=None):
+        if self.training:
+            asked.append(iterations)
+        return forward(self, images, index=index, iterations=iterations)
+
+    monkeypatch.setattr(SetPredictor, "forward", spy)
+    run(tmp_path, "--model.iterations_by_epoch={0: 1, 1: 2}", data=tiny_data)
+    assert asked == [1] * 5 + [2] * 5

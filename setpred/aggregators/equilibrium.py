@@ -10,6 +10,7 @@ from setpred.aggregators.basic import masked_fill, set_sizes
 from setpred.inner import GradientDescent, Unrolled, minimise
 from setpred.inner.differentiation import Differentiation
 from setpred.nn import Positive
+from setpred.sets import check_set
 
 
 class EquilibriumAggregation(Aggregator):
@@ -19,9 +20,9 @@ class EquilibriumAggregation(Aggregator):
     paper): with F = 0 the result is r(X), so every aggregator is a special case. The gain γ on F is learned and
     may start at zero, so that training begins at that special case.
 
-    A potential with a bounded ∇_φF keeps E coercive for any γ, so a minimum exists; it is unique where
-    γ F is convex in φ or λ exceeds its curvature. The mean over the n present elements, where the paper sums
-    and scales by log₂(n+1)/n, keeps F and the prior in balance for any n.
+    A bounded potential (such as `ResidualPotential`) keeps E coercive for a γ of either sign, so a minimum exists; it
+    is unique where γ F is convex in φ or λ exceeds its curvature. The mean over the n present elements, where the
+    paper sums and scales by log₂(n+1)/n, keeps F and the prior in balance for any n.
 
     Args:
         in_dim: features of an element.
@@ -81,19 +82,23 @@ class EquilibriumAggregation(Aggregator):
         return pull + self.gain * self.mean_potential(elements, state, mask)
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
-        prior = self.start(elements, mask)
-        return minimise(
-            lambda state: self.energy(elements, state, mask, prior),
-            prior,
-            descent=self.descent,
-            differentiation=self.differentiation,
-        )
+        # in full precision, as every descent
+        with torch.autocast(elements.device.type, enabled=False):
+            elements = elements.to(self.gain.dtype)
+            prior = self.start(elements, mask)
+            return minimise(
+                lambda state: self.energy(elements, state, mask, prior),
+                prior,
+                descent=self.descent,
+                differentiation=self.differentiation,
+            )
 
     def residual(self, elements: Tensor, state: Tensor, mask: Tensor | None = None) -> Tensor:
         """(1/λ) ∇_φE(X, φ) = φ - r(X) + γ/(λ n) Σ_i ∇_φF(x_i, φ), zero exactly at an equilibrium.
 
         `[batch, out_dim]`, differentiable in everything; costs one gradient of F, no descent.
         """
+        check_set(elements, mask, set_dim=self.in_dim)
         with torch.enable_grad():
             # a fresh node: the derivative is wanted at φ = state, whatever state itself depends on
             variable = state.view_as(state) if state.requires_grad else state.detach().requires_grad_()

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from setpred.aggregators.base import Aggregator
+from setpred.aggregators.basic import masked_fill
 from setpred.nn import MLP
 from setpred.schema import CLEVR
+from setpred.sets import check_set
 
 
 class SetEncoder(Aggregator):
@@ -25,11 +27,16 @@ class SetEncoder(Aggregator):
         self.aggregator = aggregator
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
-        return self.aggregator(self.network(elements), mask)
+        return self.aggregator(self._features(elements, mask), mask)
 
     def residual(self, elements: Tensor, latent: Tensor, mask: Tensor | None = None) -> Tensor:
         """How far `latent` is from the equilibrium of the encoded set; for equilibrium aggregators."""
-        return self.aggregator.residual(self.network(elements), latent, mask)
+        check_set(elements, mask, set_dim=self.in_dim)
+        return self.aggregator.residual(self._features(elements, mask), latent, mask)
+
+    def _features(self, elements: Tensor, mask: Tensor | None) -> Tensor:
+        # padding may hold anything, NaN too, which would reach the weights' gradients
+        return self.network(masked_fill(elements, mask, 0.0))
 
 
 class PairwiseSetEncoder(Aggregator):

@@ -53,7 +53,7 @@ class SetDataModule(LightningDataModule):
         eval_batch_size: validation examples at a time; as `batch_size` unless given.
         num_workers: processes that read; 0 is right for files in memory.
         in_memory: keep a file's images in memory; None does so under 2 GB.
-        seed: of the order of the training examples.
+        seed: of the order of the training examples; None takes the seed of the run, from the command line.
         train_images, val_images: only so many, the first ones.
 
     Raises:
@@ -75,7 +75,7 @@ class SetDataModule(LightningDataModule):
         eval_batch_size: int | None = None,
         num_workers: int = 0,
         in_memory: bool | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         train_images: int | None = None,
         val_images: int | None = None,
     ) -> None:
@@ -105,7 +105,7 @@ class SetDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         assert self.train_data is not None, "setup('fit') comes first"
         # A last batch of another size would have noisier batch statistics and another step size.
-        order = EpochPermutation(len(self.train_data), seed=self.seed)
+        order = EpochPermutation(len(self.train_data), seed=self.seed or 0)
         return self._loader(self.train_data, self.batch_size, sampler=order, drop_last=True)
 
     def val_dataloader(self) -> DataLoader:
@@ -167,7 +167,7 @@ class RenderedScenes(SetDataModule):
         eval_batch_size: int | None = None,
         num_workers: int = 0,
         in_memory: bool | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         self.objects, self.workers = tuple(objects), workers
         self.seeds = {"train": scenes_seed, "val": scenes_seed + VALIDATION_SEED}

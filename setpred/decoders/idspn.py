@@ -37,7 +37,11 @@ class RandomStart(nn.Module):
 
 
 class LearnedStart(nn.Module):
-    """Y₀ a parameter, the same for every example; starts at scale · N(0, 1)."""
+    """Y₀ a parameter, the same for every example; starts at scale · N(0, 1).
+
+    It learns through `Unrolled` differentiation, or through a `Proximity` term of the objective; an optimum does not
+    depend on where the descent started, so `Implicit` gives it no other gradient.
+    """
 
     def __init__(self, set_size: int, set_dim: int, *, scale: float = 0.1) -> None:
         super().__init__()

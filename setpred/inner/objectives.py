@@ -54,6 +54,12 @@ class EquilibriumMatching(nn.Module):
 
     def __init__(self, set_encoder: nn.Module) -> None:
         super().__init__()
+        aggregator = getattr(set_encoder, "aggregator", set_encoder)
+        if not hasattr(aggregator, "residual"):
+            raise ValueError(
+                f"expected an aggregator with an equilibrium residual, got {type(aggregator).__name__}; "
+                "use EquilibriumAggregation, or LatentMatching as the objective"
+            )
         self.set_encoder = set_encoder
 
     def forward(self, elements: Tensor, problem: Problem) -> Tensor:
