@@ -130,7 +130,7 @@ def figures(
     iterations: int | None,
     device: torch.device,
     title: str,
-    shown: int = 6,
+    shown: int,
 ) -> list[Path]:
     """Writes the pictures of an evaluation, with the descent of the first `shown` images iterate by iterate."""
     first = data.__getitems__(range(min(shown, len(data))))
@@ -164,6 +164,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--iterations", type=int, help="descent steps; the model's own unless given")
     options.add_argument("--protocol", choices=list(PROTOCOLS), default="dataset", help="which AP (see README)")
     options.add_argument("--figures", type=Path, metavar="DIR", help="write pictures into DIR")
+    options.add_argument("--shown", type=int, default=6, help="how many images the pictures show (default 6)")
     options.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     options.add_argument("--images", type=int, help="evaluate the first IMAGES images only")
     options.add_argument("--seed", type=int, help="of the random start of the descent; the model's own unless given")
@@ -183,7 +184,7 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
         InputError: bad checkpoint, data or options.
     """
     options = parser().parse_args(arguments)
-    for name in ("iterations", "images", "batch_size", "workers"):
+    for name in ("iterations", "images", "batch_size", "workers", "shown"):
         least = 0 if name in ("iterations", "workers") else 1
         if (value := getattr(options, name)) is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
@@ -238,6 +239,7 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
             iterations=options.iterations,
             device=device,
             title=f"{options.checkpoint} on {path}",
+            shown=options.shown,
         )
         print("pictures:", *written, sep="\n  ")
     return result

@@ -251,7 +251,9 @@ def test_data_of_another_size_is_refused(checkpoint, tmp_path):
         evaluate([str(checkpoint), "--data", str(tmp_path / "nowhere.h5")])
 
 
-@pytest.mark.parametrize("option", [["--iterations", "-1"], ["--images", "0"], ["--batch-size", "0"]])
+@pytest.mark.parametrize(
+    "option", [["--iterations", "-1"], ["--images", "0"], ["--batch-size", "0"], ["--workers", "-1"], ["--shown", "0"]]
+)
 def test_impossible_numbers_are_refused(checkpoint, option):
     with pytest.raises(InputError, match=f"{option[0]}: expected at least"):
         evaluate([str(checkpoint), *option])

@@ -23,9 +23,9 @@ class SmallCNN(nn.Module):
 
         f = CNN(image) on an 8 x 8 map,   z = W max_p MLP([f_p, position p])
 
-    Every position says by the same network what it sees and where it is; the maximum keeps what was seen anywhere, as
-    a set encoder does with elements. Shared weights over positions learn faster than a flattened map (training loss
-    after 1,000 steps of the quickstart 0.029 against 0.033, one run each).
+    Every position says by the same network what it sees and where it is, and the maximum keeps what was seen anywhere,
+    as a set encoder does with elements. Weights shared over positions learn faster than a linear layer on the
+    flattened map.
 
     Args:
         image_size: side of the square image, 8 · 2^k with k >= 1.
