@@ -31,6 +31,7 @@ from setpred.progress import progress
 from setpred.schema import ElementSchema
 from setpred.sets import presence_mask
 from setpred.visualise import write_report
+from setpred.visualise.report import PICTURED
 
 PROTOCOLS = {"dataset": average_precision, "per-image": average_precision_per_image}
 PROTOCOL_MEANING = {
@@ -164,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--iterations", type=int, help="descent steps; the model's own unless given")
     options.add_argument("--protocol", choices=list(PROTOCOLS), default="dataset", help="which AP (see README)")
     options.add_argument("--figures", type=Path, metavar="DIR", help="write pictures into DIR")
-    options.add_argument("--shown", type=int, default=6, help="how many images the pictures show (default 6)")
+    options.add_argument("--shown", type=int, default=6, help="how many images the pictures show (default and most: 6)")
     options.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     options.add_argument("--images", type=int, help="evaluate the first IMAGES images only")
     options.add_argument("--seed", type=int, help="of the random start of the descent; the model's own unless given")
@@ -188,6 +189,8 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
         least = 0 if name in ("iterations", "workers") else 1
         if (value := getattr(options, name)) is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+    if options.shown > PICTURED:
+        raise InputError(f"--shown: expected at most {PICTURED}, got {options.shown}")
     loaded = load_checkpoint(options.checkpoint, allow=options.allow)
     if options.seed is not None:
         if not hasattr(getattr(loaded.model.decoder, "start", None), "seed"):

@@ -4,6 +4,7 @@ import csv
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -140,6 +141,26 @@ def test_an_interrupted_run_says_so(tmp_path, tiny_data, monkeypatch):
     with pytest.raises(KeyboardInterrupt, match=r"last\.ckpt has the last whole epoch"):
         run(tmp_path, data=tiny_data)
     assert read_checkpoint(tmp_path / "tiny" / "last.ckpt")["epoch"] == 0
+
+
+def test_a_termination_signal_ends_in_a_failure_that_can_be_gone_on_from(tmp_path, tiny_data, finished):
+    """As a scheduler stops a job; the shell must not take it for a finished training."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG)
+    command = [sys.executable, str(ROOT / "train.py"), "--config", str(config), "--runs", str(tmp_path)]
+    command += [f"--data.init_args.folder={tiny_data}", "--trainer.max_epochs=100000"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as running:
+        for line in running.stdout:
+            if line.startswith("epoch 1:"):
+                break
+        running.send_signal(signal.SIGTERM)
+        rest = running.stdout.read()
+    assert running.returncode not in (0, 2)
+    assert "--resume last" in rest
+    assert "Traceback" not in rest
+    assert read_checkpoint(tmp_path / "tiny" / "last.ckpt")["epoch"] >= 1
 
 
 def test_trainer_options_for_clipping_work(tmp_path, tiny_data, finished):
