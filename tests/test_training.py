@@ -227,8 +227,10 @@ def test_the_written_configuration_repeats_the_run(finished, tmp_path, tiny_data
 def test_command_line_wins_over_the_configuration(tmp_path):
     config = tmp_path / "tiny.yaml"
     config.write_text(CONFIG)
-    cli = build(["--config", str(config), "--model.learning_rate", "0.5", "--trainer.max_epochs", "7"])
+    options = ["--model.learning_rate", "0.5", "--trainer.max_epochs", "7", "--seed_everything", "4"]
+    cli = build(["--config", str(config), *options])
     assert cli.model.learning_rate == 0.5
+    assert cli.model.seed == cli.datamodule.seed == 4
     assert cli.trainer.max_epochs == 7
     assert cli.config.name == "tiny"
 
