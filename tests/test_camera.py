@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from setpred.data.camera import ASPECT, JITTER, NOMINAL_CAMERA, Camera, fit_camera
+from setpred.rendering.camera import ASPECT, JITTER, NOMINAL_CAMERA, Camera, fit_camera
 
 
 def jittered(seed: int) -> Camera:

@@ -146,7 +146,7 @@ def test_a_wrong_file_under_the_name_is_not_used(tmp_path, monkeypatch):
 
 
 def render(scene, width, height):
-    from setpred.data.renderer import render
+    from setpred.rendering.renderer import render
 
     return render(scene, width=width, height=height)
 

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from setpred.data.bodies import HALF_SIZE, Bodies
-from setpred.data.camera import Camera
-from setpred.data.ground import FAR, floor_height, ground_hit, ground_seen
-from setpred.data.lighting import block, block_inside, lights_at, shadow_boxes
-from setpred.data.renderer import instance_map, render
-from setpred.data.scenes import Scene, SceneObject, sample_scene
-from setpred.data.shapes import HIT, NORMAL
+from setpred.rendering.bodies import Bodies
+from setpred.rendering.camera import Camera
+from setpred.rendering.ground import FAR, floor_height, ground_hit, ground_seen
+from setpred.rendering.lighting import block, block_inside, lights_at, shadow_boxes
+from setpred.rendering.renderer import instance_map, render
+from setpred.rendering.sampling import sample_scene
+from setpred.rendering.scenes import HALF_SIZE, Scene, SceneObject
+from setpred.rendering.shapes import HIT, NORMAL
 
 
 def one(shape="sphere", material="rubber", color="gray", size="large", x=0.0, y=0.0, rotation=0.4) -> SceneObject:

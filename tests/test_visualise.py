@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from setpred.data.camera import NOMINAL_CAMERA, Camera
 from setpred.errors import InputError
 from setpred.metrics import average_precision
+from setpred.rendering.camera import NOMINAL_CAMERA, Camera
 from setpred.schema import CLEVR, ElementSchema, categorical, continuous
 from setpred.visualise import Descent, report, write_report
 from setpred.visualise.comparison import compare

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from setpred.data.camera import fit_camera
 from setpred.errors import InputError
+from setpred.rendering.camera import fit_camera
 from setpred.schema import CLEVR, ElementSchema
 
 PIXEL_SIZE = (480, 320)  # of CLEVR v1.0's images, in which `pixel_coords` count

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from setpred import rendering
 from setpred.data.cache import Header, Record
-from setpred.data.renderer import render
-from setpred.data.scenes import sample_scene
 from setpred.data.workers import ordered_map
 from setpred.data.writer import write_set_file
 from setpred.errors import InputError
+from setpred.rendering.renderer import render
+from setpred.rendering.sampling import sample_scene
 from setpred.schema import CLEVR
 
 
@@ -72,5 +73,6 @@ def render_file(
 
 
 def renderer_fingerprint() -> str:
-    """Changes with the code of this package, so that a file is not continued by another renderer."""
-    return sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+    """Changes with the code of the renderer, so that a file is not continued by another one."""
+    sources = sorted(Path(rendering.__file__).parent.glob("*.py"))
+    return sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()

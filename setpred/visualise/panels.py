@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Polygon
 from matplotlib.patheffects import Normal, Stroke
 
-from setpred.data.camera import Camera
+from setpred.rendering.camera import Camera
 from setpred.visualise.glyphs import colour_of
 from setpred.visualise.style import FAINT, GROUND, INK, WRONG
 from setpred.visualise.world import VIEW, on_map, outlines_on_image

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from setpred.data.camera import Camera
+from setpred.rendering.camera import Camera
 from setpred.schema import ElementSchema
 from setpred.visualise.comparison import Comparison, compare
 from setpred.visualise.glyphs import draw_filled, draw_outlined

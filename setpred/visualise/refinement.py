@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from PIL import Image, ImageColor
 from torch import Tensor
 
-from setpred.data.camera import Camera
 from setpred.files import write_atomically
 from setpred.matching import hungarian, pairwise_smooth_l1
+from setpred.rendering.camera import Camera
 from setpred.schema import ElementSchema
 from setpred.sets import presence_mask
 from setpred.visualise.glyphs import draw_filled, draw_outlined

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from setpred.data.bodies import HALF_SIZE
-from setpred.data.camera import NOMINAL_CAMERA, Camera
+from setpred.rendering.camera import NOMINAL_CAMERA, Camera
+from setpred.rendering.scenes import HALF_SIZE
 from setpred.schema import ElementSchema
 
 VIEW = (480, 320)  # pixels of CLEVR's images; smaller ones show the same view, squeezed

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from setpred.data.camera import Camera
+from setpred.rendering.camera import Camera
 
 S_ORIGIN, S_X, S_Y = -14.0094, -0.903208, 0.429204
 FRONT, BACK = -23.5, 4.07  # the floor ends behind the camera, the backdrop 23 units up; all beyond is black

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from setpred.data.bodies import Bodies
-from setpred.data.camera import ASPECT
-from setpred.data.fragments import gather_fragments, trace_mirror
-from setpred.data.ground import ground_normal, ground_seen
-from setpred.data.lighting import block, block_inside, lights_at, shadow_boxes
-from setpred.data.materials import (
+from setpred.rendering.bodies import Bodies
+from setpred.rendering.camera import ASPECT
+from setpred.rendering.fragments import gather_fragments, trace_mirror
+from setpred.rendering.ground import ground_normal, ground_seen
+from setpred.rendering.lighting import block, block_inside, lights_at, shadow_boxes
+from setpred.rendering.materials import (
     glow_on_ground,
     shade_ground,
     shade_matt,
@@ -22,8 +22,8 @@ from setpred.data.materials import (
     shade_mirrored_metal,
     shade_rubber,
 )
-from setpred.data.scenes import Scene
-from setpred.data.visibility import GROUND, Visibility, find_visible
+from setpred.rendering.scenes import Scene
+from setpred.rendering.visibility import GROUND, Visibility, find_visible
 
 TABLE_SIZE = 4096
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from setpred.data.bodies import SHAPES, Bodies
-from setpred.data.camera import Camera
-from setpred.data.shapes import CUBE_EDGE
-from setpred.data.visibility import pixel_boxes
+from setpred.rendering.bodies import SHAPES, Bodies
+from setpred.rendering.camera import Camera
+from setpred.rendering.shapes import CUBE_EDGE
+from setpred.rendering.visibility import pixel_boxes
 
 TINY = 1e-6
 

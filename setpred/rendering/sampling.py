@@ -5,15 +5,13 @@ Source: the official generator and its base scene (see the repository facebookre
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
-
 import numpy as np
 
-from setpred.data.bodies import HALF_SIZE, Bodies
-from setpred.data.camera import JITTER, NOMINAL_CAMERA, Camera
-from setpred.data.visibility import find_visible
 from setpred.errors import InputError
+from setpred.rendering.bodies import Bodies
+from setpred.rendering.camera import JITTER, NOMINAL_CAMERA, Camera
+from setpred.rendering.scenes import HALF_SIZE, NOMINAL_LAMPS, Scene, SceneObject
+from setpred.rendering.visibility import find_visible
 from setpred.schema import CLEVR
 
 HALF_SIDE = 3.0  # objects lie in -3 < x, y < 3
@@ -28,37 +26,6 @@ LAMP_JITTER = 1.0
 # The image plane's directions on the ground for the camera without jitter: `right`, then `behind`. CLEVR writes the
 # same two into every scene.
 DIRECTIONS = np.array([[0.65631127, 0.75449026], [-0.75449032, 0.65631127]])
-
-NOMINAL_LAMPS = {
-    "key": (6.446710109710693, -2.905174732208252, 4.258398056030273),
-    "fill": (-4.671124458312988, -4.01359748840332, 3.0112245082855225),
-    "back": (-1.168501377105713, 2.646024465560913, 5.815736770629883),
-}
-
-
-@dataclass(frozen=True)
-class SceneObject:
-    """One object. `coords` is its centre, at the height of its half size; `rotation` is the yaw in radians."""
-
-    coords: tuple[float, float, float]
-    rotation: float
-    material: str
-    color: str
-    shape: str
-    size: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain types, with the schema's field names and `rotation`."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Scene:
-    """Objects, the camera that looks at them, and the locations of the lamps `key`, `fill` and `back`."""
-
-    objects: tuple[SceneObject, ...]
-    camera: Camera = NOMINAL_CAMERA
-    lamps: dict[str, tuple[float, float, float]] = field(default_factory=lambda: dict(NOMINAL_LAMPS))
 
 
 def sample_scene(

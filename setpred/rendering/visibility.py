@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from setpred.data.bodies import SHAPES, Bodies
-from setpred.data.camera import ASPECT, FOCAL, Camera
-from setpred.data.ground import floor_height
-from setpred.data.shapes import HIT
+from setpred.rendering.bodies import SHAPES, Bodies
+from setpred.rendering.camera import ASPECT, FOCAL, Camera
+from setpred.rendering.ground import floor_height
+from setpred.rendering.shapes import HIT
 
 GROUND = -1
 CORNERS = np.array([(x, y, z) for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)]).T

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from setpred.data.bodies import Bodies
-from setpred.data.ground import ALBEDO, BACK, S_ORIGIN, S_X, S_Y, along_profile
-from setpred.data.lighting import LIGHT_COLORS, Lights, dot
+from setpred.rendering.bodies import Bodies
+from setpred.rendering.ground import ALBEDO, BACK, S_ORIGIN, S_X, S_Y, along_profile
+from setpred.rendering.lighting import LIGHT_COLORS, Lights, dot
 
 PI = np.pi
 METAL_BLUR, METAL_SHARP, RUBBER_GLOSS = 0.19, 0.01, 0.35  # widths of the lobes

@@ -5,11 +5,11 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from setpred.data.bodies import HALF_SIZE
-from setpred.data.camera import NOMINAL_CAMERA
-from setpred.data.renderer import instance_map
-from setpred.data.scenes import DIRECTIONS, NOMINAL_LAMPS, sample_scene
 from setpred.errors import InputError
+from setpred.rendering.camera import NOMINAL_CAMERA
+from setpred.rendering.renderer import instance_map
+from setpred.rendering.sampling import DIRECTIONS, sample_scene
+from setpred.rendering.scenes import HALF_SIZE, NOMINAL_LAMPS
 from setpred.schema import CLEVR
 
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from setpred.data.bodies import SHAPES, Bodies
-from setpred.data.camera import Camera
-from setpred.data.ground import FAR, ground_hit, ground_normal
-from setpred.data.lighting import dot
-from setpred.data.shapes import HIT
-from setpred.data.visibility import GROUND, Visibility
+from setpred.rendering.bodies import SHAPES, Bodies
+from setpred.rendering.camera import Camera
+from setpred.rendering.ground import FAR, ground_hit, ground_normal
+from setpred.rendering.lighting import dot
+from setpred.rendering.shapes import HIT
+from setpred.rendering.visibility import GROUND, Visibility
 
 
 @dataclass(frozen=True)

@@ -8,25 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from setpred.data.shapes import NORMAL
+from setpred.rendering.scenes import COLORS, HALF_SIZE
+from setpred.rendering.shapes import NORMAL
 
 if TYPE_CHECKING:
-    from setpred.data.scenes import SceneObject
+    from setpred.rendering.scenes import SceneObject
 
-HALF_SIZE = {"large": 0.7, "small": 0.35}
+
 SHAPES = tuple(NORMAL)
-
-# CLEVR's colours; 0..255 over 255 are linear values, not sRGB
-COLORS = {
-    "gray": (87, 87, 87),
-    "red": (173, 35, 35),
-    "blue": (42, 75, 215),
-    "green": (29, 105, 20),
-    "brown": (129, 74, 25),
-    "purple": (129, 38, 192),
-    "cyan": (41, 208, 208),
-    "yellow": (255, 238, 51),
-}
 
 
 @dataclass(frozen=True)

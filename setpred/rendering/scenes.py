@@ -1,0 +1,138 @@
+"""What a scene is: objects, the camera that looks at them, the lamps that light them; and many scenes as tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from setpred.errors import InputError
+from setpred.rendering.camera import NOMINAL_CAMERA, Camera
+
+HALF_SIZE = {"large": 0.7, "small": 0.35}
+SHAPES = ("sphere", "cube", "cylinder")
+
+# CLEVR's colours; 0..255 over 255 are linear values, not sRGB
+COLORS = {
+    "gray": (87, 87, 87),
+    "red": (173, 35, 35),
+    "blue": (42, 75, 215),
+    "green": (29, 105, 20),
+    "brown": (129, 74, 25),
+    "purple": (129, 38, 192),
+    "cyan": (41, 208, 208),
+    "yellow": (255, 238, 51),
+}
+
+NOMINAL_LAMPS = {
+    "key": (6.446710109710693, -2.905174732208252, 4.258398056030273),
+    "fill": (-4.671124458312988, -4.01359748840332, 3.0112245082855225),
+    "back": (-1.168501377105713, 2.646024465560913, 5.815736770629883),
+}
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object. `coords` is its centre, at the height of its half size; `rotation` is the yaw in radians."""
+
+    coords: tuple[float, float, float]
+    rotation: float
+    material: str
+    color: str
+    shape: str
+    size: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain types, with the schema's field names and `rotation`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Objects, the camera that looks at them, and the locations of the lamps `key`, `fill` and `back`."""
+
+    objects: tuple[SceneObject, ...]
+    camera: Camera = NOMINAL_CAMERA
+    lamps: dict[str, tuple[float, float, float]] = field(default_factory=lambda: dict(NOMINAL_LAMPS))
+
+
+class SceneBatch(NamedTuple):
+    """B scenes of up to N objects as tensors, so that they travel through loaders and onto devices.
+
+    present: bool `[B, N]`, false in the padding; centre: float32 `[B, N, 3]`, world units; half: half sizes `[B, N]`;
+    yaw: cosine and sine of the rotation `[B, N, 2]`; color: linear RGB `[B, N, 3]`; metal: bool `[B, N]`;
+    shape: int64 index into `SHAPES` `[B, N]`; camera: `[B, 3]`; lamps: key, fill, back `[B, 3, 3]`.
+    """
+
+    present: Tensor
+    centre: Tensor
+    half: Tensor
+    yaw: Tensor
+    color: Tensor
+    metal: Tensor
+    shape: Tensor
+    camera: Tensor
+    lamps: Tensor
+
+    @classmethod
+    def of(cls, scenes: Sequence[Scene], *, max_objects: int | None = None) -> SceneBatch:
+        """The scenes as tensors on the CPU.
+
+        Args:
+            max_objects: pad to so many objects; the most that any of the scenes has unless given.
+
+        Raises:
+            InputError: no scene, a scene of more than `max_objects`, or an object of an unknown kind.
+        """
+        if not scenes:
+            raise InputError("expected at least one scene, got none")
+        most = max(len(scene.objects) for scene in scenes)
+        size = most if max_objects is None else max_objects
+        if most > size:
+            raise InputError(f"expected scenes of at most {size} objects, got one of {most}")
+        count = len(scenes)
+        batch = cls(
+            present=torch.zeros(count, size, dtype=torch.bool),
+            centre=torch.zeros(count, size, 3),
+            half=torch.ones(count, size),
+            yaw=torch.zeros(count, size, 2),
+            color=torch.zeros(count, size, 3),
+            metal=torch.zeros(count, size, dtype=torch.bool),
+            shape=torch.zeros(count, size, dtype=torch.int64),
+            camera=torch.tensor([scene.camera.location for scene in scenes]),
+            lamps=torch.tensor([[scene.lamps[name] for name in NOMINAL_LAMPS] for scene in scenes]),
+        )
+        for number, scene in enumerate(scenes):
+            present = len(scene.objects)
+            if not present:
+                continue
+            try:
+                columns = [
+                    (
+                        obj.coords,
+                        HALF_SIZE[obj.size],
+                        (math.cos(obj.rotation), math.sin(obj.rotation)),
+                        [part / 255 for part in COLORS[obj.color]],
+                        {"rubber": False, "metal": True}[obj.material],
+                        SHAPES.index(obj.shape),
+                    )
+                    for obj in scene.objects
+                ]
+            except (KeyError, ValueError) as error:
+                raise InputError(f"scene {number} has an object that CLEVR does not know: {error}") from error
+            batch.present[number, :present] = True
+            for tensor, column in zip(batch[1:7], zip(*columns, strict=True), strict=True):
+                tensor[number, :present] = torch.tensor(column, dtype=tensor.dtype)
+        return batch
+
+    def to(self, device: torch.device | str) -> SceneBatch:
+        """The same on another device."""
+        return SceneBatch(*(part.to(device, non_blocking=True) for part in self))
+
+    def part(self, which: slice | Tensor) -> SceneBatch:
+        """Some of the scenes."""
+        return SceneBatch(*(tensor[which] for tensor in self))
