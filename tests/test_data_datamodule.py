@@ -7,10 +7,12 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from setpred import InputError
-from setpred.data.datamodule import EpochPermutation, RenderedScenes, SetDataModule
+from setpred.data.datamodule import RenderedScenes, SetDataModule
 from setpred.data.dataset import SetFile
+from setpred.data.order import EpochPermutation
 from setpred.data.rendered import render_file
 
 
@@ -24,17 +26,6 @@ def files(tmp_path_factory):
 
 def module(files, **options) -> SetDataModule:
     return SetDataModule(*files, **{"image_size": 16, "batch_size": 5} | options)
-
-
-def test_an_order_depends_on_seed_and_epoch_only():
-    def order(seed, epoch):
-        sampler = EpochPermutation(50, seed=seed)
-        sampler.set_epoch(epoch)
-        return list(sampler)
-
-    assert sorted(order(0, 0)) == list(range(50))
-    assert order(3, 7) == order(3, 7)
-    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -65,13 +56,18 @@ class Watch(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(files, epochs: int, *, checkpoint: str | None = None, **options) -> tuple[list[list[int]], Trainer]:
+def fit(
+    files, epochs: int, *, checkpoint: str | None = None, every: int | None = None, folder=None, **options
+) -> tuple[list[list[int]], Trainer]:
+    """Trains, with a checkpoint `every` so many steps into `folder`; what was shown."""
     model = Watch()
+    kept = {"filename": "{step}", "auto_insert_metric_name": False, "save_top_k": -1, "every_n_train_steps": every}
     trainer = Trainer(
         max_epochs=epochs,
         accelerator="cpu",
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=every is not None,
+        callbacks=[] if every is None else [ModelCheckpoint(folder, **kept)],
         enable_progress_bar=False,
         enable_model_summary=False,
     )
@@ -80,13 +76,17 @@ def fit(files, epochs: int, *, checkpoint: str | None = None, **options) -> tupl
 
 
 @pytest.mark.filterwarnings("ignore")  # Lightning warns about workers, logging and its own use of torch
-def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(files, tmp_path):
-    whole, _ = fit(files, 3)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(files, tmp_path, workers):
+    whole, trainer = fit(files, 3, num_workers=workers, every=1, folder=tmp_path)
     assert len(whole) == 12
     assert len({tuple(shown[1:]) for shown in whole}) == 12  # another order each epoch
-    first, trainer = fit(files, 1)
-    trainer.save_checkpoint(tmp_path / "a.ckpt")
-    rest, _ = fit(files, 3, checkpoint=str(tmp_path / "a.ckpt"))
+    for step in range(1, 12):
+        rest, _ = fit(files, 3, num_workers=workers, checkpoint=str(tmp_path / f"{step}.ckpt"))
+        assert whole[:step] + rest == whole
+    first, trainer = fit(files, 1, num_workers=workers)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    rest, _ = fit(files, 3, num_workers=workers, checkpoint=str(tmp_path / "end.ckpt"))
     assert first + rest == whole
     assert fit(files, 1, seed=1)[0] != first
 

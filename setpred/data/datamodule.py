@@ -5,39 +5,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 import setpred
 from setpred.data.dataset import ClevrImages, SetFile, as_batch, open_data
+from setpred.data.order import EpochOrder, EpochPermutation, ResumableLoader
 from setpred.data.rendered import render_record
 from setpred.errors import InputError
 from setpred.schema import CLEVR
 
 VALIDATION_SEED = 1_000_000  # added to the seed of the training scenes: no training seed comes near
-
-
-class EpochPermutation(Sampler[int]):
-    """Each epoch another order of all examples, that depends on the seed and the epoch's number only.
-
-    So a resumed run sees what an uninterrupted one sees. Lightning calls `set_epoch` before every epoch.
-    """
-
-    def __init__(self, length: int, *, seed: int) -> None:
-        self.length, self.seed, self.epoch = length, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(np.random.default_rng([self.seed, self.epoch]).permutation(self.length).tolist())
 
 
 class SetDataModule(LightningDataModule):
@@ -104,13 +87,11 @@ class SetDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         assert self.train_data is not None, "setup('fit') comes first"
-        # A last batch of another size would have noisier batch statistics and another step size.
-        order = EpochPermutation(len(self.train_data), seed=self.seed or 0)
-        return self._loader(self.train_data, self.batch_size, sampler=order, drop_last=True)
+        return self._train_loader(self.train_data, EpochPermutation(len(self.train_data), seed=self.seed or 0))
 
     def val_dataloader(self) -> DataLoader:
         assert self.val_data is not None, "setup comes first"
-        return self._loader(self.val_data, self.eval_batch_size, sampler=None, drop_last=False)
+        return DataLoader(self.val_data, self.eval_batch_size, **self._reading(self.val_data))
 
     def _open(self, path: str, split: str, images: int | None) -> SetFile | ClevrImages:
         return open_data(
@@ -123,21 +104,86 @@ class SetDataModule(LightningDataModule):
             in_memory=self.in_memory,
         )
 
-    def _loader(
-        self, data: SetFile | ClevrImages, batch_size: int, *, sampler: Sampler[int] | None, drop_last: bool
-    ) -> DataLoader:
+    def _train_loader(self, data: Dataset, order: EpochOrder) -> DataLoader:
+        if self.trainer is not None:
+            order.deal(self.trainer.world_size, self.trainer.global_rank)
+        # A last batch of another size would have noisier batch statistics and another step size.
+        return ResumableLoader(data, self.batch_size, sampler=order, drop_last=True, **self._reading(data))
+
+    def _reading(self, data: Dataset) -> dict[str, Any]:
+        """What the loaders have in common."""
         if isinstance(data, SetFile):
             data.load()  # before the workers fork, so that they share the memory
-        return DataLoader(
-            data,
-            batch_size=batch_size,
-            sampler=sampler,
-            drop_last=drop_last,
-            num_workers=self.num_workers,
-            collate_fn=as_batch,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-        )
+        return {
+            "num_workers": self.num_workers,
+            "collate_fn": as_batch,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        }
+
+
+@dataclass(frozen=True)
+class RenderedFile:
+    """A file of built-in scenes that is rendered when it is not there yet; `setpred.data.rendered` says what of.
+
+    Args:
+        folder: where it lies.
+        workers: processes that render; all cores unless given.
+    """
+
+    folder: str
+    images: int
+    image_size: int
+    objects: tuple[int, int]
+    seed: int
+    workers: int | None = None
+
+    @property
+    def path(self) -> str:
+        least, most = self.objects
+        name = f"rendered-{self.image_size}-{least}to{most}-seed{self.seed}-{self.images}.h5"
+        return str(Path(self.folder) / name)
+
+    def prepare(self) -> None:
+        """Renders it if it is not there, and checks it.
+
+        Raises:
+            InputError: rendering failed (it has said why), or a file of that name is something else.
+        """
+        if not os.path.exists(self.path):
+            self._render()
+        data = SetFile(self.path, image_size=self.image_size, schema=CLEVR, in_memory=False)
+        expected = {"kind": "rendered", "objects": list(self.objects), "seed": self.seed}
+        if data.source != expected or len(data) != self.images:
+            raise InputError(
+                f"{self.path} is not what its name says: expected {self.images} images of {expected}, "
+                f"got {len(data)} of {data.source}; move it away and it will be rendered"
+            )
+        if not self._up_to_date(data):
+            raise InputError(
+                f"{self.path} was rendered by another version of the renderer, which draws other pictures; move it "
+                "away and it will be rendered again, or train on it as it is with "
+                "setpred.data.datamodule.SetDataModule"
+            )
+
+    def _up_to_date(self, data: SetFile) -> bool:
+        now = render_record(0, seed=self.seed, image_size=self.image_size, objects=self.objects)
+        stored = data[0]
+        shades = np.abs(stored["image"].permute(1, 2, 0).numpy().astype(int) - now.image).mean()
+        # other processors and versions of NumPy may round otherwise
+        return shades < 1 and np.allclose(stored["elements"].numpy(), now.elements, atol=1e-4)
+
+    def _render(self) -> None:
+        # As a command of its own: worker processes import the main program, which here would be torch and all.
+        least, most = map(str, self.objects)
+        command = [sys.executable, "-m", "setpred.data", "render", "--images", str(self.images)]
+        command += ["--image-size", str(self.image_size), "--objects", least, most]
+        command += ["--seed", str(self.seed), "--out", self.path]
+        command += [] if self.workers is None else ["--workers", str(self.workers)]
+        here = str(Path(setpred.__file__).parents[1])
+        paths = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+        if subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}).returncode != 0:
+            raise InputError(f"rendering {self.path} failed, for the reason given above")
 
 
 class RenderedScenes(SetDataModule):
@@ -169,17 +215,13 @@ class RenderedScenes(SetDataModule):
         in_memory: bool | None = None,
         seed: int | None = None,
     ) -> None:
-        self.objects, self.workers = tuple(objects), workers
-        self.seeds = {"train": scenes_seed, "val": scenes_seed + VALIDATION_SEED}
-        self.counts = {"train": train_images, "val": val_images}
-        least, most = self.objects
-        train, val = (
-            str(Path(folder) / f"rendered-{image_size}-{least}to{most}-seed{self.seeds[part]}-{self.counts[part]}.h5")
-            for part in ("train", "val")
+        seeds = (scenes_seed, scenes_seed + VALIDATION_SEED)
+        self.files = tuple(
+            RenderedFile(folder, images, image_size, tuple(objects), seed, workers)
+            for images, seed in zip((train_images, val_images), seeds, strict=True)
         )
         super().__init__(
-            train,
-            val,
+            *(file.path for file in self.files),
             image_size=image_size,
             set_size=set_size,
             batch_size=batch_size,
@@ -193,39 +235,7 @@ class RenderedScenes(SetDataModule):
         """Renders the files that are not there yet.
 
         Raises:
-            InputError: rendering failed (it has said why), or a file of that name is something else.
+            InputError: see `RenderedFile.prepare`.
         """
-        for path, part in ((self.train_path, "train"), (self.val_path, "val")):
-            if not os.path.exists(path):
-                self._render(path, part)
-            data = SetFile(path, image_size=self.image_size, schema=self.schema, in_memory=False)
-            expected = {"kind": "rendered", "objects": list(self.objects), "seed": self.seeds[part]}
-            if data.source != expected or len(data) != self.counts[part]:
-                raise InputError(
-                    f"{path} is not what its name says: expected {self.counts[part]} images of {expected}, "
-                    f"got {len(data)} of {data.source}; move it away and it will be rendered"
-                )
-            if not self._up_to_date(data, self.seeds[part]):
-                raise InputError(
-                    f"{path} was rendered by another version of the renderer, which draws other pictures; move it away "
-                    "and it will be rendered again, or train on it as it is with setpred.data.datamodule.SetDataModule"
-                )
-
-    def _up_to_date(self, data: SetFile, seed: int) -> bool:
-        now = render_record(0, seed=seed, image_size=self.image_size, objects=self.objects)
-        stored = data[0]
-        shades = np.abs(stored["image"].permute(1, 2, 0).numpy().astype(int) - now.image).mean()
-        # other processors and versions of NumPy may round otherwise
-        return shades < 1 and np.allclose(stored["elements"].numpy(), now.elements, atol=1e-4)
-
-    def _render(self, path: str, part: str) -> None:
-        # As a command of its own: worker processes import the main program, which here would be torch and all.
-        least, most = map(str, self.objects)
-        command = [sys.executable, "-m", "setpred.data", "render", "--images", str(self.counts[part])]
-        command += ["--image-size", str(self.image_size), "--objects", least, most]
-        command += ["--seed", str(self.seeds[part]), "--out", path]
-        command += [] if self.workers is None else ["--workers", str(self.workers)]
-        here = str(Path(setpred.__file__).parents[1])
-        paths = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-        if subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}).returncode != 0:
-            raise InputError(f"rendering {path} failed, for the reason given above")
+        for file in self.files:
+            file.prepare()

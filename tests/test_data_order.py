@@ -1,0 +1,73 @@
+"""Orders of examples: what an epoch has, dealt to processes, and going on within it."""
+
+from itertools import chain
+
+import numpy as np
+import pytest
+from torch.utils.data import BatchSampler
+
+from setpred.data.order import EpochPermutation, EpochRange, ResumableLoader
+
+ORDERS = [lambda length: EpochPermutation(length, seed=3), EpochRange]
+
+
+def numbers(order, epoch=0, processes=1, process=0):
+    order.set_epoch(epoch)
+    order.deal(processes, process)
+    return list(order)
+
+
+def test_a_permutation_depends_on_seed_and_epoch_only():
+    def order(seed, epoch):
+        return numbers(EpochPermutation(50, seed=seed), epoch)
+
+    assert sorted(order(0, 0)) == list(range(50))
+    assert order(3, 7) == order(3, 7)
+    assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+
+
+def test_a_range_goes_on():
+    order = EpochRange(7)
+    assert [number for epoch in range(4) for number in numbers(order, epoch)] == list(range(28))
+
+
+@pytest.mark.parametrize("make", ORDERS)
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+def test_processes_share_an_epoch_without_overlap(make, processes):
+    """Together the k-th batches of all processes are the k-th batch of one process."""
+    length, size = 31, 3
+    whole = numbers(make(length), 2)
+    batches = []
+    for process in range(processes):
+        order = make(length)
+        dealt = numbers(order, 2, processes, process)
+        assert len(dealt) == len(order) == length // processes
+        batches.append(list(BatchSampler(order, size, drop_last=True)))
+    steps = [sorted(chain(*step)) for step in zip(*batches, strict=True)]
+    assert steps == [sorted(step) for step in BatchSampler(whole, size * processes, drop_last=True)]
+
+
+@pytest.mark.parametrize("make", ORDERS)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_goes_on_where_another_was(make, workers):
+    def loader():
+        return ResumableLoader(np.arange(60), 4, sampler=make(30), num_workers=workers, drop_last=True)
+
+    def shown(loader, epoch):
+        loader.sampler.set_epoch(epoch)
+        return [batch.tolist() for batch in loader]
+
+    whole = shown(loader(), 1)
+    assert len(whole) == 7
+    stopped = loader()
+    stopped.sampler.set_epoch(1)
+    for place, _ in enumerate(stopped, start=1):
+        if place == 3:
+            break
+    again = loader()
+    again.load_state_dict(stopped.state_dict())
+    assert len(again) == 7
+    assert shown(again, 1) == whole[3:]
+    assert shown(again, 1) == whole
+    again.load_state_dict(stopped.state_dict())
+    assert shown(again, 0) == shown(loader(), 0)  # the state is of another epoch
