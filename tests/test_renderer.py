@@ -2,21 +2,26 @@
 and pictures."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from setpred.rendering.bodies import Bodies
-from setpred.rendering.camera import Camera
-from setpred.rendering.ground import FAR, floor_height, ground_hit, ground_seen
-from setpred.rendering.lighting import block, block_inside, lights_at, shadow_boxes
-from setpred.rendering.renderer import instance_map, render
+from setpred.errors import InputError
+from setpred.rendering.bodies import GROUND, Bodies
+from setpred.rendering.camera import ASPECT, NOMINAL_CAMERA, Camera
+from setpred.rendering.fragments import nearest_hit
+from setpred.rendering.ground import FAR, floor_height, ground_depth, ground_hit, ground_normal
+from setpred.rendering.lighting import block, block_ground, lights_at
+from setpred.rendering.materials import fresnel, highlight
+from setpred.rendering.renderer import annotate, encode, render, soften
 from setpred.rendering.sampling import sample_scene
-from setpred.rendering.scenes import HALF_SIZE, Scene, SceneObject
-from setpred.rendering.shapes import HIT, NORMAL
+from setpred.rendering.scenes import HALF_SIZE, NOMINAL_LAMPS, SHAPES, Scene, SceneBatch, SceneObject
+from setpred.rendering.shapes import HITS, NORMALS
+from setpred.rendering.vectors import pixels_of
+from setpred.rendering.visibility import View
 
 
 def one(shape="sphere", material="rubber", color="gray", size="large", x=0.0, y=0.0, rotation=0.4) -> SceneObject:
@@ -25,6 +30,14 @@ def one(shape="sphere", material="rubber", color="gray", size="large", x=0.0, y=
 
 def sampled(seed: int, objects=(3, 10)) -> Scene:
     return sample_scene(np.random.default_rng(seed), objects=objects)
+
+
+def picture(scene: Scene, width: int, height: int, **options) -> np.ndarray:
+    return render([scene], width=width, height=height, **options)[0].numpy()
+
+
+def instances(scene: Scene, width: int, height: int) -> np.ndarray:
+    return annotate([scene], width=width, height=height).instances[0].numpy()
 
 
 def excess(shape: str, q: np.ndarray) -> np.ndarray:
@@ -41,12 +54,12 @@ def inside(obj: SceneObject, points: np.ndarray) -> np.ndarray:
     """Whether world points `[..., 3]` lie in an object and above the floor that it is sunk into."""
     c, s = np.cos(obj.rotation), np.sin(obj.rotation)
     q = (points - obj.coords) @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]]) / HALF_SIZE[obj.size]
-    floor = floor_height(np.array(obj.coords)[:, None])[0]
+    floor = floor_height(torch.tensor(obj.coords)[:, None]).item()
     return (excess(obj.shape, q) < 0) & (points[..., 2] > floor)
 
 
-def marched(scene: Scene, width: int, height: int) -> np.ndarray:
-    """The instance map by walking along each pixel's ray in small steps."""
+def marched(scene: Scene, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+    """The instance map and the objects' depth by walking along each pixel's ray in small steps."""
     steps = np.arange(5, 17, 0.015)
     points = scene.camera.location + steps[:, None] * scene.camera.rays(width, height)[:, :, None]
     first = np.full((height, width), len(steps))
@@ -56,32 +69,55 @@ def marched(scene: Scene, width: int, height: int) -> np.ndarray:
         at = np.where(hit.any(-1), hit.argmax(-1), len(steps))
         ids[at < first] = index
         first = np.minimum(first, at)
-    return ids
+    return ids, np.append(steps, np.inf)[first]
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_instance_map_agrees_with_ray_marching(seed):
+def test_instances_and_depth_agree_with_ray_marching(seed):
     scene = sampled(seed)
-    fast, slow = instance_map(scene, 36, 24), marched(scene, 36, 24)
-    assert set(np.unique(slow)) >= set(range(len(scene.objects)))
-    assert (fast != slow).mean() < 0.005  # steps of 0.015 miss rays that only graze
+    truth = annotate([scene], width=36, height=24)
+    ids, depth = truth.instances[0].numpy(), truth.depth[0].numpy()
+    slow_ids, slow_depth = marched(scene, 36, 24)
+    assert set(np.unique(slow_ids)) >= set(range(len(scene.objects)))
+    assert (ids != slow_ids).mean() < 0.005  # steps of 0.015 miss rays that only graze
+    same = (ids == slow_ids) & (ids >= 0)
+    assert np.quantile(np.abs(depth - slow_depth + 0.0075)[same], 0.99) < 0.008
+    np.testing.assert_array_equal(
+        truth.visible_pixels[0], [(ids == number).sum() for number in range(len(scene.objects))]
+    )
 
 
-@pytest.mark.parametrize("shape", HIT)
+def test_depth_in_closed_form():
+    """The camera looks at the origin: straight ahead lie a ball at |c| - r, the face of a cube, the floor."""
+    for camera in (NOMINAL_CAMERA, Camera((7.0, -6.0, 5.0))):
+        distance = np.linalg.norm(camera.location)
+        lifted = replace(one("sphere"), coords=(0.0, 0.0, 0.0))  # half sunk, so that the ray meets its middle
+        cube = replace(one("cube", rotation=np.arctan2(camera.location[1], camera.location[0])), coords=(0.0, 0.0, 0.7))
+        scenes = [Scene((lifted,), camera), Scene((cube,), camera), Scene((), camera)]
+        depth = annotate(scenes, width=101, height=101).depth[:, 50, 50]
+        assert depth[0] == pytest.approx(distance - 0.7, abs=1e-4)
+        backward = np.array(camera.location) / distance
+        # the ray through the origin meets the front face x = 0.7 of the turned cube at height z/x * 0.7
+        assert depth[1] == pytest.approx(distance - 0.7 / np.hypot(*backward[:2]), abs=1e-4)
+        floor = floor_height(torch.zeros(3, 1)).item()
+        assert depth[2] == pytest.approx(distance - floor / backward[2], abs=2e-3)
+
+
+@pytest.mark.parametrize("shape", range(len(SHAPES)))
 def test_hits_lie_on_the_surface_and_normals_are_its_gradient(shape):
     rng = np.random.default_rng(0)
     origin = rng.normal(size=(3, 5000))
     origin *= 10 / np.linalg.norm(origin, axis=0)
     direction = rng.uniform(-1.2, 1.2, (3, 5000)) - origin
-    t = HIT[shape](origin, direction)
+    t = HITS[shape](torch.tensor(origin), torch.tensor(direction)).numpy()
     assert (~np.isfinite(t)).sum() > 500
     there = np.isfinite(t)
     points = (origin + np.where(there, t, 0) * direction)[:, there]
-    assert np.abs(excess(shape, points.T)).max() < 0.05  # of an edge of width 1/4 or 1/10, so 0.004 in space
+    assert np.abs(excess(SHAPES[shape], points.T)).max() < 0.05  # of an edge of width 1/4 or 1/10: 0.004 in space
     step = 1e-6
-    gradient = [excess(shape, points.T + d) - excess(shape, points.T - d) for d in step * np.eye(3)]
+    gradient = [excess(SHAPES[shape], points.T + d) - excess(SHAPES[shape], points.T - d) for d in step * np.eye(3)]
     gradient /= np.linalg.norm(gradient, axis=0)
-    normals = NORMAL[shape](points)
+    normals = NORMALS[shape](torch.tensor(points)).numpy()
     normals /= np.linalg.norm(normals, axis=0)
     np.testing.assert_allclose(normals, gradient, atol=1e-5)
     cosine = (normals * direction[:, there]).sum(0) / np.linalg.norm(direction[:, there], axis=0)
@@ -89,34 +125,94 @@ def test_hits_lie_on_the_surface_and_normals_are_its_gradient(shape):
     assert cosine.max() < 0.2
     # no earlier point of the ray is inside
     before = origin[:, there, None] + (t[there, None] * np.linspace(0.8, 0.9999, 200)) * direction[:, there, None]
-    assert excess(shape, np.moveaxis(before, 0, -1)).min() > -0.01
+    assert excess(SHAPES[shape], np.moveaxis(before, 0, -1)).min() > -0.01
+
+
+def test_world_normals_are_the_slopes_of_the_depth():
+    """Finite differences of the depth image against the normals, away from silhouettes."""
+    scene = Scene((one("sphere", x=1.5, y=-1.0), one("cube", x=-1.5, y=1.0), one("cylinder", x=-1.0, y=-2.0)))
+    width, height = 240, 160
+    truth = annotate([scene], width=width, height=height)
+    ids, depth = truth.instances[0].numpy(), truth.depth[0].double().numpy()
+    points = scene.camera.location + depth[..., None] * scene.camera.rays(width, height)
+    across = points[1:-1, 2:] - points[1:-1, :-2]
+    down = points[2:, 1:-1] - points[:-2, 1:-1]
+    measured = np.cross(down, across)
+    measured /= np.linalg.norm(measured, axis=-1, keepdims=True)
+    bodies = Bodies.of(SceneBatch.of([scene]))
+    for slot in range(3):
+        whole = np.stack([np.roll(ids == slot, (i, j), (0, 1)) for i in (-2, 0, 2) for j in (-2, 0, 2)]).all(0)
+        inner = whole[1:-1, 1:-1]
+        at = torch.tensor(points[1:-1, 1:-1][inner].T, dtype=torch.float32)
+        owner = torch.full((at.shape[1],), int(bodies.number[0, slot]))
+        expected = bodies.normals(owner, at).numpy().T
+        cosine = (measured[inner] * expected).sum(-1)
+        assert len(cosine) > 100
+        assert np.quantile(cosine, 0.1) > 0.995  # differences smear the rounded edges
+        assert np.median(cosine) > 0.9995
 
 
 def test_the_nearer_object_hides_the_farther():
     near, far = one("cube", x=1.5, y=-1.3), one("sphere", x=-0.1, y=0.1)
     for objects in ((near, far), (far, near)):
         scene = Scene(objects)
-        ids = instance_map(scene, 96, 64)
-        alone = instance_map(Scene((near,)), 96, 64) == 0
+        ids = instances(scene, 96, 64)
+        alone = instances(Scene((near,)), 96, 64) == 0
         assert (ids[alone] == objects.index(near)).all()
-        assert (ids == objects.index(far)).sum() < (instance_map(Scene((far,)), 96, 64) == 0).sum()
-    np.testing.assert_array_equal(
-        render(Scene((near, far)), width=64, height=64), render(Scene((far, near)), width=64, height=64)
-    )
+        assert (ids == objects.index(far)).sum() < (instances(Scene((far,)), 96, 64) == 0).sum()
+    np.testing.assert_array_equal(picture(Scene((near, far)), 64, 64), picture(Scene((far, near)), 64, 64))
 
 
-def test_ground_points_agree_with_single_rays():
-    camera = sampled(0).camera
-    x, y = np.linspace(-0.5, 0.5, 24), np.linspace(0.3, -0.3, 16)
-    grid = ground_seen(camera, x, y)
-    right, up, backward = camera.axes()[:, :, None, None]
-    rays = (right * x + up * y[:, None] - backward).reshape(3, -1)
-    origin = np.array(camera.location)[:, None]
-    t = ground_hit(origin, rays)
-    assert (t < FAR).mean() > 0.9
-    points = (origin + t * rays)[:, t < FAR]
-    np.testing.assert_allclose(grid.reshape(3, -1)[:, t < FAR], points, rtol=1e-4, atol=1e-3)
-    np.testing.assert_allclose(points[2], floor_height(points), atol=0.02)
+def test_a_turn_by_a_right_angle_changes_nothing():
+    """Cubes have this symmetry, spheres and cylinders any."""
+    for shape, turn in (("cube", np.pi / 2), ("sphere", 1.0), ("cylinder", 1.0)):
+        for material in ("rubber", "metal"):
+            images = [picture(Scene((one(shape, material, rotation=angle),)), 96, 64) for angle in (0.3, 0.3 + turn)]
+            assert np.abs(images[0].astype(int) - images[1]).max() <= 1
+
+
+def test_ground_depth_agrees_with_single_rays():
+    scenes = [sampled(0), sampled(1)]
+    view = View.of(SceneBatch.of(scenes).camera, 24, 16, ASPECT)
+    x, y = view.slopes(torch.arange(24) + 0.5, torch.arange(16) + 0.5)
+    depth = ground_depth(view.location, view.right, view.up, view.backward, x, y)
+    for number, scene in enumerate(scenes):
+        rays = torch.tensor(scene.camera.rays(24, 16).reshape(-1, 3).T, dtype=torch.float32)
+        origin = torch.tensor(scene.camera.location)[:, None].expand_as(rays)
+        t = ground_hit(origin, rays)
+        seen = t < FAR
+        assert seen.float().mean() > 0.9
+        torch.testing.assert_close(depth[number].flatten()[seen], t[seen], rtol=1e-4, atol=1e-3)
+        points = (origin + t * rays)[:, seen]
+        torch.testing.assert_close(points[2], floor_height(points), atol=0.02, rtol=0)
+        slope = (floor_height(points + torch.tensor([[1e-2], [0], [0]])) - floor_height(points)) / 1e-2
+        normals = ground_normal(points)
+        assert ((-normals[0] / normals[2]) - slope).abs().quantile(0.9) < 0.06  # smoothed between the pieces
+
+
+def test_mirror_rays_find_what_ray_marching_finds():
+    rng = np.random.default_rng(0)
+    scene = Scene((one("sphere", "metal"), one("cube", x=2.0, y=0.3), one("cylinder", x=-1.8, y=-1.2)))
+    bodies = Bodies.of(SceneBatch.of([scene]))
+    leaving = int(bodies.number[0, 0])
+    normals = rng.normal(size=(3, 400))
+    normals /= np.linalg.norm(normals, axis=0)
+    origin = np.array(scene.objects[0].coords)[:, None] + 0.7 * normals
+    direction = normals + 0.3 * rng.normal(size=(3, 400))
+    direction /= np.linalg.norm(direction, axis=0)
+    tensors = (torch.tensor(part, dtype=torch.float32) for part in (origin, direction))
+    t, owner = nearest_hit(bodies, *tensors, torch.full((400,), leaving))
+    steps = np.arange(0.01, 4, 0.01)
+    line = origin.T[:, None] + steps[:, None] * direction.T[:, None]
+    for slot in (1, 2):
+        hit = inside(scene.objects[slot], line)
+        found = (owner == bodies.number[0, slot]).numpy()
+        assert (found == hit.any(-1)).mean() > 0.98
+        both = found & hit.any(-1)
+        assert both.sum() > 15
+        np.testing.assert_allclose(t.numpy()[both], steps[hit[both].argmax(-1)], atol=0.03)
+    assert (owner != leaving).all()
+    assert (owner == GROUND).any()
 
 
 def test_shadows_fall_where_an_object_hides_the_lamp():
@@ -124,15 +220,18 @@ def test_shadows_fall_where_an_object_hides_the_lamp():
     agree = []
     for seed in range(4):
         scene = sampled(seed)
-        bodies = Bodies.of(scene.objects)
+        bodies = Bodies.of(SceneBatch.of([scene]))
         points = np.stack([*rng.uniform(-4, 4, (2, 300)), np.full(300, 0.02)])
         free = ~np.any([inside(obj, points.T) for obj in scene.objects], axis=0)
-        points = points[:, free].astype(np.float32)
-        lights = lights_at(points, scene.lamps)
-        share = block(lights, points, np.full(points.shape[1], -1), bodies).irradiance / lights.irradiance
+        points = torch.tensor(points[:, free], dtype=torch.float32)
+        count = points.shape[1]
+        lamps = SceneBatch.of([scene]).lamps.permute(2, 1, 0).expand(-1, -1, count)
+        lights = lights_at(points, lamps)
+        owner = torch.full((count,), GROUND)
+        share = (block(lights, points, owner, torch.zeros_like(owner), bodies).irradiance / lights.irradiance).numpy()
         along = np.arange(0.01, 6, 0.02)
         for light in range(4):
-            line = points.T[:, None] + along[:, None] * lights.direction[:, light].T[:, None]
+            line = points.numpy().T[:, None] + along[:, None] * lights.direction[:, light].numpy().T[:, None]
             hidden = np.any([inside(obj, line).any(-1) for obj in scene.objects], axis=0)
             sure = np.abs(share[light] - 0.5) > 0.25
             agree.append((hidden == (share[light] < 0.5))[sure])
@@ -141,33 +240,36 @@ def test_shadows_fall_where_an_object_hides_the_lamp():
     assert len(agree) > 3000
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_looking_for_shadows_in_their_boxes_only_loses_none(seed):
-    scene = sampled(seed)
-    bodies = Bodies.of(scene.objects)
-    width, height = 48, 32
-    x = ((np.arange(width) + 0.5) / width - 0.5) * 32 / 35
-    y = (0.5 - (np.arange(height) + 0.5) / height) * 32 / 35 / 1.5
-    points = ground_seen(scene.camera, x.astype(np.float32), y.astype(np.float32)).reshape(3, -1)
-    lights = lights_at(points, scene.lamps)
-    boxes = shadow_boxes(bodies, scene.lamps, scene.camera, width, height, aspect=1.5)
-    inside_boxes = block_inside(lights, points, bodies, boxes, width).irradiance
-    everywhere = block(lights, points, np.full(points.shape[1], -1), bodies).irradiance
-    np.testing.assert_allclose(inside_boxes, everywhere, atol=2e-3)
-    assert (everywhere < 0.5 * lights.irradiance).any()
+def test_looking_for_shadows_in_their_boxes_only_loses_none():
+    scenes = [sampled(seed) for seed in range(5)]
+    batch = SceneBatch.of(scenes)
+    bodies, view = Bodies.of(batch), View.of(batch.camera, 48, 32, ASPECT)
+    x, y = view.slopes(torch.arange(48) + 0.5, torch.arange(32) + 0.5)
+    depth = ground_depth(view.location, view.right, view.up, view.backward, x, y)
+    location, right, up, backward = (axis[..., None, None] for axis in view[:4])
+    points = (location + depth * (right * x + up * y[:, None] - backward)).flatten(1)
+    scene = torch.arange(5).repeat_interleave(48 * 32)
+    lamps = batch.lamps.permute(2, 1, 0)
+    lights = lights_at(points, lamps[:, :, scene])
+    inside_boxes = block_ground(lights, points, bodies, view, lamps).irradiance
+    everywhere = block(lights, points, torch.full_like(scene, GROUND), scene, bodies).irradiance
+    # behind an object the ground is not seen, and there the boxes may end
+    seen = annotate(batch, width=48, height=32).instances.flatten() == GROUND
+    torch.testing.assert_close(inside_boxes[:, seen], everywhere[:, seen], atol=2e-3, rtol=0)
+    assert (everywhere[:, seen] < 0.5 * lights.irradiance[:, seen]).any()
 
 
 def test_a_shadow_darkens_the_ground():
     obj = one("cylinder")
     width, height = 96, 64
     scene = Scene((obj,))
-    bare, shaded = (render(s, width=width, height=height).astype(float).sum(-1) for s in (Scene(()), scene))
+    bare, shaded = (picture(s, width, height).astype(float).sum(-1) for s in (Scene(()), scene))
     rays = scene.camera.rays(width, height)
     points = scene.camera.location + rays * (scene.camera.location[2] / -rays[..., 2:])
     to_lamp = np.array(scene.lamps["key"]) - points
     line = points[..., None, :] + np.linspace(0, 0.8, 200)[:, None] * to_lamp[..., None, :]
     hidden = inside(obj, line).any(-1)
-    ground = (instance_map(scene, width, height) == -1) & (np.abs(points[..., :2]).max(-1) < 5)
+    ground = (instances(scene, width, height) == -1) & (np.abs(points[..., :2]).max(-1) < 5)
     ratio = shaded / bare
     assert (ground & hidden).sum() > 30
     assert ratio[ground & hidden].mean() < ratio[ground & ~hidden].mean() - 0.03
@@ -175,49 +277,146 @@ def test_a_shadow_darkens_the_ground():
     assert ratio[ground].max() < 1.1
 
 
-@pytest.mark.parametrize("shape", HIT)
+def test_irradiance_of_the_lamps_is_the_integral_over_their_squares():
+    """The lamps as points, against a fine grid of emitting points on each square; the measured table at the origin."""
+    lamps = torch.tensor([NOMINAL_LAMPS[name] for name in ("key", "fill", "back")], dtype=torch.float64)
+    point = torch.tensor([[0.0], [0.0], [0.0]], dtype=torch.float64)
+    lights = lights_at(point.float(), lamps.T[..., None].float())
+    received = (lights.irradiance * lights.direction[2])[:, 0]
+    np.testing.assert_allclose(received, [0.189, 0.070, 0.265, 0.400], atol=0.001)  # measured, un-jittered
+    for light, (side, radiance) in enumerate(((0.5, 100.0), (0.5, 30.0), (1.0, 12.5))):
+        facing = -lamps[light] / lamps[light].norm()
+        level = torch.linalg.cross(facing, torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64))
+        level /= level.norm()
+        steps = (torch.arange(40, dtype=torch.float64) + 0.5) / 40 * side - side / 2
+        square = torch.cartesian_prod(steps, steps) @ torch.stack([level, torch.linalg.cross(facing, level)])
+        away = lamps[light] + square
+        distance = away.norm(dim=1)
+        total = radiance * (side / 40) ** 2 * ((-away @ facing) * away[:, 2] / distance**4).sum()
+        assert received[light] == pytest.approx(float(total), rel=0.01)
+
+
+@pytest.mark.parametrize("width", [0.05, 0.19, 0.35])
+def test_a_rough_mirror_sends_out_no_more_than_it_receives(width):
+    """White furnace: under light of radiance 1 from everywhere a surface of reflectance 1 shows no more than 1."""
+    rng = torch.Generator().manual_seed(0)
+    count = 400_000
+    height = torch.rand(count, generator=rng)
+    turn = 2 * torch.pi * torch.rand(count, generator=rng)
+    flat = (1 - height**2).sqrt()
+    from setpred.rendering.lighting import Lights
+
+    for tilt in (0.0, 0.5, 1.0):
+        view = torch.tensor([[np.sin(tilt)], [0.0], [np.cos(tilt)]], dtype=torch.float32)
+        total, white = 0.0, torch.tensor([[0.0], [0.0], [1.0]])
+        directions = torch.stack([flat * turn.cos(), flat * turn.sin(), height])[:, None].expand(-1, 4, -1)
+        only_sun = torch.tensor([0.0, 0, 0, 2 * torch.pi])[:, None].expand(-1, count)  # 1 over the density
+        lights = Lights(directions, only_sun, torch.zeros(4, count))
+        lobe = [(1.0, torch.full((4, count), width**2))]
+        total = highlight(view.expand(-1, count), white.expand(-1, count), lights, lobe)[0].mean().item()
+        assert 0.8 < total < 1.03
+
+
+def test_fresnel():
+    """Known values: ((n - 1)/(n + 1))^2 head on, everything at grazing light, never falling in between."""
+    cosine = torch.linspace(0, 1, 101)
+    for index in (1.2, 1.4):
+        share = fresnel(cosine, index)
+        assert share[-1] == pytest.approx(((index - 1) / (index + 1)) ** 2, rel=1e-4)
+        assert share[0] == pytest.approx(1)
+        assert (share.diff() <= 1e-6).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_metal_differs_from_rubber(shape):
     looks = {}
     for material in ("rubber", "metal"):
         scene = Scene((one(shape, material, "blue"),))
-        image = render(scene, width=240, height=160).astype(float).mean(-1)
-        looks[material] = image[instance_map(scene, 240, 160) == 0]
+        image = picture(scene, 240, 160).astype(float).mean(-1)
+        looks[material] = image[instances(scene, 240, 160) == 0]
     # highlights and the black sky: more contrast on metal
     assert looks["metal"].std() > 1.1 * looks["rubber"].std()
     assert looks["metal"].max() > looks["rubber"].max() + 10
     assert np.abs(looks["metal"] - looks["rubber"]).mean() > 8
 
 
-def test_a_picture_depends_on_the_scene_alone():
-    scenes = [sampled(seed) for seed in range(8)]
-    pictures = [render(scene, width=64, height=64) for scene in scenes]
-    with ThreadPoolExecutor(4) as pool:
-        again = list(pool.map(lambda scene: render(scene, width=64, height=64), scenes))
-    np.testing.assert_array_equal(pictures, again)
-    assert pictures[0].dtype == np.uint8
-    assert pictures[0].shape == (64, 64, 3)
-    assert pictures[0].flags.c_contiguous
+def test_a_picture_depends_on_its_scene_alone():
+    scenes = [sampled(seed, (0, 10)) for seed in range(12)] + [Scene(())]
+    together = render(scenes, width=64, height=64)
+    assert together.dtype == torch.uint8
+    assert together.shape == (13, 64, 64, 3)
+    assert together.is_contiguous()
+    threads = torch.get_num_threads()
+    try:
+        for size, used in ((1, 1), (5, 2)):
+            torch.set_num_threads(used)
+            parts = [render(scenes[start : start + size], width=64, height=64) for start in range(0, 13, size)]
+            assert torch.equal(torch.cat(parts), together)
+    finally:
+        torch.set_num_threads(threads)
+    padded = render(SceneBatch.of(scenes, max_objects=16), width=64, height=64)
+    assert torch.equal(padded, together)
+    order = torch.randperm(13, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(render(SceneBatch.of(scenes).part(order), width=64, height=64), together[order])
+    truth = annotate(scenes, width=64, height=64)
+    for number, scene in enumerate(scenes):
+        alone = annotate([scene], width=64, height=64)
+        assert torch.equal(truth.instances[number], alone.instances[0])
+        assert torch.equal(truth.depth[number], alone.depth[0])
+        assert torch.equal(truth.visible_pixels[number, : len(scene.objects)], alone.visible_pixels[0])
+        assert (truth.visible_pixels[number, len(scene.objects) :] == 0).all()
     moved = replace(scenes[0], camera=Camera((7.0, -6.5, 5.3)))
-    assert (render(moved, width=64, height=64) != pictures[0]).any()
+    assert not torch.equal(render([moved], width=64, height=64)[0], together[0])
 
 
 def test_a_square_picture_is_the_squeezed_view():
     scene = sampled(3)
-    wide = Image.fromarray(render(scene, width=480, height=320, samples=1)).resize((64, 64), Image.Resampling.BOX)
-    square = render(scene, width=64, height=64, samples=3)
+    wide = Image.fromarray(picture(scene, 480, 320, samples=1)).resize((64, 64), Image.Resampling.BOX)
+    square = picture(scene, 64, 64, samples=3)
     assert np.abs(np.asarray(wide).astype(float) - square).mean() < 2
 
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_small_sizes_and_empty_scenes(count):
     scene = Scene((one(),) * count)
-    assert render(scene, width=1, height=1).shape == (1, 1, 3)
-    assert render(scene, width=5, height=3, samples=1).shape == (3, 5, 3)
-    assert (instance_map(scene, 30, 20) >= 0).any() == bool(count)
+    assert picture(scene, 1, 1).shape == (1, 1, 3)
+    assert picture(scene, 5, 3, samples=1).shape == (3, 5, 3)
+    truth = annotate([scene], width=30, height=20)
+    assert (truth.instances >= 0).any() == bool(count)
+    assert truth.visible_pixels.shape == (1, count)
+    assert torch.isfinite(truth.depth).all()
+
+
+def test_what_cannot_be_rendered_is_refused():
+    with pytest.raises(InputError, match="at least one scene"):
+        render([], width=8, height=8)
+    with pytest.raises(InputError, match="at least 1x1"):
+        render([Scene(())], width=0, height=8)
+    with pytest.raises(InputError, match="at least 1 sample"):
+        render([Scene(())], width=8, height=8, samples=0)
+    with pytest.raises(InputError, match="at most 1 objects"):
+        SceneBatch.of([Scene((one(), one(x=2.0)))], max_objects=1)
+    with pytest.raises(InputError, match="pink"):
+        SceneBatch.of([Scene((one(color="pink"),))])
+
+
+def test_pixels_of_boxes():
+    boxes = torch.tensor([[1, 2, 3, 4], [5, 5, 5, 9], [4, 0, 2, 3], [0, 0, 1, 1]])
+    assert torch.stack(pixels_of(boxes)).T.tolist() == [[0, 1, 2], [0, 2, 2], [0, 1, 3], [0, 2, 3], [3, 0, 0]]
+    assert all(len(part) == 0 for part in pixels_of(boxes[:0]))
+
+
+def test_encoding_and_softening():
+    levels = torch.tensor([0.0, 0.0031308, 0.2140, 0.5, 1.0])
+    srgb = encode(levels[None, None, None].expand(3, -1, -1, -1))[0, 0, :, 0]
+    np.testing.assert_allclose(srgb, [0, 10, 127, 188, 255], atol=1)
+    image = torch.rand(3, 2, 5, 4)
+    torch.testing.assert_close(soften(image).mean(), image.mean(), atol=0.02, rtol=0)
+    torch.testing.assert_close(soften(torch.ones(3, 1, 2, 2)), torch.ones(3, 1, 2, 2))
 
 
 def test_the_empty_ground_has_the_measured_brightness():
-    image = render(Scene(()), width=320, height=240, aspect=320 / 240).astype(int)
+    image = picture(Scene(()), 320, 240, aspect=320 / 240).astype(int)
     measured = {
         (4, 4): (105, 105, 105),
         (315, 4): (103, 104, 103),
@@ -246,13 +445,14 @@ def test_objects_have_the_measured_colours():
     }
     seen = {(color, metal): [] for color in measured for metal in (False, True)}
     rng = np.random.default_rng(0)
-    for _ in range(120):
-        scene = sample_scene(rng, objects=(3, 6))
-        image, ids = render(scene, width=96, height=64), instance_map(scene, 96, 64)
+    scenes = [sample_scene(rng, objects=(3, 6)) for _ in range(120)]
+    images = render(scenes, width=96, height=64).numpy()
+    ids = annotate(scenes, width=96, height=64).instances.numpy()
+    for number, scene in enumerate(scenes):
         for index, obj in enumerate(scene.objects):
             x, y, _ = scene.camera.project(obj.coords, 96, 64).astype(int)
-            if 0 <= x < 96 and 0 <= y < 64 and ids[y, x] == index:
-                seen[obj.color, obj.material == "metal"].append(image[y, x])
+            if 0 <= x < 96 and 0 <= y < 64 and ids[number, y, x] == index:
+                seen[obj.color, obj.material == "metal"].append(images[number, y, x])
     for color, pair in measured.items():
         for metal, expected in zip((False, True), pair, strict=True):
             assert len(seen[color, metal]) > 10
@@ -274,13 +474,14 @@ def test_pictures_resemble_real_ones(clevr_blender):
         scene = Scene(objects, Camera(tuple(camera["camera"])), lamps)
         with Image.open(clevr_blender / "images" / "val" / record["image_filename"]) as file:
             real = np.asarray(file.convert("RGB").resize((96, 64), Image.Resampling.BILINEAR)).astype(float)
-        error = np.abs(render(scene, width=96, height=64) - real).mean(-1)
+        image = picture(scene, 96, 64)
+        error = np.abs(image - real).mean(-1)
         errors.append(error.mean())
-        ground_errors.append(error[instance_map(scene, 96, 64) < 0].mean())
+        ground_errors.append(error[instances(scene, 96, 64) < 0].mean())
         # shifted by a pixel, the picture fits less well: camera and silhouettes are right
         for axis in (0, 1):
             for shift in (-1, 1):
-                moved = np.roll(render(scene, width=96, height=64), shift, axis)
+                moved = np.roll(image, shift, axis)
                 assert np.abs(moved - real)[1:-1, 1:-1].mean() > 1.1 * error[1:-1, 1:-1].mean()
     assert np.mean(errors) < 2.5
     assert np.mean(ground_errors) < 1.5

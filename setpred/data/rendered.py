@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -18,16 +20,22 @@ from setpred.rendering.renderer import render
 from setpred.rendering.sampling import sample_scene
 from setpred.schema import CLEVR
 
+BLOCK = 32  # scenes rendered together: enough to keep torch busy, few enough for a processor's caches
 
-def render_record(number: int, *, seed: int, image_size: int, objects: tuple[int, int]) -> Record:
-    """Image `number` of a rendering: it depends on `seed` and `number` only, whoever makes it and when."""
-    scene = sample_scene(np.random.default_rng([seed, number]), objects=objects)
-    return Record(
-        image=render(scene, width=image_size, height=image_size),
-        elements=CLEVR.encode([obj.as_dict() for obj in scene.objects]),
-        camera=np.array(scene.camera.location, dtype=np.float64),
-        index=number,
-    )
+
+def render_records(numbers: Sequence[int], *, seed: int, image_size: int, objects: tuple[int, int]) -> list[Record]:
+    """Images of these numbers of a rendering: each depends on `seed` and its number only, whoever makes it and when."""
+    scenes = [sample_scene(np.random.default_rng([seed, number]), objects=objects) for number in numbers]
+    images = render(scenes, width=image_size, height=image_size).numpy()
+    return [
+        Record(
+            image=image,
+            elements=CLEVR.encode([obj.as_dict() for obj in scene.objects]),
+            camera=np.array(scene.camera.location, dtype=np.float64),
+            index=number,
+        )
+        for number, scene, image in zip(numbers, scenes, images, strict=True)
+    ]
 
 
 def rendered_header(*, images: int, image_size: int, objects: tuple[int, int], seed: int) -> Header:
@@ -61,11 +69,18 @@ def render_file(
         The SHA-256 of the content.
     """
     header = rendered_header(images=images, image_size=image_size, objects=objects, seed=seed)
-    one = partial(render_record, seed=seed, image_size=image_size, objects=objects)
+    some = partial(render_records, seed=seed, image_size=image_size, objects=objects)
+
+    def records(start: int) -> Iterator[Record]:
+        blocks = (range(first, min(first + BLOCK, images)) for first in range(start, images, BLOCK))
+        with closing(ordered_map(some, blocks, workers=workers)) as done:
+            for block in done:
+                yield from block
+
     return write_set_file(
         path,
         header,
-        lambda start: ordered_map(one, range(start, images), workers=workers),
+        records,
         producer=renderer_fingerprint(),
         description=f"rendering {image_size}x{image_size}",
         force=force,

@@ -19,7 +19,11 @@ from setpred.errors import InputError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+# One thread each: there is a process for every core. And freed memory stays with the process (glibc's malloc): a
+# renderer that returns it to the system and asks for it again spends half of its time so.
+_SETTINGS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1") | dict.fromkeys(
+    ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"), str(2**30)
+)
 
 
 def available_cores() -> int:
@@ -48,7 +52,7 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, wo
     executor = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start)
     remaining = iter(items)
     try:
-        with _one_thread_each():
+        with _worker_settings():
             pending = deque(executor.submit(function, item) for item in itertools.islice(remaining, 4 * workers))
         while pending:
             result = pending.popleft().result()
@@ -73,10 +77,10 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Processes started inside the block run their BLAS on one thread: there is a process for every core."""
-    before = {name: os.environ.get(name) for name in _ONE_THREAD}
-    os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))
+def _worker_settings() -> Iterator[None]:
+    """Processes started inside the block have the environment that suits a worker."""
+    before = {name: os.environ.get(name) for name in _SETTINGS}
+    os.environ.update(_SETTINGS)
     try:
         yield
     finally:

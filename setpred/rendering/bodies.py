@@ -1,71 +1,97 @@
-"""The objects of a scene as arrays, for the stages of rendering."""
+"""The objects of all scenes of a batch in one row, for the stages of rendering."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import numpy as np
+import torch
+from torch import Tensor
 
-from setpred.rendering.scenes import COLORS, HALF_SIZE
-from setpred.rendering.shapes import NORMAL
+from setpred.rendering.scenes import SHAPES, SceneBatch
+from setpred.rendering.shapes import HITS, MISS, NORMALS, REACH
+from setpred.rendering.vectors import normalised, take
 
-if TYPE_CHECKING:
-    from setpred.rendering.scenes import SceneObject
-
-
-SHAPES = tuple(NORMAL)
+GROUND = -1  # in place of an object's number
 
 
 @dataclass(frozen=True)
 class Bodies:
-    """Objects as float32 arrays, in their order.
+    """The O objects that are present in B scenes, ordered by shape, then scene, then their place in the scene.
 
-    centre `[3, objects]`; half (size) `[objects]`; cosine, sine of the yaw `[objects]`; color (linear) `[3, objects]`;
-    metal, bool `[objects]`; shape, index into `SHAPES` `[objects]`.
+    scene, slot: where an object stands in the batch, int64 `[O]`; number: the other way round, int64 `[B, N]`, -1 in
+    the padding; centre `[3, O]`; half (size) `[O]`; cosine, sine of the yaw `[O]`; color (linear RGB) `[3, O]`; metal,
+    bool `[O]`; shape, index into `SHAPES`, int64 `[O]`; reach: radius of a ball around the
+    object `[O]`.
     """
 
-    centre: np.ndarray
-    half: np.ndarray
-    cosine: np.ndarray
-    sine: np.ndarray
-    color: np.ndarray
-    metal: np.ndarray
-    shape: np.ndarray
+    scene: Tensor
+    slot: Tensor
+    number: Tensor
+    centre: Tensor
+    half: Tensor
+    cosine: Tensor
+    sine: Tensor
+    color: Tensor
+    metal: Tensor
+    shape: Tensor
+    reach: Tensor
 
     @classmethod
-    def of(cls, objects: Sequence[SceneObject]) -> Bodies:
-        yaw = np.array([obj.rotation for obj in objects], dtype=np.float64)
+    def of(cls, scenes: SceneBatch) -> Bodies:
+        shape = torch.where(scenes.present, scenes.shape, len(SHAPES)).flatten()
+        place = torch.argsort(shape, stable=True)[: int(scenes.present.sum())]
+        number = torch.full_like(shape, -1)
+        number[place] = torch.arange(len(place), device=place.device)
+        scene = torch.arange(len(scenes.present), device=place.device).repeat_interleave(scenes.present.shape[1])[place]
+        half = scenes.half.flatten()[place]
+        cosine, sine = scenes.yaw.reshape(-1, 2)[place].unbind(1)
         return cls(
-            centre=np.array([obj.coords for obj in objects], dtype=np.float32).reshape(-1, 3).T.copy(),
-            half=np.array([HALF_SIZE[obj.size] for obj in objects], dtype=np.float32),
-            cosine=np.cos(yaw).astype(np.float32),
-            sine=np.sin(yaw).astype(np.float32),
-            color=np.array([COLORS[obj.color] for obj in objects], dtype=np.float32).reshape(-1, 3).T / 255,
-            metal=np.array([obj.material == "metal" for obj in objects], dtype=bool),
-            shape=np.array([SHAPES.index(obj.shape) for obj in objects], dtype=np.intp),
+            scene=scene,
+            slot=place - scene * scenes.present.shape[1],
+            number=number.reshape(scenes.present.shape),
+            centre=scenes.centre.reshape(-1, 3)[place].T.contiguous(),
+            half=half,
+            cosine=cosine,
+            sine=sine,
+            color=scenes.color.reshape(-1, 3)[place].T.contiguous(),
+            metal=scenes.metal.flatten()[place],
+            shape=shape[place],
+            reach=half * torch.tensor(REACH, device=half.device)[shape[place]],
         )
 
     def __len__(self) -> int:
         return len(self.half)
 
-    def to_unit(self, owner: np.ndarray | int, vectors: np.ndarray) -> np.ndarray:
-        """World vectors `[3, ..., n]` in the unit coordinates of their owners `[n]` (without the shift by `centre`)."""
-        c, s, half = self.cosine[owner], self.sine[owner], self.half[owner]
-        x, y, z = vectors
-        c, s = c / half, s / half
-        return np.stack([c * x + s * y, c * y - s * x, z / half])
+    def others(self, scene: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """In turn one object of each of the scenes `[n]`, and whether there is such a one `[n]`."""
+        for slot in range(self.number.shape[1] if len(self) else 0):
+            others = take(self.number[:, slot], scene)
+            yield others.clamp(min=0), others != GROUND
 
-    def normals(self, owner: np.ndarray, points: np.ndarray) -> np.ndarray:
+    def to_unit(self, owner: Tensor, vectors: Tensor) -> Tensor:
+        """World vectors `[3, ..., n]` in the unit coordinates of their owners `[n]` (without the shift by `centre`)."""
+        half = take(self.half, owner)
+        c, s = take(self.cosine, owner) / half, take(self.sine, owner) / half
+        x, y, z = vectors
+        return torch.stack([c * x + s * y, c * y - s * x, z / half])
+
+    def hit(self, owner: Tensor, origin: Tensor, direction: Tensor) -> Tensor:
+        """First t at which rays meet their owners `[n]`, in the owners' unit coordinates `[3, n]`: `[n]` or `MISS`."""
+        t = torch.full_like(origin[0], MISS)
+        shape = take(self.shape, owner)
+        for index, hit in enumerate(HITS):
+            which = (shape == index).nonzero().squeeze(1)
+            t[which] = hit(take(origin, which), take(direction, which))
+        return t
+
+    def normals(self, owner: Tensor, points: Tensor) -> Tensor:
         """Outward unit normals `[3, ..., n]` of the owners `[n]` at points `[3, ..., n]` on their surfaces."""
-        centre = self.centre[:, owner].reshape(3, *[1] * (points.ndim - 2), len(owner))
-        q = self.to_unit(owner, points - centre)
-        kind = self.shape[owner]
-        for index, shape in enumerate(SHAPES):
-            which = np.flatnonzero(kind == index)
-            if which.size:
-                q[..., which] = NORMAL[shape](q[..., which])
-        q /= np.sqrt((q * q).sum(axis=0) + 1e-20)
-        c, s = self.cosine[owner], self.sine[owner]
-        return np.stack([c * q[0] - s * q[1], s * q[0] + c * q[1], q[2]])
+        q = self.to_unit(owner, points - take(self.centre, owner).reshape(3, *[1] * (points.ndim - 2), len(owner)))
+        shape = take(self.shape, owner)
+        for index, normal in enumerate(NORMALS[1:], start=1):  # a sphere's normal is q itself
+            which = (shape == index).nonzero().squeeze(1)
+            q[..., which] = normal(take(q, which))
+        x, y, z = normalised(q)
+        c, s = take(self.cosine, owner), take(self.sine, owner)
+        return torch.stack([c * x - s * y, s * x + c * y, z])

@@ -4,32 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
+import torch
+from torch import Tensor
 
-from setpred.rendering.bodies import SHAPES, Bodies
-from setpred.rendering.camera import Camera
+from setpred.rendering.bodies import GROUND, Bodies
 from setpred.rendering.ground import FAR, ground_hit, ground_normal
-from setpred.rendering.lighting import dot
-from setpred.rendering.shapes import HIT
-from setpred.rendering.visibility import GROUND, Visibility
+from setpred.rendering.vectors import added, dot, normalised, take
+from setpred.rendering.visibility import View, Visibility, nearest
 
 
 @dataclass(frozen=True)
 class Fragments:
     """The objects' visible parts, one entry for every object in every pixel where it shows.
 
-    pixel: flat pixel index `[n]`; owner: object index `[n]`; coverage: share of the pixel `[n]`.
+    pixel: flat pixel index in the batch `[n]`; owner: object `[n]`; coverage: share of the pixel `[n]`.
     points, normals: world `[3, n]`, means over the visible part; view: unit vectors towards the camera `[3, n]`.
     spread: how much the normals differ inside the fragment, 1 - |mean|^2 `[n]`.
+    counts: how many fragments are their pixel's first, second, ... one; they stand in this order.
     """
 
-    pixel: np.ndarray
-    owner: np.ndarray
-    coverage: np.ndarray
-    points: np.ndarray
-    normals: np.ndarray
-    view: np.ndarray
-    spread: np.ndarray
+    pixel: Tensor
+    owner: Tensor
+    coverage: Tensor
+    points: Tensor
+    normals: Tensor
+    view: Tensor
+    spread: Tensor
+    counts: list[int]
 
 
 @dataclass(frozen=True)
@@ -37,65 +38,82 @@ class Mirrored:
     """Where the mirror rays of metal fragments end.
 
     fragment: index of the fragment `[m]`; direction: of the ray `[3, m]`; points, normals: of what it meets `[3, m]`;
-    owner: the object it meets, or -1 for the ground `[m]`; lost: it meets nothing, bool `[m]` (points then mean
-    nothing, but are finite).
+    owner: the object it meets, or `GROUND` `[m]`; lost: it meets nothing, bool `[m]` (points then mean nothing, but
+    are finite).
     """
 
-    fragment: np.ndarray
-    direction: np.ndarray
-    points: np.ndarray
-    normals: np.ndarray
-    owner: np.ndarray
-    lost: np.ndarray
+    fragment: Tensor
+    direction: Tensor
+    points: Tensor
+    normals: Tensor
+    owner: Tensor
+    lost: Tensor
 
 
-def gather_fragments(bodies: Bodies, camera: Camera, visible: Visibility) -> Fragments:
+def gather_fragments(bodies: Bodies, view: View, visible: Visibility) -> Fragments:
     """Averages each object's samples inside each pixel into one fragment."""
-    total, _, width = visible.ids.shape
-    pixels = [np.empty(0, dtype=np.intp)]
-    for index, (left, top, right, bottom) in enumerate(visible.boxes):
-        rows, columns = np.nonzero((visible.ids[:, top:bottom, left:right] == index).any(axis=0))
-        pixels.append((rows + top) * width + columns + left)
-    owner = np.repeat(np.arange(-1, len(bodies)), [len(part) for part in pixels])
-    pixel = np.concatenate(pixels)
-    mine = visible.ids.reshape(total, -1)[:, pixel] == owner
-    number = mine.sum(axis=0, dtype=np.float32)
+    samples = len(visible.owner)
+    occupied = (visible.owner != GROUND).any(0).nonzero().squeeze(1)
+    owners = take(visible.owner, occupied)
+    new = owners != GROUND  # the first sample of its object in the pixel
+    for later in range(1, samples):
+        for earlier in range(later):
+            new[later] &= owners[later] != owners[earlier]
+    sample, place = new.nonzero(as_tuple=True)
+    pixel, owner = take(occupied, place), owners[sample, place]
+    mine = take(owners, place) == owner
+    number = added(mine.float())
     weight = mine / number
-    depth = np.where(mine, visible.depth.reshape(total, -1)[:, pixel], 0)
-    right, up, backward = camera.axes().astype(np.float32)[:, :, None, None]
-    location = np.array(camera.location, dtype=np.float32)
-    rays = visible.x[:, pixel % width] * right + (visible.y[:, pixel // width] * up - backward)
-    samples = location[:, None, None] + depth * rays
-    points = (samples * weight).sum(axis=1)
-    normals = (bodies.normals(owner, samples) * weight).sum(axis=1)
-    length = np.sqrt(dot(normals, normals)) + 1e-12
-    view = location[:, None] - points
-    view /= np.sqrt(dot(view, view))
-    return Fragments(pixel, owner, number / total, points, normals / length, view, np.maximum(1 - length**2, 0))
+    scene, x, y = take(bodies.scene, owner), pixel % view.width, pixel // view.width % view.height
+    dx, dy = view.samples(round(samples**0.5))
+    across, down = view.slopes(x + dx[:, None], y + dy[:, None])
+    location, right, up, backward = (take(part, scene) for part in view[:4])
+    rays = right[:, None] * across + (up[:, None] * down - backward[:, None])
+    depth = torch.where(mine, take(visible.depth, pixel), 0)
+    surface = location[:, None] + depth * rays
+    points = added((surface * weight).transpose(0, 1))
+    normals = added((bodies.normals(owner, surface) * weight).transpose(0, 1))
+    length = dot(normals, normals).sqrt() + 1e-12
+    return Fragments(
+        pixel=pixel,
+        owner=owner,
+        coverage=number / samples,
+        points=points,
+        normals=normals / length,
+        view=normalised(location - points),
+        spread=(1 - length * length).clamp(min=0),
+        counts=new.sum(1).tolist(),
+    )
 
 
 def trace_mirror(bodies: Bodies, fragments: Fragments) -> Mirrored:
     """Follows the mirror rays of the metal fragments to the next surface."""
-    fragment = np.flatnonzero(bodies.metal[fragments.owner])
-    view, normals, origin = (part[:, fragment] for part in (fragments.view, fragments.normals, fragments.points))
+    fragment = take(bodies.metal, fragments.owner).nonzero().squeeze(1)
+    view, normals, origin = (take(part, fragment) for part in (fragments.view, fragments.normals, fragments.points))
     direction = 2 * dot(view, normals) * normals - view
-    t = ground_hit(origin, direction)
-    owner = np.full(len(fragment), GROUND)
-    mine = fragments.owner[fragment]
-    for index in range(len(bodies)):
-        to_centre = bodies.centre[:, index, None] - origin
-        along = dot(to_centre, direction)
-        near = dot(to_centre, to_centre) - along * along < 2 * bodies.half[index] ** 2
-        rays = np.flatnonzero(near & (along > 0) & (mine != index))
-        if rays.size:
-            start = bodies.to_unit(index, -to_centre[:, rays])
-            hit = HIT[SHAPES[bodies.shape[index]]](start, bodies.to_unit(index, direction[:, rays]))
-            nearer = (hit > 0) & (hit < t[rays])
-            t[rays[nearer]] = hit[nearer]
-            owner[rays[nearer]] = index
+    mine = take(fragments.owner, fragment)
+    t, owner = nearest_hit(bodies, origin, direction, mine)
     lost = t >= FAR
-    points = origin + np.where(lost, 0, t) * direction
+    points = origin + torch.where(lost, 0, t) * direction
     facing = ground_normal(points)
-    on_body = np.flatnonzero(owner >= 0)
-    facing[:, on_body] = bodies.normals(owner[on_body], points[:, on_body])
+    on_body = (owner != GROUND).nonzero().squeeze(1)
+    facing[:, on_body] = bodies.normals(take(owner, on_body), take(points, on_body))
     return Mirrored(fragment, direction, points, facing, owner, lost)
+
+
+def nearest_hit(bodies: Bodies, origin: Tensor, direction: Tensor, leaving: Tensor) -> tuple[Tensor, Tensor]:
+    """What rays `[3, n]` of unit length that leave the surfaces of objects `leaving [n]` meet: t and owner `[n]`."""
+    ray, other = [leaving[:0]], [leaving[:0]]
+    for others, there in bodies.others(take(bodies.scene, leaving)):
+        to_centre = take(bodies.centre, others) - origin
+        along, reach = dot(to_centre, direction), take(bodies.reach, others)
+        near = dot(to_centre, to_centre) - along * along < reach * reach
+        ray.append((near & (along > 0) & (others != leaving) & there).nonzero().squeeze(1))
+        other.append(take(others, ray[-1]))
+    ray, other = torch.cat(ray), torch.cat(other)
+    start = bodies.to_unit(other, take(origin, ray) - take(bodies.centre, other))
+    t = bodies.hit(other, start, bodies.to_unit(other, take(direction, ray)))
+    found = ((t > 0) & (t < FAR)).nonzero().squeeze(1)
+    t, owner = nearest(*(take(part, found) for part in (t, other, ray)), rays=len(leaving))
+    ground = ground_hit(origin, direction)
+    return torch.minimum(t, ground), torch.where(t < ground, owner, GROUND)

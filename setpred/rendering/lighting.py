@@ -1,21 +1,25 @@
-"""CLEVR's four lights and the soft shadows that objects cast.
+"""CLEVR's four lights and the soft shadows that objects cast. The lamps are exact, their shadows approximated.
 
 Key, fill and back are square lamps that face the origin and fall off with the square of the distance; the sun is a
 disc far away. A blocker that clears the straight line to a light's centre by `gap` (negative: it cuts it) at distance
 a leaves the share smoothstep(1/2 + gap / (2 a tan)) of the light, where tan is half the light's size over its
-distance. Whether the centre is hidden is exact up to the blockers' rounded edges.
+distance. Whether the centre is hidden is exact up to the blockers' rounded edges. Lights that several objects hide in
+part are hidden independently.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
-import numpy as np
+import torch
+from torch import Tensor
 
-from setpred.rendering.bodies import SHAPES, Bodies
-from setpred.rendering.camera import Camera
+from setpred.rendering.bodies import Bodies
+from setpred.rendering.scenes import SHAPES
 from setpred.rendering.shapes import CUBE_EDGE
-from setpred.rendering.visibility import pixel_boxes
+from setpred.rendering.vectors import dot, normalised, pixels_of, smoothstep, take
+from setpred.rendering.visibility import View
 
 TINY = 1e-6
 
@@ -28,15 +32,13 @@ class Lamp(NamedTuple):
     color: tuple[float, float, float]
 
 
-LAMPS = {
-    "key": Lamp(25.0, 0.25, (1.0, 0.9323092, 0.8166636)),
-    "fill": Lamp(7.5, 0.25, (0.7616662, 0.8177196, 1.0)),
-    "back": Lamp(12.5, 0.5, (1.0, 1.0, 1.0)),
-}
-SUN_DIRECTION = np.array([0.414496, -0.194583, 0.889005], dtype=np.float32)
+KEY = Lamp(25.0, 0.25, (1.0, 0.9323092, 0.8166636))
+FILL = Lamp(7.5, 0.25, (0.7616662, 0.8177196, 1.0))
+BACK = Lamp(12.5, 0.5, (1.0, 1.0, 1.0))
+LAMPS = (KEY, FILL, BACK)
+SUN_DIRECTION = (0.414496, -0.194583, 0.889005)
 SUN_IRRADIANCE = 0.45
 SUN_TANGENT = 0.1
-LIGHT_COLORS = np.array([lamp.color for lamp in LAMPS.values()] + [(1, 1, 1)], dtype=np.float32)
 
 
 class Lights(NamedTuple):
@@ -46,174 +48,175 @@ class Lights(NamedTuple):
     tangent: half their size over their distance `[4, n]`.
     """
 
-    direction: np.ndarray
-    irradiance: np.ndarray
-    tangent: np.ndarray
+    direction: Tensor
+    irradiance: Tensor
+    tangent: Tensor
 
-    def part(self, which: slice) -> Lights:
+    def part(self, which: Tensor) -> Lights:
         """The lights of some of the points."""
-        return Lights(self.direction[..., which], self.irradiance[:, which], self.tangent[:, which])
+        return Lights(*(take(part, which) for part in self))
 
 
-def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Scalar products of vectors stored along the first axis."""
-    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+class LampTable(NamedTuple):
+    """Numbers of the lamps on a device: intensity, half side `[3]`; sun `[3]`; colours of all four lights `[4, 3]`."""
+
+    intensity: Tensor
+    half_side: Tensor
+    sun: Tensor
+    color: Tensor
 
 
-def lights_at(points: np.ndarray, lamps: dict[str, tuple[float, float, float]]) -> Lights:
-    """The unblocked lights at points `[3, n]`, `lamps` being the locations of key, fill and back."""
-    number = points.shape[1]
-    direction = np.empty((3, len(LAMPS) + 1, number), dtype=np.float32)
-    irradiance = np.full((len(LAMPS) + 1, number), SUN_IRRADIANCE, dtype=np.float32)
-    tangent = np.full((len(LAMPS) + 1, number), SUN_TANGENT, dtype=np.float32)
-    direction[:, -1] = SUN_DIRECTION[:, None]
-    for index, (name, lamp) in enumerate(LAMPS.items()):
-        location = np.array(lamps[name], dtype=np.float32)
-        towards = location[:, None] - points
-        inverse = 1 / np.sqrt(dot(towards, towards))
-        direction[:, index] = towards * inverse
-        facing = location * np.float32(lamp.intensity / np.sqrt(location @ location))
-        irradiance[index] = np.maximum(dot(direction[:, index], facing), 0) * inverse * inverse
-        tangent[index] = lamp.half_side * inverse
-    return Lights(direction, irradiance, tangent)
+@cache
+def lamp_table(device: torch.device) -> LampTable:
+    color = [*(lamp.color for lamp in LAMPS), (1.0, 1.0, 1.0)]
+    numbers = [lamp.intensity for lamp in LAMPS], [lamp.half_side for lamp in LAMPS], SUN_DIRECTION, color
+    return LampTable(*(torch.tensor(part, device=device) for part in numbers))
 
 
-def block(lights: Lights, points: np.ndarray, owner: np.ndarray, bodies: Bodies) -> Lights:
-    """The lights that reach points `[3, n]` past the objects.
+def coloured(parts: Tensor) -> Tensor:
+    """What the four lights give `[4, n]`, in their colours: linear RGB `[3, n]`."""
+    key, fill, back, sun = parts
+    white = back + sun
+    return torch.stack([key * k + fill * f + white for k, f in zip(KEY.color, FILL.color, strict=True)])
 
-    `owner [n]` is the object that each point lies on, or -1. An object does not block its own points: all shapes are
-    convex, and points on their far sides are turned away from the light anyway.
+
+def lights_at(points: Tensor, lamps: Tensor) -> Lights:
+    """The unblocked lights at points `[3, n]`; `lamps [3, 3, n]` are the places (x, y, z) of key, fill and back."""
+    table = lamp_table(points.device)
+    towards = lamps - points[:, None]
+    inverse = 1 / dot(towards, towards).sqrt()
+    direction = towards * inverse
+    facing = dot(direction, normalised(lamps)).clamp(min=0) * table.intensity[:, None]
+    one = torch.ones_like(inverse[:1])
+    return Lights(
+        torch.cat([direction, table.sun[:, None, None] * one], dim=1),
+        torch.cat([facing * inverse * inverse, SUN_IRRADIANCE * one]),
+        torch.cat([table.half_side[:, None] * inverse, SUN_TANGENT * one]),
+    )
+
+
+def block(lights: Lights, points: Tensor, owner: Tensor, scene: Tensor, bodies: Bodies) -> Lights:
+    """The lights that reach points `[3, n]` of scenes `[n]` past the objects.
+
+    `owner [n]` is the object that each point lies on, or `GROUND`. An object does not block its own points: all shapes
+    are convex, and points on their far sides are turned away from the light anyway.
     """
-    irradiance = lights.irradiance
-    for shape in range(len(SHAPES)):
-        blockers = np.flatnonzero(bodies.shape == shape)[:, None, None]
-        if blockers.size:
-            share = _share(points[:, None, None], lights.direction[:, None], lights.tangent, bodies, blockers, shape)
-            share[np.broadcast_to(owner == blockers, share.shape)] = 1
-            irradiance = irradiance * share.prod(axis=0)
+    count = points.shape[1]
+    place, blocker = [scene[:0]], [scene[:0]]
+    for others, there in bodies.others(scene):
+        to_centre = (take(bodies.centre, others) - points)[:, None]
+        near = _may_hide(to_centre, lights.direction, lights.tangent, take(bodies.reach, others))
+        place.append((near & ((others != owner) & there)).flatten().nonzero().squeeze(1))
+        blocker.append(take(others, place[-1] % count))
+    place, blocker = torch.cat(place), torch.cat(blocker)
+    return _blocked(lights, points, place, place % count, blocker, bodies)
+
+
+def block_ground(lights: Lights, points: Tensor, bodies: Bodies, view: View, lamps: Tensor) -> Lights:
+    """`block` for the ground seen in every pixel, points `[3, B * P]`, looking only where shadows may fall.
+
+    `lamps [3, 3, B]` are the places of the lamps.
+    """
+    box, x, y = pixels_of(shadow_boxes(bodies, view, lamps).flatten(0, 1))
+    light = box // max(len(bodies), 1)
+    blocker = box - light * len(bodies)
+    point = (take(bodies.scene, blocker) * view.height + y) * view.width + x
+    place = light * points.shape[1] + point
+    to_centre = take(bodies.centre, blocker) - take(points, point)
+    direction, tangent = take(lights.direction.flatten(1), place), take(lights.tangent.flatten(), place)
+    near = _may_hide(to_centre, direction, tangent, take(bodies.reach, blocker)).nonzero().squeeze(1)
+    return _blocked(lights, points, *(take(part, near) for part in (place, point, blocker)), bodies)
+
+
+def _may_hide(to_centre: Tensor, direction: Tensor, tangent: Tensor, reach: Tensor) -> Tensor:
+    """Whether the ball around an object comes near the line to a light; cheap, to leave out what surely does not."""
+    along = dot(to_centre, direction)
+    around = reach + tangent * along
+    return (dot(to_centre, to_centre) - along * along < around * around) & (along > 0)
+
+
+def _blocked(lights: Lights, points: Tensor, place: Tensor, point: Tensor, blocker: Tensor, bodies: Bodies) -> Lights:
+    """The lights after each of k blockers `[k]` took its share at `place` = light * n + `point`, `[k]`."""
+    irradiance = lights.irradiance.clone()
+    direction, tangent = lights.direction.flatten(1), lights.tangent.flatten()
+    shape = take(bodies.shape, blocker)
+    for index, gap_of in enumerate(GAPS):
+        which = (shape == index).nonzero().squeeze(1)
+        at = take(place, which)
+        gap, along = gap_of(take(points, take(point, which)), take(direction, at), bodies, take(blocker, which))
+        share = smoothstep(0.5 + 0.5 * gap / (along * take(tangent, at) + TINY))
+        irradiance.view(-1).scatter_reduce_(0, at, share, "prod")
     return lights._replace(irradiance=irradiance)
 
 
-def block_inside(lights: Lights, points: np.ndarray, bodies: Bodies, boxes: np.ndarray, width: int) -> Lights:
-    """`block` for the ground behind an image of this width, points `[3, pixels]`, looking only inside pixel boxes.
+def shadow_boxes(bodies: Bodies, view: View, lamps: Tensor) -> Tensor:
+    """Pixels (left, top, right, bottom) of the ground that each object's shadows may reach: int64 `[4 lights, O, 4]`.
 
-    `boxes [4, objects, 4]` are those of `shadow_boxes`; outside of them nothing is in shadow.
+    They lie in the hull of the object's foot and its top's shadow on the plane z = 0, penumbra included.
     """
-    irradiance = lights.irradiance.copy()
-    direction, tangent = lights.direction.reshape(3, -1), lights.tangent.reshape(-1)
-    for shape in range(len(SHAPES)):
-        blockers = np.flatnonzero(bodies.shape == shape)
-        pixels = [
-            (np.arange(top, bottom)[:, None] * width + np.arange(left, right)).reshape(-1)
-            for left, top, right, bottom in boxes[:, blockers].reshape(-1, 4)
-        ]
-        if not pixels:
-            continue
-        sizes = [len(part) for part in pixels]
-        pixel = np.concatenate(pixels)
-        light = np.repeat(np.repeat(np.arange(len(boxes)), len(blockers)), sizes)
-        blocker = np.repeat(np.tile(blockers, len(boxes)), sizes)
-        place = light * points.shape[1] + pixel
-        share = _share(points[:, pixel], direction[:, place], tangent[place], bodies, blocker, shape)
-        np.multiply.at(irradiance.reshape(-1), place, share)
-    return lights._replace(irradiance=irradiance)
+    table = lamp_table(bodies.half.device)
+    reach = torch.where(bodies.shape == SHAPES.index("cube"), 2**0.5, 1.0) * bodies.half
+    one = torch.tensor([-1.0, 1.0], device=reach.device)
+    side = torch.cartesian_prod(one, one, one[:1] * 0).T[:, :, None]
+    foot = torch.stack([*bodies.centre[:2], torch.zeros_like(reach)])[:, None] + side * reach
+    top = foot + torch.stack([torch.zeros_like(reach), torch.zeros_like(reach), 2 * bodies.half])[:, None]
+    boxes = []
+    for light in range(len(LAMPS) + 1):
+        if light < len(LAMPS):
+            lamp = take(lamps[:, light], bodies.scene)[:, None]
+            fall = top[2] / (lamp[2] - top[2]).clamp(min=0.1)
+            shadow, penumbra = top + (top - lamp) * fall, table.half_side[light] * fall
+        else:
+            fall = top[2] / SUN_DIRECTION[2]
+            shadow, penumbra = top - table.sun[:, None, None] * fall, SUN_TANGENT * fall
+        soft = (shadow[:, :, None] + side[:, None] * penumbra[:, None]).flatten(1, 2)
+        boxes.append(view.boxes(torch.cat([foot, soft], dim=1), bodies.scene))
+    return torch.stack(boxes)
 
 
-def shadow_boxes(
-    bodies: Bodies,
-    lamps: dict[str, tuple[float, float, float]],
-    camera: Camera,
-    width: int,
-    height: int,
-    *,
-    aspect: float,
-) -> np.ndarray:
-    """Pixels (left, top, right, bottom) that each object's shadows may reach: int `[4, objects, 4]`.
-
-    They lie in the hull of the object's outline and its shadow on the plane z = 0, penumbra included.
-    """
-    reach = bodies.half * np.where(bodies.shape == SHAPES.index("cube"), np.float32(np.sqrt(2)), 1)
-    side = np.array([(x, y, 0) for x in (-1, 1) for y in (-1, 1)], dtype=np.float32).T[:, :, None]
-    foot = bodies.centre[:, None] * [[[1]], [[1]], [[0]]] + side * reach
-    top = foot + [[[0]], [[0]], [[2]]] * bodies.half
-    hulls = []
-    for name, lamp in LAMPS.items():
-        location = np.array(lamps[name])[:, None, None]
-        fall = top[2] / np.maximum(location[2] - top[2], 0.1)
-        hulls.append(_soft(top + (top - location) * fall, lamp.half_side * fall, side))
-    fall = top[2] / SUN_DIRECTION[2]
-    hulls.append(_soft(top - SUN_DIRECTION[:, None, None] * fall, SUN_TANGENT * fall, side))
-    points = np.stack([np.concatenate([foot, top, hull], axis=1) for hull in hulls], axis=2)
-    boxes = pixel_boxes(points.reshape(*points.shape[:2], len(hulls) * len(bodies)), camera, width, height, aspect)
-    return boxes.reshape(len(hulls), len(bodies), 4)
-
-
-def _soft(corners: np.ndarray, penumbra: np.ndarray, side: np.ndarray) -> np.ndarray:
-    """Corners `[3, 4, n]`, each replaced by four that leave room for the penumbra."""
-    return (corners[:, :, None] + side[:, None] * penumbra[:, None]).reshape(3, 16, corners.shape[2])
-
-
-def _share(
-    points: np.ndarray, direction: np.ndarray, tangent: np.ndarray, bodies: Bodies, blocker: np.ndarray, shape: int
-) -> np.ndarray:
-    """The share of a light that passes blockers of one shape; all arguments broadcast."""
-    gap, along = GAPS[shape](points, direction, bodies, blocker)
-    share = np.clip(0.5 + 0.5 * gap / (along * tangent + TINY), 0, 1)
-    return share * share * (3 - 2 * share)
-
-
-def _sphere_gap(
-    points: np.ndarray, direction: np.ndarray, bodies: Bodies, blocker: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    to_centre = bodies.centre[:, blocker] - points
-    along = np.maximum(dot(to_centre, direction), 0)
+def _sphere_gap(points: Tensor, direction: Tensor, bodies: Bodies, blocker: Tensor) -> tuple[Tensor, Tensor]:
+    to_centre = take(bodies.centre, blocker) - points
+    along = dot(to_centre, direction).clamp(min=0)
     away = dot(to_centre, to_centre) - along * along
-    return np.sqrt(np.maximum(away, 0)) - bodies.half[blocker], along
+    return away.clamp(min=0).sqrt() - take(bodies.half, blocker), along
 
 
-def _below_top(points: np.ndarray, direction: np.ndarray, bodies: Bodies, blocker: np.ndarray, edge: float):
+def _below_top(points: Tensor, direction: Tensor, bodies: Bodies, blocker: Tensor, edge: float) -> tuple[Tensor, ...]:
     """Upright shapes in the ground plane: the stretch of each light ray between the blocker's bottom and top edges.
 
     Returns the ray's start relative to the blocker's axis and its direction (x, y each), and where the stretch begins
     and ends along the ray. `edge` is the height of the rounded edges over the half size.
     """
-    centre, half = bodies.centre[:, blocker], bodies.half[blocker]
-    ux, uy, uz = direction
-    inverse = 1 / np.maximum(uz, 0.01)
-    end = np.maximum(((2 - edge) * half - points[2]) * inverse, 0)
-    begin = np.minimum(np.maximum((edge * half - points[2]) * inverse, 0), end)
-    return points[0] - centre[0], points[1] - centre[1], ux, uy, begin, end
+    centre, half = take(bodies.centre, blocker), take(bodies.half, blocker)
+    inverse = 1 / direction[2].clamp(min=0.01)
+    end = (((2 - edge) * half - points[2]) * inverse).clamp(min=0)
+    begin = torch.minimum(((edge * half - points[2]) * inverse).clamp(min=0), end)
+    return points[0] - centre[0], points[1] - centre[1], direction[0], direction[1], begin, end
 
 
-def _cylinder_gap(
-    points: np.ndarray, direction: np.ndarray, bodies: Bodies, blocker: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _cylinder_gap(points: Tensor, direction: Tensor, bodies: Bodies, blocker: Tensor) -> tuple[Tensor, Tensor]:
     x, y, ux, uy, begin, end = _below_top(points, direction, bodies, blocker, 0.03)
-    nearest = np.minimum(np.maximum(-(x * ux + y * uy) / (ux * ux + uy * uy + TINY), begin), end)
+    nearest = torch.minimum(torch.maximum(-(x * ux + y * uy) / (ux * ux + uy * uy + TINY), begin), end)
     x, y = x + nearest * ux, y + nearest * uy
-    return np.sqrt(x * x + y * y) - bodies.half[blocker], nearest
+    return (x * x + y * y).sqrt() - take(bodies.half, blocker), nearest
 
 
-def _cube_gap(
-    points: np.ndarray, direction: np.ndarray, bodies: Bodies, blocker: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _cube_gap(points: Tensor, direction: Tensor, bodies: Bodies, blocker: Tensor) -> tuple[Tensor, Tensor]:
     """Separating axes of a square and a line segment: the square's two normals and the segment's."""
     x, y, ux, uy, begin, end = _below_top(points, direction, bodies, blocker, 0.08)
-    c, s, half = bodies.cosine[blocker], bodies.sine[blocker], bodies.half[blocker]
+    c, s, half = (take(part, blocker) for part in (bodies.cosine, bodies.sine, bodies.half))
     x, y = c * x + s * y, c * y - s * x
     ux, uy = c * ux + s * uy, c * uy - s * ux
     middle, reach = (begin + end) / 2, (end - begin) / 2
-    aside_x, aside_y = np.abs(ux), np.abs(uy)
-    gap = np.maximum(
-        np.abs(x + middle * ux) - reach * aside_x,
-        np.abs(y + middle * uy) - reach * aside_y,
-    )
+    aside_x, aside_y = ux.abs(), uy.abs()
+    gap = torch.maximum((x + middle * ux).abs() - reach * aside_x, (y + middle * uy).abs() - reach * aside_y)
     flat = ux * ux + uy * uy + TINY
-    rounded = CUBE_EDGE + (1 - CUBE_EDGE) * (aside_x + aside_y) / np.sqrt(flat)
-    across = np.abs(x * uy - y * ux) / np.sqrt(flat) - half * rounded
-    nearest = np.minimum(np.maximum(-(x * ux + y * uy) / flat, begin), end)
-    return np.maximum(gap - 0.95 * half, across), nearest
+    length = flat.sqrt()
+    rounded = CUBE_EDGE + (1 - CUBE_EDGE) * (aside_x + aside_y) / length
+    across = (x * uy - y * ux).abs() / length - half * rounded
+    nearest = torch.minimum(torch.maximum(-(x * ux + y * uy) / flat, begin), end)
+    return torch.maximum(gap - 0.95 * half, across), nearest
 
 
-_GAPS = {"sphere": _sphere_gap, "cube": _cube_gap, "cylinder": _cylinder_gap}
-GAPS = tuple(_GAPS[shape] for shape in SHAPES)
+# in the order of `scenes.SHAPES`
+GAPS = (_sphere_gap, _cube_gap, _cylinder_gap)

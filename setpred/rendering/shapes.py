@@ -1,114 +1,115 @@
 """The three shapes in their own unit coordinates: exact ray intersection and surface normals.
 
-Unit coordinates: centre at the origin, half size 1, the cylinder's axis along z. Rays are origin + t * direction,
-origin `[3, 1]` or `[3, n]`, direction `[3, n]` of any length, so that t keeps its meaning when world rays are turned
-and scaled to unit coordinates. Edges are rounded as in CLEVR's meshes: with e_i = max(|q_i| - (1 - w), 0)/w the surface
-is e_x^3 + e_y^3 + e_z^3 = 1, w = 1/4, for the cube, and e_rho^4 + e_z^4 = 1, w = 1/10, for the cylinder.
+Unit coordinates: centre at the origin, half size 1, the cylinder's axis along z. Rays are origin + t * direction, both
+`[3, n]`, the direction of any length, so that t keeps its meaning when world rays are turned and scaled to unit
+coordinates. Edges are rounded as in CLEVR's meshes: with e_i = max(|q_i| - (1 - w), 0)/w the surface is
+e_x^3 + e_y^3 + e_z^3 = 1, w = 1/4, for the cube, and e_rho^4 + e_z^4 = 1, w = 1/10, for the cylinder.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
+import torch
+from torch import Tensor
+
+from setpred.rendering.vectors import dot, take
 
 CUBE_EDGE, CYLINDER_EDGE = 0.25, 0.1
 TINY = 1e-12  # keeps divisions finite; far under the rounding of float32 at these sizes
 NEWTON_STEPS = 4  # at the rounded edges
 ON_SURFACE, GRAZING = 1e-3, 0.03  # of the edges' equations: good enough at once, good enough in the end
+MISS = torch.inf
 
 
-def sphere_hit(origin: np.ndarray, direction: np.ndarray) -> np.ndarray:
-    """First t at which rays meet the unit sphere, `inf` where they miss: `[n]`."""
-    a = (direction * direction).sum(axis=0)
-    b = (origin * direction).sum(axis=0)
-    root = b * b - a * ((origin * origin).sum(axis=0) - 1)
-    return np.where(root > 0, (-b - np.sqrt(np.maximum(root, 0))) / a, np.inf)
+def sphere_hit(origin: Tensor, direction: Tensor) -> Tensor:
+    """First t at which rays meet the unit sphere, `MISS` where they do not: `[n]`."""
+    a, b = dot(direction, direction), dot(origin, direction)
+    root = b * b - a * (dot(origin, origin) - 1)
+    return torch.where(root > 0, (-b - root.clamp(min=0).sqrt()) / a, MISS)
 
 
-def cube_hit(origin: np.ndarray, direction: np.ndarray) -> np.ndarray:
-    """First t at which rays meet the cube with rounded edges, `inf` where they miss: `[n]`."""
-    inverse = 1 / np.where(direction == 0, TINY, direction)
-    middle, half = -origin * inverse, np.abs(inverse)
-    return _round((middle - half).max(axis=0), (middle + half).min(axis=0), origin, direction, _cube_excess)
+def cube_hit(origin: Tensor, direction: Tensor) -> Tensor:
+    """First t at which rays meet the cube with rounded edges, `MISS` where they do not: `[n]`."""
+    inverse = 1 / torch.where(direction == 0, TINY, direction)
+    middle, half = -origin * inverse, inverse.abs()
+    return _round((middle - half).amax(0), (middle + half).amin(0), origin, direction, _cube_excess)
 
 
-def cylinder_hit(origin: np.ndarray, direction: np.ndarray) -> np.ndarray:
-    """First t at which rays meet the upright cylinder with rounded rims, `inf` where they miss: `[n]`."""
+def cylinder_hit(origin: Tensor, direction: Tensor) -> Tensor:
+    """First t at which rays meet the upright cylinder with rounded rims, `MISS` where they do not: `[n]`."""
     (x, y, z), (dx, dy, dz) = origin, direction
     a = dx * dx + dy * dy + TINY
     b = x * dx + y * dy
     root = b * b - a * (x * x + y * y - 1)
-    reach = np.sqrt(np.maximum(root, 0))
-    inverse = 1 / np.where(dz == 0, TINY, dz)
-    middle, half = -z * inverse, np.abs(inverse)
-    enter = np.maximum((-b - reach) / a, middle - half)
-    leave = np.where(root > 0, np.minimum((reach - b) / a, middle + half), -np.inf)
+    reach = root.clamp(min=0).sqrt()
+    inverse = 1 / torch.where(dz == 0, TINY, dz)
+    middle, half = -z * inverse, inverse.abs()
+    enter = torch.maximum((-b - reach) / a, middle - half)
+    leave = torch.where(root > 0, torch.minimum((reach - b) / a, middle + half), -MISS)
     return _round(enter, leave, origin, direction, _cylinder_excess)
 
 
-def _cube_excess(q: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _cube_excess(q: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """The rounded cube's equation at q (positive outside) and its slope along d."""
-    e = np.maximum(np.abs(q) - (1 - CUBE_EDGE), 0) / CUBE_EDGE
+    e = (q.abs() - (1 - CUBE_EDGE)).clamp(min=0) / CUBE_EDGE
     square = e * e
-    return (square * e).sum(axis=0) - 1, (square * np.copysign(d, q * d)).sum(axis=0) * (3 / CUBE_EDGE)
+    return dot(square, e) - 1, dot(square, torch.copysign(d, q * d)) * (3 / CUBE_EDGE)
 
 
-def _cylinder_excess(q: np.ndarray, d: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _cylinder_excess(q: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
     """The rounded cylinder's equation at q (positive outside) and its slope along d."""
     (x, y, z), (dx, dy, dz) = q, d
-    radius = np.sqrt(x * x + y * y) + TINY
-    side = np.maximum(radius - (1 - CYLINDER_EDGE), 0) / CYLINDER_EDGE
-    cap = np.maximum(np.abs(z) - (1 - CYLINDER_EDGE), 0) / CYLINDER_EDGE
+    radius = (x * x + y * y).sqrt() + TINY
+    side = (radius - (1 - CYLINDER_EDGE)).clamp(min=0) / CYLINDER_EDGE
+    cap = (z.abs() - (1 - CYLINDER_EDGE)).clamp(min=0) / CYLINDER_EDGE
     side3, cap3 = side * side * side, cap * cap * cap
-    slope = side3 * (x * dx + y * dy) / radius + cap3 * np.copysign(dz, z * dz)
+    slope = side3 * (x * dx + y * dy) / radius + cap3 * torch.copysign(dz, z * dz)
     return side3 * side + cap3 * cap - 1, slope * (4 / CYLINDER_EDGE)
 
 
 def _round(
-    enter: np.ndarray, leave: np.ndarray, origin: np.ndarray, direction: np.ndarray, excess: Callable
-) -> np.ndarray:
+    enter: Tensor, leave: Tensor, origin: Tensor, direction: Tensor, excess: Callable[[Tensor, Tensor], tuple]
+) -> Tensor:
     """First hits of a rounded shape, from where the rays enter and leave the sharp one.
 
     The excess is convex along a ray, so Newton's iteration from outside comes to the first root from the left; where
     the slope is no longer negative, the ray passes the edge by.
     """
-    hit = np.where(enter < leave, enter, np.inf)
-    index = np.flatnonzero(enter < leave)
-    d, o = direction[:, index], origin if origin.shape[1] == 1 else origin[:, index]
-    t = enter[index]
+    hit = torch.where(enter < leave, enter, MISS)
+    index = (enter < leave).nonzero().squeeze(1)
+    o, d, t = take(origin, index), take(direction, index), take(enter, index)
     value, slope = excess(o + t * d, d)
-    edge = np.flatnonzero(value > ON_SURFACE)
-    if not edge.size:
-        return hit
-    d, o = d[:, edge], o if o.shape[1] == 1 else o[:, edge]
-    index, t, value, slope = index[edge], t[edge], value[edge], slope[edge]
+    edge = (value > ON_SURFACE).nonzero().squeeze(1)
+    index, o, d, t, value, slope = (take(part, edge) for part in (index, o, d, t, value, slope))
     for _ in range(NEWTON_STEPS):
-        t = t - np.where(slope < 0, value / np.minimum(slope, -TINY), 0)
+        t = t - torch.where(slope < 0, value / slope.clamp(max=-TINY), 0)
         value, slope = excess(o + t * d, d)
-    hit[index] = np.where(value < GRAZING, t, np.inf)
+    hit[index] = torch.where(value < GRAZING, t, MISS)
     return hit
 
 
-def sphere_normal(q: np.ndarray) -> np.ndarray:
+def sphere_normal(q: Tensor) -> Tensor:
     """Outward direction `[3, ...]`, not normalised, at surface points `[3, ...]`."""
     return q
 
 
-def cube_normal(q: np.ndarray) -> np.ndarray:
+def cube_normal(q: Tensor) -> Tensor:
     """The gradient of the rounded cube's equation."""
-    e = np.maximum(np.abs(q) - (1 - CUBE_EDGE), 0)
-    return np.copysign(e * e, q)
+    e = (q.abs() - (1 - CUBE_EDGE)).clamp(min=0)
+    return torch.copysign(e * e, q)
 
 
-def cylinder_normal(q: np.ndarray) -> np.ndarray:
+def cylinder_normal(q: Tensor) -> Tensor:
     """The gradient of the rounded cylinder's equation."""
-    radius = np.sqrt(q[0] * q[0] + q[1] * q[1]) + TINY
-    side = np.maximum(radius - (1 - CYLINDER_EDGE), 0)
-    cap = np.maximum(np.abs(q[2]) - (1 - CYLINDER_EDGE), 0)
+    radius = (q[0] * q[0] + q[1] * q[1]).sqrt() + TINY
+    side = (radius - (1 - CYLINDER_EDGE)).clamp(min=0)
+    cap = (q[2].abs() - (1 - CYLINDER_EDGE)).clamp(min=0)
     side = side * side * side / radius
-    return np.stack([side * q[0], side * q[1], np.copysign(cap * cap * cap, q[2])])
+    return torch.stack([side * q[0], side * q[1], torch.copysign(cap * cap * cap, q[2])])
 
 
-HIT = {"sphere": sphere_hit, "cube": cube_hit, "cylinder": cylinder_hit}
-NORMAL = {"sphere": sphere_normal, "cube": cube_normal, "cylinder": cylinder_normal}
+# in the order of `scenes.SHAPES`
+HITS = (sphere_hit, cube_hit, cylinder_hit)
+REACH = (1.0, 1.6, 2**0.5)  # of a ball around the shape
+NORMALS = (sphere_normal, cube_normal, cylinder_normal)

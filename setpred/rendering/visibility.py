@@ -1,79 +1,123 @@
-"""Which object is seen where: rays through a grid of image points, the nearest hit of each."""
+"""Which object is seen where: rays through a grid of image points, the nearest hit of each. Exact."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
+import torch
+from torch import Tensor
 
-from setpred.rendering.bodies import SHAPES, Bodies
-from setpred.rendering.camera import ASPECT, FOCAL, Camera
+from setpred.rendering.bodies import GROUND, Bodies
+from setpred.rendering.camera import FOCAL
 from setpred.rendering.ground import floor_height
-from setpred.rendering.shapes import HIT
+from setpred.rendering.shapes import MISS
+from setpred.rendering.vectors import dot, normalised, pixels_of, take
 
-GROUND = -1
-CORNERS = np.array([(x, y, z) for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)]).T
+NUMBER_BITS = 31  # of a hit's key: the depth above, the object's number below
+
+
+class View(NamedTuple):
+    """B cameras and their common image: location, right, up, backward `[3, B]`; pixels; focal lengths in pixels."""
+
+    location: Tensor
+    right: Tensor
+    up: Tensor
+    backward: Tensor
+    width: int
+    height: int
+    focal: tuple[float, float]
+
+    @classmethod
+    def of(cls, locations: Tensor, width: int, height: int, aspect: float) -> View:
+        """Cameras at `locations [B, 3]` that look at the origin, as `camera.Camera` says."""
+        location = locations.T.contiguous()
+        backward = normalised(location)
+        x, y, z = backward
+        flat = (x * x + y * y).sqrt()
+        right = torch.stack([-y / flat, x / flat, torch.zeros_like(z)])
+        up = torch.stack([-x * z / flat, -y * z / flat, flat])
+        return cls(location, right, up, backward, width, height, (FOCAL * width, FOCAL * aspect * height))
+
+    def boxes(self, points: Tensor, scene: Tensor) -> Tensor:
+        """Pixels (left, top, right, bottom) around the convex hulls of points `[3, k, n]`: int64 `[n, 4]`."""
+        local = points - take(self.location, scene)[:, None]
+        depth = -dot(local, take(self.backward, scene)[:, None])
+        limits = (self.width, self.height)
+        low, high = [], []
+        for axis, focal, limit in zip((self.right, -self.up), self.focal, limits, strict=True):
+            at = limit / 2 + focal * dot(local, take(axis, scene)[:, None]) / depth
+            low.append(at.amin(0).floor().clamp(0, limit))
+            high.append(at.amax(0).ceil().clamp(0, limit))
+        box = torch.stack([*low, *high], dim=1).long()
+        whole = torch.tensor([0, 0, *limits], device=box.device)
+        return torch.where((depth.amin(0) < 0.1)[:, None], whole, box)  # a hull behind the camera has no finite box
+
+    def samples(self, count: int) -> tuple[Tensor, Tensor]:
+        """Offsets x, y `[count^2]` of a regular grid inside a pixel."""
+        inside = (torch.arange(count, device=self.location.device) + 0.5) / count
+        return inside.repeat(count), inside.repeat_interleave(count)
+
+    def slopes(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Image points in pixels to ray slopes: the ray is slope_x right + slope_y up - backward."""
+        return (x - self.width / 2) / self.focal[0], (self.height / 2 - y) / self.focal[1]
 
 
 @dataclass(frozen=True)
 class Visibility:
-    """Nearest objects on a grid of `samples` x `samples` rays in every pixel.
+    """Nearest objects along S = samples^2 rays in each of the P pixels of B images.
 
-    ids: int8 `[samples^2, height, width]`, index of the object or -1 for the ground.
-    depth: float32 `[samples^2, height, width]`, depth of the object's surface, inf on the ground.
-    x, y: float32 `[samples^2, width]` and `[samples^2, height]`; the ray is x right + y up - backward.
-    boxes: int `[objects, 4]`, the pixels (left, top, right, bottom) that may show each object.
+    owner: number of the object or `GROUND`, int64 `[S, B * P]`; depth: of the object's surface, `inf` on the ground
+    `[S, B * P]`; boxes: the pixels that may show each object, int64 `[O, 4]`.
     """
 
-    ids: np.ndarray
-    depth: np.ndarray
-    x: np.ndarray
-    y: np.ndarray
-    boxes: np.ndarray
+    owner: Tensor
+    depth: Tensor
+    boxes: Tensor
 
 
-def find_visible(
-    bodies: Bodies, camera: Camera, width: int, height: int, *, samples: int, aspect: float = ASPECT
-) -> Visibility:
-    """Casts the rays of an image at the objects, each object only inside its projected bounding box."""
-    inside = ((np.arange(samples) + 0.5) / samples)[:, None]
-    x = ((np.arange(width) + inside) / width - 0.5) / FOCAL
-    y = (0.5 - (np.arange(height) + inside) / height) / (FOCAL * aspect)
-    x = np.tile(x, (samples, 1)).astype(np.float32)
-    y = np.repeat(y, samples, axis=0).astype(np.float32)
-    ids = np.full((samples**2, height, width), GROUND, dtype=np.int8)
-    depth = np.full((samples**2, height, width), np.inf, dtype=np.float32)
-    axes = camera.axes().astype(np.float32)
-    location = np.array(camera.location, dtype=np.float32)
-    boxes = _boxes(bodies, camera, width, height, aspect)
-    foot = floor_height(bodies.centre) / bodies.half - 1  # objects stand on z = 0, sunk into the floor by its height
-    for index, (left, top, end, bottom) in enumerate(boxes):
-        if left >= end or top >= bottom:
-            continue
-        origin = bodies.to_unit(index, location - bodies.centre[:, index])[:, None]
-        right, up, backward = bodies.to_unit(index, axes.T).T[:, :, None, None, None]
-        rows, columns = y[:, top:bottom, None], x[:, None, left:end]
-        direction = right * columns + (up * rows - backward)
-        hit = HIT[SHAPES[bodies.shape[index]]](origin, direction.reshape(3, -1)).reshape(direction.shape[1:])
-        window = np.s_[:, top:bottom, left:end]
-        nearer = (hit < depth[window]) & (origin[2] + hit * direction[2] > foot[index])
-        np.copyto(depth[window], hit, where=nearer)
-        np.copyto(ids[window], index, where=nearer)
-    return Visibility(ids, depth, x, y, boxes)
+def find_visible(bodies: Bodies, view: View, *, samples: int) -> Visibility:
+    """Casts the rays of all images at the objects, each object only inside its projected bounding box."""
+    boxes = view.boxes(_corners(bodies), bodies.scene)
+    owner, x, y = pixels_of(boxes)
+    every = torch.arange(len(bodies), device=owner.device)
+    origin = bodies.to_unit(every, take(view.location, bodies.scene) - bodies.centre)
+    right, up, backward = (bodies.to_unit(every, take(axis, bodies.scene)) for axis in view[1:4])
+    dx, dy = view.samples(samples)
+    across, down = view.slopes(x + dx[:, None], y + dy[:, None])
+    right, up, backward, start = (take(part, owner)[:, None] for part in (right, up, backward, origin))
+    direction = (right * across + (up * down - backward)).flatten(1)
+    start = start.expand(-1, len(dx), -1).flatten(1)
+    mine = owner.repeat(len(dx))
+    t = bodies.hit(mine, start, direction)
+    # objects stand on z = 0, sunk into the floor by its height there
+    foot = take(floor_height(bodies.centre) / bodies.half - 1, mine)
+    found = ((t > 0) & torch.isfinite(t) & (start[2] + t * direction[2] > foot)).nonzero().squeeze(1)
+
+    pixels = len(view.location[0]) * view.height * view.width
+    pixel = (take(bodies.scene, owner) * view.height + y) * view.width + x
+    place = (torch.arange(len(dx), device=x.device)[:, None] * pixels + pixel).flatten()
+    depth, number = nearest(*(take(part, found) for part in (t, mine, place)), rays=len(dx) * pixels)
+    return Visibility(number.reshape(len(dx), pixels), depth.reshape(len(dx), pixels), boxes)
 
 
-def _boxes(bodies: Bodies, camera: Camera, width: int, height: int, aspect: float) -> np.ndarray:
-    x, y, z = CORNERS[:, :, None] * bodies.half
+def nearest(t: Tensor, owner: Tensor, ray: Tensor, *, rays: int) -> tuple[Tensor, Tensor]:
+    """The first of the hits at t > 0 on objects `owner` by each ray: t or `MISS`, and owner or `GROUND`, `[rays]`.
+
+    `t`, `owner` and `ray` are `[k]`, one entry a hit.
+    """
+    # Positive floats are ordered as their bits are: the least key is the nearest hit, and says whose it is.
+    key = (t.view(torch.int32).long() << NUMBER_BITS) | owner
+    nothing = torch.iinfo(torch.int64).max
+    least = torch.full((rays,), nothing, device=t.device).scatter_reduce_(0, ray, key, "amin")
+    hit = least != nothing
+    first = torch.where(hit, (least >> NUMBER_BITS).int().view(torch.float32), MISS)
+    return first, torch.where(hit, least & (2**NUMBER_BITS - 1), GROUND)
+
+
+def _corners(bodies: Bodies) -> Tensor:
+    """The corners of the objects' bounding boxes: `[3, 8, O]`."""
+    side = torch.tensor([-1.0, 1.0], device=bodies.half.device)
+    x, y, z = torch.cartesian_prod(side, side, side).T[:, :, None] * bodies.half
     c, s = bodies.cosine, bodies.sine
-    corners = np.stack([c * x - s * y, s * x + c * y, z]) + bodies.centre[:, None]
-    return pixel_boxes(corners, camera, width, height, aspect)
-
-
-def pixel_boxes(points: np.ndarray, camera: Camera, width: int, height: int, aspect: float) -> np.ndarray:
-    """The pixels (left, top, right, bottom) around the convex hulls of points `[3, points, n]`: int `[n, 4]`."""
-    seen = camera.project(np.moveaxis(points, 0, -1), width, height, aspect=aspect)
-    limit = np.array([width, height])
-    low = np.clip(np.floor(seen[..., :2].min(axis=0)), 0, limit)
-    high = np.clip(np.ceil(seen[..., :2].max(axis=0)), 0, limit)
-    behind = seen[..., 2].min(axis=0)[:, None] < 0.1  # such hulls have no finite box
-    return np.concatenate([np.where(behind, 0, low), np.where(behind, limit, high)], axis=1).astype(int)
+    return torch.stack([c * x - s * y, s * x + c * y, z]) + bodies.centre[:, None]
