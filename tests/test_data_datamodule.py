@@ -139,16 +139,16 @@ def test_a_wrong_file_under_the_name_is_not_used(tmp_path, monkeypatch):
 
     (tmp_path / "rendered-16-0to2-seed0-6.h5").write_bytes(content)
     monkeypatch.setattr(
-        "setpred.data.rendered.render", lambda scene, *, width, height: 9 + 0 * render(scene, width, height)
+        "setpred.data.rendered.render", lambda scenes, *, width, height: 9 + 0 * render(scenes, width, height)
     )
     with pytest.raises(InputError, match="another version of the renderer"):
         data.prepare_data()
 
 
-def render(scene, width, height):
+def render(scenes, width, height):
     from setpred.rendering.renderer import render
 
-    return render(scene, width=width, height=height)
+    return render(scenes, width=width, height=height)
 
 
 def test_a_rendering_that_fails_is_reported(tmp_path):

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 import setpred
 from setpred.data.dataset import ClevrImages, SetFile, as_batch, open_data
 from setpred.data.order import EpochOrder, EpochPermutation, ResumableLoader
-from setpred.data.rendered import render_record
+from setpred.data.rendered import render_records
 from setpred.errors import InputError
 from setpred.schema import CLEVR
 
@@ -167,7 +167,7 @@ class RenderedFile:
             )
 
     def _up_to_date(self, data: SetFile) -> bool:
-        now = render_record(0, seed=self.seed, image_size=self.image_size, objects=self.objects)
+        now = render_records([0], seed=self.seed, image_size=self.image_size, objects=self.objects)[0]
         stored = data[0]
         shades = np.abs(stored["image"].permute(1, 2, 0).numpy().astype(int) - now.image).mean()
         # other processors and versions of NumPy may round otherwise
