@@ -1,0 +1,105 @@
+"""CLEVR's JSON form: real records are written again from their scenes, number by number."""
+
+import json
+
+import numpy as np
+import pytest
+
+from setpred import InputError
+from setpred.rendering.camera import NOMINAL_CAMERA
+from setpred.rendering.records import camera_record, read_cameras, relationships, scene_of, scene_record
+from setpred.rendering.sampling import SceneRules, sample_scene
+from setpred.rendering.scenes import NOMINAL_LAMPS, Scene
+
+
+@pytest.fixture(scope="module")
+def real(clevr_blender):
+    """Every real record with its line about the camera."""
+    records = json.loads((clevr_blender / "scenes" / "CLEVR_val_scenes.json").read_text())["scenes"]
+    lines = [json.loads(line) for line in (clevr_blender / "cameras.jsonl").read_text().splitlines()]
+    return list(zip(records, lines, strict=True))
+
+
+def test_real_records_are_written_again(real, clevr_blender):
+    cameras = read_cameras(clevr_blender / "cameras.jsonl")
+    for record, line in real:
+        index = record["image_index"]
+        again = scene_record(scene_of(record, *cameras[index]), index=index, split="val")
+        assert list(again) == list(record)
+        for ours, theirs in zip(again["objects"], record["objects"], strict=True):
+            assert list(ours) == list(theirs)
+            assert ours["pixel_coords"][:2] == theirs["pixel_coords"][:2]
+            assert abs(ours["pixel_coords"][2] - theirs["pixel_coords"][2]) < 1e-5
+            assert ours | {"pixel_coords": 0} == theirs | {"pixel_coords": 0}
+        assert again | {"objects": 0} == record | {"objects": 0}
+        written = camera_record(scene_of(record, *cameras[index]), index=index, split="val")
+        assert written | {"camera_matrix": 0} == line | {"camera_matrix": 0, "split": "val"}
+        np.testing.assert_allclose(written["camera_matrix"], line["camera_matrix"], atol=1e-6)
+
+
+def test_the_camera_is_found_where_none_is_given(real):
+    for record, line in real[:20]:
+        scene = scene_of(record)
+        np.testing.assert_allclose(scene.camera.location, line["camera"], atol=1e-3)
+        assert scene.lamps == NOMINAL_LAMPS
+
+
+@pytest.mark.parametrize("objects", [0, 1, 5])
+def test_a_scene_survives_its_record(objects, tmp_path):
+    scene = sample_scene(np.random.default_rng(objects), objects=(objects, objects))
+    record = json.loads(json.dumps(scene_record(scene, index=7, split="train")))
+    line = json.dumps(camera_record(scene, index=7, split="train"))
+    (tmp_path / "cameras.jsonl").write_text(line + "\n")
+    assert record["image_filename"] == "CLEVR_train_000007.png"
+    assert scene_of(record, *read_cameras(tmp_path / "cameras.jsonl")[7]) == scene
+
+
+def test_pixels_of_other_sizes():
+    scene = sample_scene(np.random.default_rng(0), objects=(5, 5))
+    record = scene_record(scene, index=0, split="val", width=960, height=640, file_name="a.png")
+    assert record["image_filename"] == "a.png"
+    np.testing.assert_allclose(
+        scene_of(record, width=960, height=640).camera.location, scene.camera.location, atol=1e-2
+    )
+
+
+def test_relationships_are_opposite_and_leave_the_near_alone():
+    coords = np.array([scene_object.coords for scene_object in SceneRules().sample(np.random.default_rng(3)).objects])
+    found = relationships(coords)
+    for one, other in (("left", "right"), ("behind", "front")):
+        pairs = {(i, j) for i, row in enumerate(found[one]) for j in row}
+        assert pairs == {(j, i) for i, row in enumerate(found[other]) for j in row}
+        assert len(pairs) == len(coords) * (len(coords) - 1) / 2  # all, since objects keep a margin of 0.4
+    right = NOMINAL_CAMERA.axes()[0]
+    assert relationships(np.stack([0 * right, 0.19 * right]))["right"] == [[], []]
+    assert relationships(np.stack([0 * right, 0.21 * right]))["right"] == [[1], []]
+    assert relationships(np.empty((0, 3))) == {"behind": [], "front": [], "left": [], "right": []}
+
+
+def test_a_faulty_record_is_named():
+    scene = sample_scene(np.random.default_rng(0), objects=(3, 3))
+    record = scene_record(scene, index=0, split="val")
+    broken = json.loads(json.dumps(record))
+    del broken["objects"][1]["rotation"]
+    with pytest.raises(
+        InputError, match=r"CLEVR_val_000000.png is not a scene as CLEVR writes it \(KeyError\('rotation"
+    ):
+        scene_of(broken)
+    with pytest.raises(InputError, match="is not a scene"):
+        scene_of(record | {"objects": [record["objects"][0] | {"3d_coords": [1, 2]}]})
+    with pytest.raises(InputError, match="its 1 objects do not determine the camera"):
+        scene_of(record | {"objects": record["objects"][:1]})
+    assert scene_of(record | {"objects": []}, NOMINAL_CAMERA) == Scene(())
+
+
+def test_splits_share_a_file_of_cameras(tmp_path):
+    path = tmp_path / "cameras.jsonl"
+    scenes = {split: sample_scene(np.random.default_rng(k), objects=(1, 1)) for k, split in enumerate(("train", "val"))}
+    path.write_text("".join(json.dumps(camera_record(s, index=0, split=split)) + "\n" for split, s in scenes.items()))
+    for split, scene in scenes.items():
+        assert read_cameras(path, split=split) == {0: (scene.camera, scene.lamps)}
+    path.write_text("{}\n")
+    with pytest.raises(InputError, match="line 1: expected camera and lights"):
+        read_cameras(path)
+    with pytest.raises(InputError, match=r"cannot read .*nowhere"):
+        read_cameras(tmp_path / "nowhere")
