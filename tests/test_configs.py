@@ -13,7 +13,8 @@ CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"
 
 
 def test_the_promised_configurations_are_there():
-    assert {path.stem for path in CONFIGS} >= {"quickstart", "clevr", "clevr_fspool", "clevr_dspn", "rendered"}
+    promised = {"quickstart", "clevr", "clevr_fspool", "clevr_dspn", "rendered", "streamed"}
+    assert {path.stem for path in CONFIGS} >= promised
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

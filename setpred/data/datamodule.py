@@ -69,7 +69,7 @@ class SetDataModule(LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.num_workers, self.seed = num_workers, seed
         self.train_images, self.val_images = train_images, val_images
-        self.train_data: SetFile | ClevrImages | None = None
+        self.train_data: Dataset | None = None
         self.val_data: SetFile | ClevrImages | None = None
 
     def setup(self, stage: str | None = None) -> None:
