@@ -55,13 +55,24 @@ def _parser() -> argparse.ArgumentParser:
         description="Renders random scenes by CLEVR's rules and stores them with their objects in one file. The same "
         "seed gives the same images, whatever the number of workers.",
     )
-    render.add_argument("--images", type=int, required=True, metavar="N", help="how many")
-    render.add_argument(
-        "--objects", type=int, nargs=2, default=(3, 10), metavar=("LEAST", "MOST"), help="in a scene (default: 3 10)"
-    )
-    render.add_argument("--seed", type=int, default=0, metavar="K", help="which random scenes (default: 0)")
+    _add_scenes(render)
     _add_output(render)
     render.set_defaults(run=_render)
+
+    folder = commands.add_parser(
+        "render-folder",
+        help="render random scenes into a folder of pictures and JSON as CLEVR's",
+        description="Renders the scenes of `render` into a folder in the CLEVR_v1.0 layout, for other programs and for "
+        "`prepare`: images/SPLIT/*.png, scenes/CLEVR_SPLIT_scenes.json and, beyond CLEVR, cameras.jsonl.",
+    )
+    _add_scenes(folder)
+    folder.add_argument("--split", default="val", help="its name; give each split a seed of its own (default: val)")
+    folder.add_argument("--width", type=int, default=480, metavar="W", help="of the pictures (default: 480)")
+    folder.add_argument("--height", type=int, default=320, metavar="H", help="of the pictures (default: 320)")
+    folder.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder; splits can share it")
+    _add_workers(folder)
+    folder.add_argument("--force", action="store_true", help="replace the split if it exists")
+    folder.set_defaults(run=_render_folder)
 
     for name, run, text in (
         ("verify", _verify, "read a whole file and compare its checksum"),
@@ -73,11 +84,30 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_scenes(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--images", type=int, required=True, metavar="N", help="how many")
+    command.add_argument(
+        "--objects", type=int, nargs=2, default=(3, 10), metavar=("LEAST", "MOST"), help="in a scene (default: 3 10)"
+    )
+    command.add_argument("--seed", type=int, default=0, metavar="K", help="which random scenes (default: 0)")
+    command.add_argument(
+        "--condition",
+        default="clevr",
+        help="clevr: every shape has every colour; cogent-a, cogent-b: cubes and cylinders have four each, as in "
+        "CLEVR-CoGenT (default: clevr)",
+    )
+
+
 def _add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--image-size", type=int, default=128, metavar="S", help="side of the square images (default: 128)"
     )
     command.add_argument("--out", type=Path, required=True, metavar="FILE.h5", help="the file to make")
+    _add_workers(command)
+    command.add_argument("--force", action="store_true", help="replace FILE.h5 if it exists")
+
+
+def _add_workers(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--workers",
         type=int,
@@ -85,7 +115,6 @@ def _add_output(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes (default: all cores: %(default)s)",
     )
-    command.add_argument("--force", action="store_true", help="replace FILE.h5 if it exists")
 
 
 # The modules are imported when their command runs, so that --help and mistakes answer at once.
@@ -113,10 +142,29 @@ def _render(options: argparse.Namespace) -> None:
         image_size=options.image_size,
         objects=tuple(options.objects),
         seed=options.seed,
+        condition=options.condition,
         workers=_workers(options),
         force=options.force,
     )
     print(f"{options.out}: complete, sha256 {sha256}")
+
+
+def _render_folder(options: argparse.Namespace) -> None:
+    from setpred.data.rendered_folder import render_folder
+
+    render_folder(
+        options.out,
+        split=options.split,
+        images=options.images,
+        objects=tuple(options.objects),
+        seed=options.seed,
+        condition=options.condition,
+        width=options.width,
+        height=options.height,
+        workers=_workers(options),
+        force=options.force,
+    )
+    print(f"{options.out}: split {options.split} complete, {options.images} images")
 
 
 def _workers(options: argparse.Namespace) -> int:
