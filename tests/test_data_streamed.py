@@ -127,9 +127,11 @@ def test_files_and_streams_do_not_coincide(folder, tmp_path):
         assert not (streamed[:, None] == stored).all(-1).all(-1).any()
 
 
-def test_a_condition_ties_colours_to_shapes(folder):
-    data = module(folder, condition="cogent-a", objects=(3, 3))
-    for batch in shown(data, epochs=3):
+def test_a_condition_ties_colours_to_shapes_in_both_parts(tmp_path):
+    data = StreamedScenes(**SMALL | {"condition": "cogent-a", "objects": (3, 3)}, folder=str(tmp_path))
+    data.prepare_data()
+    data.setup("fit")
+    for batch in (*shown(data, epochs=2), *data.val_dataloader()):
         for elements in batch["elements"]:
             assert all(obj["color"] in COGENT_A[obj["shape"]] for obj in CLEVR.decode(elements))
 
@@ -141,13 +143,13 @@ def test_a_condition_ties_colours_to_shapes(folder):
         ({"batch_size": 0}, "expected batch_size of at least 1, got 0"),
         ({"num_workers": -1}, "expected num_workers of at least 0, got -1"),
         ({"seed": -1}, "expected seed of at least 0, got -1"),
-        ({"scenes_seed": -1}, "expected a seed of at least 0, got -1"),
+        ({"scenes_seed": -1}, "expected scenes_seed of at least 0, got -1"),
         ({"objects": (3, 2)}, "expected 0 <= least <= most"),
         ({"objects": (3, 11)}, "expected 0 <= least <= most <= 10"),
         ({"set_size": 1}, "a set_size of 1 does not hold scenes of up to 2 objects"),
         ({"image_size": 4}, "at least 8x8"),
         ({"val_images": 0}, "at least 1 image"),
-        ({"condition": "cogent-c"}, "condition: expected one of clevr, cogent-a, cogent-b, got 'cogent-c'"),
+        ({"condition": "cogent-c"}, "expected a condition out of clevr, cogent-a, cogent-b, got 'cogent-c'"),
     ],
 )
 def test_arguments_that_make_no_sense(options, message):

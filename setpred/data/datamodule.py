@@ -14,9 +14,10 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 import setpred
+from setpred.data.cache import Header
 from setpred.data.dataset import ClevrImages, SetFile, as_batch, open_data
 from setpred.data.order import EpochOrder, EpochPermutation, ResumableLoader
-from setpred.data.rendered import render_records
+from setpred.data.rendered import render_records, rendered_header
 from setpred.errors import InputError
 from setpred.schema import CLEVR
 
@@ -124,7 +125,7 @@ class SetDataModule(LightningDataModule):
 
 @dataclass(frozen=True)
 class RenderedFile:
-    """A file of built-in scenes that is rendered when it is not there yet; `setpred.data.rendered` says what of.
+    """A file of built-in scenes that is rendered when it is not there yet; see `setpred.data.rendered.render_file`.
 
     Args:
         folder: where it lies.
@@ -136,13 +137,25 @@ class RenderedFile:
     image_size: int
     objects: tuple[int, int]
     seed: int
+    condition: str = "clevr"
     workers: int | None = None
 
     @property
     def path(self) -> str:
         least, most = self.objects
-        name = f"rendered-{self.image_size}-{least}to{most}-seed{self.seed}-{self.images}.h5"
-        return str(Path(self.folder) / name)
+        scenes = f"{least}to{most}" if self.condition == "clevr" else f"{least}to{most}-{self.condition}"
+        return str(Path(self.folder) / f"rendered-{self.image_size}-{scenes}-seed{self.seed}-{self.images}.h5")
+
+    def header(self) -> Header:
+        """What it holds.
+
+        Raises:
+            InputError: there is no such file.
+        """
+        return rendered_header(images=self.images, image_size=self.image_size, **self._which())
+
+    def _which(self) -> dict[str, Any]:
+        return {"objects": self.objects, "seed": self.seed, "condition": self.condition}
 
     def prepare(self) -> None:
         """Renders it if it is not there, and checks it.
@@ -153,7 +166,7 @@ class RenderedFile:
         if not os.path.exists(self.path):
             self._render()
         data = SetFile(self.path, image_size=self.image_size, schema=CLEVR, in_memory=False)
-        expected = {"kind": "rendered", "objects": list(self.objects), "seed": self.seed}
+        expected = self.header().source
         if data.source != expected or len(data) != self.images:
             raise InputError(
                 f"{self.path} is not what its name says: expected {self.images} images of {expected}, "
@@ -167,7 +180,7 @@ class RenderedFile:
             )
 
     def _up_to_date(self, data: SetFile) -> bool:
-        now = render_records([0], seed=self.seed, image_size=self.image_size, objects=self.objects)[0]
+        now = render_records([0], image_size=self.image_size, **self._which())[0]
         stored = data[0]
         shades = np.abs(stored["image"].permute(1, 2, 0).numpy().astype(int) - now.image).mean()
         # other processors and versions of NumPy may round otherwise
@@ -178,7 +191,7 @@ class RenderedFile:
         least, most = map(str, self.objects)
         command = [sys.executable, "-m", "setpred.data", "render", "--images", str(self.images)]
         command += ["--image-size", str(self.image_size), "--objects", least, most]
-        command += ["--seed", str(self.seed), "--out", self.path]
+        command += ["--seed", str(self.seed), "--condition", self.condition, "--out", self.path]
         command += [] if self.workers is None else ["--workers", str(self.workers)]
         here = str(Path(setpred.__file__).parents[1])
         paths = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
@@ -194,6 +207,7 @@ class RenderedScenes(SetDataModule):
         objects: least and most objects of a scene.
         scenes_seed: which scenes; the validation scenes have a seed of their own. `seed` is that of the order, so
             that runs of several seeds share the files.
+        condition: which colours each shape may have: "clevr", "cogent-a" or "cogent-b".
         folder: where the files lie, for the next run too.
         workers: processes that render; all cores unless given.
     """
@@ -206,6 +220,7 @@ class RenderedScenes(SetDataModule):
         image_size: int = 64,
         objects: tuple[int, int] = (3, 10),
         scenes_seed: int = 0,
+        condition: str = "clevr",
         folder: str = "data",
         workers: int | None = None,
         set_size: int | None = None,
@@ -217,7 +232,7 @@ class RenderedScenes(SetDataModule):
     ) -> None:
         seeds = (scenes_seed, scenes_seed + VALIDATION_SEED)
         self.files = tuple(
-            RenderedFile(folder, images, image_size, tuple(objects), seed, workers)
+            RenderedFile(folder, images, image_size, tuple(objects), seed, condition, workers)
             for images, seed in zip((train_images, val_images), seeds, strict=True)
         )
         super().__init__(

@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from setpred.data.datamodule import VALIDATION_SEED, RenderedFile, SetDataModule
 from setpred.data.order import EpochRange
-from setpred.data.rendered import rendered_header
 from setpred.errors import InputError
 from setpred.rendering.renderer import render
 from setpred.rendering.sampling import CONDITIONS, SceneRules, sample_scenes
@@ -73,7 +72,7 @@ class StreamedScenes(SetDataModule):
         val_images: how many scenes to validate on.
         image_size: side of the images.
         objects: least and most objects of a scene.
-        condition: which colours the shapes of the training scenes have: "clevr", "cogent-a" or "cogent-b".
+        condition: which colours each shape may have: "clevr", "cogent-a" or "cogent-b".
         scenes_seed: which validation scenes, as for `RenderedScenes`; they are none of the training scenes.
         folder: where the file of the validation scenes lies, for the next run too.
         workers: processes that render it; all cores unless given.
@@ -107,9 +106,12 @@ class StreamedScenes(SetDataModule):
         in_memory: bool | None = None,
         seed: int | None = None,
     ) -> None:
-        if condition not in CONDITIONS:
-            raise InputError(f"condition: expected one of {', '.join(CONDITIONS)}, got {condition!r}")
-        for name, least, value in (("batch_size", 1, batch_size), ("num_workers", 0, num_workers), ("seed", 0, seed)):
+        for name, least, value in (
+            ("batch_size", 1, batch_size),
+            ("num_workers", 0, num_workers),
+            ("scenes_seed", 0, scenes_seed),
+            ("seed", 0, seed),
+        ):
             if value is not None and value < least:
                 raise InputError(f"expected {name} of at least {least}, got {value}")
         if scenes_per_epoch < batch_size:
@@ -118,10 +120,12 @@ class StreamedScenes(SetDataModule):
                 "smaller batch_size"
             )
         if set_size is not None and set_size < objects[1]:
-            raise InputError(f"a set_size of {set_size} does not hold scenes of up to {objects[1]} objects")
-        self.file = RenderedFile(folder, val_images, image_size, tuple(objects), scenes_seed + VALIDATION_SEED, workers)
-        # checks the arguments of the file, which are those of the stream
-        rendered_header(images=val_images, image_size=image_size, objects=self.file.objects, seed=scenes_seed)
+            raise InputError(
+                f"a set_size of {set_size} does not hold scenes of up to {objects[1]} objects; use a larger one"
+            )
+        val_seed = scenes_seed + VALIDATION_SEED
+        self.file = RenderedFile(folder, val_images, image_size, tuple(objects), val_seed, condition, workers)
+        self.file.header()  # checks the arguments, which are the stream's too
         self.rules = SceneRules(objects=self.file.objects, palettes=CONDITIONS[condition])
         self.scenes_per_epoch = scenes_per_epoch
         super().__init__(
