@@ -25,9 +25,16 @@ FIELDS = ("coords", "material", "color", "shape", "size")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Where the validation scenes lie."""
-    folder = tmp_path_factory.mktemp("streamed")
-    StreamedScenes(**SMALL, folder=str(folder)).prepare_data()
-    return str(folder)
+    folder = str(tmp_path_factory.mktemp("streamed"))
+    prepare(StreamedScenes(**SMALL, folder=folder))
+    return folder
+
+
+def prepare(data: StreamedScenes) -> None:
+    """`prepare_data`, but rendering in this process: starting another one takes longer than the rest."""
+    which = {"objects": data.rules.objects, "seed": data.file.seed, "condition": data.file.condition}
+    render_file(data.val_path, images=data.file.images, image_size=data.image_size, **which)
+    data.prepare_data()
 
 
 def module(folder, **options) -> StreamedScenes:
@@ -129,7 +136,7 @@ def test_files_and_streams_do_not_coincide(folder, tmp_path):
 
 def test_a_condition_ties_colours_to_shapes_in_both_parts(tmp_path):
     data = StreamedScenes(**SMALL | {"condition": "cogent-a", "objects": (3, 3)}, folder=str(tmp_path))
-    data.prepare_data()
+    prepare(data)
     data.setup("fit")
     for batch in (*shown(data, epochs=2), *data.val_dataloader()):
         for elements in batch["elements"]:
@@ -222,6 +229,7 @@ def run(folder, data, *arguments):
 
 def test_a_training_on_streamed_scenes(tmp_path):
     """Trains, validates, is evaluated on the same file, and resumes bit by bit."""
+    prepare(StreamedScenes(image_size=16, objects=(3, 4), val_images=12, folder=str(tmp_path)))
     whole = run(tmp_path / "a", tmp_path)
     with (whole / "metrics.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
