@@ -11,12 +11,16 @@ from setpred.data.__main__ import main
 from setpred.progress import progress
 
 
-def test_producing_needs_neither_torch_nor_lightning():
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("setpred.data.__main__, setpred.data.prepared, setpred.data.report", "torch lightning matplotlib scipy"),
+        ("setpred.data.rendered, setpred.data.rendered_folder", "lightning matplotlib scipy"),
+    ],
+)
+def test_producing_imports_little(modules, heavy):
     """Every worker process imports what these modules import."""
-    code = (
-        "import sys, setpred.data.__main__, setpred.data.rendered, setpred.data.prepared, setpred.data.report; "
-        "heavy = {'torch', 'lightning', 'matplotlib', 'scipy'} & set(sys.modules); assert not heavy, heavy"
-    )
+    code = f"import sys, {modules}; found = set('{heavy}'.split()) & set(sys.modules); assert not found, found"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -55,14 +55,14 @@ from setpred.data import rendered, writer
 from setpred.data.__main__ import main
 
 def limited(function, items, *, workers):
-    for number in items:
-        if number == 20:
+    for numbers in items:
+        if 20 in numbers:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
-        yield function(number)
+        yield function(numbers)
 
 if hasattr(os, "posix_fallocate"):
     del os.posix_fallocate
-rendered.ordered_map, writer.SECONDS_BETWEEN_COMMITS = limited, 0
+rendered.ordered_map, rendered.BLOCK, writer.SECONDS_BETWEEN_COMMITS = limited, 10, 0
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -3,5 +3,5 @@
 `python -m setpred.data --help` prepares a CLEVR folder, renders built-in scenes, and checks and describes the files.
 In code: `setpred.data.dataset` (torch data sets), `setpred.data.datamodule` (Lightning), `setpred.data.clevr` (the
 CLEVR_v1.0 layout), `setpred.data.rendered`, `setpred.data.cache` (the file format). Nothing is imported here: the
-commands and their worker processes need neither torch nor Lightning.
+commands and their worker processes do not need Lightning.
 """

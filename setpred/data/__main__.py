@@ -74,6 +74,20 @@ def _parser() -> argparse.ArgumentParser:
     folder.add_argument("--force", action="store_true", help="replace the split if it exists")
     folder.set_defaults(run=_render_folder)
 
+    compare = commands.add_parser(
+        "compare",
+        help="hold the renderer against pictures made elsewhere",
+        description="Renders every scene of a CLEVR folder that has a cameras.jsonl (as `render-folder` writes it) and "
+        "prints how far the pictures are from those in the folder: root mean squared difference over all pixels and "
+        "over objects, mean difference, agreement of the objects' masks, error of projected centres.",
+    )
+    compare.add_argument("root", metavar="ROOT", type=Path, help="the folder, with images/, scenes/ and cameras.jsonl")
+    compare.add_argument("--split", default="val", help="which (default: val)")
+    compare.add_argument("--first", type=int, default=0, metavar="N", help="leave out the images before this one")
+    compare.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    compare.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw theirs, ours and 4 times the difference")
+    compare.set_defaults(run=_compare)
+
     for name, run, text in (
         ("verify", _verify, "read a whole file and compare its checksum"),
         ("info", _info, "say what is in a file"),
@@ -165,6 +179,24 @@ def _render_folder(options: argparse.Namespace) -> None:
         force=options.force,
     )
     print(f"{options.out}: split {options.split} complete, {options.images} images")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    import dataclasses
+    import json
+
+    from setpred.data.compare import HEADER, compare, mean, table
+    from setpred.files import write_atomically
+
+    rows = []
+    print(HEADER)
+    for row in compare(options.root, split=options.split, first=options.first, pictures=options.pictures):
+        print(table(row), flush=True)
+        rows.append(row)
+    print(table(mean(rows)))
+    if options.json is not None:
+        figures = dataclasses.asdict(mean(rows)) | {"images": [dataclasses.asdict(row) for row in rows]}
+        write_atomically(options.json, json.dumps(figures, indent=1) + "\n")
 
 
 def _workers(options: argparse.Namespace) -> int:

@@ -86,6 +86,14 @@ def gather_fragments(bodies: Bodies, view: View, visible: Visibility) -> Fragmen
     )
 
 
+def grain(bodies: Bodies, fragments: Fragments, which: Tensor) -> Tensor:
+    """The direction of the brush marks on metal: around the object's upright axis, in the surface. Unit `[3, m]`."""
+    normals = take(fragments.normals, which)
+    x, y, z = take(fragments.points, which) - take(bodies.centre, take(fragments.owner, which))
+    around = torch.stack([-y, x, torch.zeros_like(z)])
+    return normalised(around - dot(around, normals) * normals)
+
+
 def trace_mirror(bodies: Bodies, fragments: Fragments) -> Mirrored:
     """Follows the mirror rays of the metal fragments to the next surface."""
     fragment = take(bodies.metal, fragments.owner).nonzero().squeeze(1)

@@ -17,14 +17,18 @@ from setpred.rendering.ground import ALBEDO, BACK, S_ORIGIN, S_X, S_Y, along_pro
 from setpred.rendering.lighting import Lights, coloured
 from setpred.rendering.vectors import dot, smoothstep, take
 
-METAL_BLUR, METAL_SHARP, RUBBER_GLOSS = 0.19, 0.01, 0.35  # widths of the lobes
+METAL_BLUR, METAL_SHARP, RUBBER_GLOSS = 0.245, 0.01, 0.27  # widths of the lobes
+GRAIN = 0.75**2  # width of the lobes along the grain over that across it
 METAL_BLURRED_SHARE = 0.4
-METAL_REFLECTANCE = 0.89  # what the facets of the blurred part do not send on
+METAL_REFLECTANCE = 0.86  # what the facets of the blurred part do not send on
 BACKDROP_TOP = 23.1 / (BACK - S_ORIGIN)  # tangent of the elevation at which the backdrop ends, seen from the origin
 BACKDROP_RADIANCE = 0.12
-BENT = 0.05  # spread of the normals in a fragment at which one mirror ray and the mean count alike
-DARKEST_BLUR = 0.08  # the blurred part sees bright floor around any dark thing that is mirrored
-GLOW = 0.13  # radiance of the floor next to an object of reflectance 1, from the light that comes off the object
+BENT = 0.11  # spread of the normals in a fragment at which one mirror ray and the mean count alike
+DARKEST_BLUR = 0.09  # the blurred part sees bright floor around any dark thing that is mirrored
+GROUND_AMBIENT, GROUND_AMBIENT_SLOPE = 0.014, 0.0008  # at the middle of the floor; per unit towards the backdrop
+FLOOR_LIGHT = 0.1005  # what the floor sends up to a surface that faces it, over 2 pi
+MIRRORED_METAL, MIRRORED_METAL_FLOOR = 0.07, 0.1  # radiance of white metal in other metal: always; facing the floor
+GLOW = 0.1  # radiance of the floor next to an object of reflectance 1, from the light that comes off the object
 
 
 def irradiance(lights: Lights, normals: Tensor) -> Tensor:
@@ -34,7 +38,7 @@ def irradiance(lights: Lights, normals: Tensor) -> Tensor:
 
 def shade_ground(points: Tensor, normals: Tensor, lights: Lights) -> Tensor:
     """The white, matt ground. It also receives what backdrop and floor send each other, most near the bend."""
-    ambient = (0.013 + 0.0008 * (along_profile(points) + 14)).clamp(0.007, 0.022)
+    ambient = GROUND_AMBIENT + GROUND_AMBIENT_SLOPE * (along_profile(points) - S_ORIGIN).clamp(-7.5, 11)
     return ALBEDO / math.pi * irradiance(lights, normals) + ambient
 
 
@@ -50,7 +54,7 @@ def glow(points: Tensor, body: Tensor, bodies: Bodies) -> Tensor:
 
 def ambient_on_body(normals: Tensor) -> Tensor:
     """Light that the floor sends up to the objects `[n]`, over pi."""
-    return 0.103 * (1 - normals[2])
+    return FLOOR_LIGHT * (1 - normals[2])
 
 
 def shade_matt(normals: Tensor, color: Tensor, lights: Lights) -> Tensor:
@@ -74,19 +78,31 @@ def surroundings(direction: Tensor, blur: float) -> Tensor:
     return smoothstep(0.5 + (top / (1 + top * top).sqrt() - direction[2]) / blur)
 
 
-def highlight(view: Tensor, normals: Tensor, lights: Lights, lobes: list[tuple[float, Tensor]]) -> Tensor:
+def highlight(
+    view: Tensor,
+    normals: Tensor,
+    lights: Lights,
+    lobes: list[tuple[float, Tensor]],
+    grain: Tensor | None = None,
+) -> Tensor:
     """Light sources mirrored in a rough surface of reflectance 1: linear RGB `[3, n]`.
 
-    GGX microfacets; `lobes` are (weight, squared width `[4, n]`) pairs.
+    GGX microfacets; `lobes` are (weight, squared width `[4, n]`) pairs. Along `grain`, unit vectors in the surface
+    `[3, n]`, the lobes are 0.75 times as wide, across it 1/0.75 times.
     """
     half = lights.direction + view[:, None]
-    along = dot(half, normals[:, None])
-    tilt = along * along / dot(half, half)
+    along, length = dot(half, normals[:, None]), dot(half, half)
+    tilt = along * along / length
+    aside = 1 - tilt
+    if grain is not None:
+        with_grain = dot(half, grain[:, None])
+        with_grain = with_grain * with_grain / length
+        aside = with_grain / GRAIN + (aside - with_grain) * GRAIN
     to_light = dot(lights.direction, normals[:, None]).clamp(min=0)
     to_view = dot(view, normals).clamp(min=0.05)
     total = torch.zeros_like(tilt)
     for weight, width in lobes:
-        root = 1 - tilt * (1 - width)
+        root = aside + tilt * width
         shadowing = (to_light * (1 - width / 2) + width / 2) * (to_view * (1 - width / 2) + width / 2)
         total = total + weight * width / (4 * math.pi * root * root * shadowing)
     return coloured(lights.irradiance * to_light * total)
@@ -108,7 +124,7 @@ def shade_rubber(normals: Tensor, view: Tensor, color: Tensor, spread: Tensor, l
 def shade_mirrored_metal(normals: Tensor, color: Tensor, direction: Tensor) -> Tensor:
     """Metal as seen in other metal along rays `direction [3, n]`: what it reflects itself is floor or nothing."""
     onwards = direction - 2 * dot(direction, normals) * normals
-    return color * (0.07 + 0.1 * surroundings(onwards, 0.5))
+    return color * (MIRRORED_METAL + MIRRORED_METAL_FLOOR * surroundings(onwards, 0.5))
 
 
 def shade_metal(
@@ -120,11 +136,12 @@ def shade_metal(
     mirrored: Tensor,
     lost: Tensor,
     lights: Lights,
+    grain: Tensor,
 ) -> Tensor:
     """A mirror, partly blurred, that tints all it reflects.
 
     Arguments as for `shade_rubber`; `mirrored [3, n]` is the radiance that arrives along the mirror `direction
-    [3, n]`, and `lost [n]` says where that ray meets nothing.
+    [3, n]`, `lost [n]` says where that ray meets nothing, and `grain [3, n]` is as for `highlight`.
     """
     size = lights.tangent * lights.tangent / 6  # the width of the half vectors of a lamp's points
     lobes = [(METAL_BLURRED_SHARE, METAL_BLUR**2 + spread), (1 - METAL_BLURRED_SHARE, METAL_SHARP**2 + spread + size)]
@@ -134,4 +151,4 @@ def shade_metal(
     bent = spread / (spread + BENT)
     sharp = (1 - bent) * torch.where(lost, 0, mirrored) + bent * (BACKDROP_RADIANCE * floor)
     seen = METAL_BLURRED_SHARE * blurred + (1 - METAL_BLURRED_SHARE) * sharp
-    return METAL_REFLECTANCE * color * (seen + highlight(view, normals, lights, lobes))
+    return METAL_REFLECTANCE * color * (seen + highlight(view, normals, lights, lobes, grain))

@@ -18,7 +18,7 @@ from torch import Tensor
 from setpred.errors import InputError
 from setpred.rendering.bodies import GROUND, Bodies
 from setpred.rendering.camera import ASPECT
-from setpred.rendering.fragments import gather_fragments, trace_mirror
+from setpred.rendering.fragments import gather_fragments, grain, trace_mirror
 from setpred.rendering.ground import ground_depth, ground_normal
 from setpred.rendering.lighting import Lights, block, block_ground, lights_at
 from setpred.rendering.materials import (
@@ -34,6 +34,7 @@ from setpred.rendering.vectors import pixels_of, take
 from setpred.rendering.visibility import View, Visibility, find_visible
 
 TABLE_SIZE = 4096
+CPU_PIXELS = 2**17  # rendered at a time on a CPU: enough to keep torch busy, few enough for the caches
 
 
 class Annotation(NamedTuple):
@@ -51,7 +52,8 @@ class Annotation(NamedTuple):
 
 def annotate(scenes: Sequence[Scene] | SceneBatch, *, width: int, height: int, aspect: float = ASPECT) -> Annotation:
     """Masks, depth and visible pixel counts of the pictures of scenes. Arguments as for `render`."""
-    batch, bodies, view = _prepared(scenes, width, height, aspect)
+    batch = _checked(scenes, width, height, aspect)
+    bodies, view = Bodies.of(batch), View.of(batch.camera, width, height, aspect)
     visible = find_visible(bodies, view, samples=1)
     shape = len(batch.camera), height, width
     owner, depth = visible.owner[0].reshape(shape), visible.depth[0].reshape(shape)
@@ -81,7 +83,14 @@ def render(
     """
     if samples < 1:
         raise InputError(f"expected at least 1 sample, got {samples}")
-    batch, bodies, view = _prepared(scenes, width, height, aspect)
+    batch = _checked(scenes, width, height, aspect)
+    size = max(1, CPU_PIXELS // (width * height)) if batch.camera.device.type == "cpu" else len(batch.camera)
+    parts = (slice(start, start + size) for start in range(0, len(batch.camera), size))
+    return torch.cat([_render(batch.part(part), width, height, samples, aspect) for part in parts])
+
+
+def _render(batch: SceneBatch, width: int, height: int, samples: int, aspect: float) -> Tensor:
+    bodies, view = Bodies.of(batch), View.of(batch.camera, width, height, aspect)
     visible = find_visible(bodies, view, samples=samples)
     image = ground_radiance(bodies, view, batch.lamps, visible)
     image *= (visible.owner == GROUND).float().mean(0)
@@ -95,13 +104,18 @@ def render(
     return encode(soften(image.clamp(0, 1).reshape(3, len(batch.camera), height, width)))
 
 
-def _prepared(
-    scenes: Sequence[Scene] | SceneBatch, width: int, height: int, aspect: float
-) -> tuple[SceneBatch, Bodies, View]:
+def render_ground(scenes: Sequence[Scene] | SceneBatch, *, width: int, height: int, aspect: float = ASPECT) -> Tensor:
+    """The pictures that `render` makes, without the objects but with their shadows: the ground behind them."""
+    batch = _checked(scenes, width, height, aspect)
+    bodies, view = Bodies.of(batch), View.of(batch.camera, width, height, aspect)
+    image = ground_radiance(bodies, view, batch.lamps, find_visible(bodies, view, samples=1))
+    return encode(soften(image.clamp(0, 1).reshape(3, len(batch.camera), height, width)))
+
+
+def _checked(scenes: Sequence[Scene] | SceneBatch, width: int, height: int, aspect: float) -> SceneBatch:
     if min(width, height) < 1 or aspect <= 0:
         raise InputError(f"expected a picture of at least 1x1 pixel and aspect > 0, got {width}x{height} and {aspect}")
-    batch = scenes if isinstance(scenes, SceneBatch) else SceneBatch.of(scenes)
-    return batch, Bodies.of(batch), View.of(batch.camera, width, height, aspect)
+    return scenes if isinstance(scenes, SceneBatch) else SceneBatch.of(scenes)
 
 
 def _centres(view: View) -> tuple[Tensor, Tensor]:
@@ -168,6 +182,7 @@ def object_radiance(bodies: Bodies, view: View, lamps: Tensor, visible: Visibili
         mirrored,
         mirror.lost,
         lights.part(metal),
+        grain(bodies, seen, metal),
     )
     return seen.pixel, radiance * seen.coverage, seen.counts
 
