@@ -7,6 +7,7 @@ import torch
 from problems import finite_difference
 
 from setpred.aggregators import (
+    AttentionPool,
     EquilibriumAggregation,
     FSPool,
     MaxPool,
@@ -49,6 +50,8 @@ FAMILY = {
     "fspool, other knots": lambda: FSPool(DIM, set_size=9),
     "equilibrium": equilibrium,
     "equilibrium, r = 0": lambda: equilibrium(prior=False),
+    "attention": lambda: AttentionPool(DIM, heads=2),
+    "attention, seeds": lambda: AttentionPool(DIM, seeds=3, heads=3, normalise=False),
     "set encoder": lambda: SetEncoder(FSPool(4, set_size=SIZE), set_dim=DIM, hidden_dim=8),
     "pairwise": lambda: PairwiseSetEncoder(SetEncoder(FSPool(4, set_size=SIZE**2), set_dim=2 * DIM, hidden_dim=8)),
 }

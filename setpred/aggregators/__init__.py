@@ -1,5 +1,6 @@
 """Set to vector, one family a file; all usable alone and inside the decoder's objective."""
 
+from setpred.aggregators.attention import AttentionPool
 from setpred.aggregators.base import Aggregator
 from setpred.aggregators.basic import MaxPool, MeanPool, SumPool
 from setpred.aggregators.equilibrium import EquilibriumAggregation
@@ -9,6 +10,7 @@ from setpred.aggregators.set_encoder import PairwiseSetEncoder, SetEncoder
 
 __all__ = [
     "Aggregator",
+    "AttentionPool",
     "EquilibriumAggregation",
     "FSPool",
     "MaxPool",

@@ -20,6 +20,11 @@ def set_sizes(elements: Tensor, mask: Tensor | None) -> Tensor:
     return mask.sum(1, keepdim=True).to(elements.dtype)
 
 
+def zeros_where_empty(vectors: Tensor, mask: Tensor | None) -> Tensor:
+    """`vectors [batch, dim]` with zeros for sets without elements, what every aggregator gives them."""
+    return vectors if mask is None else vectors.masked_fill(~mask.any(1, keepdim=True), 0.0)
+
+
 class SumPool(Aggregator):
     """out = Σ_i x_i (DeepSets; Zaheer et al., NeurIPS 2017)."""
 
@@ -38,5 +43,4 @@ class MaxPool(Aggregator):
     """out_k = max_i x_ik (PointNet; Qi et al., CVPR 2017)."""
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
-        largest = masked_fill(elements, mask, -torch.inf).amax(1)
-        return largest if mask is None else largest.masked_fill(~mask.any(1, keepdim=True), 0.0)
+        return zeros_where_empty(masked_fill(elements, mask, -torch.inf).amax(1), mask)
