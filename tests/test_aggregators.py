@@ -8,6 +8,7 @@ from problems import finite_difference
 
 from setpred.aggregators import (
     AttentionPool,
+    AttSets,
     EquilibriumAggregation,
     FSPool,
     MaxPool,
@@ -52,6 +53,8 @@ FAMILY = {
     "equilibrium, r = 0": lambda: equilibrium(prior=False),
     "attention": lambda: AttentionPool(DIM, heads=2),
     "attention, seeds": lambda: AttentionPool(DIM, seeds=3, heads=3, normalise=False),
+    "attsets": lambda: AttSets(DIM),
+    "attsets, bounded": lambda: AttSets(DIM, bounded=True),
     "set encoder": lambda: SetEncoder(FSPool(4, set_size=SIZE), set_dim=DIM, hidden_dim=8),
     "pairwise": lambda: PairwiseSetEncoder(SetEncoder(FSPool(4, set_size=SIZE**2), set_dim=2 * DIM, hidden_dim=8)),
 }

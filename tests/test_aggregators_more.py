@@ -3,10 +3,12 @@
 The laws they share with all aggregators are in test_aggregators.py.
 """
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
-from setpred.aggregators import AttentionPool, SetEncoder
+from setpred.aggregators import AttentionPool, AttSets, MeanPool, SetEncoder, SumPool
+from setpred.callbacks import FASet
 from setpred.decoders import IDSPN
 from setpred.errors import InputError
 from setpred.inner import GradientDescent, Implicit, LatentMatching, Problem
@@ -15,6 +17,7 @@ DIM, SIZE = 6, 5
 # name to (constructor, whether equal elements can get unequal gradients)
 RIVALS = {
     "attention": (lambda: AttentionPool(DIM, seeds=2, heads=2), False),
+    "attsets": (lambda: AttSets(DIM), False),
 }
 
 
@@ -87,3 +90,105 @@ def test_attention_that_does_not_look_is_a_mean():
 def test_attention_refuses_heads_that_do_not_fit(numbers):
     with pytest.raises(InputError, match="heads that divides in_dim"):
         AttentionPool(DIM, **numbers)
+
+
+# --- AttSets ---
+
+
+def test_attsets_is_a_softmax_by_hand():
+    pool = AttSets(2)
+    with torch.no_grad():
+        pool.attention.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    elements = torch.tensor([[[0.0, 4.0], [2.0, 1.0], [9.0, 9.0]]])
+    mask = torch.tensor([[True, True, False]])
+    ahead = 2 / (1 + torch.tensor(-2.0).exp())  # (0·e⁰ + 2·e²) / (e⁰ + e²); the second feature is a mean
+    torch.testing.assert_close(pool(elements, mask), torch.stack([ahead, torch.tensor(2.5)]).unsqueeze(0))
+
+
+def test_attsets_without_attention_is_a_mean():
+    pool = AttSets(DIM).double()
+    torch.nn.init.zeros_(pool.attention.weight)
+    mask = torch.tensor([True, False, True, True, False]).expand(3, -1)
+    torch.testing.assert_close(pool(random_set(), mask), MeanPool(DIM)(random_set(), mask))
+
+
+def test_single_elements_pass_unchanged_and_teach_the_attention_nothing():
+    pool = scramble(AttSets(DIM))
+    elements = random_set(size=1).requires_grad_()
+    out = pool(elements)
+    torch.testing.assert_close(out, elements.squeeze(1))
+    out.square().sum().backward()
+    assert (pool.attention.weight.grad == 0).all()
+    torch.testing.assert_close(elements.grad.squeeze(1), 2 * out.detach())
+
+
+def test_single_stage_draws_one_present_element_while_training_only():
+    pool = scramble(AttSets(DIM))
+    elements = random_set(batch=1).expand(200, -1, -1)
+    mask = torch.tensor([True, False, True, True, False]).expand(200, -1).clone()
+    mask[0] = False
+    whole = pool(elements, mask)
+    pool.single = True
+    torch.manual_seed(0)
+    drawn = pool(elements, mask)
+    assert (drawn[0] == 0).all()
+    which = (drawn[1:].unsqueeze(1) == elements[1:]).all(-1)
+    assert (which.sum(1) == 1).all()
+    assert which.any(0).tolist() == [True, False, True, True, False]
+    torch.testing.assert_close(pool.eval()(elements, mask), whole)
+
+
+class MedianOfSets(pl.LightningModule):
+    """A model of input sets, small enough to train in a test; it notes what its attention pooled."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = SetEncoder(AttSets(4), set_dim=2, hidden_dim=4)
+        self.head = torch.nn.Linear(4, 2)
+        self.fixed = torch.nn.Parameter(torch.zeros(2), requires_grad=False)
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        pool = self.encoder.aggregator
+        parameters = {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
+        self.seen.append((self.current_epoch, pool.single, parameters))
+        return (self.head(self.encoder(batch)) + self.fixed - batch.median(1).values).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), 0.01, weight_decay=0.1)
+
+
+def fit(model, epochs, **arguments):
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[FASet(**arguments)],
+    )
+    trainer.fit(model, torch.utils.data.DataLoader(random_set(16, dim=2, dtype=torch.float32), batch_size=8))
+
+
+def test_faset_trains_the_rest_on_single_elements_and_then_the_attention_alone():
+    torch.manual_seed(0)
+    model = MedianOfSets()
+    fit(model, epochs=4, single_epochs=2)
+    assert [(epoch, single) for epoch, single, _ in model.seen[::2]] == [(0, True), (1, True), (2, False), (3, False)]
+    start, half = (next(values for epoch, _, values in model.seen if epoch == e) for e in (0, 2))
+    end = dict(model.named_parameters())
+    for name in start:
+        first, second = (not torch.equal(a[name], b[name]) for a, b in ((start, half), (half, end)))
+        attention = name == "encoder.aggregator.attention.weight"
+        assert (first, second) == ((False, False) if name == "fixed" else (not attention, attention)), name
+    assert all(parameter.requires_grad for name, parameter in end.items() if name != "fixed")
+    assert not model.encoder.aggregator.single
+    assert not model.fixed.requires_grad
+
+
+def test_faset_needs_attsets():
+    model = MedianOfSets()
+    model.encoder = SetEncoder(SumPool(4), set_dim=2, hidden_dim=4)
+    with pytest.raises(InputError, match="has none"):
+        fit(model, epochs=1, single_epochs=1)

@@ -1,6 +1,7 @@
 """Set to vector, one family a file; all usable alone and inside the decoder's objective."""
 
 from setpred.aggregators.attention import AttentionPool
+from setpred.aggregators.attsets import AttSets
 from setpred.aggregators.base import Aggregator
 from setpred.aggregators.basic import MaxPool, MeanPool, SumPool
 from setpred.aggregators.equilibrium import EquilibriumAggregation
@@ -10,6 +11,7 @@ from setpred.aggregators.set_encoder import PairwiseSetEncoder, SetEncoder
 
 __all__ = [
     "Aggregator",
+    "AttSets",
     "AttentionPool",
     "EquilibriumAggregation",
     "FSPool",
