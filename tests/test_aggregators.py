@@ -9,8 +9,10 @@ from problems import finite_difference
 from setpred.aggregators import (
     AttentionPool,
     AttSets,
+    CanonicalOrder,
     EquilibriumAggregation,
     FSPool,
+    LearnableMonoid,
     MaxPool,
     MeanPool,
     PairwiseSetEncoder,
@@ -55,6 +57,7 @@ FAMILY = {
     "attention, seeds": lambda: AttentionPool(DIM, seeds=3, heads=3, normalise=False),
     "attsets": lambda: AttSets(DIM),
     "attsets, bounded": lambda: AttSets(DIM, bounded=True),
+    "monoid in canonical order": lambda: CanonicalOrder(LearnableMonoid(DIM)),
     "set encoder": lambda: SetEncoder(FSPool(4, set_size=SIZE), set_dim=DIM, hidden_dim=8),
     "pairwise": lambda: PairwiseSetEncoder(SetEncoder(FSPool(4, set_size=SIZE**2), set_dim=2 * DIM, hidden_dim=8)),
 }

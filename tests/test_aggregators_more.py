@@ -7,7 +7,16 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from setpred.aggregators import AttentionPool, AttSets, MeanPool, SetEncoder, SumPool
+from setpred.aggregators import (
+    AttentionPool,
+    AttSets,
+    CanonicalOrder,
+    LearnableMonoid,
+    MaxPool,
+    MeanPool,
+    SetEncoder,
+    SumPool,
+)
 from setpred.callbacks import FASet
 from setpred.decoders import IDSPN
 from setpred.errors import InputError
@@ -18,6 +27,8 @@ DIM, SIZE = 6, 5
 RIVALS = {
     "attention": (lambda: AttentionPool(DIM, seeds=2, heads=2), False),
     "attsets": (lambda: AttSets(DIM), False),
+    "monoid": (lambda: LearnableMonoid(DIM), True),
+    "monoid in canonical order": (lambda: CanonicalOrder(LearnableMonoid(DIM)), True),
 }
 
 
@@ -192,3 +203,112 @@ def test_faset_needs_attsets():
     model.encoder = SetEncoder(SumPool(4), set_dim=2, hidden_dim=4)
     with pytest.raises(InputError, match="has none"):
         fit(model, epochs=1, single_epochs=1)
+
+
+# --- learnable commutative monoid ---
+
+
+class Plus(torch.nn.Module):
+    def forward(self, first, second):
+        return first + second
+
+
+class Larger(torch.nn.Module):
+    def forward(self, first, second):
+        return torch.maximum(first, second)
+
+
+class LeftMinusRight(torch.nn.Module):
+    def forward(self, first, second):
+        return first - 0.5 * second
+
+
+def tree_twin(pool, elements):
+    """The tree by recursion, of one set `[n, dim]`: neighbours in pairs, one left over passes up."""
+    if len(elements) == 1:
+        return elements[0]
+    pairs = zip(elements[0::2], elements[1::2], strict=False)
+    above = [0.5 * (pool.operation(a[None], b[None]) + pool.operation(b[None], a[None]))[0] for a, b in pairs]
+    return tree_twin(pool, above + list(elements[len(elements) // 2 * 2 :]))
+
+
+def monoid(operation=None, dim=DIM):
+    torch.manual_seed(0)
+    return LearnableMonoid(dim, operation=operation).double()
+
+
+@pytest.mark.parametrize("size", range(1, 10))
+def test_monoid_is_its_tree_wherever_the_elements_lie(size):
+    pool, elements = monoid(), random_set(size=size)
+    expected = torch.stack([tree_twin(pool, each) for each in elements])
+    torch.testing.assert_close(pool(elements), expected)
+    places = torch.randperm(size + 4, generator=torch.Generator().manual_seed(size))[:size].sort().values
+    padded, mask = torch.full((3, size + 4, DIM), torch.nan, dtype=torch.float64), torch.zeros(3, size + 4).bool()
+    padded[:, places], mask[:, places] = elements, True
+    torch.testing.assert_close(pool(padded, mask), expected)
+
+
+def test_monoid_of_known_operations_is_the_known_pooling():
+    elements, mask = random_set(), torch.tensor([True, False, True, True, True]).expand(3, -1)
+    for operation, known in ((Plus(), SumPool(DIM)), (Larger(), MaxPool(DIM))):
+        pool = LearnableMonoid(DIM, operation=operation)
+        torch.testing.assert_close(pool(elements, mask), known(elements, mask))
+        torch.testing.assert_close(pool.associator(elements), torch.zeros(3, dtype=torch.float64))
+
+
+def test_monoid_commutes_and_is_not_associative_until_it_learns():
+    pool = monoid()
+    a, b, c = random_set().unbind(1)[:3]
+    torch.testing.assert_close(pool.combine(a, b), pool.combine(b, a))
+    gap = pool.combine(pool.combine(a, b), c) - pool.combine(a, pool.combine(b, c))
+    torch.testing.assert_close(pool.associator(torch.stack([a, b, c], dim=1)), gap.square().mean(-1))
+    assert (gap.abs().amax(-1) > 0.01).all()
+
+
+def test_associator_is_the_mean_over_triples_of_present_neighbours():
+    pool = monoid(LeftMinusRight(), dim=1)  # a ⊕ b = (a + b) / 4, so the gap of a triple is (3 / 16) (c - a)
+    elements = torch.tensor([[5.0, 1.0, 9.0, 2.0, 4.0]], dtype=torch.float64).unsqueeze(-1)
+    mask = torch.tensor([[True, False, True, True, True]])
+    expected = torch.tensor([((2 - 5) ** 2 + (4 - 9) ** 2) / 2 * (3 / 16) ** 2], dtype=torch.float64)
+    torch.testing.assert_close(pool.associator(elements, mask), expected)
+    assert pool.associator(elements, mask & (elements[..., 0] > 4)).item() == 0
+    assert pool.associator(elements[:, :1]).item() == 0
+
+
+def test_siblings_and_branches_of_the_tree_swap_and_other_elements_do_not():
+    pool, elements = monoid(), random_set(size=4)
+    for order in ([1, 0, 2, 3], [2, 3, 0, 1], [3, 2, 1, 0]):
+        torch.testing.assert_close(pool(elements[:, order]), pool(elements))
+    assert (pool(elements[:, [0, 2, 1, 3]]) - pool(elements)).abs().max() > 0.01
+
+
+@torch.no_grad()
+def order_dependence(pool, elements):
+    """Variance of the result over orders of the elements, as a share of its variance over sets."""
+    generator = torch.Generator().manual_seed(4)
+    results = torch.stack([pool(elements[:, torch.randperm(4, generator=generator)]) for _ in range(5)])
+    return (results - results.mean(0)).square().mean() / results.flatten(0, 1).var(0).mean()
+
+
+def test_a_monoid_that_learns_a_maximum_becomes_associative():
+    pool = monoid(dim=2)
+    unseen = random_set(batch=200, size=4, dim=2, seed=0)
+    before = pool.associator(unseen).mean(), order_dependence(pool, unseen)
+    optimizer = torch.optim.Adam(pool.parameters(), 0.02)
+    for step in range(100):
+        elements = random_set(batch=64, size=4, dim=2, seed=100 + step)
+        loss = (pool(elements) - elements.amax(1)).square().mean() + pool.associator(elements).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = pool.associator(unseen).mean(), order_dependence(pool, unseen)
+    assert after[0] < 0.5 * before[0]
+    assert after[1] < before[1]
+
+
+def test_canonical_order_makes_any_sequence_function_a_set_function():
+    pool = CanonicalOrder(monoid())
+    elements = random_set(size=4).double()
+    torch.testing.assert_close(pool(elements[:, [0, 2, 1, 3]]), pool(elements), rtol=0, atol=0)
+    ranked = elements.gather(1, (elements @ pool.direction.double()).argsort(1, True)[..., None].expand_as(elements))
+    torch.testing.assert_close(pool(elements), pool.aggregator(ranked))

@@ -6,6 +6,8 @@ from setpred.aggregators.base import Aggregator
 from setpred.aggregators.basic import MaxPool, MeanPool, SumPool
 from setpred.aggregators.equilibrium import EquilibriumAggregation
 from setpred.aggregators.fspool import FSPool, sort_features
+from setpred.aggregators.monoid import LearnableMonoid
+from setpred.aggregators.ordering import CanonicalOrder
 from setpred.aggregators.potentials import ResidualPotential
 from setpred.aggregators.set_encoder import PairwiseSetEncoder, SetEncoder
 
@@ -13,8 +15,10 @@ __all__ = [
     "Aggregator",
     "AttSets",
     "AttentionPool",
+    "CanonicalOrder",
     "EquilibriumAggregation",
     "FSPool",
+    "LearnableMonoid",
     "MaxPool",
     "MeanPool",
     "PairwiseSetEncoder",

@@ -1,0 +1,70 @@
+"""Learnable commutative monoid: a binary operation, learned, and a tree of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from setpred.aggregators.base import Aggregator
+from setpred.aggregators.basic import masked_fill, zeros_where_empty
+
+
+class LearnableMonoid(Aggregator):
+    """out = ((x_1 ⊕ x_2) ⊕ (x_3 ⊕ x_4)) ⊕ …, a balanced tree of depth ⌈log₂ n⌉ (Ong, Veličković, LoG 2022).
+
+        a ⊕ b = ½ (f(a, b) + f(b, a)),    f a GRU cell: input a, state b
+
+    Exact to rounding, whatever f is: ⊕ commutes; an absent element leaves the other operand as it is, so there is a
+    neutral element and padding has no influence; siblings in the tree may be swapped, and whole branches alike.
+    Learned: that ⊕ is associative, and with it that the order of the elements does not matter. It does not start so:
+    **unlike all other aggregators this one depends on the order**, the less the smaller `associator` is. Sets that are
+    shuffled in training teach it, or `associator` in the loss; `CanonicalOrder` around it makes it exact at once.
+
+    Differentiable any number of times. Equal elements can get unequal gradients, since they stand at different places
+    of the tree.
+
+    Args:
+        in_dim: features of an element, and of everything in the tree. A projection beforehand is that of `SetEncoder`.
+        operation: f, from a and b `[count, in_dim]` to `[count, in_dim]`; a GRU cell unless given.
+    """
+
+    def __init__(self, in_dim: int, *, operation: nn.Module | None = None) -> None:
+        super().__init__(in_dim)
+        self.operation = nn.GRUCell(in_dim, in_dim) if operation is None else operation
+
+    def combine(self, first: Tensor, second: Tensor) -> Tensor:
+        """first ⊕ second, `[..., in_dim]` each."""
+        a, b = (operand.reshape(-1, self.in_dim) for operand in (first, second))
+        both = self.operation(torch.cat([a, b]), torch.cat([b, a]))
+        return (0.5 * (both[: len(a)] + both[len(a) :])).view_as(first)
+
+    def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
+        nodes, present = present_first(elements, mask)
+        while nodes.shape[1] > 1:
+            if nodes.shape[1] % 2:
+                nodes, present = nn.functional.pad(nodes, (0, 0, 0, 1)), nn.functional.pad(present, (0, 1))
+            left, right = nodes[:, 0::2], nodes[:, 1::2]
+            # the present ones are in front, so a right node without its left does not occur
+            nodes = torch.where(present[:, 1::2].unsqueeze(-1), self.combine(left, right), left)
+            present = present[:, 0::2]
+        return zeros_where_empty(nodes.sum(1), mask)
+
+    def associator(self, elements: Tensor, mask: Tensor | None = None) -> Tensor:
+        """How far ⊕ is from associative, `[batch]`: the mean square of (a ⊕ b) ⊕ c - a ⊕ (b ⊕ c).
+
+        Over features and all triples of neighbours among the present elements; 0 for sets of less than three.
+        """
+        nodes, present = present_first(elements, mask)
+        a, b, c = (nodes[:, i : max(nodes.shape[1] - 2 + i, 0)] for i in range(3))
+        gap = self.combine(self.combine(a, b), c) - self.combine(a, self.combine(b, c))
+        whole = present[:, 2:]
+        return (gap.square().mean(-1) * whole).sum(1) / whole.sum(1).clamp(min=1)
+
+
+def present_first(elements: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The present elements in front, in their order, with zeros behind; and the mask of them, never None."""
+    if mask is None:
+        return elements, elements.new_ones(elements.shape[:2], dtype=torch.bool)
+    order = mask.int().argsort(dim=1, descending=True, stable=True)
+    elements = masked_fill(elements, mask, 0.0)
+    return elements.gather(1, order.unsqueeze(-1).expand_as(elements)), mask.gather(1, order)
