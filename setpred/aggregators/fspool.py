@@ -50,8 +50,9 @@ class FSPool(Aggregator):
         knots, size = self.weight.shape[0], ranked.shape[1]
         if mask is None and size == knots:
             return (ranked * self.weight).sum(1)
-        rank = torch.arange(size, device=ranked.device, dtype=ranked.dtype)
-        counts = ranked.new_tensor([[size]]) if mask is None else mask.sum(1, keepdim=True).to(ranked.dtype)
+        # in the weight's precision: under autocast the features have less than positions need
+        rank = torch.arange(size, device=ranked.device, dtype=self.weight.dtype)
+        counts = rank.new_tensor([[size]]) if mask is None else mask.sum(1, keepdim=True).to(rank.dtype)
         position = (rank / (counts - 1).clamp(min=1)).clamp(max=1) * (knots - 1)
         below = position.floor().long()
         above = (below + 1).clamp(max=knots - 1)
