@@ -11,10 +11,12 @@ from setpred.aggregators import (
     AttSets,
     CanonicalOrder,
     EquilibriumAggregation,
+    FrameAverage,
     FSPool,
     LearnableMonoid,
     MaxPool,
     MeanPool,
+    OrbitPool,
     PairwiseSetEncoder,
     ResidualPotential,
     SetEncoder,
@@ -58,6 +60,10 @@ FAMILY = {
     "attsets": lambda: AttSets(DIM),
     "attsets, bounded": lambda: AttSets(DIM, bounded=True),
     "monoid in canonical order": lambda: CanonicalOrder(LearnableMonoid(DIM)),
+    "frames, O(3)": lambda: FrameAverage(SetEncoder(FSPool(4, set_size=SIZE), set_dim=DIM, hidden_dim=8)),
+    "frames, SO(2)": lambda: FrameAverage(FSPool(DIM, set_size=SIZE), position_dim=2, reflections=False),
+    "orbits": lambda: OrbitPool(DIM, orbits=4, largest=2.0),
+    "orbits, positions alone": lambda: OrbitPool(DIM, position_dim=DIM, out_dim=4, orbits=4, largest=3.0),
     "set encoder": lambda: SetEncoder(FSPool(4, set_size=SIZE), set_dim=DIM, hidden_dim=8),
     "pairwise": lambda: PairwiseSetEncoder(SetEncoder(FSPool(4, set_size=SIZE**2), set_dim=2 * DIM, hidden_dim=8)),
 }
@@ -131,6 +137,15 @@ def test_gradients_by_finite_differences(aggregator):
     leaf = elements.clone().requires_grad_()
     value(leaf).backward()
     torch.testing.assert_close(leaf.grad, finite_difference(value, elements), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([True, False, True, True, False]).expand(3, -1)])
+def test_half_precision_around_it(aggregator, mask):
+    """As an encoder under autocast, as in training on a GPU."""
+    aggregator, elements = aggregator.float(), random_set().float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        mixed = aggregator(elements.bfloat16(), mask)
+    torch.testing.assert_close(mixed.float(), aggregator(elements, mask).detach(), rtol=0.1, atol=0.1)
 
 
 def test_twice_differentiable_inside_an_objective(aggregator):

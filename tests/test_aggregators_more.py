@@ -11,12 +11,16 @@ from setpred.aggregators import (
     AttentionPool,
     AttSets,
     CanonicalOrder,
+    FrameAverage,
+    FSPool,
     LearnableMonoid,
     MaxPool,
     MeanPool,
+    OrbitPool,
     SetEncoder,
     SumPool,
 )
+from setpred.aggregators.frames import Eigenvectors
 from setpred.callbacks import FASet
 from setpred.decoders import IDSPN
 from setpred.errors import InputError
@@ -29,7 +33,12 @@ RIVALS = {
     "attsets": (lambda: AttSets(DIM), False),
     "monoid": (lambda: LearnableMonoid(DIM), True),
     "monoid in canonical order": (lambda: CanonicalOrder(LearnableMonoid(DIM)), True),
+    "frames": (lambda: FrameAverage(FSPool(DIM, set_size=SIZE)), True),
+    "orbits": (lambda: OrbitPool(DIM, orbits=4), False),
 }
+
+# name to (position_dim, whether reflections are frames too)
+GROUPS = {"O(2)": (2, True), "SO(2)": (2, False), "O(3)": (3, True), "SO(3)": (3, False)}
 
 
 def random_set(batch=3, size=SIZE, dim=DIM, seed=1, dtype=torch.float64):
@@ -312,3 +321,177 @@ def test_canonical_order_makes_any_sequence_function_a_set_function():
     torch.testing.assert_close(pool(elements[:, [0, 2, 1, 3]]), pool(elements), rtol=0, atol=0)
     ranked = elements.gather(1, (elements @ pool.direction.double()).argsort(1, True)[..., None].expand_as(elements))
     torch.testing.assert_close(pool(elements), pool.aggregator(ranked))
+
+
+# --- frames ---
+
+
+def moved(elements, position_dim, *, reflect=False, shift=True, seed=11):
+    """The sets with their positions turned at random, and reflected and shifted if asked for."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(elements), position_dim, position_dim)
+    turn = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64)).Q
+    wrong = torch.linalg.det(turn).sign() != (-1 if reflect else 1)
+    turn[wrong, :, 0] *= -1
+    shifts = 5 * torch.randn(len(elements), 1, position_dim, generator=generator, dtype=torch.float64) * shift
+    positions, features = elements.split([position_dim, elements.shape[-1] - position_dim], dim=-1)
+    return torch.cat([(positions.double() @ turn.mT + shifts).to(features.dtype), features], dim=-1)
+
+
+def frame_average(group, pool=None):
+    position_dim, reflections = GROUPS[group]
+    torch.manual_seed(0)
+    inner = SetEncoder(FSPool(4, set_size=8), set_dim=DIM, hidden_dim=16) if pool is None else pool
+    return FrameAverage(inner, position_dim=position_dim, reflections=reflections)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_frame_average_does_not_see_rotations_translations_and_order(group):
+    pool = frame_average(group)
+    elements = random_set(batch=50, size=8, dtype=torch.float32)
+    mask = torch.rand(50, 8, generator=torch.Generator().manual_seed(0)) < 0.8
+    other = moved(elements, GROUPS[group][0])[:, torch.randperm(8, generator=torch.Generator().manual_seed(1))]
+    torch.testing.assert_close(pool(other), pool(elements), rtol=0, atol=1e-5)
+    torch.testing.assert_close(pool(moved(elements, pool.position_dim), mask), pool(elements, mask), rtol=0, atol=1e-5)
+    # what is wrapped does see them
+    assert (pool.aggregator(moved(elements, pool.position_dim, shift=False)) - pool.aggregator(elements)).std() > 0.01
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_frame_average_sees_handedness_unless_reflections_are_frames(group):
+    pool, elements = frame_average(group).double(), random_set(size=8)
+    difference = pool(moved(elements, pool.position_dim, reflect=True)) - pool(elements)
+    assert (difference.abs().amax(1) < 1e-9).all() if pool.reflections else (difference.abs().amax(1) > 1e-4).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("group", ["O(3)", "SO(3)"])
+def test_frame_average_of_few_elements_that_do_not_span_the_space(group, size):
+    pool, elements = frame_average(group).double(), random_set(size=size)
+    torch.testing.assert_close(pool(moved(elements, 3)), pool(elements), rtol=1e-9, atol=1e-9)
+    assert torch.autograd.gradcheck(pool, elements.requires_grad_())
+
+
+def test_frame_average_of_known_functions():
+    # features pass, positions are centred
+    elements = random_set()
+    pooled = FrameAverage(MeanPool(DIM), position_dim=2)(elements)
+    torch.testing.assert_close(pooled[:, :2], torch.zeros(3, 2, dtype=torch.float64))
+    torch.testing.assert_close(pooled[:, 2:], elements[..., 2:].mean(1))
+    # the ends of a stick of length 2 lie at ±1 on its long axis, the last one, wherever the stick is
+    stick = torch.tensor([[[3.0, 4.0], [3.0 + 2 * 0.6, 4.0 + 2 * 0.8]]])
+    torch.testing.assert_close(FrameAverage(MaxPool(2), position_dim=2)(stick), torch.tensor([[0.0, 1.0]]))
+    assert [len(frame_average(group).signs) for group in GROUPS] == [4, 2, 8, 4]
+    _, frames = frame_average("SO(3)").double().frames(elements[..., :3], None)
+    torch.testing.assert_close(torch.linalg.det(frames), torch.ones(3, 4, dtype=torch.float64))
+
+
+def test_frame_average_of_symmetric_sets_has_finite_gradients():
+    square = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]]], dtype=torch.float64)
+    point = torch.ones(1, 4, 2, dtype=torch.float64)
+    pool = frame_average("O(2)", SetEncoder(FSPool(4, set_size=4), set_dim=2, hidden_dim=8)).double()
+    for elements in (square, point):
+        leaf = elements.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(pool(leaf).square().sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), leaf)
+        assert torch.isfinite(gradient).all()
+        assert torch.isfinite(second).all()
+
+
+def test_eigenvectors_have_the_gradients_of_torchs():
+    root = random_set(batch=2, size=3, dim=3)
+    weights = random_set(batch=2, size=3, dim=3, seed=2)
+
+    def ours(root):
+        return (weights * Eigenvectors.apply(root @ root.mT) ** 2).sum((1, 2))
+
+    def theirs(root):
+        return (weights * torch.linalg.eigh(root @ root.mT).eigenvectors ** 2).sum((1, 2))
+
+    values = []
+    for function in (ours, theirs):
+        leaf = root.clone().requires_grad_()
+        (first,) = torch.autograd.grad(function(leaf).sum(), leaf, create_graph=True)
+        (second,) = torch.autograd.grad((first**3).sum(), leaf, create_graph=True)
+        (third,) = torch.autograd.grad((second**3).sum(), leaf)
+        values.append((first, second, third))
+    for mine, other in zip(*values, strict=True):
+        torch.testing.assert_close(mine, other)
+    assert torch.autograd.gradgradcheck(ours, root.clone().requires_grad_())
+
+
+# --- orbits ---
+
+
+@pytest.mark.parametrize("position_dim", [2, 3])
+def test_orbits_do_not_turn(position_dim):
+    pool = scramble(OrbitPool(DIM, position_dim=position_dim, orbits=6, largest=2.0))
+    elements, mask = random_set(), torch.tensor([True, False, True, True, True]).expand(3, -1)
+    for reflect in (False, True):
+        other = moved(elements, position_dim, reflect=reflect)
+        torch.testing.assert_close(pool.orbit(other, mask)[mask], pool.orbit(elements, mask)[mask])
+        torch.testing.assert_close(pool(other, mask), pool(elements, mask))
+    fixed = scramble(OrbitPool(DIM, position_dim=position_dim, orbits=6, largest=2.0, centred=False))
+    torch.testing.assert_close(fixed(moved(elements, position_dim, shift=False)), fixed(elements))
+    assert not torch.allclose(fixed(moved(elements, position_dim)), fixed(elements))
+    single = pool.float()(elements.float())
+    torch.testing.assert_close(pool(moved(elements.float(), position_dim)), single, rtol=0, atol=1e-5)
+
+
+def orbit_twin(pool, elements):
+    """One set in loops over its orbits and elements, centred at the origin."""
+    out = 0
+    for k, q in enumerate(pool.radii):
+        pooled, nobody = 0, 1
+        for element in elements:
+            radius = (element[:2].square().sum() + (0.1 * pool.spacing) ** 2).sqrt()
+            closeness = [torch.exp(-0.5 * ((radius - other) / pool.spacing) ** 2) for other in pool.radii]
+            share = closeness[k] / sum(closeness)
+            pooled, nobody = pooled + share * element[2:], nobody * (1 - share)
+        changed = pool.network(torch.cat([pooled, q[None]]))
+        out = out + pool.weight[k] * (pool.skip(pooled) + (1 - nobody) * changed)
+    return out / len(elements)
+
+
+def test_orbit_pooling_is_its_twin():
+    pool = scramble(OrbitPool(DIM, position_dim=2, out_dim=3, orbits=4, largest=2.0, centred=False))
+    expected = torch.stack([orbit_twin(pool, each) for each in random_set()])
+    torch.testing.assert_close(pool(random_set()), expected)
+
+
+def test_orbit_pooling_starts_as_the_mean():
+    torch.manual_seed(0)
+    elements, mask = random_set(), torch.tensor([True, False, True, True, True]).expand(3, -1)
+    pool = OrbitPool(DIM, position_dim=2).double()
+    torch.testing.assert_close(pool(elements, mask), MeanPool(DIM)(elements, mask)[:, 2:])
+    # positions alone count the elements
+    torch.testing.assert_close(OrbitPool(2, position_dim=2).double()(elements[..., :2]), torch.ones(3, 1).double())
+
+
+def test_orbit_pooling_tells_radii_apart_and_learns_where_to_put_them():
+    """Positions have gradients along the radius and none around it; at the centre they are finite."""
+    pool = scramble(OrbitPool(2, position_dim=2, orbits=5, largest=2.0, centred=False))
+    positions = random_set(dim=2)
+    positions[0, 0] = 0.0
+    leaf = positions.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(pool(leaf).sum(), leaf, create_graph=True)
+    along = (gradient * leaf).sum(-1)
+    around = gradient[..., 0] * leaf[..., 1] - gradient[..., 1] * leaf[..., 0]
+    assert (along[1:].abs() > 1e-6).all()
+    torch.testing.assert_close(around, torch.zeros_like(around), rtol=0, atol=1e-12)
+    (second,) = torch.autograd.grad(gradient.square().sum(), leaf)
+    assert torch.isfinite(second).all()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: FrameAverage(SumPool(2), position_dim=3), "position_dim from 1 to the 2"),
+        (lambda: OrbitPool(2, position_dim=3), "3 of 2"),
+        (lambda: OrbitPool(4, orbits=1), "at least 2 orbits"),
+        (lambda: OrbitPool(4, largest=0.0), "positive largest"),
+    ],
+)
+def test_positions_that_cannot_be_are_refused(build, message):
+    with pytest.raises(InputError, match=message):
+        build()

@@ -5,8 +5,10 @@ from setpred.aggregators.attsets import AttSets
 from setpred.aggregators.base import Aggregator
 from setpred.aggregators.basic import MaxPool, MeanPool, SumPool
 from setpred.aggregators.equilibrium import EquilibriumAggregation
+from setpred.aggregators.frames import FrameAverage
 from setpred.aggregators.fspool import FSPool, sort_features
 from setpred.aggregators.monoid import LearnableMonoid
+from setpred.aggregators.orbits import OrbitPool
 from setpred.aggregators.ordering import CanonicalOrder
 from setpred.aggregators.potentials import ResidualPotential
 from setpred.aggregators.set_encoder import PairwiseSetEncoder, SetEncoder
@@ -18,9 +20,11 @@ __all__ = [
     "CanonicalOrder",
     "EquilibriumAggregation",
     "FSPool",
+    "FrameAverage",
     "LearnableMonoid",
     "MaxPool",
     "MeanPool",
+    "OrbitPool",
     "PairwiseSetEncoder",
     "ResidualPotential",
     "SetEncoder",
