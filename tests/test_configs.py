@@ -1,4 +1,4 @@
-"""Every configuration is complete: it builds and takes a training step."""
+"""Every configuration is complete: it builds, takes a training step, and a checkpoint of it can be rebuilt."""
 
 from pathlib import Path
 
@@ -6,43 +6,77 @@ import pytest
 import torch
 import yaml
 
-from setpred.cli import build
+from setpred import checkpoint
+from setpred.cli import build, plain
 from setpred.decoders import IDSPN
+from setpred.inner import Unrolled
 
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+COMPARED = sorted((CONFIGS / "compare").glob("*.yaml"))
+EVERY = sorted(CONFIGS.glob("*.yaml")) + COMPARED
+
+every = pytest.mark.parametrize("path", EVERY, ids=lambda path: str(path.relative_to(CONFIGS).with_suffix("")))
+
+
+def built(path, *options):
+    return build(["--config", str(path), "--trainer.accelerator", "cpu", "--trainer.logger", "false", *options])
 
 
 def test_the_promised_configurations_are_there():
     promised = {"quickstart", "clevr", "clevr_fspool", "clevr_dspn", "rendered", "streamed"}
-    assert {path.stem for path in CONFIGS} >= promised
+    assert {path.stem for path in EVERY} >= promised
+    rivals = {"slot_attention"}
+    assert {path.stem for path in COMPARED} >= rivals
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@every
 def test_builds_and_takes_a_step(path):
-    cli = build(["--config", str(path), "--trainer.accelerator", "cpu", "--trainer.logger", "false"])
+    cli = built(path)
     model, data = cli.model, cli.datamodule
-    assert isinstance(model.model.decoder, IDSPN)
-    assert model.model.decoder.set_size == (data.set_size or model.schema.max_objects)
-    assert model.model.encoder.image_size == data.image_size
+    predictor = model.model
+    assert predictor.decoder.set_size == (data.set_size or model.schema.max_objects)
+    assert predictor.encoder.image_size == data.image_size
     generator = torch.Generator().manual_seed(0)
     size = data.image_size
     images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=generator)
-    target = torch.rand(2, model.model.decoder.set_size, model.schema.set_dim, generator=generator)
+    target = torch.rand(2, predictor.decoder.set_size, model.schema.set_dim, generator=generator)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer = model.configure_optimizers()
     # two descent steps are enough to reach every parameter
-    loss = model.loss(model(images, iterations=2), target).mean()
+    loss = model.loss(model(images, iterations=2 if isinstance(predictor.decoder, IDSPN) else None), target).mean()
     loss.backward()
     optimizer.step()
     assert torch.isfinite(loss)
     moved = [not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
     assert sum(moved) > 0.5 * len(moved)
+    if path in COMPARED:  # what a checkpoint would say of it, in plain types, builds the same model
+        record = {part: plain(cli.config.model[part]) for part in ("encoder", "decoder")}
+        classes = checkpoint.allowed_classes()
+        rebuilt = checkpoint.SetPredictor(*(checkpoint.build(record[part], classes) for part in ("encoder", "decoder")))
+        rebuilt.load_state_dict(predictor.state_dict())
+        index = torch.arange(2)
+        with torch.no_grad():
+            torch.testing.assert_close(rebuilt.eval()(images, index=index), predictor.eval()(images, index=index))
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@every
 def test_is_short_and_says_where_its_numbers_come_from(path):
     text = path.read_text()
     assert text.startswith("#")
     assert len(text.splitlines()) < 60
+    assert "set_dim" not in text  # it follows from the schema
     config = yaml.safe_load(text)
     assert {"model", "data", "trainer"} <= set(config)
+
+
+@pytest.mark.parametrize("path", COMPARED, ids=lambda path: path.stem)
+def test_the_compared_have_the_data_and_the_budget_of_the_quickstart(path):
+    quickstart, config = (yaml.safe_load(file.read_text()) for file in (CONFIGS / "quickstart.yaml", path))
+    assert config["data"] == quickstart["data"]
+    assert config["trainer"]["max_epochs"] == quickstart["trainer"]["max_epochs"]
+    assert config["model"]["schedule"]["init_args"]["total_steps"] == 6240
+
+
+def test_dspn_is_one_option_away():
+    cli = built(CONFIGS / "clevr_fspool.yaml", "--model.decoder.init_args.differentiation=setpred.inner.Unrolled")
+    assert isinstance(cli.model.model.decoder.differentiation, Unrolled)

@@ -7,49 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from setpred.decoders.starts import RandomStart
 from setpred.inner import GradientDescent, Problem
 from setpred.inner.differentiation import Differentiation, Implicit
 from setpred.schema import CLEVR
-
-
-class RandomStart(nn.Module):
-    """Y₀ = scale · N(0, 1).
-
-    In training a fresh draw from torch's generator. In evaluation the draw of an example depends on `seed` and its
-    index alone, so that neither batch size nor order nor device changes a result.
-    """
-
-    def __init__(self, set_size: int, set_dim: int, *, scale: float = 0.1, seed: int = 0) -> None:
-        super().__init__()
-        self.shape = (set_size, set_dim)
-        self.scale, self.seed = scale, seed
-
-    def forward(self, latent: Tensor, index: Tensor | None) -> Tensor:
-        """`[batch, set_size, set_dim]`."""
-        if index is None:
-            return self.scale * torch.randn(latent.shape[0], *self.shape, device=latent.device)
-        generator = torch.Generator()  # on the CPU, so that every device gets the same numbers
-        draws = []
-        for i in index.tolist():
-            generator.manual_seed((self.seed * 1_000_003 + i) % 2**63)
-            draws.append(torch.randn(self.shape, generator=generator))
-        return self.scale * torch.stack(draws).to(latent.device)
-
-
-class LearnedStart(nn.Module):
-    """Y₀ a parameter, the same for every example; starts at scale · N(0, 1).
-
-    It learns through `Unrolled` differentiation, or through a `Proximity` term of the objective; an optimum does not
-    depend on where the descent started, so `Implicit` gives it no other gradient.
-    """
-
-    def __init__(self, set_size: int, set_dim: int, *, scale: float = 0.1) -> None:
-        super().__init__()
-        self.initial = nn.Parameter(scale * torch.randn(set_size, set_dim))
-
-    def forward(self, latent: Tensor, index: Tensor | None) -> Tensor:
-        """`[batch, set_size, set_dim]`."""
-        return self.initial.expand(latent.shape[0], -1, -1)
 
 
 class IDSPN(nn.Module):

@@ -1,6 +1,17 @@
-"""Image to latent vector."""
+"""Image to latent vector, or to tokens; and the trunks they are made of."""
 
-from setpred.encoders.resnet import ResNet
-from setpred.encoders.small_cnn import SmallCNN
+from setpred.encoders.resnet import ResNet, ResNetTrunk
+from setpred.encoders.slot_trunk import SlotTrunk
+from setpred.encoders.small_cnn import SmallCNN, SmallTrunk
+from setpred.encoders.tokens import PositionedTokens, Tokens, position_grid
 
-__all__ = ["ResNet", "SmallCNN"]
+__all__ = [
+    "PositionedTokens",
+    "ResNet",
+    "ResNetTrunk",
+    "SlotTrunk",
+    "SmallCNN",
+    "SmallTrunk",
+    "Tokens",
+    "position_grid",
+]

@@ -1,4 +1,4 @@
-"""ResNet trunks with the published iDSPN head."""
+"""ResNet trunks, and with the published iDSPN head."""
 
 from __future__ import annotations
 
@@ -9,12 +9,33 @@ TRUNKS = {18: zoo.resnet18, 34: zoo.resnet34, 50: zoo.resnet50}
 STRIDE = 32  # of the trunk; the head halves once more
 
 
+class ResNetTrunk(nn.Sequential):
+    """Image to a map: a ResNet from scratch, without its pooling and classifier.
+
+    `[batch, 3, image_size, image_size]` -> `[batch, channels, image_size / 32, image_size / 32]`; 512 channels, 2048
+    at depth 50.
+
+    Args:
+        depth: 18, 34 or 50.
+        image_size: side of the square image, a multiple of 32.
+    """
+
+    def __init__(self, *, depth: int = 18, image_size: int = 128) -> None:
+        if depth not in TRUNKS:
+            raise ValueError(f"expected ResNet depth {', '.join(map(str, TRUNKS))}, got {depth}")
+        if image_size % STRIDE or image_size < STRIDE:
+            raise ValueError(f"expected image_size a multiple of {STRIDE}, got {image_size}")
+        resnet = TRUNKS[depth](weights=None)
+        super().__init__(*list(resnet.children())[:-2])
+        self.image_size, self.channels = image_size, resnet.fc.in_features
+
+
 class ResNet(nn.Module):
     """Image to latent vector: ResNet trunk, BatchNorm, strided convolution, flatten.
 
-    The trunk, from scratch and without its pooling and classifier, reduces by 32; the head's 2x2 convolution of
-    stride 2 leaves S x S positions, S = image_size / 64, of latent_dim / S² channels (Zhang et al., ICLR 2022, code).
-    Positions are kept apart in the vector, so it knows where things are.
+    The trunk reduces by 32; the head's 2x2 convolution of stride 2 leaves S x S positions, S = image_size / 64, of
+    latent_dim / S² channels (Zhang et al., ICLR 2022, code). Positions are kept apart in the vector, so it knows where
+    things are.
 
     Args:
         depth: 18, 34 or 50.
@@ -25,17 +46,14 @@ class ResNet(nn.Module):
     def __init__(self, *, depth: int = 18, image_size: int = 128, latent_dim: int = 512) -> None:
         super().__init__()
         side = image_size // (2 * STRIDE)
-        if depth not in TRUNKS:
-            raise ValueError(f"expected ResNet depth {', '.join(map(str, TRUNKS))}, got {depth}")
         if image_size % (2 * STRIDE) or side == 0 or latent_dim % side**2:
             raise ValueError(
                 f"expected image_size a multiple of {2 * STRIDE} and latent_dim a multiple of (image_size / "
                 f"{2 * STRIDE})², got {image_size} and {latent_dim}"
             )
+        self.trunk = ResNetTrunk(depth=depth, image_size=image_size)
         self.image_size, self.latent_dim = image_size, latent_dim
-        trunk = TRUNKS[depth](weights=None)
-        width = trunk.fc.in_features
-        self.trunk = nn.Sequential(*list(trunk.children())[:-2])
+        width = self.trunk.channels
         self.head = nn.Sequential(
             nn.BatchNorm2d(width), nn.Conv2d(width, latent_dim // side**2, 2, stride=2), nn.Flatten()
         )

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-SIDE = 8  # of the map whose positions are pooled
+SIDE = 8  # of the map whose positions are pooled, or are tokens
 
 
 def _stage(narrow: int, wide: int, kernel: int, stride: int) -> nn.Sequential:
@@ -16,6 +16,26 @@ def _stage(narrow: int, wide: int, kernel: int, stride: int) -> nn.Sequential:
         nn.BatchNorm2d(wide),
         nn.ReLU(inplace=True),
     )
+
+
+class SmallTrunk(nn.Sequential):
+    """Image to a map of 8 x 8: strided convolutions with BatchNorm, then one that keeps the size.
+
+    `[batch, 3, image_size, image_size]` -> `[batch, channels, 8, 8]`.
+
+    Args:
+        image_size: side of the square image, 8 · 2^k with k >= 1.
+        width: channels after the first stage; each further stage doubles them up to `4 * width`.
+    """
+
+    def __init__(self, *, image_size: int = 64, width: int = 32) -> None:
+        stages = (image_size // SIDE).bit_length() - 1
+        if stages < 1 or SIDE * 2**stages != image_size:
+            raise ValueError(f"expected image_size {2 * SIDE}, {4 * SIDE}, {8 * SIDE}, …, got {image_size}")
+        channels = [3] + [width * 2 ** min(stage, 2) for stage in range(stages)]
+        halving = [_stage(narrow, wide, 3 if i else 5, 2) for i, (narrow, wide) in enumerate(pairwise(channels))]
+        super().__init__(*halving, _stage(channels[-1], channels[-1], 3, 1))
+        self.image_size, self.channels = image_size, channels[-1]
 
 
 class SmallCNN(nn.Module):
@@ -30,23 +50,18 @@ class SmallCNN(nn.Module):
     Args:
         image_size: side of the square image, 8 · 2^k with k >= 1.
         latent_dim: length of the vector.
-        width: channels after the first stage; each further stage doubles them up to `4 * width`.
+        width: of the `SmallTrunk`.
         hidden_dim: width of the MLP at each position.
     """
 
     def __init__(self, *, image_size: int = 64, latent_dim: int = 256, width: int = 32, hidden_dim: int = 256) -> None:
         super().__init__()
-        stages = (image_size // SIDE).bit_length() - 1
-        if stages < 1 or SIDE * 2**stages != image_size:
-            raise ValueError(f"expected image_size {2 * SIDE}, {4 * SIDE}, {8 * SIDE}, …, got {image_size}")
+        self.trunk = SmallTrunk(image_size=image_size, width=width)
         self.image_size, self.latent_dim = image_size, latent_dim
-        channels = [3] + [width * 2 ** min(stage, 2) for stage in range(stages)]
-        halving = [_stage(narrow, wide, 3 if i else 5, 2) for i, (narrow, wide) in enumerate(pairwise(channels))]
-        self.trunk = nn.Sequential(*halving, _stage(channels[-1], channels[-1], 3, 1))
         line = torch.linspace(-1, 1, SIDE)
         self.register_buffer("position", torch.stack(torch.meshgrid(line, line, indexing="ij")), persistent=False)
         self.at_position = nn.Sequential(
-            _stage(channels[-1] + 2, hidden_dim, 1, 1), nn.Conv2d(hidden_dim, latent_dim, 1)
+            _stage(self.trunk.channels + 2, hidden_dim, 1, 1), nn.Conv2d(hidden_dim, latent_dim, 1)
         )
         self.head = nn.Linear(latent_dim, latent_dim)
 

@@ -1,0 +1,64 @@
+"""Image to tokens: a map whose positions stay apart, for decoders that attend over the image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from setpred.nn import MLP
+
+
+def position_grid(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
+    """How far each position of a map lies from its four edges, in [0, 1]: `[height * width, 4]`, row by row.
+
+    Columns: from the top, from the left, from the bottom, from the right.
+    """
+    rows, columns = (torch.linspace(0, 1, side, device=device) for side in (height, width))
+    grid = torch.cartesian_prod(rows, columns).view(-1, 2)
+    return torch.cat([grid, 1 - grid], dim=-1)
+
+
+class Tokens(nn.Module):
+    """Image to tokens: each position of the trunk's map is one, row by row.
+
+    A token does not know where it is; decoders such as `DETR` add positions themselves.
+
+    Args:
+        trunk: image to map `[batch, channels, height, width]`, with `channels` and `image_size`; such as `SmallTrunk`.
+    """
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.image_size, self.token_dim = trunk.image_size, trunk.channels
+
+    def forward(self, image: Tensor) -> Tensor:
+        """`[batch, 3, image_size, image_size]` in [0, 1] -> `[batch, height * width, token_dim]`."""
+        return self.trunk(image).flatten(2).mT
+
+
+class PositionedTokens(nn.Module):
+    """Image to tokens that know where they are, as Slot Attention takes them (Locatello et al., NeurIPS 2020).
+
+        token_p = MLP(LN(f_p + W e_p + b)),    e_p = distances of position p to the four edges
+
+    f is the trunk's map, W e + b the soft position embedding. The same network runs at every position.
+
+    Args:
+        trunk: image to map `[batch, channels, height, width]`, with `channels` and `image_size`; such as `SmallTrunk`.
+        token_dim: length of a token, and width of the MLP's hidden layer.
+    """
+
+    def __init__(self, trunk: nn.Module, *, token_dim: int = 64) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.image_size, self.token_dim = trunk.image_size, token_dim
+        self.position = nn.Linear(4, trunk.channels)
+        self.norm = nn.LayerNorm(trunk.channels)
+        self.network = MLP(trunk.channels, token_dim, token_dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """`[batch, 3, image_size, image_size]` in [0, 1] -> `[batch, height * width, token_dim]`."""
+        features = self.trunk(image)
+        grid = position_grid(*features.shape[2:], device=image.device)
+        return self.network(self.norm(features.flatten(2).mT + self.position(grid)))

@@ -1,0 +1,398 @@
+"""Laws of the decoders: who is equivariant to what, what padding changes, and gradients against finite differences."""
+
+import itertools
+
+import pytest
+import torch
+from problems import finite_difference
+from torch import nn
+
+from setpred.aggregators import FSPool, SetEncoder, SumPool
+from setpred.decoders import (
+    IDSPN,
+    GaussianStart,
+    LearnedStart,
+    RandomStart,
+    SlotAttention,
+    SlotSoftmax,
+)
+from setpred.decoders.base import refined
+from setpred.encoders import PositionedTokens, ResNetTrunk, SlotTrunk, SmallCNN, SmallTrunk, Tokens, position_grid
+from setpred.errors import InputError
+from setpred.inner import GradientDescent, LatentMatching
+from setpred.model import SetPredictor
+
+BATCH, TOKENS, DIM, SIZE, OUT = 3, 5, 6, 4, 5
+SETS = {"set_size": SIZE, "set_dim": OUT}
+SLOTS = {"token_dim": DIM, "slot_dim": 8, "hidden_dim": 7, **SETS}
+
+TOKEN_DECODERS = {
+    "slot attention": lambda: SlotAttention(**SLOTS),
+    "slot attention, two heads": lambda: SlotAttention(heads=2, **SLOTS),
+    "implicit slot attention": lambda: SlotAttention(gradient_steps=1, iterations=5, **SLOTS),
+}
+VECTOR_DECODERS = {}
+DECODERS = TOKEN_DECODERS | VECTOR_DECODERS
+# whose slots are told apart by their start alone
+SLOT_DECODERS = [name for name in TOKEN_DECODERS if "slot" in name]
+# whose gradients are not those of the value, by design
+APPROXIMATE = {"implicit slot attention"}
+
+every = pytest.mark.parametrize("name", DECODERS)
+every_of_tokens = pytest.mark.parametrize("name", TOKEN_DECODERS)
+every_of_slots = pytest.mark.parametrize("name", SLOT_DECODERS)
+
+
+def build(name, seed=0):
+    torch.manual_seed(seed)
+    return DECODERS[name]().double().eval()
+
+
+def features(name, batch=BATCH):
+    generator = torch.Generator().manual_seed(1)
+    shape = (batch, TOKENS, DIM) if name in TOKEN_DECODERS else (batch, DIM)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def weighted_sum(elements):
+    """A scalar that treats every number differently."""
+    weights = torch.linspace(-1, 2, elements.numel(), dtype=elements.dtype).view_as(elements)
+    return (weights * elements).sum() + elements.square().sum()
+
+
+class Given(nn.Module):
+    """A start that is handed over."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.given = start
+
+    def forward(self, features, index):
+        return self.given
+
+
+def close(actual, expected, **tolerance):
+    torch.testing.assert_close(actual, expected, **{"rtol": 1e-9, "atol": 1e-9, **tolerance})
+
+
+# --- all of them --------------------------------------------------------------------------------------------------
+
+
+@every
+def test_refine_yields_every_prediction_and_forward_the_last(name):
+    decoder, given, index = build(name), features(name), torch.arange(BATCH)
+    iterates = list(decoder.refine(given, index=index))
+    assert all(iterate.shape == (BATCH, SIZE, OUT) for iterate in iterates)
+    close(decoder(given, index=index), iterates[-1])
+    if not decoder.iterative:
+        with pytest.raises(InputError, match="no number of iterations"):
+            decoder(given, iterations=2)
+        return
+    assert len(iterates) == decoder.iterations + 1
+    longer = list(decoder.refine(given, index=index, iterations=decoder.iterations + 2))
+    close(torch.stack(longer[: len(iterates)]), torch.stack(iterates))
+
+
+@every
+def test_a_prediction_depends_on_its_example_alone(name):
+    decoder, given, index = build(name), features(name), torch.tensor([4, 0, 9])
+    together = decoder(given, index=index)
+    order = torch.tensor([2, 0, 1])
+    close(decoder(given[order], index=index[order]), together[order])
+    close(decoder(given[1:2], index=index[1:2]), together[1:2])
+
+
+@pytest.mark.parametrize("name", sorted(DECODERS.keys() - APPROXIMATE))
+def test_gradients_are_those_of_finite_differences(name):
+    decoder, given, index = build(name), features(name), torch.arange(BATCH)
+    leaf = given.clone().requires_grad_()
+    weighted_sum(decoder(leaf, index=index)).backward()
+    with torch.no_grad():
+        expected = finite_difference(lambda point: weighted_sum(decoder(point, index=index)), given)
+        close(leaf.grad, expected, rtol=1e-5, atol=1e-6)
+        # all parameters at once, along a random direction
+        parameters = list(decoder.parameters())
+        directions = [torch.randn_like(parameter) for parameter in parameters]
+        slope = sum((p.grad * d).sum() for p, d in zip(parameters, directions, strict=True))
+        values = []
+        for step in (1e-6, -2e-6):
+            for parameter, direction in zip(parameters, directions, strict=True):
+                parameter += step * direction
+            values.append(weighted_sum(decoder(given, index=index)))
+    close(slope, (values[0] - values[1]) / 2e-6, rtol=1e-5, atol=1e-5)
+
+
+@every
+def test_every_parameter_learns(name):
+    decoder = build(name).train()
+    weighted_sum(decoder(features(name))).backward()
+    for part, parameter in decoder.named_parameters():
+        if part.startswith("start") and getattr(decoder, "gradient_steps", None) is not None:
+            assert parameter.grad is None  # a fixed point does not depend on its start
+        else:
+            assert parameter.grad.abs().max() > 0, part
+
+
+@every
+def test_runs_in_full_precision_under_autocast(name):
+    decoder, given, index = build(name).float(), features(name).bfloat16(), torch.arange(BATCH)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        mixed = decoder(given, index=index)
+        assert torch.is_autocast_enabled("cpu")
+    with torch.no_grad():
+        torch.testing.assert_close(mixed, decoder(given.float(), index=index), rtol=0, atol=0)
+
+
+@every
+def test_features_of_another_shape_are_refused(name):
+    with pytest.raises(ValueError, match="expected features"):
+        build(name)(features(name)[..., 1:])
+    with pytest.raises(ValueError, match="expected features"):
+        build(name)(features(name).unsqueeze(1))
+
+
+# --- over tokens --------------------------------------------------------------------------------------------------
+
+
+@every_of_tokens
+def test_padding_has_no_influence(name):
+    decoder, given, index = build(name), features(name), torch.arange(BATCH)
+    mask = torch.arange(TOKENS) < torch.tensor([[TOKENS], [2], [4]])
+    noise = given.clone().masked_fill(~mask.unsqueeze(-1), torch.nan).requires_grad_()
+    masked = decoder(noise, index=index, mask=mask)
+    for row, count in enumerate([TOKENS, 2, 4]):
+        close(masked[row : row + 1], decoder(given[row : row + 1, :count], index=index[row : row + 1]))
+    weighted_sum(masked).backward()
+    assert torch.isfinite(noise.grad).all()
+    assert (noise.grad[~mask] == 0).all()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in decoder.parameters())
+    with pytest.raises(ValueError, match="mask"):
+        decoder(given, mask=mask[:, 1:])
+
+
+@every_of_tokens
+def test_the_order_of_tokens_changes_nothing(name):
+    decoder, given, index = build(name), features(name), torch.arange(BATCH)
+    order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(2))
+    close(decoder(given[:, order], index=index), decoder(given, index=index))
+
+
+# --- slots --------------------------------------------------------------------------------------------------------
+
+
+@every_of_slots
+def test_elements_permute_with_the_start_of_their_slots(name):
+    decoder, given = build(name), features(name)
+    start, order = decoder.start(given, None), torch.tensor([2, 0, 3, 1])
+    decoder.start = Given(start)
+    elements = decoder(given)
+    decoder.start = Given(start[:, order])
+    close(decoder(given), elements[:, order])
+
+
+@every_of_slots
+def test_slots_that_start_equal_stay_equal(name):
+    """Set equivariance: whatever the weights, equal slots end as equal elements, so two equal objects are one."""
+    for seed in range(3):
+        decoder, given = build(name, seed), features(name)
+        decoder.start = Given(decoder.start(given, None)[:, :1].expand(-1, SIZE, -1))
+        elements = decoder(given)
+        close(elements, elements[:, :1].expand_as(elements))
+
+
+def test_idspn_with_sorting_separates_what_starts_equal_and_with_a_sum_does_not():
+    """Exclusive multiset equivariance: equal elements get different gradients from the sort (Zhang et al., 2022)."""
+    for pool, separates in ((FSPool(16, set_size=SIZE), True), (SumPool(16), False)):
+        torch.manual_seed(0)
+        encoder = SetEncoder(pool, set_dim=OUT, hidden_dim=8)
+        start = Given(torch.randn(1, 1, OUT).expand(BATCH, SIZE, OUT))
+        decoder = IDSPN(LatentMatching(encoder), GradientDescent(iterations=5), start=start, **SETS)
+        elements = decoder.double()(torch.randn(BATCH, 16, dtype=torch.float64))
+        apart = torch.stack([(elements[:, i] - elements[:, j]).norm() for i, j in itertools.combinations(range(4), 2)])
+        assert apart.min() > 1e-3 if separates else apart.max() < 1e-9
+
+
+def test_slot_softmax_against_a_loop():
+    queries, keys = torch.randn(2, 1, 3, 4, dtype=torch.float64), torch.randn(2, 1, 5, 4, dtype=torch.float64)
+    weights = SlotSoftmax()(queries, keys, None, None)
+    for b in range(2):
+        shares = torch.zeros(3, 5, dtype=torch.float64)
+        for s in range(5):
+            scores = [float(queries[b, 0, i] @ keys[b, 0, s]) / 2 for i in range(3)]
+            total = sum(torch.tensor(score).exp() for score in scores)
+            for i in range(3):
+                shares[i, s] = torch.tensor(scores[i]).exp() / total
+        close(weights[b, 0], shares / shares.sum(1, keepdim=True), rtol=1e-6, atol=1e-6)
+
+
+def test_the_start_of_slots_has_the_learned_mean_and_deviation():
+    start = GaussianStart(SIZE, 3, seed=5)
+    draws = start(torch.zeros(4000, 1), torch.arange(4000))
+    close(draws.mean((0, 1)), start.mean, rtol=0, atol=0.05)
+    close(draws.std((0, 1)), start.log_deviation.exp(), rtol=0.05, atol=0)
+    noise = RandomStart(SIZE, 3, scale=1.0, seed=5)(torch.zeros(4000, 1), torch.arange(4000))
+    torch.testing.assert_close(draws, start.mean + start.log_deviation.exp() * noise)
+
+
+# --- gradients at a fixed point ------------------------------------------------------------------------------------
+
+
+class Contraction:
+    """f(s; θ) = tanh(A s + θ) per example, |A| < 1: one fixed point, and its derivatives in closed form."""
+
+    def __init__(self, dim=4):
+        generator = torch.Generator().manual_seed(0)
+        matrix = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+        self.matrix = 0.8 * matrix / torch.linalg.matrix_norm(matrix, ord=2)
+        self.theta, self.start, self.upstream = torch.randn(3, 2, dim, generator=generator, dtype=torch.float64)
+
+    def after(self, theta, iterations, gradient_steps=None, start=None):
+        def step(state):
+            return (state @ self.matrix.mT + theta).tanh()
+
+        start = self.start if start is None else start
+        *_, last = refined(step, start, iterations=iterations, gradient_steps=gradient_steps)
+        return last
+
+    def gradient(self, iterations, gradient_steps=None):
+        theta = self.theta.clone().requires_grad_()
+        (self.upstream * self.after(theta, iterations, gradient_steps)).sum().backward()
+        return theta.grad
+
+    def series(self, terms):
+        """Σ_{j < terms} uᵀ Jʲ ∂f/∂θ at the fixed point, J = ∂f/∂θ A and ∂f/∂θ = diag(1 - s²)."""
+        slope = 1 - self.after(self.theta, 300).square()
+        term = total = self.upstream * slope
+        for _ in range(terms - 1):
+            term = (term @ self.matrix) * slope
+            total = total + term
+        return total
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_the_last_steps_give_the_first_terms_of_the_series(steps):
+    """Exact at the fixed point; one step, implicit Slot Attention, is the first term alone."""
+    problem = Contraction()
+    close(problem.gradient(200, steps), problem.series(steps))
+    assert (problem.gradient(200, steps) - problem.series(200)).abs().max() > 1e-3
+
+
+def test_many_steps_are_the_implicit_gradient_and_the_unrolled_one():
+    problem = Contraction()
+    exact = finite_difference(lambda t: (problem.upstream * problem.after(t, 300)).sum(), problem.theta)
+    close(problem.gradient(300, 150), exact, rtol=1e-7, atol=1e-7)
+    close(problem.gradient(300), exact, rtol=1e-7, atol=1e-7)
+
+
+def test_the_one_step_gradient_is_that_of_a_step_from_where_the_others_led():
+    """Exact wherever the iteration stands: s_T = f(s_{T-1}) with s_{T-1} held fixed."""
+    decoder, given, index = build("implicit slot attention"), features("slot attention"), torch.arange(BATCH)
+    decoder.head = nn.Identity()
+    *_, before, last = decoder.refine(given, index=index)
+    weighted_sum(last).backward()
+    gradients = [parameter.grad.clone() for parameter in decoder.parameters() if parameter.grad is not None]
+    decoder.zero_grad()
+    decoder.start, decoder.gradient_steps = Given(before.detach()), None
+    again = decoder(given, iterations=1)
+    close(again, last)
+    weighted_sum(again).backward()
+    for gradient, parameter in zip(gradients, decoder.parameters(), strict=False):
+        close(parameter.grad, gradient)
+
+
+def test_steps_without_gradients_leave_the_value_and_the_start_alone():
+    problem = Contraction()
+    start = problem.start.clone().requires_grad_()
+    close(problem.after(problem.theta, 7, 2), problem.after(problem.theta, 7))
+    assert not problem.after(problem.theta, 7, 2, start).requires_grad
+    assert problem.after(problem.theta, 7, None, start).requires_grad
+    theta = problem.theta.clone().requires_grad_()
+    with torch.no_grad():
+        assert not problem.after(theta, 3, 2).requires_grad
+
+
+# --- encoders that give tokens --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trunk", [SmallTrunk(image_size=16, width=4), SlotTrunk(image_size=32, width=6)])
+def test_tokens_are_the_positions_of_the_map(trunk):
+    torch.manual_seed(0)
+    image = torch.rand(2, 3, trunk.image_size, trunk.image_size)
+    bare, positioned = Tokens(trunk).eval(), PositionedTokens(trunk, token_dim=5).eval()
+    features = trunk(image)
+    tokens = bare(image)
+    assert tokens.shape == (2, 64, bare.token_dim)
+    assert bare.image_size == positioned.image_size == trunk.image_size
+    torch.testing.assert_close(tokens[:, 11], features[:, :, 1, 3])
+    assert positioned(image).shape == (2, 64, 5)
+    top, bottom = [[0, 0, 1, 1], [0, 0.5, 1, 0.5], [0, 1, 1, 0]], [[1, 0, 0, 1], [1, 0.5, 0, 0.5], [1, 1, 0, 0]]
+    assert position_grid(2, 3).tolist() == top + bottom
+
+
+def test_equal_features_at_different_positions_are_different_tokens():
+    flat = torch.zeros(1, 3, 32, 32)
+    trunk = nn.Sequential(nn.Conv2d(3, 4, 1, stride=4))
+    trunk.image_size, trunk.channels = 32, 4
+    assert torch.equal(*Tokens(trunk)(flat)[0, [0, 30]])
+    tokens = PositionedTokens(trunk, token_dim=5)(flat)[0]
+    assert torch.pdist(tokens.double()).min() > 0
+
+
+def test_a_resnet_trunk_refuses_sizes_it_cannot_have():
+    with pytest.raises(ValueError, match="expected image_size"):
+        ResNetTrunk(image_size=100)
+
+
+# --- the door -----------------------------------------------------------------------------------------------------
+
+
+def slots(**numbers):
+    return SlotAttention(**{**SLOTS, **numbers})
+
+
+def idspn():
+    return IDSPN(LatentMatching(SetEncoder(FSPool(16, set_size=SIZE))), GradientDescent(iterations=1), set_size=SIZE)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "message"),
+    [
+        (
+            lambda: SmallCNN(image_size=16, latent_dim=16, width=4),
+            slots,
+            "SmallCNN gives a vector of 16 numbers, the decoder SlotAttention takes tokens of 6 numbers; take an encod",
+        ),
+        (
+            lambda: Tokens(SmallTrunk(image_size=16, width=4)),
+            idspn,
+            "Tokens gives tokens of 4 numbers, the decoder IDSPN takes a vector; take an encoder that gives a vector",
+        ),
+        (
+            lambda: PositionedTokens(SmallTrunk(image_size=16, width=4), token_dim=5),
+            slots,
+            "gives tokens of 5 numbers, .* takes tokens of 6 numbers; give both the same token_dim",
+        ),
+    ],
+    ids=["vector for tokens", "tokens for vector", "tokens of another length"],
+)
+def test_features_that_do_not_fit_are_said_at_the_door(encoder, decoder, message):
+    with pytest.raises(InputError, match=message):
+        SetPredictor(encoder(), decoder())
+
+
+def test_parts_that_state_nothing_pass():
+    SetPredictor(nn.Identity(), nn.Identity())
+    SetPredictor(SmallCNN(image_size=16, latent_dim=16, width=4), idspn())
+    SetPredictor(PositionedTokens(SmallTrunk(image_size=16, width=4), token_dim=DIM), slots())
+
+
+@pytest.mark.parametrize("numbers", [{"heads": 3}, {"iterations": -1}, {"gradient_steps": 0}])
+def test_slot_attention_refuses_numbers_it_cannot_have(numbers):
+    with pytest.raises(InputError, match="expected slot_dim"):
+        slots(**numbers)
+
+
+def test_a_start_can_be_learned():
+    decoder = slots(start=LearnedStart(SIZE, 8, scale=1.0))
+    weighted_sum(decoder(torch.randn(BATCH, TOKENS, DIM))).backward()
+    assert decoder.start.initial.grad.abs().max() > 0
