@@ -21,6 +21,7 @@ from setpred.aggregators import (
     ResidualPotential,
     SetEncoder,
     SumPool,
+    SupersetPool,
     sort_features,
 )
 from setpred.inner import (
@@ -64,6 +65,10 @@ FAMILY = {
     "frames, SO(2)": lambda: FrameAverage(FSPool(DIM, set_size=SIZE), position_dim=2, reflections=False),
     "orbits": lambda: OrbitPool(DIM, orbits=4, largest=2.0),
     "orbits, positions alone": lambda: OrbitPool(DIM, position_dim=DIM, out_dim=4, orbits=4, largest=3.0),
+    "superset": lambda: SupersetPool(DIM, out_dim=4),
+    "set encoder that keeps positions": lambda: SetEncoder(
+        OrbitPool(5, position_dim=2, orbits=4), set_dim=DIM, hidden_dim=8, kept=2
+    ),
     "set encoder": lambda: SetEncoder(FSPool(4, set_size=SIZE), set_dim=DIM, hidden_dim=8),
     "pairwise": lambda: PairwiseSetEncoder(SetEncoder(FSPool(4, set_size=SIZE**2), set_dim=2 * DIM, hidden_dim=8)),
 }

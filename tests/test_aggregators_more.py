@@ -19,12 +19,13 @@ from setpred.aggregators import (
     OrbitPool,
     SetEncoder,
     SumPool,
+    SupersetPool,
 )
 from setpred.aggregators.frames import Eigenvectors
 from setpred.callbacks import FASet
 from setpred.decoders import IDSPN
 from setpred.errors import InputError
-from setpred.inner import GradientDescent, Implicit, LatentMatching, Problem
+from setpred.inner import Conditioned, GradientDescent, Implicit, LatentMatching, Problem
 
 DIM, SIZE = 6, 5
 # name to (constructor, whether equal elements can get unequal gradients)
@@ -35,6 +36,7 @@ RIVALS = {
     "monoid in canonical order": (lambda: CanonicalOrder(LearnableMonoid(DIM)), True),
     "frames": (lambda: FrameAverage(FSPool(DIM, set_size=SIZE)), True),
     "orbits": (lambda: OrbitPool(DIM, orbits=4), False),
+    "superset": (lambda: SupersetPool(DIM), False),
 }
 
 # name to (position_dim, whether reflections are frames too)
@@ -438,6 +440,17 @@ def test_orbits_do_not_turn(position_dim):
     torch.testing.assert_close(pool(moved(elements.float(), position_dim)), single, rtol=0, atol=1e-5)
 
 
+def test_a_set_encoder_that_keeps_positions_keeps_the_invariance():
+    torch.manual_seed(0)
+    elements = random_set()
+    pools = [SetEncoder(OrbitPool(8, orbits=6), set_dim=DIM, hidden_dim=8, kept=kept).double() for kept in (3, 0)]
+    same, other = (torch.allclose(pool(moved(elements, 3)), pool(elements)) for pool in pools)
+    assert same
+    assert not other
+    with pytest.raises(InputError, match="kept to leave some of 3 numbers"):
+        SetEncoder(OrbitPool(8), set_dim=3, kept=3)
+
+
 def orbit_twin(pool, elements):
     """One set in loops over its orbits and elements, centred at the origin."""
     out = 0
@@ -495,3 +508,54 @@ def test_orbit_pooling_tells_radii_apart_and_learns_where_to_put_them():
 def test_positions_that_cannot_be_are_refused(build, message):
     with pytest.raises(InputError, match=message):
         build()
+
+
+# --- superset ---
+
+
+def test_superset_pooling_is_two_sums():
+    pool = SupersetPool(3, out_dim=2)
+    with torch.no_grad():
+        pool.subset.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        pool.superset.weight.copy_(torch.tensor([[0.0, 10.0], [0.0, 0.0]]))
+        pool.subset.bias.copy_(torch.tensor([0.5, 0.0]))
+    elements = torch.tensor([[[1.0, 2.0, 3.0], [0.0, 5.0, 7.0], [1.0, 4.0, -2.0], [1.0, 90.0, 90.0]]])
+    mask = torch.tensor([[True, True, True, False]])
+    # S = {(2, 3), (4, -2)}, V = S with (5, 7): (2 + 4 + 10 (3 + 7 - 2) + 0.5, 3 - 2)
+    expected = torch.nn.functional.silu(torch.tensor([[86.5, 1.0]]))
+    torch.testing.assert_close(pool(elements, mask), expected)
+
+
+def test_superset_pooling_knows_where_a_subset_comes_from():
+    """The same subset in another superset differs, other elements' order and that of padding do not matter."""
+    pool, features = scramble(SupersetPool(DIM)), random_set(batch=1, dim=DIM - 1)
+    member = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64).view(1, SIZE, 1)
+    elements = torch.cat([member, features], dim=-1)
+    mask = torch.tensor([[True, True, True, False, False]])
+    assert not torch.allclose(pool(elements, mask), pool(elements))
+    torch.testing.assert_close(pool(elements[:, [0, 1, 4, 3, 2]]), pool(elements))
+    torch.testing.assert_close(pool(elements[:, [1, 0, 2, 3, 4]]), pool(elements))
+    # no subset, in a superset that is there, is not nothing
+    empty = torch.cat([0 * member, features], dim=-1)
+    assert (pool(empty) != 0).all()
+
+
+def test_a_subset_is_found_by_descent_on_its_memberships():
+    """z is the encoding of a subset; the memberships that fit it best are those of the subset."""
+    encoder = scramble(SetEncoder(SupersetPool(17), set_dim=4, hidden_dim=16, kept=1))
+    features = random_set(batch=4, size=4, dim=3)
+    wanted = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]).double().unsqueeze(-1)
+    latent = encoder(torch.cat([wanted, features], dim=-1)).detach()
+    decoder = IDSPN(
+        Conditioned(LatentMatching(encoder)),
+        GradientDescent(iterations=600, learning_rate=0.1, momentum=0.9, clip=1.0),
+        set_size=4,
+        set_dim=1,
+    )
+    found = decoder(latent, index=torch.arange(4), condition=features).detach()
+    assert ((found > 0.5) == (wanted > 0.5)).all()
+
+
+def test_a_superset_needs_features():
+    with pytest.raises(InputError, match="at least one more number"):
+        SupersetPool(1)

@@ -12,6 +12,7 @@ from setpred.aggregators.orbits import OrbitPool
 from setpred.aggregators.ordering import CanonicalOrder
 from setpred.aggregators.potentials import ResidualPotential
 from setpred.aggregators.set_encoder import PairwiseSetEncoder, SetEncoder
+from setpred.aggregators.superset import SupersetPool
 
 __all__ = [
     "Aggregator",
@@ -29,5 +30,6 @@ __all__ = [
     "ResidualPotential",
     "SetEncoder",
     "SumPool",
+    "SupersetPool",
     "sort_features",
 ]

@@ -22,8 +22,8 @@ class OrbitPool(Aggregator):
 
     The radius is the only thing that is read of a position, so the result is invariant exactly, and to rotations of
     each element by itself as well: what positions say of each other must be in the features, from an equivariant
-    network beforehand. `SetEncoder` mixes positions into all it gives and so loses the invariance; put element-wise
-    networks on the features alone.
+    network beforehand. A `SetEncoder` around it must keep the positions (`kept=position_dim`), or it loses the
+    invariance.
 
     Two choices differ from the published code. m is smooth, a softmax over q of -½ (radius_i - q)² / spacing², where
     the code has bins with edges: so gradients reach the positions. And radii run to a fixed `largest`, not from the

@@ -7,24 +7,36 @@ from torch import Tensor
 
 from setpred.aggregators.base import Aggregator
 from setpred.aggregators.basic import masked_fill
+from setpred.errors import InputError
 from setpred.nn import MLP
 from setpred.schema import CLEVR
 from setpred.sets import check_set
 
 
 class SetEncoder(Aggregator):
-    """g(Y) = aggregate_i MLP(y_i), with an MLP of one hidden layer.
+    """g(Y) = aggregate_i [k_i, MLP(f_i)] for elements y_i = [k_i, f_i], with an MLP of one hidden layer.
+
+    Nothing is kept, k_i = [], unless the aggregator reads numbers of its own from an element: positions or membership.
 
     Args:
-        aggregator: pools features; its `in_dim` is the width of the MLP's output.
+        aggregator: pools features; its `in_dim` is the width of the MLP's output, and what is kept.
         set_dim: numbers of an element.
         hidden_dim: width of the hidden layer.
+        kept: how many leading numbers of an element go to the aggregator as they are.
     """
 
-    def __init__(self, aggregator: Aggregator, *, set_dim: int = CLEVR.set_dim, hidden_dim: int = 512) -> None:
+    def __init__(
+        self, aggregator: Aggregator, *, set_dim: int = CLEVR.set_dim, hidden_dim: int = 512, kept: int = 0
+    ) -> None:
+        if not 0 <= kept < min(set_dim, aggregator.in_dim):
+            raise InputError(
+                f"expected kept to leave some of {set_dim} numbers and of the aggregator's {aggregator.in_dim}, got "
+                f"{kept}; give the number of leading positions or memberships"
+            )
         super().__init__(set_dim, aggregator.out_dim)
-        self.network = MLP(set_dim, hidden_dim, aggregator.in_dim)
+        self.network = MLP(set_dim - kept, hidden_dim, aggregator.in_dim - kept)
         self.aggregator = aggregator
+        self.kept = kept
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
         return self.aggregator(self._features(elements, mask), mask)
@@ -36,7 +48,10 @@ class SetEncoder(Aggregator):
 
     def _features(self, elements: Tensor, mask: Tensor | None) -> Tensor:
         # padding may hold anything, NaN too, which would reach the weights' gradients
-        return self.network(masked_fill(elements, mask, 0.0))
+        elements = masked_fill(elements, mask, 0.0)
+        if self.kept == 0:
+            return self.network(elements)
+        return torch.cat([elements[..., : self.kept], self.network(elements[..., self.kept :])], dim=-1)
 
 
 class PairwiseSetEncoder(Aggregator):
