@@ -11,7 +11,8 @@ class Aggregator(nn.Module):
     """Set to vector: `elements [batch, set_size, in_dim]` and `mask` to `[batch, out_dim]`.
 
     Subclasses write `aggregate(elements, mask)`. Equal multisets give equal vectors, in any order of the
-    elements, and masked elements have no influence (value and gradient). An empty set gives zeros.
+    elements (`LearnableMonoid` has to learn that), and masked elements have no influence (value and gradient). An
+    empty set gives zeros.
 
     Args:
         in_dim: numbers of an element.
