@@ -1,6 +1,8 @@
-"""Costs to assignments."""
+"""Costs to assignments (Hungarian) or to transport plans (Sinkhorn)."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,47 +20,154 @@ class NotFiniteError(ArithmeticError):
         self.samples = samples
 
 
-def pairwise_smooth_l1(predicted: Tensor, target: Tensor) -> Tensor:
-    """cost[b, i, j] = mean_d smooth_L1(predicted_bid - target_bjd).
-
-    smooth_L1(e) = e²/2 for |e| < 1, |e| - 1/2 beyond (Girshick 2015). `[batch, n, dim]`, `[batch, m, dim]` ->
-    `[batch, n, m]`.
-    """
+def check_pair(predicted: Tensor, target: Tensor) -> None:
+    """Raises `ValueError` unless these are sets `[batch, n, dim]` and `[batch, m, dim]`."""
     if predicted.ndim != 3 or target.ndim != 3 or predicted.shape[::2] != target.shape[::2]:
         raise ValueError(
             "expected sets of equal batch and element size, got "
             f"{list(predicted.shape)} predicted and {list(target.shape)} target"
         )
-    n, m = predicted.shape[1], target.shape[1]
-    shape = (-1, n, m, -1)
-    return functional.smooth_l1_loss(
-        predicted.unsqueeze(2).expand(shape), target.unsqueeze(1).expand(shape), reduction="none"
-    ).mean(-1)
 
 
-def hungarian(cost: Tensor) -> Tensor:
+def _pairs(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sets as `[batch, n, m, dim]`: each element beside each."""
+    check_pair(predicted, target)
+    shape = (-1, predicted.shape[1], target.shape[1], -1)
+    return predicted.unsqueeze(2).expand(shape), target.unsqueeze(1).expand(shape)
+
+
+def _weighted_mean(costs: Tensor, weights: Tensor | None) -> Tensor:
+    return (costs if weights is None else costs * weights).mean(-1)
+
+
+def pairwise_smooth_l1(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """cost[b, i, j] = mean_d w_d smooth_L1(predicted_bid - target_bjd).
+
+    smooth_L1(e) = e²/2 for |e| < 1, |e| - 1/2 beyond (Girshick 2015). `[batch, n, dim]`, `[batch, m, dim]` and
+    `weights [dim]` (1 unless given) -> `[batch, n, m]`.
+    """
+    return _weighted_mean(functional.smooth_l1_loss(*_pairs(predicted, target), reduction="none"), weights)
+
+
+def pairwise_squared(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """cost[b, i, j] = ½ mean_d w_d (predicted_bid - target_bjd)²; shapes as `pairwise_smooth_l1`."""
+    return 0.5 * _weighted_mean(functional.mse_loss(*_pairs(predicted, target), reduction="none"), weights)
+
+
+def hungarian(cost: Tensor, predicted_mask: Tensor | None = None, target_mask: Tensor | None = None) -> Tensor:
     """The one-to-one assignment of least total cost, for each example.
 
     argmin_π Σ_j cost[b, π(j), j], by scipy's `linear_sum_assignment` on the CPU; one transfer each way.
 
     Args:
-        cost: `[batch, n, m]` with n >= m: predictions by targets.
+        cost: `[batch, n, m]`, predictions by targets; n >= m unless there are masks.
+        predicted_mask, target_mask: bool `[batch, n]` and `[batch, m]`, which take part; all unless given. Of
+            those, as many are paired as the fewer ones allow; costs of the others are not read.
 
     Returns:
-        int64 `[batch, m]`: which prediction each target gets.
+        int64 `[batch, m]`: which prediction each target gets, -1 for none.
 
     Raises:
         NotFiniteError: a cost that is NaN or infinite, naming the samples.
 
     >>> hungarian(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]))
     tensor([[1, 0]])
+    >>> hungarian(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), target_mask=torch.tensor([[False, True]]))
+    tensor([[-1,  0]])
     """
-    if cost.ndim != 3 or cost.shape[1] < cost.shape[2]:
+    masked = predicted_mask is not None or target_mask is not None
+    if cost.ndim != 3 or (cost.shape[1] < cost.shape[2] and not masked):
         raise ValueError(f"expected cost [batch, n, m] with n >= m, got {list(cost.shape)}")
     costs = cost.detach().float().cpu().numpy()
-    finite = np.isfinite(costs).all(axis=(1, 2))
+    rows, columns = (
+        np.ones(shape, dtype=bool) if mask is None else mask.cpu().numpy()
+        for mask, shape in ((predicted_mask, cost.shape[:2]), (target_mask, cost.shape[::2]))
+    )
+    finite = np.isfinite(costs)
+    finite = (finite | ~(rows[:, :, None] & columns[:, None, :]) if masked else finite).all(axis=(1, 2))
     if not finite.all():
         raise NotFiniteError("the matching cost", np.flatnonzero(~finite).tolist())
-    # of the transposed cost the rows are the targets, which come back in order
-    assignment = np.array([linear_sum_assignment(c.T)[1] for c in costs], dtype=np.int64)
-    return torch.from_numpy(assignment.reshape(cost.shape[0], cost.shape[2])).to(cost.device)
+    assignment = np.full(columns.shape, -1, dtype=np.int64)
+    for chosen, c, row, column in zip(assignment, costs, rows, columns, strict=True):
+        if masked:
+            i, j = np.flatnonzero(row), np.flatnonzero(column)
+            their, ours = linear_sum_assignment(c[np.ix_(i, j)].T)
+            chosen[j[their]] = i[ours]
+        else:  # of the transposed cost the rows are the targets, which come back in order
+            chosen[:] = linear_sum_assignment(c.T)[1]
+    return torch.from_numpy(assignment).to(cost.device)
+
+
+class Transport(NamedTuple):
+    """What `sinkhorn` found: the plan `[batch, n, m]`, and its potentials f `[batch, n]` and g `[batch, m]`."""
+
+    plan: Tensor
+    rows: Tensor
+    columns: Tensor
+
+
+def log_mass(mass: Tensor) -> Tensor:
+    """log of masses `[batch, n]`, -∞ where there is none; zeros for an example without any, so that nothing is NaN."""
+    present = mass > 0
+    nothing = ~present.any(-1, keepdim=True)
+    return torch.where(present, mass, 1.0).log().masked_fill(~(present | nothing), -torch.inf)
+
+
+def soft_minimum(cost: Tensor, potential: Tensor, log_masses: Tensor, epsilon: float | Tensor) -> Tensor:
+    """f_i = -ε log Σ_j b_j exp((g_j - C_ij) / ε): one half-step of Sinkhorn's algorithm, in the log domain.
+
+    Cost `[batch, n, m]`, g and log b `[batch, m]`, ε one number or `[batch]` -> `[batch, n]`. As ε -> 0 it is
+    min_j C_ij - g_j.
+    """
+    each = epsilon.unsqueeze(1) if isinstance(epsilon, Tensor) else epsilon
+    exponents = (potential / each).unsqueeze(1) - cost / (each.unsqueeze(2) if isinstance(each, Tensor) else each)
+    return -each * (exponents + log_masses.unsqueeze(1)).logsumexp(-1)
+
+
+def sinkhorn(
+    cost: Tensor,
+    row_mass: Tensor | None = None,
+    column_mass: Tensor | None = None,
+    *,
+    epsilon: float,
+    iterations: int,
+    start: Transport | None = None,
+) -> Transport:
+    """Sinkhorn's algorithm in the log domain: the transport plan of least cost at temperature ε, for each example.
+
+        argmin_P Σ_ij P_ij C_ij + ε KL(P | a bᵀ)   with   Σ_j P_ij = a_i,  Σ_i P_ij = b_j
+
+    which is P_ij = a_i b_j exp((f_i + g_j - C_ij) / ε), with f and g made to fit in turns (Cuturi, NeurIPS 2013).
+    The last turn is g's: column sums are exact, row sums as good as the iterations. Differentiable through all of
+    them. A temperature small against the costs needs many of them.
+
+    Args:
+        cost: C `[batch, n, m]`, finite.
+        row_mass, column_mass: a `[batch, n]` and b `[batch, m]`, not negative and of equal sum; a uniform unit of mass
+            unless given. Where there is no mass the plan is zero; an example without any has a plan of zeros.
+        epsilon: ε, in the unit of the cost.
+        iterations: turns of f and g together.
+        start: an earlier result to go on from.
+
+    >>> plan = sinkhorn(torch.tensor([[[0.0, 1.0], [1.0, 0.0]]]), epsilon=0.01, iterations=5).plan
+    >>> plan.round(decimals=4).tolist()
+    [[[0.5, 0.0], [0.0, 0.5]]]
+    """
+    if cost.ndim != 3 or epsilon <= 0 or iterations < 0:
+        raise ValueError(
+            "expected cost [batch, n, m], epsilon > 0 and iterations >= 0, got "
+            f"{list(cost.shape)}, {epsilon} and {iterations}"
+        )
+    batch, n, m = cost.shape
+    a = cost.new_full((batch, n), 1 / max(n, 1)) if row_mass is None else row_mass
+    b = cost.new_full((batch, m), 1 / max(m, 1)) if column_mass is None else column_mass
+    if a.shape != (batch, n) or b.shape != (batch, m):
+        raise ValueError(f"expected masses {[batch, n]} and {[batch, m]}, got {list(a.shape)} and {list(b.shape)}")
+    log_a, log_b = log_mass(a), log_mass(b)
+    f, g = (torch.zeros_like(a), torch.zeros_like(b)) if start is None else (start.rows, start.columns)
+    for _ in range(iterations):
+        f = soft_minimum(cost, g, log_b, epsilon)
+        g = soft_minimum(cost.mT, f, log_a, epsilon)
+    exponents = (f.unsqueeze(2) + g.unsqueeze(1) - cost) / epsilon + log_a.unsqueeze(2) + log_b.unsqueeze(1)
+    something = (a > 0).any(-1) & (b > 0).any(-1)
+    return Transport(exponents.exp() * something.view(-1, 1, 1), f, g)

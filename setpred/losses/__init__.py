@@ -1,0 +1,22 @@
+"""Set losses, per example: `[batch, n, dim]` predicted and `[batch, m, dim]` target sets to `[batch]`."""
+
+from setpred.losses.base import SetLoss
+from setpred.losses.boxes import generalised_iou
+from setpred.losses.chamfer import ChamferLoss
+from setpred.losses.detr import DETRCriterion
+from setpred.losses.distributional import DistributionalSlicedWasserstein
+from setpred.losses.hungarian import HungarianLoss
+from setpred.losses.sinkhorn import SinkhornDivergence
+from setpred.losses.sliced import MaxSlicedWasserstein, SlicedWasserstein
+
+__all__ = [
+    "ChamferLoss",
+    "DETRCriterion",
+    "DistributionalSlicedWasserstein",
+    "HungarianLoss",
+    "MaxSlicedWasserstein",
+    "SetLoss",
+    "SinkhornDivergence",
+    "SlicedWasserstein",
+    "generalised_iou",
+]
