@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from setpred import aggregators, decoders, encoders, inner
+from setpred import aggregators, decoders, encoders, inner, losses
 from setpred.errors import InputError
 from setpred.files import write_atomically
 from setpred.model import SetPredictor
@@ -24,7 +24,7 @@ from setpred.schema import ElementSchema
 
 KEY = "setpred"  # where a checkpoint keeps what rebuilds its model
 VERSION = 1
-PART_MODULES: tuple[ModuleType, ...] = (aggregators, decoders, encoders, inner)
+PART_MODULES: tuple[ModuleType, ...] = (aggregators, decoders, encoders, inner, losses)
 
 
 def allowed_classes(extra: Iterable[str] = ()) -> dict[str, type]:

@@ -67,9 +67,9 @@ def test_sizes_of_clevr_stand_in_the_schema_alone():
 
 
 def test_every_public_part_is_documented():
-    from setpred import aggregators, decoders, encoders, inner
+    from setpred import aggregators, decoders, encoders, inner, losses
 
-    for module in (aggregators, decoders, encoders, inner):
+    for module in (aggregators, decoders, encoders, inner, losses):
         # as ruff sorts: names in capitals, classes, functions
         expected = sorted(module.__all__, key=lambda name: (not name.isupper(), name[0].islower(), name))
         assert list(module.__all__) == expected
