@@ -25,7 +25,7 @@ def built(path, *options):
 def test_the_promised_configurations_are_there():
     promised = {"quickstart", "clevr", "clevr_fspool", "clevr_dspn", "rendered", "streamed"}
     assert {path.stem for path in EVERY} >= promised
-    rivals = {"slot_attention"}
+    rivals = {f"slot_attention{kind}" for kind in ("", "_implicit", "_sinkhorn", "_mesh")} | {"slot_mixture"}
     assert {path.stem for path in COMPARED} >= rivals
 
 

@@ -10,33 +10,51 @@ from torch import nn
 from setpred.aggregators import FSPool, SetEncoder, SumPool
 from setpred.decoders import (
     IDSPN,
+    MESH,
     GaussianStart,
     LearnedStart,
     RandomStart,
+    SinkhornAttention,
     SlotAttention,
+    SlotMixture,
     SlotSoftmax,
 )
 from setpred.decoders.base import refined
+from setpred.decoders.mesh import entropy
+from setpred.decoders.slot_mixture import log_responsibilities
 from setpred.encoders import PositionedTokens, ResNetTrunk, SlotTrunk, SmallCNN, SmallTrunk, Tokens, position_grid
 from setpred.errors import InputError
-from setpred.inner import GradientDescent, LatentMatching
+from setpred.inner import GradientDescent, LatentMatching, Unrolled
+from setpred.matching import sinkhorn
 from setpred.model import SetPredictor
 
 BATCH, TOKENS, DIM, SIZE, OUT = 3, 5, 6, 4, 5
 SETS = {"set_size": SIZE, "set_dim": OUT}
 SLOTS = {"token_dim": DIM, "slot_dim": 8, "hidden_dim": 7, **SETS}
 
+
+def sharp(differentiation, **numbers):
+    """Slot Attention with MESH; without noise, which tells equal slots apart."""
+    mesh = MESH(differentiation, **{"noise": 0.0, "step_size": 1.0, **numbers})
+    return SlotAttention(SinkhornAttention(mesh, dim=8, hidden_dim=5, iterations=3), iterations=2, **SLOTS)
+
+
 TOKEN_DECODERS = {
     "slot attention": lambda: SlotAttention(**SLOTS),
     "slot attention, two heads": lambda: SlotAttention(heads=2, **SLOTS),
     "implicit slot attention": lambda: SlotAttention(gradient_steps=1, iterations=5, **SLOTS),
+    "slot mixture": lambda: SlotMixture(gradient_steps=None, **SLOTS),
+    "implicit slot mixture": lambda: SlotMixture(**SLOTS),
+    "slots by transport, two heads": lambda: SlotAttention(SinkhornAttention(dim=4), heads=2, **SLOTS),
+    "slots by sharp transport": lambda: sharp(Unrolled()),
+    "slots by sharp transport, constant steps": lambda: sharp(None),
 }
 VECTOR_DECODERS = {}
 DECODERS = TOKEN_DECODERS | VECTOR_DECODERS
 # whose slots are told apart by their start alone
 SLOT_DECODERS = [name for name in TOKEN_DECODERS if "slot" in name]
 # whose gradients are not those of the value, by design
-APPROXIMATE = {"implicit slot attention"}
+APPROXIMATE = {"implicit slot attention", "implicit slot mixture", "slots by sharp transport, constant steps"}
 
 every = pytest.mark.parametrize("name", DECODERS)
 every_of_tokens = pytest.mark.parametrize("name", TOKEN_DECODERS)
@@ -69,6 +87,13 @@ class Given(nn.Module):
 
     def forward(self, features, index):
         return self.given
+
+
+class New(nn.Module):
+    """A recurrent cell that forgets."""
+
+    def forward(self, new, old):
+        return new
 
 
 def close(actual, expected, **tolerance):
@@ -104,22 +129,20 @@ def test_a_prediction_depends_on_its_example_alone(name):
 
 @pytest.mark.parametrize("name", sorted(DECODERS.keys() - APPROXIMATE))
 def test_gradients_are_those_of_finite_differences(name):
-    decoder, given, index = build(name), features(name), torch.arange(BATCH)
-    leaf = given.clone().requires_grad_()
-    weighted_sum(decoder(leaf, index=index)).backward()
-    with torch.no_grad():
-        expected = finite_difference(lambda point: weighted_sum(decoder(point, index=index)), given)
-        close(leaf.grad, expected, rtol=1e-5, atol=1e-6)
-        # all parameters at once, along a random direction
-        parameters = list(decoder.parameters())
-        directions = [torch.randn_like(parameter) for parameter in parameters]
-        slope = sum((p.grad * d).sum() for p, d in zip(parameters, directions, strict=True))
+    """Along random directions of the features alone, and of all parameters at once."""
+    decoder, given, index = build(name), features(name).requires_grad_(), torch.arange(BATCH)
+    weighted_sum(decoder(given, index=index)).backward()
+    for tensors in ([given], list(decoder.parameters())):
+        directions = [torch.randn_like(tensor) for tensor in tensors]
+        slope = sum((tensor.grad * direction).sum() for tensor, direction in zip(tensors, directions, strict=True))
         values = []
-        for step in (1e-6, -2e-6):
-            for parameter, direction in zip(parameters, directions, strict=True):
-                parameter += step * direction
-            values.append(weighted_sum(decoder(given, index=index)))
-    close(slope, (values[0] - values[1]) / 2e-6, rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            for step in (1e-6, -2e-6, 1e-6):  # ahead, behind, and back
+                for tensor, direction in zip(tensors, directions, strict=True):
+                    tensor += step * direction
+                values.append(weighted_sum(decoder(given, index=index)))
+        assert slope.abs() > 1e-3
+        close(slope, (values[0] - values[1]) / 2e-6, rtol=1e-5, atol=1e-6)
 
 
 @every
@@ -190,7 +213,8 @@ def test_elements_permute_with_the_start_of_their_slots(name):
     close(decoder(given), elements[:, order])
 
 
-@every_of_slots
+# not MESH: a tie is a maximum of the entropy, from which its descent flees in any direction, be it that of rounding
+@pytest.mark.parametrize("name", [name for name in SLOT_DECODERS if "sharp" not in name])
 def test_slots_that_start_equal_stay_equal(name):
     """Set equivariance: whatever the weights, equal slots end as equal elements, so two equal objects are one."""
     for seed in range(3):
@@ -223,6 +247,148 @@ def test_slot_softmax_against_a_loop():
             for i in range(3):
                 shares[i, s] = torch.tensor(scores[i]).exp() / total
         close(weights[b, 0], shares / shares.sum(1, keepdim=True), rtol=1e-6, atol=1e-6)
+
+
+# --- transport between tokens and slots -----------------------------------------------------------------------------
+
+
+def transport_problem(dtype=torch.float64):
+    """Queries, keys, and an attention whose marginals are not uniform."""
+    torch.manual_seed(3)
+    queries, keys = torch.randn(2, 2, SIZE, 3, dtype=dtype), torch.randn(2, 2, 7, 3, dtype=dtype)
+    return queries, keys, SinkhornAttention(dim=3, iterations=200).to(dtype)
+
+
+def test_weights_are_a_plan_between_the_learned_marginals():
+    queries, keys, attention = transport_problem()
+    mask = torch.arange(7) < torch.tensor([[7], [4]])
+    weights = attention(queries, keys, mask, None)
+    of_slots = SIZE * attention.slot_mass(queries).squeeze(-1).softmax(-1)
+    of_tokens = attention.token_mass(keys).squeeze(-1).masked_fill(~mask[:, None], -torch.inf).softmax(-1) * SIZE
+    close(weights.sum(-1), of_slots)
+    close(weights.sum(-2), of_tokens)
+    assert of_slots.std() > 1e-3
+    assert of_tokens.std() > 1e-3
+    few = transport_problem()[2]
+    few.iterations = 1
+    close(few(queries, keys, None, None).sum(-1), of_slots)  # exact after any number of iterations
+
+
+def test_the_plan_is_the_cheapest_at_its_temperature():
+    """P = diag(u) exp(-cost / τ) diag(v): the logarithm's interaction is that of the costs."""
+    queries, keys, attention = transport_problem()
+    attention.temperature = 0.7
+    logs = attention(queries, keys, None, None).log()
+    costs = torch.stack([torch.stack([(q[:, None] - k[None]).norm(dim=-1) for q, k in zip(*pair, strict=True)])
+                         for pair in zip(queries, keys, strict=True)])  # fmt: skip
+
+    def interaction(matrix):
+        return matrix - matrix.mean(-1, keepdim=True) - matrix.mean(-2, keepdim=True) + matrix.mean((-1, -2), True)
+
+    close(interaction(logs), interaction(-costs / 0.7), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("differentiation", [None, Unrolled()], ids=["constant steps", "unrolled"])
+def test_mesh_lowers_the_entropy_of_the_plan_and_keeps_its_marginals(differentiation):
+    torch.manual_seed(0)
+    cost = torch.rand(5, 12, SIZE, dtype=torch.float64)
+    a, b = (SIZE * torch.rand(5, n, dtype=torch.float64).softmax(-1) for n in (12, SIZE))
+
+    def plan(cost, start):
+        return sinkhorn(cost, a, b, epsilon=1.0, iterations=30, start=start)
+
+    entropies = [entropy(plan(cost, None).plan)]
+    for iterations in (1, 2, 4):
+        mesh = MESH(differentiation, iterations=iterations, step_size=1.0)
+        changed, start = mesh(cost, plan, torch.arange(5))
+        sharp = plan(changed, start).plan
+        close(sharp.sum(-1), a, rtol=1e-4, atol=1e-4)
+        close(sharp.sum(-2), b)
+        entropies.append(entropy(sharp))
+    assert all((later < earlier).all() for earlier, later in itertools.pairwise(entropies))
+    # a step has the asked length
+    moved = MESH(differentiation, iterations=1, step_size=8.0, noise=0.0)(cost, plan, None)[0] - cost
+    close(moved.flatten(1).norm(dim=1), torch.full((5,), 8.0, dtype=torch.float64))
+
+
+def test_entropy_of_a_sharp_and_of_an_even_plan():
+    close(entropy(torch.eye(4, dtype=torch.float64)[None]), torch.zeros(1, dtype=torch.float64), atol=1e-12)
+    even = torch.full((1, 2, 4), 0.125, dtype=torch.float64)
+    close(entropy(even), torch.tensor([8.0], dtype=torch.float64).log())
+
+
+def test_constant_steps_pass_the_gradient_straight_to_the_costs():
+    cost = torch.rand(2, 5, SIZE, dtype=torch.float64, requires_grad=True)
+    mesh = MESH(noise=0.0)
+    changed, _ = mesh(cost, lambda cost, start: sinkhorn(cost, epsilon=1.0, iterations=5, start=start), None)
+    upstream = torch.randn_like(changed)
+    changed.backward(upstream)
+    assert not torch.allclose(changed, cost)
+    close(cost.grad, upstream)
+
+
+def test_noise_drives_equal_slots_apart():
+    """With noise MESH is exclusively multiset-equivariant: what a softmax must keep equal, it separates."""
+    given, index = features("slot attention"), torch.arange(BATCH)
+    torch.manual_seed(0)
+    decoder = sharp(None, noise=1e-3, step_size=8.0).double().eval()
+    start = torch.randn(1, 1, 8, dtype=torch.float64).expand(BATCH, SIZE, -1)
+    decoder.start = Given(start)
+    elements = decoder(given, index=index)
+    apart = torch.stack([(elements[:, i] - elements[:, j]).norm() for i, j in itertools.combinations(range(SIZE), 2)])
+    assert apart.min() > 1e-2  # ten times the noise and more
+    close(decoder(given, index=index), elements)  # of (seed, example) alone
+    assert not torch.allclose(decoder(given), decoder(given))
+
+
+# --- mixtures -------------------------------------------------------------------------------------------------------
+
+
+def mixture_problem():
+    """Tokens and slots, and a module whose learned parts do nothing: what is left is the mixture."""
+    torch.manual_seed(4)
+    decoder = SlotMixture(token_dim=DIM, slot_dim=DIM, gradient_steps=None, **SETS).double()
+    for linear in (decoder.query, decoder.key, decoder.value):
+        linear.weight.data = torch.eye(DIM, dtype=torch.float64)
+    decoder.norm_slots = decoder.residual[0] = nn.Identity()
+    for layer in (decoder.residual[1][0], decoder.residual[1][2]):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    decoder.recurrent = New()
+    decoder.head = nn.Identity()
+    tokens = torch.randn(2, 30, DIM, dtype=torch.float64)
+    slots = torch.randn(2, SIZE, 2 * DIM, dtype=torch.float64)
+    return decoder, tokens, slots
+
+
+def test_responsibilities_are_the_posterior_of_the_mixture():
+    torch.manual_seed(0)
+    points, mean = torch.randn(2, 7, 3, dtype=torch.float64), torch.randn(2, SIZE, 3, dtype=torch.float64)
+    log_deviation = 0.5 * torch.randn_like(mean)
+    log_prior = torch.randn(2, SIZE, dtype=torch.float64).log_softmax(-1)
+    components = torch.distributions.Normal(mean.unsqueeze(2), log_deviation.exp().unsqueeze(2))
+    joint = log_prior.unsqueeze(-1) + components.log_prob(points.unsqueeze(1)).sum(-1)
+    close(log_responsibilities(points, mean, log_deviation, log_prior), joint.log_softmax(1))
+    tempered = joint - (1 - 0.3) * (joint - log_prior.unsqueeze(-1))
+    close(log_responsibilities(points, mean, log_deviation, log_prior, scale=0.3), tempered.log_softmax(1))
+
+
+def test_with_nothing_learned_the_refinement_is_expectation_maximisation():
+    decoder, tokens, slots = mixture_problem()
+    decoder.start = Given(slots)
+    x = decoder.norm_tokens(tokens)
+    prior, found = torch.full((2, SIZE), 1 / SIZE, dtype=torch.float64), slots
+    for iterations in (1, 2, 3):
+        shares = log_responsibilities(x, *found.chunk(2, -1), prior.log(), scale=DIM**-0.5).exp()
+        mass = shares.sum(-1)
+        mean = torch.einsum("bis,bsd->bid", shares, x) / mass.unsqueeze(-1)
+        squares = (x.unsqueeze(1) - mean.unsqueeze(2)).square()
+        variance = torch.einsum("bis,bisd->bid", shares, squares) / mass.unsqueeze(-1)
+        found, prior = torch.cat([mean, 0.5 * variance.log()], -1), mass / 30
+        close(decoder(tokens, iterations=iterations), found, rtol=1e-4, atol=1e-5)
+
+
+# --- the start of the slots -----------------------------------------------------------------------------------------
 
 
 def test_the_start_of_slots_has_the_learned_mean_and_deviation():

@@ -1,0 +1,86 @@
+"""MESH: costs changed so that the transport plan is sharp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from setpred.decoders.starts import gaussian
+from setpred.inner import GradientDescent, minimise
+from setpred.inner.differentiation import Differentiation, Unrolled
+from setpred.matching import Transport
+
+FLAT = 1e-6  # the norm of a gradient under which steps get shorter than asked for
+
+
+def entropy(plan: Tensor) -> Tensor:
+    """H(P) = -Σ_ij P_ij log P_ij of each plan `[batch, n, m]`."""
+    return torch.special.entr(plan.clamp(min=1e-20)).sum((1, 2))
+
+
+class MESH(nn.Module):
+    """Minimises the entropy of the Sinkhorn plan by descent on the costs (Zhang et al., ICML 2023).
+
+        C ← C - η ∇H(P(C)) / |∇H(P(C))|,    P(C) = Sinkhorn's plan,    C₀ = C + noise · N(0, 1)
+
+    It interpolates between the soft plan and a one-to-one assignment without the latter's flat gradients. The noise
+    breaks ties: equal slots have equal costs, where the entropy has a maximum, and the descent drives them apart. So
+    the attention becomes exclusively multiset-equivariant, where a softmax keeps equal slots equal.
+
+    One descent of `setpred.inner` with its gradient clipped to a tiny norm is the descent with a normalised gradient.
+    Each plan starts from the potentials of the one before, as in the released code.
+
+    Args:
+        iterations: of the descent.
+        step_size: η, the length of a step in the unit of the costs; of the whole matrix, not of an entry.
+        noise: standard deviation of what is added to the costs. Drawn in each refinement of the slots; in evaluation
+            a function of (seed, example) alone.
+        differentiation: how gradients pass; `Unrolled()` is exact. None takes ∂C_T/∂C₀ = I, the steps being constants,
+            as the released code does: it builds no graph of the entropy's gradient. (Not `Implicit`: it gives the
+            start of a descent no gradient, and here the start is all there is.)
+        seed: of the noise.
+    """
+
+    def __init__(
+        self,
+        differentiation: Differentiation | None = None,
+        *,
+        iterations: int = 4,
+        step_size: float = 8.0,
+        noise: float = 1e-3,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.descent = GradientDescent(iterations=iterations, learning_rate=step_size / FLAT, clip=FLAT)
+        self.differentiation = differentiation
+        self.noise, self.seed = noise, seed
+
+    def forward(
+        self, cost: Tensor, transport: Callable[[Tensor, Transport | None], Transport], index: Tensor | None
+    ) -> tuple[Tensor, Transport | None]:
+        """Changed costs, and potentials for the plan of these to start from.
+
+        Args:
+            cost: C `[batch * heads, tokens, slots]`.
+            transport: (costs, where to start) -> plan.
+            index: `[batch]`, which examples these are; None draws the noise afresh.
+        """
+        if self.noise:
+            draws = 1 if index is None else len(index)
+            shape = (len(cost) // draws, *cost.shape[1:])
+            noise = gaussian(shape, draws, index, seed=self.seed, device=cost.device).view_as(cost)
+            cost = cost + self.noise * noise.to(cost.dtype)
+        latest: Transport | None = None
+
+        def energy(costs: Tensor) -> Tensor:
+            nonlocal latest
+            latest = transport(costs, latest)
+            return entropy(latest.plan)
+
+        if self.differentiation is not None:
+            return minimise(energy, cost, descent=self.descent, differentiation=self.differentiation), latest
+        with torch.no_grad():
+            found = minimise(energy, cost.detach(), descent=self.descent, differentiation=Unrolled())
+        return cost + (found - cost).detach(), None if latest is None else Transport(*(x.detach() for x in latest))
