@@ -14,7 +14,7 @@ from setpred.rendering.bodies import GROUND, Bodies
 from setpred.rendering.camera import ASPECT, NOMINAL_CAMERA, Camera
 from setpred.rendering.fragments import nearest_hit
 from setpred.rendering.ground import FAR, floor_height, ground_depth, ground_hit, ground_normal
-from setpred.rendering.lighting import block, block_ground, lights_at
+from setpred.rendering.lighting import Lights, block, block_ground, lamp_table, lights_at
 from setpred.rendering.materials import fresnel, highlight
 from setpred.rendering.renderer import annotate, encode, render, soften
 from setpred.rendering.sampling import sample_scene
@@ -304,11 +304,10 @@ def test_a_rough_mirror_sends_out_no_more_than_it_receives(width):
     height = torch.rand(count, generator=rng)
     turn = 2 * torch.pi * torch.rand(count, generator=rng)
     flat = (1 - height**2).sqrt()
-    from setpred.rendering.lighting import Lights
 
     for tilt in (0.0, 0.5, 1.0):
         view = torch.tensor([[np.sin(tilt)], [0.0], [np.cos(tilt)]], dtype=torch.float32)
-        total, white = 0.0, torch.tensor([[0.0], [0.0], [1.0]])
+        white = torch.tensor([[0.0], [0.0], [1.0]])
         directions = torch.stack([flat * turn.cos(), flat * turn.sin(), height])[:, None].expand(-1, 4, -1)
         only_sun = torch.tensor([0.0, 0, 0, 2 * torch.pi])[:, None].expand(-1, count)  # 1 over the density
         lights = Lights(directions, only_sun, torch.zeros(4, count))
@@ -398,6 +397,51 @@ def test_what_cannot_be_rendered_is_refused():
         SceneBatch.of([Scene((one(), one(x=2.0)))], max_objects=1)
     with pytest.raises(InputError, match="pink"):
         SceneBatch.of([Scene((one(color="pink"),))])
+    batch = SceneBatch.of([Scene((one(),))])
+    with pytest.raises(InputError, match="at least one scene"):
+        render(batch.part(slice(0)), width=8, height=8)
+    with pytest.raises(InputError, match=r"in float32, got .*bfloat16"):
+        annotate(batch._replace(centre=batch.centre.bfloat16()), width=8, height=8)
+    with pytest.raises(InputError, match="at most 128 objects"):
+        annotate(SceneBatch.of([Scene(())], max_objects=129), width=8, height=8)
+    for aspect in (0.0, np.nan, np.inf):
+        with pytest.raises(InputError, match="aspect > 0"):
+            render(batch, width=8, height=8, aspect=aspect)
+
+
+@pytest.mark.parametrize(
+    ("scene", "words"),
+    [
+        (Scene((one(x=np.nan),)), "scene 1: expected finite numbers in centre"),
+        (Scene((one(rotation=np.nan),)), "scene 1: expected finite numbers in yaw"),
+        (Scene((), Camera((7.0, np.inf, 5.0))), "scene 1: expected finite numbers in camera"),
+        (Scene((), lamps=NOMINAL_LAMPS | {"key": (np.nan, 0.0, 1.0)}), "scene 1: expected finite numbers in lamps"),
+        (Scene((), Camera((0.0, 0.0, 9.0))), "scene 1: a camera straight above the origin"),
+        (Scene((), lamps={"key": (1.0, 2.0, 3.0), "back": (0.0, 0.0, 5.0)}), "one lacks 'fill'"),
+    ],
+)
+def test_scenes_without_a_picture_are_refused(scene, words):
+    with pytest.raises(InputError, match=words):
+        SceneBatch.of([Scene(()), scene])
+
+
+def test_what_torch_is_set_to_changes_nothing():
+    """Neither its default type nor gradients."""
+    scenes = [Scene((one("cube", "metal"), one(x=2.0), one("cylinder", y=2.0)))]
+    lamp_table.cache_clear()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        batch = SceneBatch.of(scenes)
+        picture, truth = render(batch, width=24, height=16), annotate(batch, width=24, height=16)
+    finally:
+        torch.set_default_dtype(before)
+    learned = batch._replace(color=batch.color.clone().requires_grad_())
+    assert torch.equal(render(learned, width=24, height=16), picture)
+    lamp_table.cache_clear()
+    assert torch.equal(render(scenes, width=24, height=16), picture)
+    assert truth.depth.dtype == torch.float32
+    assert all(torch.equal(*pair) for pair in zip(annotate(scenes, width=24, height=16), truth, strict=True))
 
 
 def test_pixels_of_boxes():
@@ -413,6 +457,10 @@ def test_encoding_and_softening():
     image = torch.rand(3, 2, 5, 4)
     torch.testing.assert_close(soften(image).mean(), image.mean(), atol=0.02, rtol=0)
     torch.testing.assert_close(soften(torch.ones(3, 1, 2, 2)), torch.ones(3, 1, 2, 2))
+    point = torch.zeros(3, 1, 5, 5)
+    point[:, :, 2, 2] = 144
+    weights = torch.tensor([0.0, 1, 10, 1, 0])
+    torch.testing.assert_close(soften(point), (weights[:, None] * weights).expand(3, 1, -1, -1))
 
 
 def test_the_empty_ground_has_the_measured_brightness():

@@ -57,7 +57,7 @@ class Bodies:
             color=scenes.color.reshape(-1, 3)[place].T.contiguous(),
             metal=scenes.metal.flatten()[place],
             shape=shape[place],
-            reach=half * torch.tensor(REACH, device=half.device)[shape[place]],
+            reach=half * half.new_tensor(REACH)[shape[place]],
         )
 
     def __len__(self) -> int:

@@ -70,7 +70,7 @@ class LampTable(NamedTuple):
 def lamp_table(device: torch.device) -> LampTable:
     color = [*(lamp.color for lamp in LAMPS), (1.0, 1.0, 1.0)]
     numbers = [lamp.intensity for lamp in LAMPS], [lamp.half_side for lamp in LAMPS], SUN_DIRECTION, color
-    return LampTable(*(torch.tensor(part, device=device) for part in numbers))
+    return LampTable(*(torch.tensor(part, dtype=torch.float32, device=device) for part in numbers))
 
 
 def coloured(parts: Tensor) -> Tensor:
@@ -155,8 +155,8 @@ def shadow_boxes(bodies: Bodies, view: View, lamps: Tensor) -> Tensor:
     They lie in the hull of the object's foot and its top's shadow on the plane z = 0, penumbra included.
     """
     table = lamp_table(bodies.half.device)
-    reach = torch.where(bodies.shape == SHAPES.index("cube"), 2**0.5, 1.0) * bodies.half
-    one = torch.tensor([-1.0, 1.0], device=reach.device)
+    reach = torch.where(bodies.shape == SHAPES.index("cube"), 2**0.5 * bodies.half, bodies.half)
+    one = reach.new_tensor([-1.0, 1.0])
     side = torch.cartesian_prod(one, one, one[:1] * 0).T[:, :, None]
     foot = torch.stack([*bodies.centre[:2], torch.zeros_like(reach)])[:, None] + side * reach
     top = foot + torch.stack([torch.zeros_like(reach), torch.zeros_like(reach), 2 * bodies.half])[:, None]

@@ -8,6 +8,7 @@ light is approximated.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
@@ -50,9 +51,12 @@ class Annotation(NamedTuple):
     visible_pixels: Tensor
 
 
+@torch.no_grad()
 def annotate(scenes: Sequence[Scene] | SceneBatch, *, width: int, height: int, aspect: float = ASPECT) -> Annotation:
     """Masks, depth and visible pixel counts of the pictures of scenes. Arguments as for `render`."""
     batch = _checked(scenes, width, height, aspect)
+    if (most := batch.present.shape[1]) > (limit := torch.iinfo(torch.int8).max + 1):
+        raise InputError(f"expected scenes of at most {limit} objects, the most that `instances` can tell, got {most}")
     bodies, view = Bodies.of(batch), View.of(batch.camera, width, height, aspect)
     visible = find_visible(bodies, view, samples=1)
     shape = len(batch.camera), height, width
@@ -65,12 +69,13 @@ def annotate(scenes: Sequence[Scene] | SceneBatch, *, width: int, height: int, a
     return Annotation(slots[owner].to(torch.int8), torch.where(owner == GROUND, ground, depth), visible_pixels)
 
 
+@torch.no_grad()
 def render(
     scenes: Sequence[Scene] | SceneBatch, *, width: int, height: int, samples: int = 2, aspect: float = ASPECT
 ) -> Tensor:
     """The pictures of scenes: uint8 `[B, height, width, 3]`, sRGB, on the device of the batch.
 
-    On a CPU a picture depends on its scene alone, whatever else is in the batch.
+    On a CPU a picture depends on its scene alone, whatever else is in the batch. No gradients pass through it.
 
     Args:
         scenes: scenes, or their tensors on the device that is to render.
@@ -79,7 +84,7 @@ def render(
         aspect: the view's width over its height, stretched to the picture (see `Camera`).
 
     Raises:
-        InputError: no scenes, or a size that is none.
+        InputError: no scenes, scenes that are not as `SceneBatch` says, or a size that is none.
     """
     if samples < 1:
         raise InputError(f"expected at least 1 sample, got {samples}")
@@ -104,6 +109,7 @@ def _render(batch: SceneBatch, width: int, height: int, samples: int, aspect: fl
     return encode(soften(image.clamp(0, 1).reshape(3, len(batch.camera), height, width)))
 
 
+@torch.no_grad()
 def render_ground(scenes: Sequence[Scene] | SceneBatch, *, width: int, height: int, aspect: float = ASPECT) -> Tensor:
     """The pictures that `render` makes, without the objects but with their shadows: the ground behind them."""
     batch = _checked(scenes, width, height, aspect)
@@ -113,15 +119,20 @@ def render_ground(scenes: Sequence[Scene] | SceneBatch, *, width: int, height: i
 
 
 def _checked(scenes: Sequence[Scene] | SceneBatch, width: int, height: int, aspect: float) -> SceneBatch:
-    if min(width, height) < 1 or aspect <= 0:
+    if min(width, height) < 1 or not 0 < aspect < math.inf:
         raise InputError(f"expected a picture of at least 1x1 pixel and aspect > 0, got {width}x{height} and {aspect}")
-    return scenes if isinstance(scenes, SceneBatch) else SceneBatch.of(scenes)
+    batch = scenes if isinstance(scenes, SceneBatch) else SceneBatch.of(scenes)
+    if not len(batch.camera):
+        raise InputError("expected at least one scene, got none")
+    if (found := {tensor.dtype for tensor in batch if tensor.is_floating_point()}) != {torch.float32}:
+        raise InputError(f"expected scenes in float32, got {', '.join(map(str, found))}; leave them as they were made")
+    return batch
 
 
 def _centres(view: View) -> tuple[Tensor, Tensor]:
     """Ray slopes x `[width]` and y `[height]` of the pixel centres."""
     device = view.location.device
-    x, y = (torch.arange(size, device=device) + 0.5 for size in (view.width, view.height))
+    x, y = (torch.arange(size, dtype=torch.float32, device=device) + 0.5 for size in (view.width, view.height))
     return view.slopes(x, y)
 
 

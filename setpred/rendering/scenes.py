@@ -86,7 +86,8 @@ class SceneBatch(NamedTuple):
             max_objects: pad to so many objects; the most that any of the scenes has unless given.
 
         Raises:
-            InputError: no scene, a scene of more than `max_objects`, or an object of an unknown kind.
+            InputError: no scene, a scene of more than `max_objects`, an object of an unknown kind, a lamp that is
+                missing, a number that is not finite, a camera straight above the origin.
         """
         if not scenes:
             raise InputError("expected at least one scene, got none")
@@ -94,17 +95,21 @@ class SceneBatch(NamedTuple):
         size = most if max_objects is None else max_objects
         if most > size:
             raise InputError(f"expected scenes of at most {size} objects, got one of {most}")
-        count = len(scenes)
+        try:
+            lamps = [[scene.lamps[name] for name in NOMINAL_LAMPS] for scene in scenes]
+        except KeyError as error:
+            raise InputError(f"expected lamps {', '.join(NOMINAL_LAMPS)} in every scene, one lacks {error}") from error
+        count, real = len(scenes), torch.float32  # whatever torch's default type is
         batch = cls(
             present=torch.zeros(count, size, dtype=torch.bool),
-            centre=torch.zeros(count, size, 3),
-            half=torch.ones(count, size),
-            yaw=torch.zeros(count, size, 2),
-            color=torch.zeros(count, size, 3),
+            centre=torch.zeros(count, size, 3, dtype=real),
+            half=torch.ones(count, size, dtype=real),
+            yaw=torch.zeros(count, size, 2, dtype=real),
+            color=torch.zeros(count, size, 3, dtype=real),
             metal=torch.zeros(count, size, dtype=torch.bool),
             shape=torch.zeros(count, size, dtype=torch.int64),
-            camera=torch.tensor([scene.camera.location for scene in scenes]),
-            lamps=torch.tensor([[scene.lamps[name] for name in NOMINAL_LAMPS] for scene in scenes]),
+            camera=torch.tensor([scene.camera.location for scene in scenes], dtype=real),
+            lamps=torch.tensor(lamps, dtype=real),
         )
         for number, scene in enumerate(scenes):
             present = len(scene.objects)
@@ -127,6 +132,13 @@ class SceneBatch(NamedTuple):
             batch.present[number, :present] = True
             for tensor, column in zip(batch[1:7], zip(*columns, strict=True), strict=True):
                 tensor[number, :present] = torch.tensor(column, dtype=tensor.dtype)
+        for name, tensor in zip(cls._fields, batch, strict=True):
+            if not (finite := tensor.isfinite().flatten(1).all(1)).all():
+                raise InputError(f"scene {int(finite.int().argmin())}: expected finite numbers in {name}")
+        if (above := (batch.camera[:, :2] == 0).all(1)).any():
+            raise InputError(
+                f"scene {int(above.int().argmax())}: a camera straight above the origin has no level axis; move it"
+            )
         return batch
 
     def to(self, device: torch.device | str) -> SceneBatch:

@@ -55,7 +55,7 @@ class View(NamedTuple):
 
     def samples(self, count: int) -> tuple[Tensor, Tensor]:
         """Offsets x, y `[count^2]` of a regular grid inside a pixel."""
-        inside = (torch.arange(count, device=self.location.device) + 0.5) / count
+        inside = (torch.arange(count, dtype=torch.float32, device=self.location.device) + 0.5) / count
         return inside.repeat(count), inside.repeat_interleave(count)
 
     def slopes(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +117,7 @@ def nearest(t: Tensor, owner: Tensor, ray: Tensor, *, rays: int) -> tuple[Tensor
 
 def _corners(bodies: Bodies) -> Tensor:
     """The corners of the objects' bounding boxes: `[3, 8, O]`."""
-    side = torch.tensor([-1.0, 1.0], device=bodies.half.device)
+    side = bodies.half.new_tensor([-1.0, 1.0])
     x, y, z = torch.cartesian_prod(side, side, side).T[:, :, None] * bodies.half
     c, s = bodies.cosine, bodies.sine
     return torch.stack([c * x - s * y, s * x + c * y, z]) + bodies.centre[:, None]
