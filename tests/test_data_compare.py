@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from setpred.data.__main__ import main
-from setpred.data.compare import compare, mean
+from setpred.data.compare import compare, mean, scenes_with_images
 from setpred.errors import InputError
+from setpred.rendering.renderer import render
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,28 @@ def test_what_is_missing_is_said(folder, tmp_path):
     root = edited(folder, tmp_path, lambda image: image)
     with pytest.raises(InputError, match="none from number 3"):
         list(compare(root, first=3))
+    with pytest.raises(InputError, match="at least 0, got -1"):
+        list(compare(root, first=-1))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="a part of the path is a file"):
+        list(compare(root, pictures=tmp_path / "file"))
+    picture = root / "images" / "val" / "CLEVR_val_000000.png"
+    whole = picture.read_bytes()
+    for broken in (b"", b"text", whole[: len(whole) // 2]):
+        picture.write_bytes(broken)
+        with pytest.raises(InputError, match=r"CLEVR_val_000000\.png is not an image, cut short or damaged"):
+            list(compare(root))
+    picture.write_bytes(whole)
+    scenes = root / "scenes" / "CLEVR_val_scenes.json"
+    document = json.loads(scenes.read_text())
+    whole = json.dumps(document)
+    for record in document["scenes"]:
+        for obj in record["objects"]:
+            del obj["pixel_coords"]
+    scenes.write_text(json.dumps(document))
+    with pytest.raises(InputError, match="expected 'pixel_coords' of every object"):
+        list(compare(root))
+    scenes.write_text(whole)
     lines = (root / "cameras.jsonl").read_text().splitlines()
     (root / "cameras.jsonl").write_text("\n".join(lines[:-1]))
     with pytest.raises(InputError, match="does not say where the camera of image 2 stood"):
@@ -75,6 +98,30 @@ def test_what_is_missing_is_said(folder, tmp_path):
     with pytest.raises(InputError, match=r"cameras\.jsonl"):
         list(compare(root))
     assert main(["compare", str(tmp_path / "nowhere")]) == 2
+
+
+@pytest.mark.parametrize("size", [(64, 64), (64, 48), (40, 60)])
+def test_the_view_is_that_of_the_annotations(tmp_path, size):
+    """Pictures of another shape: CLEVR's view stretched, as in our folders, or the camera's own."""
+    width, height = size
+    arguments = ["--images", "2", "--width", str(width), "--height", str(height), "--workers", "0", "--out"]
+    assert main(["render-folder", *arguments, str(tmp_path)]) == 0
+    stretched = mean(list(compare(tmp_path)))
+    assert stretched.rmse == 0
+    assert stretched.pixel_error <= 0.5
+
+    path = tmp_path / "scenes" / "CLEVR_val_scenes.json"
+    document = json.loads(path.read_text())
+    for scene, record, _ in list(scenes_with_images(tmp_path)):
+        image = render([scene], width=width, height=height, aspect=width / height)[0].numpy()
+        Image.fromarray(image).save(tmp_path / "images" / "val" / record["image_filename"])
+        for obj in document["scenes"][record["image_index"]]["objects"]:
+            seen = scene.camera.project(obj["3d_coords"], width, height, aspect=width / height)
+            obj["pixel_coords"] = [*map(round, seen[:2]), seen[2]]
+    path.write_text(json.dumps(document))
+    own = mean(list(compare(tmp_path)))
+    assert own.rmse == 0
+    assert own.pixel_error <= 0.5
 
 
 def test_real_pictures_are_near(clevr_blender):

@@ -89,6 +89,8 @@ def test_a_faulty_record_is_named():
         scene_of(record | {"objects": [record["objects"][0] | {"3d_coords": [1, 2]}]})
     with pytest.raises(InputError, match="its 1 objects do not determine the camera"):
         scene_of(record | {"objects": record["objects"][:1]})
+    with pytest.raises(InputError, match="a number that is not finite"):
+        scene_of(record | {"objects": [record["objects"][0] | {"rotation": float("nan")}]}, NOMINAL_CAMERA)
     assert scene_of(record | {"objects": []}, NOMINAL_CAMERA) == Scene(())
 
 
@@ -100,6 +102,14 @@ def test_splits_share_a_file_of_cameras(tmp_path):
         assert read_cameras(path, split=split) == {0: (scene.camera, scene.lamps)}
     path.write_text("{}\n")
     with pytest.raises(InputError, match="line 1: expected camera and lights"):
+        read_cameras(path)
+    line = camera_record(scene, index=0, split="val")
+    for part in ([1.0, 2.0], [1.0, 2.0, float("nan")], 5, None):
+        path.write_text(json.dumps(line) + "\n" + json.dumps(line | {"camera": part}) + "\n")
+        with pytest.raises(InputError, match="line 2: expected camera and lights"):
+            read_cameras(path)
+    path.write_bytes(json.dumps(line).encode() + b"\n\xff\xfe\n")
+    with pytest.raises(InputError, match=r"line 2: expected camera and lights, got .{,80}$"):
         read_cameras(path)
     with pytest.raises(InputError, match=r"cannot read .*nowhere"):
         read_cameras(tmp_path / "nowhere")

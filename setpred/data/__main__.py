@@ -189,9 +189,8 @@ def _compare(options: argparse.Namespace) -> None:
     from setpred.files import write_atomically
 
     rows = []
-    print(HEADER)
     for row in compare(options.root, split=options.split, first=options.first, pictures=options.pictures):
-        print(table(row), flush=True)
+        print(table(row) if rows else f"{HEADER}\n{table(row)}", flush=True)
         rows.append(row)
     print(table(mean(rows)))
     if options.json is not None:

@@ -13,6 +13,8 @@ from PIL import Image
 
 from setpred.data.clevr import ClevrFolder
 from setpred.errors import InputError
+from setpred.files import make_folder, writing
+from setpred.rendering.camera import ASPECT
 from setpred.rendering.records import read_cameras, scene_of
 from setpred.rendering.renderer import annotate, render, render_ground
 from setpred.rendering.scenes import Scene
@@ -44,6 +46,9 @@ def compare(
 ) -> Iterator[Comparison]:
     """Renders the scenes of a CLEVR folder that has a `cameras.jsonl` and compares them with its images, at their size.
 
+    Images of another shape than 3:2 show CLEVR's view stretched, as those of `render_folder`, or more or less of the
+    scene, as CLEVR's generator draws them: `pixel_coords` tell which.
+
     Args:
         first: leave out the images before this one.
         pictures: a folder for pictures side by side: theirs, ours, four times the difference around grey.
@@ -53,28 +58,40 @@ def compare(
     """
     for scene, record, theirs in scenes_with_images(root, split=split, first=first):
         height, width, _ = theirs.shape
-        size = {"width": width, "height": height, "aspect": width / height}
+        errors = {aspect: _pixel_error(scene, record, width, height, aspect) for aspect in (ASPECT, width / height)}
+        aspect = min(errors, key=errors.get)
+        size = {"width": width, "height": height, "aspect": aspect}
         ours, ground = (make([scene], **size)[0].numpy().astype(np.float64) for make in (render, render_ground))
         shown = annotate([scene], **size).instances[0].numpy() >= 0
         fine = annotate([scene], **size | {"width": 3 * width, "height": 3 * height}).instances[0].numpy() >= 0
         touched = fine.reshape(height, 3, width, 3).any(axis=(1, 3))
         square = ((ours - theirs) ** 2).mean(axis=-1)
         found = np.abs(theirs - ground).max(axis=-1) > CLEARLY
-        annotated = np.array([obj["pixel_coords"][:2] for obj in record["objects"]]).reshape(-1, 2)
-        centres = np.array([obj.coords for obj in scene.objects]).reshape(-1, 3)
-        seen = scene.camera.project(centres, width, height, aspect=width / height)[:, :2]
         if pictures is not None:
             side_by_side = np.concatenate([theirs, ours, np.clip(128 + 4 * (ours - theirs), 0, 255)], axis=1)
-            Path(pictures).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(side_by_side.astype(np.uint8)).save(Path(pictures) / record["image_filename"])
+            path = (make_folder(pictures) / record["image_filename"]).with_suffix(".png")
+            with writing(path):
+                Image.fromarray(side_by_side.astype(np.uint8)).save(path)
         yield Comparison(
             image=record["image_filename"],
             rmse=float(np.sqrt(square.mean())),
             rmse_objects=float(np.sqrt(square[shown].mean())) if shown.any() else None,
             bias=(ours - theirs).mean(axis=(0, 1)).tolist(),
             mask_agreement=float(touched[found].mean()) if found.any() else None,
-            pixel_error=float(np.abs(seen - annotated).max(initial=0)),
+            pixel_error=errors[aspect],
         )
+
+
+def _pixel_error(scene: Scene, record: dict, width: int, height: int, aspect: float) -> float:
+    """Largest difference of a projected object centre from its annotation, in pixels."""
+    centres = np.array([obj.coords for obj in scene.objects]).reshape(-1, 3)
+    try:
+        annotated = np.array([obj["pixel_coords"][:2] for obj in record["objects"]], dtype=np.float64).reshape(-1, 2)
+        apart = scene.camera.project(centres, width, height, aspect=aspect)[:, :2] - annotated
+    except (KeyError, TypeError, ValueError) as error:
+        name = record["image_filename"]
+        raise InputError(f"{name}: expected 'pixel_coords' of every object, as in CLEVR_v1.0 ({error!r})") from error
+    return float(np.abs(apart).max(initial=0))
 
 
 def scenes_with_images(
@@ -83,6 +100,8 @@ def scenes_with_images(
     """The scenes of a CLEVR folder, their records and their images `[height, width, 3]` as float64 grey levels."""
     folder = ClevrFolder(root, split)
     known = read_cameras(Path(root) / "cameras.jsonl", split=split)
+    if first < 0:
+        raise InputError(f"expected the number of a first image of at least 0, got {first}")
     if first >= len(folder):
         raise InputError(f"{root} has {len(folder)} images, none from number {first} on")
     records = json.loads((Path(root) / "scenes" / f"CLEVR_{split}_scenes.json").read_text())["scenes"]
@@ -90,9 +109,15 @@ def scenes_with_images(
         index = record["image_index"]
         if index not in known:
             raise InputError(f"{root}: cameras.jsonl does not say where the camera of image {index} stood")
-        with Image.open(folder.path(number)) as image:
-            theirs = np.asarray(image.convert("RGB")).astype(np.float64)
-        yield scene_of(record, *known[index]), record, theirs
+        yield scene_of(record, *known[index]), record, _picture(folder.path(number))
+
+
+def _picture(path: Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB")).astype(np.float64)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is not an image, cut short or damaged ({error}); copy or make it again") from error
 
 
 def mean(comparisons: list[Comparison]) -> Comparison:

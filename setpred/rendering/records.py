@@ -110,6 +110,8 @@ def scene_of(
             )
             for obj in record["objects"]
         )
+        if not np.isfinite([number for obj in objects for number in (*obj.coords, obj.rotation)]).all():
+            raise ValueError("a number that is not finite")
         if camera is None:
             pixels = np.array([obj["pixel_coords"] for obj in record["objects"]], dtype=np.float64)
             camera = fit_camera(np.array([obj.coords for obj in objects]), pixels, width, height)
@@ -151,7 +153,7 @@ def read_cameras(
     """
     found, number = {}, 0
     try:
-        for line in Path(path).read_text().splitlines():
+        for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
             number += 1
             record = json.loads(line)
             if split is None or record.get("split", split) == split:
@@ -165,5 +167,7 @@ def read_cameras(
 
 
 def _three(values: Any) -> tuple[float, float, float]:
-    x, y, z = values
-    return float(x), float(y), float(z)
+    x, y, z = map(float, values)
+    if not np.isfinite((x, y, z)).all():
+        raise ValueError(f"three finite numbers are expected, not {values}")
+    return x, y, z
