@@ -200,6 +200,10 @@ def test_splits_share_a_folder(whole, tmp_path):
     ]
     train = ClevrFolder(tmp_path, "train")
     assert len(train) == 5
+    (tmp_path / "cameras.jsonl").write_bytes(found["cameras.jsonl"].rstrip())  # as some editors leave it
+    render_folder(tmp_path, **SMALL | {"split": "more"})
+    assert read_cameras(tmp_path / "cameras.jsonl", split="more").keys() == set(range(5))
+    assert read_cameras(tmp_path / "cameras.jsonl", split="val").keys() == set(range(5))
     (tmp_path / "cameras.jsonl").write_text("my notes\n")
     with pytest.raises(InputError, match=r"cameras.jsonl is not a file of cameras .*move it away"):
         render_folder(tmp_path, **SMALL | {"split": "new"})

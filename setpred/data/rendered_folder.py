@@ -210,8 +210,8 @@ def _cameras(paths: _Paths, split: str) -> Iterator[str]:
     """The lines of other splits, then those of this one."""
     if paths.cameras.exists():
         try:
-            lines = paths.cameras.read_text().splitlines(keepends=True)
-            yield from (line for line in lines if json.loads(line).get("split") != split)
+            lines = paths.cameras.read_text().splitlines()  # the last one may lack its end
+            yield from (line + "\n" for line in lines if json.loads(line).get("split") != split)
         except (ValueError, AttributeError) as error:
             raise InputError(f"{paths.cameras} is not a file of cameras ({error}); move it away") from error
     yield from (json.dumps(camera) + "\n" for _, camera in _records(paths))
