@@ -31,6 +31,11 @@ def inner_gradient(energy: Energy, iterate: Tensor, *, create_graph: bool) -> Te
     return gradient
 
 
+def optimality(iterate: Tensor, gradient: Tensor, descent: GradientDescent) -> Tensor:
+    """R(Y) = Y - P(Y - ∇L(Y)), zero at an optimum; ∇L itself without a projection P."""
+    return gradient if descent.projection is None else iterate - descent.project(iterate - gradient)
+
+
 class Differentiation(ABC):
     """Runs a descent and decides how gradients pass through it."""
 
@@ -40,17 +45,29 @@ class Differentiation(ABC):
 
 
 class Unrolled(Differentiation):
-    """Differentiates through every step of the descent (DSPN; Zhang, Hare, Prügel-Bennett, NeurIPS 2019).
+    """Differentiates through the steps of the descent (DSPN; Zhang, Hare, Prügel-Bennett, NeurIPS 2019).
 
-    Exact for the iterate it returns; memory grows with the iterations. Every iterate it yields is
-    differentiable.
+    Through all of them, it is exact for the iterate it returns, and its memory grows with the iterations. Through the
+    last k only (truncated backpropagation; Shaban et al., AISTATS 2019) the iterate they start from counts as given:
+    memory grows with k, and what is missing shrinks with k as fast as the descent converges. At an optimum with
+    Hessian A, plain steps of size η give η Σ_{j<k} (I - η A)ʲ for A⁻¹, as `Neumann` of k terms does: k = 1 is η times
+    the identity. Iterates within the steps that are differentiated through carry gradients.
+
+    Args:
+        last: k; None differentiates through every step.
     """
 
+    def __init__(self, last: int | None = None) -> None:
+        if last is not None and last < 1:
+            raise ValueError(f"expected to differentiate through at least the last step, got the last {last}")
+        self.last = last
+
     def iterates(self, energy: Energy, initial: Tensor, descent: GradientDescent, iterations: int) -> Iterator[Tensor]:
-        create_graph = torch.is_grad_enabled()
+        differentiable = torch.is_grad_enabled()
         state = State(initial)
         yield initial
-        for _ in range(iterations):
+        for left in range(iterations, 0, -1):
+            create_graph = differentiable and (self.last is None or left <= self.last)
             # a fresh node: the energy may also depend on the very tensor that the descent starts from
             iterate = state.iterate.view_as(state.iterate) if create_graph else state.iterate.detach()
             iterate = iterate if iterate.requires_grad else iterate.requires_grad_()
@@ -63,7 +80,7 @@ class Unrolled(Differentiation):
 class Implicit(Differentiation):
     """Differentiates the optimality condition at the end of the descent (iDSPN; Zhang et al., ICLR 2022).
 
-    With R(Y; θ) = Y - P(Y - ∇L(Y; θ)), which is ∇L without a projection P, an optimum has R = 0 and
+    With R(Y; θ) = Y - P(Y - ∇L(Y; θ)), see `optimality`, an optimum has R = 0 and
 
         uᵀ dY*/dθ = -vᵀ ∂R/∂θ,    (∂R/∂Y)ᵀ v = u
 
@@ -95,7 +112,7 @@ class Implicit(Differentiation):
 
     def _attach(self, value: Tensor, iterate: Tensor, gradient: Tensor, descent: GradientDescent) -> Tensor:
         """`value`, with the gradients of the implicit function."""
-        residual = gradient if descent.projection is None else iterate - descent.project(iterate - gradient)
+        residual = optimality(iterate, gradient, descent)
         if not residual.requires_grad:  # an objective without parameters and inputs
             return value
         # a node of its own, so that the hook below refers to nodes before it and no reference cycle arises

@@ -27,6 +27,14 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).flatten(1).sum(1).view(-1, *[1] * (a.ndim - 1))
 
 
+def dense(operator: Operator, like: Tensor) -> Tensor:
+    """A as matrices `[batch, dim, dim]`, one application a column; dim is how many numbers an example of `like` has."""
+    batch, dim = like.shape[0], like[0].numel()
+    basis = torch.eye(dim, dtype=like.dtype, device=like.device)
+    columns = [operator(row.expand(batch, dim).reshape(like.shape)).reshape(batch, dim) for row in basis]
+    return torch.stack(columns, dim=-1)
+
+
 class Identity(LinearSolver):
     """v = u: the Hessian is replaced by the identity (iDSPN; Zhang et al., ICLR 2022). No operator call."""
 
@@ -98,8 +106,6 @@ class Exact(LinearSolver):
         self.damping = damping
 
     def __call__(self, operator: Operator, vector: Tensor) -> Tensor:
-        batch, dim = vector.shape[0], vector[0].numel()
-        basis = torch.eye(dim, dtype=vector.dtype, device=vector.device)
-        columns = [operator(row.expand(batch, dim).reshape(vector.shape)).reshape(batch, dim) for row in basis]
-        matrix = torch.stack(columns, dim=-1) + self.damping * basis
-        return torch.linalg.solve(matrix, vector.reshape(batch, dim, 1)).reshape(vector.shape)
+        matrix = dense(operator, vector)
+        damped = matrix + self.damping * torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        return torch.linalg.solve(damped, vector.flatten(1).unsqueeze(-1)).reshape(vector.shape)
