@@ -1,0 +1,388 @@
+"""Truncated unrolling, what tells how good a gradient is, and the command that says it of a checkpoint."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+from problems import Quadratic, finite_difference
+from tiny import run
+from torch import nn
+
+from setpred import check as command
+from setpred.aggregators import FSPool, SetEncoder
+from setpred.check import check, in_words, training_iterations
+from setpred.checkpoint import KEY, save_whole
+from setpred.decoders import IDSPN
+from setpred.errors import InputError
+from setpred.inner import (
+    ConjugateGradient,
+    Exact,
+    GradientDescent,
+    Identity,
+    Implicit,
+    LatentMatching,
+    Neumann,
+    Problem,
+    Simplex,
+    Unrolled,
+    comparison,
+    minimise,
+)
+from setpred.inner.comparison import EXACT, OWN, UNROLLED, compare_gradients, differentiations
+from setpred.inner.descent import State
+from setpred.inner.diagnostics import Agreement, Recorded, hessian, residual_norms, spectrum
+from setpred.losses import DistributionalSlicedWasserstein
+from setpred.schema import CLEVR
+
+# --- through the last k steps ---------------------------------------------------------------------------------------
+
+
+def theta_gradient(differentiation, upstream, *, iterations=200, learning_rate=0.5, problem=None):
+    problem = Quadratic() if problem is None else problem
+    theta = problem.theta.clone().requires_grad_()
+    descent = GradientDescent(iterations=iterations, learning_rate=learning_rate)
+    found = minimise(problem.energy(theta), problem.initial, descent=descent, differentiation=differentiation)
+    return torch.autograd.grad(found, theta, upstream)[0]
+
+
+@pytest.fixture
+def upstream():
+    return torch.randn(3, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 30])
+def test_truncated_is_neumann_of_as_many_terms(k, upstream):
+    """For a quadratic, whose curvature is the same everywhere: η Σ_{j<k} (I - ηA)ʲ in the place of A⁻¹."""
+    expected = theta_gradient(Implicit(Neumann(terms=k, step_size=0.5)), upstream)
+    torch.testing.assert_close(theta_gradient(Unrolled(last=k), upstream), expected)
+
+
+def test_truncated_goes_from_the_identity_to_unrolled(upstream):
+    one = theta_gradient(Unrolled(last=1), upstream)
+    torch.testing.assert_close(one, 0.5 * theta_gradient(Implicit(Identity()), upstream))
+    whole = theta_gradient(Unrolled(), upstream)
+    torch.testing.assert_close(whole, theta_gradient(Implicit(Exact()), upstream))
+    errors = [(theta_gradient(Unrolled(last=k), upstream) - whole).norm().item() for k in (1, 3, 10, 30, 100, 199)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-8
+    for k in (200, 1000):
+        assert torch.equal(theta_gradient(Unrolled(last=k), upstream), whole)
+
+
+def test_truncated_is_the_derivative_of_the_last_steps():
+    """Momentum, clipping and projection included, from the iterate and velocity that the first steps leave."""
+    problem = Quadratic(rows=2, dim=3, seed=5)
+    descent = GradientDescent(iterations=9, learning_rate=0.4, momentum=0.7, clip=0.5, projection=Simplex())
+    weights = torch.linspace(-1, 2, problem.initial.numel(), dtype=torch.float64).view_as(problem.initial)
+
+    def steps(theta, state, number):
+        for _ in range(number):
+            point = state.iterate.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(problem.energy(theta)(point).sum(), point)
+            state = descent.step(State(point.detach(), state.velocity), slope)
+        return state
+
+    halfway = steps(problem.theta, State(problem.initial), 6)
+    theta = problem.theta.clone().requires_grad_()
+    found = minimise(problem.energy(theta), problem.initial, descent=descent, differentiation=Unrolled(last=3))
+    torch.testing.assert_close(found, steps(problem.theta, halfway, 3).iterate)
+    (weights * found).sum().backward()
+    expected = finite_difference(lambda t: (weights * steps(t, halfway, 3).iterate).sum(), problem.theta)
+    torch.testing.assert_close(theta.grad, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_truncated_carries_gradients_in_the_last_steps_alone():
+    problem = Quadratic()
+    theta, initial = problem.theta.clone().requires_grad_(), problem.initial.clone().requires_grad_()
+    descent = GradientDescent(iterations=6, learning_rate=0.5)
+    found = list(Unrolled(last=2).iterates(problem.energy(theta), initial, descent, 6))
+    assert [iterate.requires_grad for iterate in found] == [True, *[False] * 4, True, True]
+    assert torch.autograd.grad(found[-1].sum(), initial, allow_unused=True) == (None,)
+    for iterate, other in zip(found, Unrolled().iterates(problem.energy(theta), initial, descent, 6), strict=True):
+        torch.testing.assert_close(iterate, other, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="the last 0"):
+        Unrolled(last=0)
+
+
+# --- residual, curvature, agreement ---------------------------------------------------------------------------------
+
+
+def test_residuals_of_a_quadratic():
+    problem = Quadratic()
+    descent = GradientDescent(iterations=5, learning_rate=0.5)
+    recorded = Recorded(Unrolled())
+    minimise(problem.energy(problem.theta), problem.initial, descent=descent, differentiation=recorded)
+    assert len(recorded.found) == 6
+    found = residual_norms(recorded.energy, recorded.found, recorded.descent)
+    # plain steps of size η: Y_t - Y* = (I - ηA)ᵗ (Y₀ - Y*), and ∇L = A (Y - Y*)
+    apart = (problem.initial - problem.optimum(problem.theta)).flatten(1).unsqueeze(-1)
+    for step in range(6):
+        torch.testing.assert_close(found[step], (problem.matrix @ apart).norm(dim=(1, 2)))
+        apart = apart - 0.5 * problem.matrix @ apart
+
+
+def test_the_residual_is_zero_at_an_optimum_with_a_projection():
+    problem = Quadratic(rows=2, dim=3, seed=5)
+    descent = GradientDescent(iterations=300, projection=Simplex())
+    energy = problem.energy(0.2 * problem.theta)
+    found = minimise(energy, problem.initial, descent=descent, differentiation=Implicit())
+    constrained, free = (
+        residual_norms(energy, [found], descent),
+        residual_norms(energy, [found], GradientDescent(iterations=1)),
+    )
+    assert (constrained < 1e-10).all()
+    assert (free > 0.1).all()
+
+
+def test_the_hessian_and_its_ends():
+    problem = Quadratic()
+    energy = problem.energy(problem.theta)
+    with torch.no_grad():  # as where a command looks at a model
+        torch.testing.assert_close(hessian(energy, problem.initial), problem.matrix)
+        found = spectrum(energy, problem.initial)
+    expected = torch.linalg.eigvals(problem.matrix).real
+    torch.testing.assert_close(found[:, 0], expected.amin(1))
+    torch.testing.assert_close(found[:, -1], expected.amax(1))
+    flat = hessian(lambda y: 3 * y.flatten(1).sum(1), problem.initial)
+    assert torch.equal(flat, torch.zeros(3, 4, 4, dtype=torch.float64))
+
+
+def test_the_hessian_of_a_set_objective():
+    torch.manual_seed(0)
+    objective = LatentMatching(SetEncoder(FSPool(8, set_size=3), set_dim=2, hidden_dim=8).double())
+    elements, latent = torch.randn(2, 3, 2).double(), torch.randn(2, 8).double()
+    found = hessian(lambda y: objective(y, Problem(latent, elements)), elements)
+    for b in range(2):
+        problem = Problem(latent[b : b + 1], elements[b : b + 1])
+        expected = torch.autograd.functional.hessian(lambda y: objective(y, problem).sum(), elements[b : b + 1])  # noqa: B023
+        torch.testing.assert_close(found[b], expected.reshape(6, 6))
+
+
+def test_agreement_of_known_vectors():
+    reference = torch.tensor([[2.0, 0.0]] * 4 + [[0.0, 0.0]])
+    found = Agreement.of(torch.tensor([[2.0, 0.0], [1.0, 0.0], [0.0, 2.0], [0.0, 0.0], [1.0, 0.0]]), reference)
+    torch.testing.assert_close(found.cosine, torch.tensor([1, 1, 0, math.nan, math.nan]), equal_nan=True)
+    torch.testing.assert_close(found.relative_error, torch.tensor([0, 0.5, 2**0.5, 1, math.nan]), equal_nan=True)
+
+
+# --- all differentiations of one problem ----------------------------------------------------------------------------
+
+
+class Pulled(nn.Module):
+    """L(Y; z) = ½ yᵀ A y - (B z)ᵀ y, with A given and B a parameter: Y* = A⁻¹ B z."""
+
+    def __init__(self, matrix, link):
+        super().__init__()
+        self.matrix, self.link = matrix, nn.Parameter(link)
+
+    def forward(self, elements, problem):
+        flat = elements.flatten(1)
+        pull = torch.einsum("ij,bi,bj->b", self.matrix, flat, flat)
+        return 0.5 * pull - torch.einsum("ip,bp,bi->b", self.link, problem.latent, flat)
+
+
+def quadratic_decoder(eigenvalues=(0.3, 0.5, 0.8, 1.2), *, differentiation=None, iterations=80):
+    generator = torch.Generator().manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=generator))
+    matrix = basis @ torch.diag(torch.tensor(eigenvalues, dtype=torch.float64)) @ basis.mT
+    link = torch.randn(4, 3, dtype=torch.float64, generator=generator)
+    descent = GradientDescent(iterations=iterations, learning_rate=0.8)
+    decoder = IDSPN(Pulled(matrix, link), descent, differentiation, set_size=2, set_dim=2)
+    latent, target = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((5, 3), (5, 2, 2)))
+    return decoder, latent, target
+
+
+def linear_loss(predicted, target):
+    """Its slope, the target, is what is passed back."""
+    return (predicted * target).flatten(1).sum(1)
+
+
+def test_all_ways_on_a_quadratic_are_as_predicted():
+    decoder, latent, target = quadratic_decoder(differentiation=Implicit(Identity()))
+    result = compare_gradients(decoder, linear_loss, latent, target, index=torch.arange(5), steps=(1, 4))
+    assert isinstance(decoder.differentiation, Implicit)  # put back
+    assert result["smallest"] == pytest.approx([0.3] * 5)
+    assert result["largest"] == pytest.approx([1.2] * 5)
+    assert (result["damping"], result["singular"], result["iterations"]) == (0, False, 80)
+    assert result["step_size"] == pytest.approx(1 / 1.2)
+    assert max(result["residual"][-1]) < 1e-9 * max(result["residual"][0])
+
+    matrix, link = decoder.objective.matrix, decoder.objective.link.detach()
+    upstream = target.flatten(1)
+    exact = torch.linalg.solve(matrix, upstream.mT).mT
+
+    def series(terms, step):
+        power = total = upstream
+        for _ in range(terms - 1):
+            power = power - step * power @ matrix
+            total = total + power
+        return step * total
+
+    solutions = {
+        OWN: upstream,
+        "implicit, identity": upstream,
+        "unrolled, last 1": series(1, 0.8),
+        "unrolled, last 4": series(4, 0.8),
+        "implicit, Neumann 1": series(1, 1 / 1.2),
+        "implicit, Neumann 4": series(4, 1 / 1.2),
+        "implicit, CG 4": exact,  # as many steps as numbers
+        UNROLLED: exact,
+        EXACT: exact,
+    }
+    assert set(solutions) == set(result["agreement"]) - {"implicit, CG 1"}
+    for name, solution in solutions.items():
+        found = result["agreement"][name]
+        of_latent = Agreement.of(solution @ link, exact @ link)
+        assert found["latent"]["cosine"] == pytest.approx(of_latent.cosine.tolist(), abs=1e-7)
+        assert found["latent"]["relative_error"] == pytest.approx(of_latent.relative_error.tolist(), abs=1e-7)
+        assert found["latent"]["cosine_to_unrolled"] == pytest.approx(of_latent.cosine.tolist(), abs=1e-7)
+        outer = (torch.einsum("bi,bp->ip", v, latent).unsqueeze(0) for v in (solution, exact))
+        of_link = Agreement.of(*outer)
+        assert found["parameters"]["cosine"] == pytest.approx(of_link.cosine.tolist(), abs=1e-7)
+        assert found["parameters"]["relative_error"] == pytest.approx(of_link.relative_error.tolist(), abs=1e-7)
+    assert result["agreement"]["implicit, identity"]["latent"]["cosine"] != pytest.approx([1.0] * 5, abs=1e-3)
+
+
+def test_a_way_of_its_own_is_checked_too():
+    decoder, latent, target = quadratic_decoder(differentiation=Implicit(ConjugateGradient(iterations=4)))
+    result = compare_gradients(decoder, linear_loss, latent, target, index=torch.arange(5))
+    assert result["agreement"][OWN]["latent"]["relative_error"] == pytest.approx([0.0] * 5, abs=1e-9)
+
+
+def test_a_singular_hessian_is_damped_and_a_saddle_is_seen():
+    decoder, latent, target = quadratic_decoder((0.0, 0.5, 0.8, 1.2), iterations=20)
+    result = compare_gradients(decoder, linear_loss, latent, target, index=torch.arange(5))
+    assert result["singular"]
+    assert result["damping"] == pytest.approx(1.2e-6)
+    asked = compare_gradients(decoder, linear_loss, latent, target, index=torch.arange(5), damping=0.5)
+    assert (asked["singular"], asked["damping"]) == (False, 0.5)
+    decoder, latent, target = quadratic_decoder((-0.5, 0.5, 0.8, 1.2), iterations=5)
+    result = compare_gradients(decoder, linear_loss, latent, target, index=torch.arange(5))
+    assert result["smallest"] == pytest.approx([-0.5] * 5)
+    assert any("5 of 5 images the objective curves down" in sentence for sentence in in_words(result | {"images": 5}))
+
+
+def test_what_cannot_be_checked_is_refused(monkeypatch):
+    decoder, latent, target = quadratic_decoder()
+    with pytest.raises(InputError, match="at least 1 descent step"):
+        compare_gradients(decoder, linear_loss, latent, target, iterations=0)
+    with pytest.raises(InputError, match="Linear has none"):
+        compare_gradients(nn.Linear(2, 2), linear_loss, latent, target)
+    monkeypatch.setattr(comparison, "MOST_NUMBERS", 3)
+    with pytest.raises(InputError, match="at most 3 numbers, got 4"):
+        compare_gradients(decoder, linear_loss, latent, target)
+
+
+def test_steps_that_are_all_of_them_are_unrolled_once():
+    names = differentiations([1, 5, 10], iterations=5, step_size=1.0, damping=0.0)
+    assert "unrolled, last 1" in names
+    assert "unrolled, last 5" not in names
+
+
+# --- in words -------------------------------------------------------------------------------------------------------
+
+
+def test_the_words_follow_the_numbers():
+    decoder, latent, target = quadratic_decoder()
+    result = compare_gradients(decoder, linear_loss, latent, target, steps=[1]) | {"images": 5}
+    said = " ".join(in_words(result))
+    assert "at an optimum for practical purposes" in said
+    assert "well curved (largest to smallest curvature 4)" in said
+    assert "damped" not in said
+    stopped = compare_gradients(decoder, linear_loss, latent, target, iterations=2, steps=[1]) | {"images": 5}
+    assert "far from an optimum" in " ".join(in_words(stopped))
+    decoder.differentiation = Implicit(Exact())
+    exact = compare_gradients(decoder, linear_loss, latent, target, steps=[1]) | {"images": 5}
+    assert "follows the exact one (cosine 1.00" in " ".join(in_words(exact))
+    damped = compare_gradients(decoder, linear_loss, latent, target, steps=[1], damping=0.1) | {"images": 5}
+    assert "damped by 0.1, as asked" in " ".join(in_words(damped))
+    decoder, *problem = quadratic_decoder((1e-5, 0.5, 0.8, 1.2))
+    assert "nearly flat" in " ".join(
+        in_words(compare_gradients(decoder, linear_loss, *problem, steps=[1]) | {"images": 5})
+    )
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny_data):
+    return run(tmp_path_factory.mktemp("run"), "--trainer.max_epochs=1", data=tiny_data) / "best.ckpt"
+
+
+def changed(checkpoint, tmp_path, change):
+    content = torch.load(checkpoint, weights_only=True)
+    change(content)
+    path = tmp_path / "changed.ckpt"
+    save_whole(content, path)
+    return str(path)
+
+
+def test_the_command_says_it_of_a_checkpoint(checkpoint, tmp_path, capsys):
+    out = tmp_path / "deep" / "check.json"
+    result = check([str(checkpoint), "--images", "3", "--steps", "1", "2", "--json", str(out)])
+    printed = capsys.readouterr().out
+    assert json.loads(out.read_text())["agreement"] == result["agreement"]
+    assert (result["images"], result["iterations"], result["loss"]) == (3, 3, "HungarianLoss")
+    assert result["own"] == "Implicit(Identity())"
+    for name in result["agreement"]:
+        assert name in printed
+    assert "3 images" in printed
+    assert "smallest" in printed
+    found = result["agreement"]
+    assert found[EXACT]["latent"]["cosine"] == pytest.approx([1.0] * 3)
+    assert found[UNROLLED]["latent"]["cosine_to_unrolled"] == pytest.approx([1.0] * 3)
+    assert found[OWN] == found["implicit, identity"]
+    assert found["unrolled, last 2"]["latent"]["cosine"] != found["unrolled, last 1"]["latent"]["cosine"]
+    assert all(len(residual) == 3 and min(residual) > 0 for residual in result["residual"])
+    assert len(result["residual"]) == 4
+    again = check([str(checkpoint), "--images", "3", "--steps", "1", "2", "--iterations", "5", "--damping", "1e-4"])
+    assert (again["iterations"], again["damping"]) == (5, 1e-4)
+
+
+def test_the_loss_is_that_of_the_training(checkpoint, tmp_path):
+    loss = DistributionalSlicedWasserstein(projections=4, seed=3)
+
+    def retrained(content):
+        content[KEY]["settings"]["model"]["loss"] = {
+            "class_path": "setpred.losses.DistributionalSlicedWasserstein",
+            "init_args": {"projections": 4, "seed": 3},
+        }
+        content["state_dict"] |= {f"loss.{name}": value for name, value in loss.state_dict().items()}
+
+    content = torch.load(changed(checkpoint, tmp_path, retrained), weights_only=True)
+    rebuilt = command.training_loss(content, [])
+    assert not rebuilt.training
+    a, b = torch.rand(2, 4, CLEVR.set_dim), torch.rand(2, 4, CLEVR.set_dim)
+    with torch.no_grad():
+        assert torch.equal(rebuilt(a, b), loss.eval()(a, b))
+    result = check([str(tmp_path / "changed.ckpt"), "--images", "2", "--steps", "1"])
+    assert result["loss"] == "DistributionalSlicedWasserstein"
+
+
+def test_the_iterations_are_those_of_the_training():
+    content = {KEY: {"settings": {"model": {"iterations_by_epoch": {"0": 10, "5": 40}}}}, "epoch": 4}
+    assert training_iterations(content) == 10
+    assert training_iterations(content | {"epoch": 5}) == 40
+    assert training_iterations({KEY: {}, "epoch": 5}) is None
+
+
+def test_mistakes_are_sentences(checkpoint, tmp_path, monkeypatch, capsys):
+    def moved(content):
+        content[KEY]["data"]["path"] = str(tmp_path / "gone.h5")
+
+    with pytest.raises(InputError, match=r"cannot be read .*give --data"):
+        check([changed(checkpoint, tmp_path, moved)])
+    with pytest.raises(InputError, match="does not say what data"):
+        check([changed(checkpoint, tmp_path, lambda content: content[KEY]["data"].update(path=None))])
+    bad = {"class_path": "setpred.losses.SinkhornDivergence", "init_args": {"epsilon": -1.0}}
+    with pytest.raises(InputError, match="SinkhornDivergence cannot be built"):
+        check([changed(checkpoint, tmp_path, lambda content: content[KEY]["settings"]["model"].update(loss=bad))])
+    for options in (["--images", "0"], ["--iterations", "0"], ["--steps", "0"], ["--damping", "-1"]):
+        with pytest.raises(InputError, match=options[0]):
+            check([str(checkpoint), *options])
+    monkeypatch.setattr(sys, "argv", ["check", str(tmp_path / "none.ckpt")])
+    assert command.main() == 2
+    assert capsys.readouterr().err.startswith("error: no checkpoint")
