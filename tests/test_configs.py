@@ -25,7 +25,8 @@ def built(path, *options):
 def test_the_promised_configurations_are_there():
     promised = {"quickstart", "clevr", "clevr_fspool", "clevr_dspn", "rendered", "streamed"}
     assert {path.stem for path in EVERY} >= promised
-    rivals = {f"slot_attention{kind}" for kind in ("", "_implicit", "_sinkhorn", "_mesh")} | {"slot_mixture"}
+    rivals = {f"slot_attention{kind}" for kind in ("", "_implicit", "_sinkhorn", "_mesh")} | {"slot_mixture", "detr"}
+    rivals |= {"idspn_equilibrium", "idspn_fspool", "dspn", "seq2set", "mlp", "bilstm", "transformer"}
     assert {path.stem for path in COMPARED} >= rivals
 
 
@@ -77,6 +78,12 @@ def test_the_compared_have_the_data_and_the_budget_of_the_quickstart(path):
     assert config["model"]["schedule"]["init_args"]["total_steps"] == 6240
 
 
+def test_the_compared_equilibrium_is_the_quickstart():
+    quickstart, compared = (CONFIGS / name for name in ("quickstart.yaml", "compare/idspn_equilibrium.yaml"))
+    assert yaml.safe_load(quickstart.read_text()) == yaml.safe_load(compared.read_text())
+
+
 def test_dspn_is_one_option_away():
-    cli = built(CONFIGS / "clevr_fspool.yaml", "--model.decoder.init_args.differentiation=setpred.inner.Unrolled")
-    assert isinstance(cli.model.model.decoder.differentiation, Unrolled)
+    for name in ("clevr_fspool.yaml", "compare/idspn_fspool.yaml"):
+        cli = built(CONFIGS / name, "--model.decoder.init_args.differentiation=setpred.inner.Unrolled")
+        assert isinstance(cli.model.model.decoder.differentiation, Unrolled)

@@ -1,6 +1,7 @@
 """Laws of the decoders: who is equivariant to what, what padding changes, and gradients against finite differences."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -9,18 +10,26 @@ from torch import nn
 
 from setpred.aggregators import FSPool, SetEncoder, SumPool
 from setpred.decoders import (
+    DETR,
     IDSPN,
     MESH,
+    BiLSTMDecoder,
     GaussianStart,
     LearnedStart,
+    MLPDecoder,
     RandomStart,
+    Seq2Set,
+    SinePosition,
     SinkhornAttention,
     SlotAttention,
     SlotMixture,
     SlotSoftmax,
+    TransformerDecoder,
 )
+from setpred.decoders.attention import Attention
 from setpred.decoders.base import refined
 from setpred.decoders.mesh import entropy
+from setpred.decoders.seq2set import AdditiveAttention
 from setpred.decoders.slot_mixture import log_responsibilities
 from setpred.encoders import PositionedTokens, ResNetTrunk, SlotTrunk, SmallCNN, SmallTrunk, Tokens, position_grid
 from setpred.errors import InputError
@@ -39,20 +48,40 @@ def sharp(differentiation, **numbers):
     return SlotAttention(SinkhornAttention(mesh, dim=8, hidden_dim=5, iterations=3), iterations=2, **SLOTS)
 
 
+class Nowhere(nn.Module):
+    """Positions that say nothing, for tokens of any number."""
+
+    def forward(self, tokens):
+        return torch.zeros_like(tokens[0])
+
+
+def detr(position, **numbers):
+    layers = {"encoder_layers": 1, "decoder_layers": 2, **numbers}
+    return DETR(position, token_dim=DIM, dim=8, heads=2, hidden_dim=7, **layers, **SETS)
+
+
 TOKEN_DECODERS = {
     "slot attention": lambda: SlotAttention(**SLOTS),
     "slot attention, two heads": lambda: SlotAttention(heads=2, **SLOTS),
     "implicit slot attention": lambda: SlotAttention(gradient_steps=1, iterations=5, **SLOTS),
     "slot mixture": lambda: SlotMixture(gradient_steps=None, **SLOTS),
     "implicit slot mixture": lambda: SlotMixture(**SLOTS),
+    "detr": lambda: detr(Nowhere()),
+    "seq2set": lambda: Seq2Set(token_dim=DIM, hidden_dim=7, embedding_dim=4, **SETS),
     "slots by transport, two heads": lambda: SlotAttention(SinkhornAttention(dim=4), heads=2, **SLOTS),
     "slots by sharp transport": lambda: sharp(Unrolled()),
     "slots by sharp transport, constant steps": lambda: sharp(None),
 }
-VECTOR_DECODERS = {}
+VECTOR_DECODERS = {
+    "mlp": lambda: MLPDecoder(latent_dim=DIM, hidden_dim=7, **SETS),
+    "bilstm": lambda: BiLSTMDecoder(latent_dim=DIM, hidden_dim=4, **SETS),
+    "transformer": lambda: TransformerDecoder(latent_dim=DIM, dim=8, heads=2, layers=2, hidden_dim=7, **SETS),
+}
 DECODERS = TOKEN_DECODERS | VECTOR_DECODERS
 # whose slots are told apart by their start alone
 SLOT_DECODERS = [name for name in TOKEN_DECODERS if "slot" in name]
+# weights that have nothing to weigh: DETR's elements are zeros when they first see each other
+IDLE = {"detr": {"decoder.0.own.value.weight"}}
 # whose gradients are not those of the value, by design
 APPROXIMATE = {"implicit slot attention", "implicit slot mixture", "slots by sharp transport, constant steps"}
 
@@ -109,6 +138,8 @@ def test_refine_yields_every_prediction_and_forward_the_last(name):
     iterates = list(decoder.refine(given, index=index))
     assert all(iterate.shape == (BATCH, SIZE, OUT) for iterate in iterates)
     close(decoder(given, index=index), iterates[-1])
+    if name == "detr":
+        assert len(iterates) == len(decoder.decoder)
     if not decoder.iterative:
         with pytest.raises(InputError, match="no number of iterations"):
             decoder(given, iterations=2)
@@ -153,7 +184,7 @@ def test_every_parameter_learns(name):
         if part.startswith("start") and getattr(decoder, "gradient_steps", None) is not None:
             assert parameter.grad is None  # a fixed point does not depend on its start
         else:
-            assert parameter.grad.abs().max() > 0, part
+            assert (parameter.grad.abs().max() > 0) == (part not in IDLE.get(name, ())), part
 
 
 @every
@@ -222,6 +253,122 @@ def test_slots_that_start_equal_stay_equal(name):
         decoder.start = Given(decoder.start(given, None)[:, :1].expand(-1, SIZE, -1))
         elements = decoder(given)
         close(elements, elements[:, :1].expand_as(elements))
+
+
+# --- queries and codes: the other decoders that are set-equivariant ---------------------------------------------------
+
+
+def test_elements_permute_with_the_queries_of_detr():
+    decoder, given, order = build("detr"), features("detr"), torch.tensor([2, 0, 3, 1])
+    elements = decoder(given)
+    with torch.no_grad():
+        decoder.queries.copy_(decoder.queries[order])
+    close(decoder(given), elements[:, order])
+
+
+def test_equal_queries_of_detr_give_equal_elements():
+    for seed in range(3):
+        decoder, given = build("detr", seed), features("detr")
+        with torch.no_grad():
+            decoder.queries.copy_(decoder.queries[:1].expand_as(decoder.queries))
+        elements = decoder(given)
+        close(elements, elements[:, :1].expand_as(elements))
+
+
+def test_elements_permute_with_the_codes_of_the_transformer_and_equal_codes_give_equal_ones():
+    for seed in range(3):
+        decoder, given, order = build("transformer", seed), features("transformer"), torch.tensor([2, 0, 3, 1])
+        elements, codes = decoder(given), decoder.start(given, None)
+        decoder.start = Given(codes[:, order])
+        close(decoder(given), elements[:, order])
+        decoder.start = RandomStart(SIZE, 8, scale=0.0)
+        elements = decoder(given)
+        close(elements, elements[:, :1].expand_as(elements))
+
+
+def test_detr_sees_tokens_with_their_positions_and_in_no_other_order():
+    torch.manual_seed(0)
+    decoder = detr(SinePosition()).double().eval()
+    given, order = torch.randn(BATCH, 9, DIM, dtype=torch.float64), torch.randperm(9)
+    tokens = decoder.narrow(given)
+    positions = decoder.position(tokens)
+    *_, elements = decoder.decode(tokens, positions)
+    close(elements, decoder(given))
+    *_, together = decoder.decode(tokens[:, order], positions[order])
+    close(together, elements)
+    assert (decoder(given[:, order]) - elements).abs().max() > 1e-3  # positions matter
+
+
+def test_sine_positions_against_a_loop():
+    positions = SinePosition()(torch.zeros(1, 9, 8, dtype=torch.float64))
+    for row, column in itertools.product(range(3), range(3)):
+        waves = [math.tau / 3 / 10_000 ** (4 * j / 8) for j in range(2)]
+        expected = [wave(w * (place + 1)) for place in (row, column) for wave in (math.sin, math.cos) for w in waves]
+        close(positions[3 * row + column], torch.tensor(expected, dtype=torch.float64))
+    with pytest.raises(ValueError, match="square map"):
+        SinePosition()(torch.zeros(1, 8, 8))
+
+
+def test_seq2set_says_each_element_knowing_those_before():
+    decoder, given = build("seq2set"), features("seq2set")
+    elements = decoder(given)
+    assert torch.pdist(elements[0].detach()).min() > 0
+    head = decoder.head
+
+    class Louder(nn.Module):
+        """The head, but for the second element it says something else."""
+
+        def __init__(self):
+            super().__init__()
+            self.said = 0
+
+        def forward(self, rows):
+            self.said += 1
+            return head(rows) + (self.said == 2)
+
+    decoder.head = Louder()
+    others = decoder(given)
+    close(others[:, 0], elements[:, 0])
+    assert ((others - elements)[:, 1:].abs().amax((1, 2)) > 1e-6).all()
+    assert ((others - elements)[:, 2:].abs().amax(2) > 1e-9).all()
+
+
+def test_additive_attention_against_a_loop():
+    torch.manual_seed(0)
+    attention = AdditiveAttention(3, 2, hidden_dim=4).double()
+    tokens, state = torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64)
+    seen = attention(tokens, attention.of_token(tokens), state, None)
+    for b in range(2):
+        scores = [attention.score((attention.of_token(x) + attention.of_state(state[b])).tanh()) for x in tokens[b]]
+        weights = torch.cat(scores).softmax(0)
+        close(seen[b], sum(weight * x for weight, x in zip(weights, tokens[b], strict=True)))
+
+
+def test_attention_is_that_of_torch():
+    torch.manual_seed(0)
+    ours, theirs = Attention(8, heads=2).double(), nn.MultiheadAttention(8, 2, batch_first=True).double()
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([layer.weight for layer in (ours.query, ours.key, ours.value)]))
+        theirs.in_proj_bias.copy_(torch.cat([ours.query.bias, torch.randn(8), ours.value.bias]))
+        theirs.out_proj.load_state_dict(ours.out.state_dict())
+    queries, keys, values = (torch.randn(2, n, 8, dtype=torch.float64) for n in (3, 5, 5))
+    mask = torch.arange(5) < torch.tensor([[5], [2]])
+    close(ours(queries, keys, values, mask), theirs(queries, keys, values, key_padding_mask=~mask)[0])
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: detr(None, decoder_layers=0), lambda: Attention(8, heads=3), lambda: Attention(8, heads=0)]
+)
+def test_transformers_refuse_numbers_they_cannot_have(build):
+    with pytest.raises(InputError, match="expected"):
+        build()
+
+
+def test_dropout_is_of_training_alone():
+    torch.manual_seed(0)
+    decoder, given = detr(Nowhere(), dropout=0.5).double(), features("detr")
+    assert not torch.allclose(decoder(given), decoder(given))
+    close(decoder.eval()(given), decoder(given))
 
 
 def test_idspn_with_sorting_separates_what_starts_equal_and_with_a_sum_does_not():

@@ -8,12 +8,14 @@ from setpred.losses.distributional import DistributionalSlicedWasserstein
 from setpred.losses.hungarian import HungarianLoss
 from setpred.losses.sinkhorn import SinkhornDivergence
 from setpred.losses.sliced import MaxSlicedWasserstein, SlicedWasserstein
+from setpred.losses.transport import MatchingWithTransport
 
 __all__ = [
     "ChamferLoss",
     "DETRCriterion",
     "DistributionalSlicedWasserstein",
     "HungarianLoss",
+    "MatchingWithTransport",
     "MaxSlicedWasserstein",
     "SetLoss",
     "SinkhornDivergence",

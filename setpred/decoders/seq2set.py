@@ -1,0 +1,86 @@
+"""Sequence to set: one element after the other, each knowing those before it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from setpred.decoders.base import SetDecoder
+from setpred.nn import MLP
+from setpred.schema import CLEVR
+
+
+class AdditiveAttention(nn.Module):
+    """c = Σ_s w_s x_s,    w = softmax_s(v · tanh(A x_s + B h))  (Bahdanau, Cho, Bengio, ICLR 2015).
+
+    Args:
+        token_dim, state_dim: lengths of a token x and of the state h.
+        hidden_dim: length of v.
+    """
+
+    def __init__(self, token_dim: int, state_dim: int, *, hidden_dim: int) -> None:
+        super().__init__()
+        self.of_token, self.of_state = nn.Linear(token_dim, hidden_dim), nn.Linear(state_dim, hidden_dim, bias=False)
+        self.score = nn.Linear(hidden_dim, 1, bias=False)
+
+    def forward(self, tokens: Tensor, projected: Tensor, state: Tensor, mask: Tensor | None) -> Tensor:
+        """`[batch, token_dim]` from tokens, their `of_token`, a state `[batch, state_dim]` and a mask of tokens."""
+        scores = self.score((projected + self.of_state(state).unsqueeze(1)).tanh()).squeeze(-1)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return (scores.softmax(-1).unsqueeze(1) @ tokens).squeeze(1)
+
+
+class Seq2Set(SetDecoder):
+    """A recurrent decoder that attends to the tokens and is fed what it said before.
+
+        h_i = GRU([E y_{i-1}, c_i], h_{i-1}),    c_i = attention(X; h_{i-1}),    y_i = head([h_i, c_i, E y_{i-1}])
+
+    The decoder of OTSeq2Set (Cao, Zhang, EMNLP 2022) with elements in place of labels: as published it is trained on
+    its own outputs ("student forcing"), so nothing of the target goes in, and by a matching that leaves the order to
+    the model; `setpred.losses.MatchingWithTransport` is its loss. Left out are the convolutions over the words of a
+    text. There is an order, so no equivariance of the elements; the order of the tokens does not matter.
+
+    Args:
+        token_dim: length of a token.
+        hidden_dim: of the state, the attention and the head.
+        embedding_dim: of an element that is fed back.
+        set_size, set_dim: of the predicted sets; there are as many steps.
+    """
+
+    def __init__(
+        self,
+        *,
+        token_dim: int = 64,
+        hidden_dim: int = 128,
+        embedding_dim: int = 64,
+        set_size: int = CLEVR.max_objects,
+        set_dim: int = CLEVR.set_dim,
+    ) -> None:
+        super().__init__(set_size=set_size, set_dim=set_dim, token_dim=token_dim)
+        self.norm = nn.LayerNorm(token_dim)
+        self.first_state = nn.Linear(token_dim, hidden_dim)
+        self.first_element = nn.Parameter(torch.zeros(set_dim))
+        self.embed = nn.Linear(set_dim, embedding_dim)
+        self.attention = AdditiveAttention(token_dim, hidden_dim, hidden_dim=hidden_dim)
+        self.recurrent = nn.GRUCell(embedding_dim + token_dim, hidden_dim)
+        self.head = MLP(hidden_dim + token_dim + embedding_dim, hidden_dim, set_dim)
+
+    def predictions(
+        self, features: Tensor, *, index: Tensor | None, iterations: int | None, mask: Tensor | None
+    ) -> Iterator[Tensor]:
+        tokens = self.norm(features)
+        projected = self.attention.of_token(tokens)
+        present = torch.ones_like(tokens[..., :1]) if mask is None else mask.unsqueeze(-1).to(tokens.dtype)
+        state = self.first_state((tokens * present).sum(1) / present.sum(1)).tanh()
+        element = self.first_element.expand(len(tokens), -1)
+        elements = []
+        for _ in range(self.set_size):
+            seen = self.attention(tokens, projected, state, mask)
+            said = self.embed(element)
+            state = self.recurrent(torch.cat([said, seen], dim=-1), state)
+            element = self.head(torch.cat([state, seen, said], dim=-1))
+            elements.append(element)
+        yield torch.stack(elements, dim=1)
