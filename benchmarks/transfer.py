@@ -25,6 +25,7 @@ from setpred.data.dataset import open_data
 from setpred.evaluation import predict
 from setpred.metrics import THRESHOLDS, attribute_report, average_precision, match_by_position, threshold_name
 from setpred.rendering.renderer import annotate, render
+from setpred.rendering.scenes import SceneBatch
 from setpred.schema import CLEVR
 
 DRAWS = 1000
@@ -92,7 +93,7 @@ def main() -> None:
     row("its standard deviation", np.std(draws, axis=0))
 
     owner = annotate(scenes, width=side, height=side, aspect=aspect).instances.long()
-    metal = torch.tensor([[obj.material == "metal" for obj in scene.objects] + [False] * slots for scene in scenes])
+    metal = SceneBatch.of(scenes, max_objects=slots).metal
     on_metal = metal.gather(1, owner.flatten(1).clamp(min=0)).reshape(owner.shape)
     for name, mask in (
         ("Blender's ground", owner < 0),
