@@ -5,8 +5,8 @@
     python benchmarks/renderer.py --device cuda     # a GPU
 
 All effects of light are on. A figure is the median of repeated runs after one to warm up, with the lowest and highest.
-Memory is the most that torch held beyond the scenes (GPU), or by how much the process had grown (CPU; it never shrinks,
-so rows go from small to large).
+Memory is the most that torch held beyond the scenes (GPU), or by how much the process had grown by then (CPU; it never
+shrinks, so a row has at least what the rows above it have).
 """
 
 from __future__ import annotations
@@ -63,6 +63,9 @@ def of_one_process(device: torch.device, batch: int) -> None:
         for objects in ((3, 6), (3, 10), (10, 10)):
             for samples in (1, 2, 3) if objects == (3, 10) else (2,):
                 scenes = SceneBatch.of(sampled(objects, batch)).to(device)
+                if device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(device)
+                    before = torch.cuda.memory_allocated(device) / 2**20
                 rate = rates(partial(render, scenes, width=width, height=height, samples=samples), batch, device)
                 row = f"{width}x{height}  {objects[0]} to {objects[1]}  {batch}  {samples}"
                 print(f"{row:28s} {rate:36s} {held(device) - before:8.0f}", flush=True)
