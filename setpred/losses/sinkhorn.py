@@ -49,10 +49,14 @@ class SinkhornDivergence(SetLoss):
         self, predicted: Tensor, target: Tensor, predicted_mask: Tensor | None, target_mask: Tensor | None
     ) -> Tensor:
         a, b = uniform_mass(predicted, predicted_mask), uniform_mass(target, target_mask)
-        pairs = (predicted, target, a, b), (predicted, predicted, a, a), (target, target, b, b)
-        across, predicted_own, target_own = (self._transport_cost(*pair) for pair in pairs)
         something = (a > 0).any(-1) & (b > 0).any(-1)
-        return (across - 0.5 * (predicted_own + target_own)).masked_fill(~something, 0.0)
+        size = max(predicted.shape[1], target.shape[1])
+        x, a, y, b = _padded(predicted, size), _padded(a, size), _padded(target, size), _padded(b, size)
+        # of one size, all three are solved in one go
+        across, of_x, of_y = self._transport_cost(
+            torch.cat([x, x, y]), torch.cat([y, x, y]), torch.cat([a, a, b]), torch.cat([b, a, b])
+        ).chunk(3)
+        return (across - 0.5 * (of_x + of_y)).masked_fill(~something, 0.0)
 
     def _transport_cost(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """OT `[batch]`, by its dual: Σ_i a_i f_i + Σ_j b_j g_j, where f fits g and g is held fixed."""
@@ -73,3 +77,8 @@ class SinkhornDivergence(SetLoss):
         falling = max(self.iterations // 2, 1)
         for step in range(self.iterations):
             yield self.epsilon * ratio ** max(0.0, 1 - step / falling)
+
+
+def _padded(values: Tensor, size: int) -> Tensor:
+    """Zeros appended along the set."""
+    return torch.cat([values, values.new_zeros(len(values), size - values.shape[1], *values.shape[2:])], dim=1)
