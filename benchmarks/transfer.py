@@ -3,15 +3,18 @@
     python benchmarks/transfer.py CHECKPOINT ROOT [--rendered FILE.h5]
 
 ROOT is a CLEVR folder with `cameras.jsonl`. Scenes of more objects than the model has slots are left out. The model
-sees Blender's pictures and our own pictures of the very same scenes, cameras and lamps, so the difference of the two
-rows is the renderer's alone. Its spread: scenes drawn again with replacement (bootstrap, 1,000 times). Then the two
-kinds of pictures are mixed: rows `ours but ...` show ours with Blender's pixels in place of the ground or of objects
-of one material, which says what the difference comes from.
+sees Blender's pictures and our own pictures of the very same scenes, cameras and lamps: drawn at Blender's size and
+resized as `setpred.data prepare` does, so that the difference of the two rows is the renderer's alone, and drawn at the
+model's size directly, as rendered training files are. Spread: scenes drawn again with replacement (bootstrap, 1,000
+times). Then the two kinds of resized pictures are mixed: rows `ours but ...` show ours with Blender's pixels in place
+of the ground or of objects of one material. Last, more scenes of ours, of 3 objects up to the model's slots, to tell
+better what drawing small makes of the score.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,9 @@ from torch import Tensor
 
 from setpred.checkpoint import load_checkpoint
 from setpred.data.compare import scenes_with_images
+from setpred.data.datamodule import VALIDATION_SEED
 from setpred.data.dataset import open_data
+from setpred.data.rendered import built_in_scenes
 from setpred.evaluation import predict
 from setpred.metrics import THRESHOLDS, attribute_report, average_precision, match_by_position, threshold_name
 from setpred.rendering.renderer import annotate, render
@@ -39,6 +44,14 @@ def row(name: str, values: np.ndarray) -> None:
     print(f"{name:44s}" + "".join(f"{value:7.1f}" for value in values), flush=True)
 
 
+def resized(images: Iterable[np.ndarray], side: int) -> Tensor:
+    """As `setpred.data prepare` makes them: `[n, side, side, 3]`."""
+    small = [
+        Image.fromarray(image.astype(np.uint8)).resize((side, side), Image.Resampling.BILINEAR) for image in images
+    ]
+    return torch.from_numpy(np.stack(small))
+
+
 def attributes(name: str, predicted: Tensor, target: Tensor) -> None:
     found = attribute_report(predicted, target, match_by_position(predicted, target, schema=CLEVR), schema=CLEVR)
     shares = {"all": found["all_attributes"], **found["accuracy"]}
@@ -53,6 +66,7 @@ def main() -> None:
     parser.add_argument("root", type=Path)
     parser.add_argument("--split", default="val")
     parser.add_argument("--rendered", type=Path, help="a file of unseen rendered scenes, evaluated as well")
+    parser.add_argument("--scenes", type=int, default=250, help="of ours in the last rows (default: 250)")
     options = parser.parse_args()
     loaded = load_checkpoint(options.checkpoint)
     model, side = loaded.model.eval(), loaded.image_size
@@ -64,12 +78,11 @@ def main() -> None:
         if len(scene.objects) <= slots
     ]
     scenes = [scene for scene, _ in found]
-    aspect = found[0][1].shape[1] / found[0][1].shape[0]
-    small = [
-        Image.fromarray(theirs.astype(np.uint8)).resize((side, side), Image.Resampling.BILINEAR) for _, theirs in found
-    ]
-    theirs = torch.from_numpy(np.stack(small))
-    ours = render(scenes, width=side, height=side, aspect=aspect)
+    height, width, _ = found[0][1].shape
+    aspect = width / height
+    theirs = resized([image for _, image in found], side)
+    ours = resized(render(scenes, width=width, height=height, aspect=aspect).numpy(), side)
+    direct = render(scenes, width=side, height=side, aspect=aspect)
     target = torch.from_numpy(np.stack([CLEVR.encode([o.as_dict() for o in s.objects], slots) for s in scenes]))
 
     def predicted(images: Tensor) -> Tensor:
@@ -81,16 +94,20 @@ def main() -> None:
         data = open_data(options.rendered, image_size=side, set_size=slots)
         unseen = predict(model, data)
         row(f"{len(data)} unseen rendered scenes", scores(*unseen))
-    on_theirs, on_ours = predicted(theirs), predicted(ours)
-    row("Blender's pictures", scores(on_theirs, target))
-    row("our pictures of the same scenes", scores(on_ours, target))
-    row("difference", scores(on_ours, target) - scores(on_theirs, target))
-    rng = np.random.default_rng(0)
-    draws = []
-    for _ in range(DRAWS):
-        which = torch.from_numpy(rng.integers(len(scenes), size=len(scenes)))
-        draws.append(scores(on_ours[which], target[which]) - scores(on_theirs[which], target[which]))
-    row("its standard deviation", np.std(draws, axis=0))
+    on_theirs, on_ours, on_direct = predicted(theirs), predicted(ours), predicted(direct)
+    row("Blender's pictures, resized", scores(on_theirs, target))
+    row("ours of the same scenes, resized", scores(on_ours, target))
+    row("ours of the same scenes, drawn small", scores(on_direct, target))
+    for name, one, other in (
+        ("ours less Blender's, both resized", on_ours, on_theirs),
+        ("ours drawn small less ours resized", on_direct, on_ours),
+    ):
+        row(name, scores(one, target) - scores(other, target))
+        rng, draws = np.random.default_rng(0), []
+        for _ in range(DRAWS):
+            which = torch.from_numpy(rng.integers(len(scenes), size=len(scenes)))
+            draws.append(scores(one[which], target[which]) - scores(other[which], target[which]))
+        row("  its standard deviation", np.std(draws, axis=0))
 
     owner = annotate(scenes, width=side, height=side, aspect=aspect).instances.long()
     metal = SceneBatch.of(scenes, max_objects=slots).metal
@@ -101,11 +118,17 @@ def main() -> None:
         ("Blender's metal", (owner >= 0) & on_metal),
     ):
         row(f"ours but {name}", scores(predicted(torch.where(mask[..., None], theirs, ours)), target))
+    more = built_in_scenes(range(options.scenes), seed=VALIDATION_SEED, objects=(3, slots))
+    more_target = torch.from_numpy(np.stack([CLEVR.encode([o.as_dict() for o in s.objects], slots) for s in more]))
+    full = resized(render(more, width=width, height=height, aspect=aspect).numpy(), side)
+    row(f"{len(more)} scenes, resized", scores(predicted(full), more_target))
+    row(f"{len(more)} scenes, drawn small", scores(predicted(render(more, width=side, height=side)), more_target))
     print("\nattributes right in %, objects matched by position; count right in %; median distance")
     if options.rendered is not None:
         attributes(f"{len(data)} unseen rendered scenes", *unseen)
-    attributes("Blender's pictures", on_theirs, target)
-    attributes("our pictures of the same scenes", on_ours, target)
+    attributes("Blender's pictures, resized", on_theirs, target)
+    attributes("ours of the same scenes, resized", on_ours, target)
+    attributes("ours of the same scenes, drawn small", on_direct, target)
 
 
 if __name__ == "__main__":
