@@ -255,3 +255,11 @@ def test_wrong_arguments_leave_nothing(tmp_path, change, words):
     with pytest.raises(InputError, match=words):
         render_folder(tmp_path / "new", **SMALL | change)
     assert os.listdir(tmp_path) == []
+
+
+def test_cameras_are_found_in_pictures_of_another_size(tmp_path):
+    render_folder(tmp_path, **SMALL | {"width": 240, "height": 160, "images": 3, "objects": (5, 6)})
+    folder = ClevrFolder(tmp_path, "val")
+    known = read_cameras(tmp_path / "cameras.jsonl", split="val")
+    for number in range(3):
+        np.testing.assert_allclose(folder.camera(number), known[number][0].location, atol=0.02)

@@ -16,7 +16,7 @@ from setpred.errors import InputError
 from setpred.rendering.camera import fit_camera
 from setpred.schema import CLEVR, ElementSchema
 
-PIXEL_SIZE = (480, 320)  # of CLEVR v1.0's images, in which `pixel_coords` count
+PIXEL_SIZE = (480, 320)  # of CLEVR v1.0's images
 
 
 class _Scene(NamedTuple):
@@ -35,6 +35,7 @@ class ClevrFolder:
         index: int64 `[n]`, CLEVR's `image_index`.
         centres, pixels: float64 `[n, schema.max_objects, 3]`, `3d_coords` and `pixel_coords`, NaN where padded.
         source: where this comes from, in plain types.
+        pixel_size: width and height of the first image, in which `pixel_coords` count.
 
     Raises:
         InputError: whatever is wrong with the folder, naming the file, image and object.
@@ -61,6 +62,7 @@ class ClevrFolder:
             "scenes_sha256": sha256(content).hexdigest(),
         }
         self._check_images()
+        self.pixel_size = _size_of(self.path(0))
 
     def __len__(self) -> int:
         return len(self.file_names)
@@ -74,7 +76,7 @@ class ClevrFolder:
 
     def camera(self, number: int) -> np.ndarray:
         """Where the camera stood `[3]`, from `pixel_coords`; NaN where these do not determine it."""
-        return locate_camera(self.centres[number], self.pixels[number])
+        return locate_camera(self.centres[number], self.pixels[number], self.pixel_size)
 
     def _parse(self, content: bytes, scenes_file: Path) -> list[_Scene]:
         def reduce(record: dict[str, Any]) -> Any:
@@ -161,11 +163,26 @@ def load_image(path: Path, image_size: int) -> np.ndarray:
     return np.asarray(resized)
 
 
-def locate_camera(centres: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """Location `[3]` of the camera that saw `centres` at `pixels`, NaN if undetermined."""
+def _size_of(path: Path) -> tuple[int, int]:
+    """Width and height; CLEVR's own where the image cannot be read, which is said when it is needed."""
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return PIXEL_SIZE
+
+
+def locate_camera(centres: np.ndarray, pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Location `[3]` of the camera that saw `centres` at `pixels`, NaN if undetermined.
+
+    The pixels count in images of `size`, or in CLEVR's own, of which these may be smaller copies.
+    """
     known = np.isfinite(centres).all(-1) & np.isfinite(pixels).all(-1)
-    camera = fit_camera(centres[known], pixels[known], *PIXEL_SIZE)
-    return np.full(3, np.nan) if camera is None else np.array(camera.location, dtype=np.float64)
+    for width, height in dict.fromkeys((size, PIXEL_SIZE)):
+        camera = fit_camera(centres[known], pixels[known], width, height)
+        if camera is not None:
+            return np.array(camera.location, dtype=np.float64)
+    return np.full(3, np.nan)
 
 
 def _scenes_file(root: Path, split: str) -> Path:

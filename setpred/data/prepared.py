@@ -54,7 +54,7 @@ def prepare_file(
     def records(start: int) -> Iterator[Record]:
         arrays = folder.elements, folder.centres, folder.pixels, folder.index
         tasks = (_Task(folder.path(i), *(array[i] for array in arrays)) for i in range(start, len(folder)))
-        return ordered_map(partial(_prepare, image_size=image_size), tasks, workers=workers)
+        return ordered_map(partial(_prepare, image_size=image_size, pixel_size=folder.pixel_size), tasks, workers=workers)
 
     return write_set_file(
         path,
@@ -66,6 +66,7 @@ def prepare_file(
     )
 
 
-def _prepare(task: _Task, *, image_size: int) -> Record:
+def _prepare(task: _Task, *, image_size: int, pixel_size: tuple[int, int]) -> Record:
     image = load_image(task.path, image_size)
-    return Record(image, task.elements, locate_camera(task.centres, task.pixels), int(task.index))
+    camera = locate_camera(task.centres, task.pixels, pixel_size)
+    return Record(image, task.elements, camera, int(task.index))
