@@ -54,7 +54,8 @@ def prepare_file(
     def records(start: int) -> Iterator[Record]:
         arrays = folder.elements, folder.centres, folder.pixels, folder.index
         tasks = (_Task(folder.path(i), *(array[i] for array in arrays)) for i in range(start, len(folder)))
-        return ordered_map(partial(_prepare, image_size=image_size, pixel_size=folder.pixel_size), tasks, workers=workers)
+        one = partial(_prepare, image_size=image_size, pixel_size=folder.pixel_size)
+        return ordered_map(one, tasks, workers=workers)
 
     return write_set_file(
         path,
