@@ -16,7 +16,7 @@ from setpred.rendering.fragments import nearest_hit
 from setpred.rendering.ground import FAR, floor_height, ground_depth, ground_hit, ground_normal
 from setpred.rendering.lighting import Lights, block, block_ground, lamp_table, lights_at
 from setpred.rendering.materials import fresnel, highlight
-from setpred.rendering.renderer import annotate, encode, render, soften
+from setpred.rendering.renderer import annotate, encode, render, render_ground, soften
 from setpred.rendering.sampling import sample_scene
 from setpred.rendering.scenes import HALF_SIZE, NOMINAL_LAMPS, SHAPES, Scene, SceneBatch, SceneObject
 from setpred.rendering.shapes import HITS, NORMALS
@@ -353,6 +353,7 @@ def test_a_picture_depends_on_its_scene_alone():
             assert torch.equal(torch.cat(parts), together)
     finally:
         torch.set_num_threads(threads)
+    assert {part.device.type for part in SceneBatch.of(scenes).to("meta")} == {"meta"}
     padded = render(SceneBatch.of(scenes, max_objects=16), width=64, height=64)
     assert torch.equal(padded, together)
     order = torch.randperm(13, generator=torch.Generator().manual_seed(0))
@@ -366,6 +367,31 @@ def test_a_picture_depends_on_its_scene_alone():
         assert (truth.visible_pixels[number, len(scene.objects) :] == 0).all()
     moved = replace(scenes[0], camera=Camera((7.0, -6.5, 5.3)))
     assert not torch.equal(render([moved], width=64, height=64)[0], together[0])
+
+
+def test_the_ground_alone_is_the_picture_where_no_object_is():
+    scenes = [Scene(()), sampled(1), sampled(2)]
+    ground = render_ground(scenes, width=96, height=64).int()
+    whole = render(scenes, width=96, height=64).int()
+    seen = annotate(scenes, width=192, height=128).instances.reshape(3, 64, 2, 96, 2).amax((2, 4)) >= 0
+    near = torch.nn.functional.max_pool2d(seen.float()[:, None], 5, stride=1, padding=2)[:, 0] > 0
+    assert torch.equal(ground[0], whole[0])
+    assert torch.equal(ground[~near], whole[~near])
+    assert (ground - whole)[seen].abs().float().mean() > 10
+    assert (ground[0] - ground[1]).abs().max() > 20  # shadows are there
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_behind_and_beside_the_camera_nothing_is_seen(shape):
+    camera = np.array(NOMINAL_CAMERA.location)
+    right, _, backward = NOMINAL_CAMERA.axes()
+    for shift in (2 * backward, 20 * backward, 1.0 * right, 3 * right - 0.1 * backward):
+        x, y, z = camera + shift
+        scene = Scene((replace(one(shape, "metal"), coords=(float(x), float(y), float(z))), one("cube")))
+        truth = annotate([scene], width=24, height=16)
+        assert truth.visible_pixels[0, 0] == 0
+        assert truth.visible_pixels[0, 1] == (instances(Scene((one("cube"),)), 24, 16) == 0).sum()
+        assert picture(scene, 24, 16).shape == (16, 24, 3)
 
 
 def test_a_square_picture_is_the_squeezed_view():

@@ -143,7 +143,8 @@ class SceneBatch(NamedTuple):
 
     def to(self, device: torch.device | str) -> SceneBatch:
         """The same on another device."""
-        return SceneBatch(*(part.to(device, non_blocking=True) for part in self))
+        ordered = torch.device(device).type == "cuda"  # elsewhere numbers may be read before they have arrived
+        return SceneBatch(*(part.to(device, non_blocking=ordered) for part in self))
 
     def part(self, which: slice | Tensor) -> SceneBatch:
         """Some of the scenes."""
