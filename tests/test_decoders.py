@@ -4,11 +4,16 @@ import itertools
 import math
 
 import pytest
+import tiny
 import torch
+import yaml
 from problems import finite_difference
 from torch import nn
 
 from setpred.aggregators import FSPool, SetEncoder, SumPool
+from setpred.checkpoint import load_checkpoint
+from setpred.cli import train
+from setpred.data.dataset import open_data
 from setpred.decoders import (
     DETR,
     IDSPN,
@@ -685,8 +690,13 @@ def idspn():
             slots,
             "gives tokens of 5 numbers, .* takes tokens of 6 numbers; give both the same token_dim",
         ),
+        (
+            lambda: SmallCNN(image_size=16, latent_dim=16, width=4),
+            lambda: MLPDecoder(latent_dim=8),
+            "gives a vector of 16 numbers, the decoder MLPDecoder takes a vector of 8 .*; give both the same",
+        ),
     ],
-    ids=["vector for tokens", "tokens for vector", "tokens of another length"],
+    ids=["vector for tokens", "tokens for vector", "tokens of another length", "vector of another length"],
 )
 def test_features_that_do_not_fit_are_said_at_the_door(encoder, decoder, message):
     with pytest.raises(InputError, match=message):
@@ -709,3 +719,50 @@ def test_a_start_can_be_learned():
     decoder = slots(start=LearnedStart(SIZE, 8, scale=1.0))
     weighted_sum(decoder(torch.randn(BATCH, TOKENS, DIM))).backward()
     assert decoder.start.initial.grad.abs().max() > 0
+
+
+# --- from the command line ------------------------------------------------------------------------------------------
+
+TOKENS_FROM = {
+    "class_path": "setpred.encoders.PositionedTokens",
+    "init_args": {
+        "token_dim": 8,
+        "trunk": {"class_path": "setpred.encoders.SmallTrunk", "init_args": {"image_size": 16, "width": 4}},
+    },
+}
+SHARP_SLOTS = {
+    "class_path": "setpred.decoders.SlotAttention",
+    "init_args": {
+        "set_size": 4,
+        "token_dim": 8,
+        "slot_dim": 8,
+        "attention": {
+            "class_path": "setpred.decoders.SinkhornAttention",
+            "init_args": {"dim": 8, "mesh": {"class_path": "setpred.decoders.MESH"}},
+        },
+    },
+}
+
+
+def test_trains_from_a_file_and_its_checkpoint_predicts_alike_in_any_batch(tmp_path, tiny_data):
+    config = yaml.safe_load(tiny.CONFIG)
+    config["model"] = {"encoder": TOKENS_FROM, "decoder": SHARP_SLOTS}
+    (tmp_path / "slots.yaml").write_text(yaml.safe_dump(config))
+    options = ["--runs", str(tmp_path), f"--data.init_args.folder={tiny_data}"]
+    folder = train(["--config", str(tmp_path / "slots.yaml"), *options])
+    loaded = load_checkpoint(folder / "best.ckpt")
+    batch = open_data(loaded.data["path"], image_size=16).__getitems__(range(5))
+    with torch.no_grad():
+        together = loaded.model(batch["image"], index=batch["index"])
+        alone = [loaded.model(batch["image"][i : i + 1], index=batch["index"][i : i + 1]) for i in range(5)]
+    torch.testing.assert_close(torch.cat(alone), together, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mismatch_in_a_file_is_one_sentence(tmp_path):
+    config = yaml.safe_load(tiny.CONFIG)
+    config["model"]["decoder"] = SHARP_SLOTS
+    (tmp_path / "mismatch.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(
+        InputError, match="SmallCNN gives a vector of 16 numbers, the decoder SlotAttention takes tokens"
+    ):
+        train(["--config", str(tmp_path / "mismatch.yaml")])
