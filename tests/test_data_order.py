@@ -71,3 +71,30 @@ def test_a_loader_goes_on_where_another_was(make, workers):
     assert shown(again, 1) == whole
     again.load_state_dict(stopped.state_dict())
     assert shown(again, 0) == shown(loader(), 0)  # the state is of another epoch
+
+
+@pytest.mark.parametrize("make", ORDERS)
+@pytest.mark.parametrize(("size", "processes"), [(2, 1), (8, 1), (3, 2), (2, 5)])
+def test_going_on_with_other_batches_neither_repeats_nor_leaves_out(make, size, processes):
+    def loader(size, processes, process):
+        order = make(30)
+        order.set_epoch(1)
+        order.deal(processes, process)
+        return ResumableLoader(np.arange(60), size, sampler=order, drop_last=True)
+
+    stopped = [loader(4, 2, process) for process in range(2)]
+    for batches in map(iter, stopped):
+        next(batches)
+    assert stopped[0].state_dict() == stopped[1].state_dict()
+    seen = numbers(make(30), 1)[:8]
+    rest = numbers(make(30), 1)[8:]
+    found = []
+    for process in range(processes):
+        again = loader(size, processes, process)
+        again.load_state_dict(stopped[0].state_dict())
+        found.append([batch.tolist() for batch in again])
+    shown = [number for step in zip(*found, strict=True) for batch in step for number in batch]
+    assert not set(shown) & set(seen)
+    skipped = -8 % processes  # so that it goes round evenly
+    full = (30 // processes * processes - 8 - skipped) // (size * processes) * size * processes
+    assert sorted(shown) == sorted(rest[skipped : skipped + full])

@@ -205,6 +205,8 @@ def test_a_resumed_run_goes_on_with_the_next_scenes(folder, tmp_path, workers):
     for step in (2, 3, 5, 7):  # the third and the sixth are the last of their epochs
         rest = fit(folder, 3, num_workers=workers, checkpoint=str(tmp_path / f"{step}.ckpt"))
         assert whole[:step] + rest == whole
+    smaller = fit(folder, 1, num_workers=workers, checkpoint=str(tmp_path / "2.ckpt"), batch_size=2)
+    assert [number for *numbers, _ in smaller for number in numbers] == list(range(8, 14))
     with pytest.raises(InputError, match="scenes_per_epoch was 14 before and is 8 now"):
         fit(folder, 3, scenes_per_epoch=8, checkpoint=str(tmp_path / "3.ckpt"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -66,21 +67,22 @@ class ResumableLoader(DataLoader):
     """A loader of an `EpochOrder` that can go on within an epoch.
 
     Lightning saves `state_dict` in every checkpoint, and calls `load_state_dict` to go on from one that was saved in
-    the middle of an epoch.
+    the middle of an epoch, be it with another batch size or number of processes.
     """
 
-    _batches = 0  # of this epoch, handed out so far
+    _examples = 0  # of this epoch, handed out so far by all processes
     _resumed: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         # A generator, which asks for the order with the first batch only: when Lightning resumes, it takes the
         # iterator before it says which epoch it is for.
         resumed, self._resumed = self._resumed, None
-        self._batches = resumed["batches"] if resumed and resumed["epoch"] == self._epoch else 0
+        self._examples = resumed["examples"] if resumed and resumed["epoch"] == self._epoch else 0
+        processes = getattr(self.sampler, "num_replicas", 1)
         if isinstance(self.sampler, EpochOrder):
-            self.sampler.first = self._batches * self.batch_size
+            self.sampler.first = math.ceil(self._examples / processes)
         for batch in super().__iter__():
-            self._batches += 1
+            self._examples += self.batch_size * processes
             yield batch
 
     @property
@@ -88,7 +90,7 @@ class ResumableLoader(DataLoader):
         return getattr(self.sampler, "epoch", 0)  # for `overfit_batches` Lightning puts a sampler of its own
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self._epoch, "batches": self._batches}
+        return {"epoch": self._epoch, "examples": self._examples}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._resumed = state
