@@ -125,11 +125,12 @@ def test_the_view_is_that_of_the_annotations(tmp_path, size):
 
 
 def test_real_pictures_are_near(clevr_blender):
-    """Of the second half; the constants were fitted to the first. There is some room above what was measured."""
+    """Of the second half; the constants were fitted to the first. Without any one of the mirror rays, the normals or
+    the metal in what they show, or the spread of normals in a pixel the errors are larger."""
     rows = list(itertools.islice(compare(clevr_blender, first=40), 8))
     whole = mean(rows)
-    assert whole.rmse < 4
-    assert whole.rmse_objects < 8
+    assert whole.rmse < 2.35
+    assert whole.rmse_objects < 4.85
     assert np.abs(whole.bias).max() < 1
     assert whole.mask_agreement > 0.98
     assert whole.pixel_error < 0.5 + 1e-3

@@ -240,6 +240,47 @@ def test_shadows_fall_where_an_object_hides_the_lamp():
     assert len(agree) > 3000
 
 
+def test_shadows_are_as_soft_as_the_lamps_are_large():
+    """In the penumbra, against the share of 5x5 points of each square lamp that no object hides."""
+    rng = np.random.default_rng(0)
+    steps = (np.arange(5) + 0.5) / 5 - 0.5
+    grid = np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2)
+    errors = []
+    for seed in range(3):
+        scene = sampled(seed)
+        batch = SceneBatch.of([scene])
+        points = np.stack([*rng.uniform(-3.5, 3.5, (2, 400)), np.full(400, 0.02)], axis=1)
+        points = points[~np.any([inside(obj, points) for obj in scene.objects], axis=0)]
+        lit = torch.tensor(points.T, dtype=torch.float32)
+        lights = lights_at(lit, batch.lamps.permute(2, 1, 0).expand(-1, -1, len(points)))
+        owner = torch.full((len(points),), GROUND)
+        reached = block(lights, lit, owner, torch.zeros_like(owner), Bodies.of(batch)).irradiance / lights.irradiance
+        for share, (name, side) in zip(reached[:3].numpy(), (("key", 0.5), ("fill", 0.5), ("back", 1.0)), strict=True):
+            lamp = np.array(scene.lamps[name])
+            facing = lamp / np.linalg.norm(lamp)
+            level = np.cross(facing, [0, 0, 1]) / np.hypot(*facing[:2])
+            square = lamp + side * grid @ np.stack([level, np.cross(facing, level)])
+            half_lit = (share > 0.02) & (share < 0.98)
+            start = points[half_lit][:, None, None]
+            line = start + np.linspace(0, 0.85, 160)[:, None] * (square[:, None] - start)
+            hidden = np.any([inside(obj, line).any(-1) for obj in scene.objects], axis=0)
+            errors.extend(share[half_lit] - (1 - hidden.mean(1)))
+    assert len(errors) > 150
+    assert np.abs(errors).mean() < 0.09
+    assert abs(np.mean(errors)) < 0.03
+
+
+@pytest.mark.parametrize("material", ["rubber", "metal"])
+def test_metal_mirrors_its_neighbour(material):
+    near = {"shape": "cube", "material": material, "x": 1.3, "y": 0.9, "rotation": 0.0}
+    red, green = (Scene((one("sphere", "metal"), one(color=color, **near))) for color in ("red", "green"))
+    change = picture(red, 96, 64).astype(int) - picture(green, 96, 64)
+    mirrored = change[instances(red, 96, 64) == 0]
+    assert mirrored[:, 0].max() > 16  # the floor between them, which both tint, makes 13
+    assert mirrored[:, 1].min() < -8
+    assert (np.abs(mirrored).max(-1) <= 1).mean() > 0.3  # most of the sphere does not face it
+
+
 def test_looking_for_shadows_in_their_boxes_only_loses_none():
     scenes = [sampled(seed) for seed in range(5)]
     batch = SceneBatch.of(scenes)
