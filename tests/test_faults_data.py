@@ -248,6 +248,8 @@ def test_commands_answer_with_one_sentence(tmp_path, file, capsys):
         (["verify", str(tmp_path / "none.h5")], "there is no file"),
         (["info", str(tmp_path)], "there is no file"),
         (["render", "--images", "0", *output], "at least 1 image"),
+        (["render", "--images", "1000000000000", *output], "at most 100000000 images"),
+        (["render", "--images", "1", "--image-size", "100000", *output], "at most 4096x4096 pixels"),
         (["render", "--images", "3", "--objects", "5", "4", *output], "least <= most"),
         (["render", "--images", "3", "--workers", "-1", *output], "--workers"),
         (["render", "--images", "3", "--image-size", "8", "--out", str(file)], "exists already"),

@@ -22,6 +22,7 @@ from setpred.rendering.sampling import CONDITIONS, SceneRules, sample_scenes
 from setpred.rendering.scenes import Scene
 from setpred.schema import CLEVR
 
+MOST_IMAGES, LARGEST = 10**8, 4096  # a slip of the finger should not fill a disk
 BLOCK = 32  # scenes rendered together: enough to keep torch busy, few enough for a processor's caches
 
 
@@ -68,6 +69,11 @@ def rendered_header(
     """What `render_file` with these arguments writes."""
     if images < 1 or image_size < 8:
         raise InputError(f"expected at least 1 image of at least 8x8 pixels, got {images} of {image_size}x{image_size}")
+    if images > MOST_IMAGES or image_size > LARGEST:
+        raise InputError(
+            f"expected at most {MOST_IMAGES} images of at most {LARGEST}x{LARGEST} pixels, got {images} of "
+            f"{image_size}x{image_size}"
+        )
     return Header(images, image_size, CLEVR, rendered_source(objects=objects, seed=seed, condition=condition))
 
 
