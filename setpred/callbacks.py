@@ -46,14 +46,14 @@ class BestCheckpoint(ModelCheckpoint):
         super().load_state_dict(state_dict)
 
 
-def checkpoint_callbacks(folder: Path) -> list[ModelCheckpoint]:
-    """`best.ckpt` by validation AP, and `last.ckpt` after every epoch.
+def checkpoint_callbacks(folder: Path, monitor: str, mode: str) -> list[ModelCheckpoint]:
+    """`best.ckpt` by what is monitored, and `last.ckpt` after every epoch.
 
     Two callbacks, since one with `save_last` writes last.ckpt only when it also saves a better one.
     """
     common = {"dirpath": folder, "auto_insert_metric_name": False, "enable_version_counter": False}
     best = BestCheckpoint(
-        filename="best", monitor="val_ap", mode="max", save_top_k=1, save_on_train_epoch_end=True, **common
+        filename="best", monitor=monitor, mode=mode, save_top_k=1, save_on_train_epoch_end=True, **common
     )
     last = ModelCheckpoint(filename="last", save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True, **common)
     return [best, last]
@@ -127,6 +127,8 @@ class EpochLines(pl.Callback):
                 for name in ("inf", "1", "0.5")
                 if f"val_ap_{name}" in metrics
             )
+            if pl_module.monitor not in ("val_ap", "val_loss") and pl_module.monitor in metrics:
+                scores += f", {pl_module.monitor} {float(metrics[pl_module.monitor]):.4f}"
             elapsed = time.monotonic() - self.start
             line = f"epoch {trainer.current_epoch}: step {trainer.global_step}, {scores}, {elapsed:.0f} s"
             if trainer.progress_bar_callback is None:

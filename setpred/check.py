@@ -206,6 +206,7 @@ def check(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     if min(options.steps) < 1:
         raise InputError(f"--steps: expected at least 1, got {min(options.steps)}")
     loaded, content = load_checkpoint(options.checkpoint, allow=options.allow), read_checkpoint(options.checkpoint)
+    loaded.require_images(options.checkpoint)
     loss = training_loss(content, options.allow)
     path = options.data or loaded.data.get("path")
     if path is None:

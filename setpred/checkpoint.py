@@ -81,12 +81,20 @@ class Checkpoint:
     """A checkpoint that has been read: the model with its weights, and what it was trained on."""
 
     model: SetPredictor
-    schema: ElementSchema
+    schema: ElementSchema | None  # None for sets without one, as those of the small worlds
     seed: int
     epoch: int
     step: int
-    image_size: int
+    image_size: int | None  # None where the inputs are sets
     data: dict[str, Any]  # the validation data it was trained with: path, split
+
+    def require_images(self, path: str | os.PathLike[str]) -> None:
+        """Raises `InputError` unless the model was trained on images of objects that a schema describes."""
+        if self.schema is None or self.image_size is None:
+            raise InputError(
+                f"{path} was trained on a small world, whose elements have no schema and no images; its scores are in "
+                "the metrics.csv beside it, and `python -m setpred.compare` compares such models"
+            )
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -163,11 +171,11 @@ def load_checkpoint(path: str | os.PathLike[str], *, allow: Iterable[str] = ()) 
     try:
         return Checkpoint(
             model=model.eval(),
-            schema=ElementSchema.from_dict(record.get("schema")),
+            schema=None if record["schema"] is None else ElementSchema.from_dict(record["schema"]),
             seed=int(record["seed"]),
             epoch=int(content["epoch"]),
             step=int(content["global_step"]),
-            image_size=int(data["image_size"]),
+            image_size=None if model.takes_sets else int(data["image_size"]),
             data=dict(data),
         )
     except (KeyError, TypeError, ValueError) as error:

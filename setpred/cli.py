@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from setpred import checkpoint
 from setpred.callbacks import EpochLines, MetricsFile, WholeCheckpoints, checkpoint_callbacks
 from setpred.checkpoint import read_checkpoint
+from setpred.data.worlds import World
 from setpred.errors import InputError
 from setpred.files import make_folder, write_atomically
 from setpred.precision import training_precision
@@ -86,7 +87,8 @@ class TrainCLI(LightningCLI):
         named = {"path": "val_path", "split": "val_split", "image_size": "image_size"}
         self.model.data_description = {key: getattr(self.datamodule, name, None) for key, name in named.items()}
         terminal = sys.stdout.isatty()  # where Lightning's bar goes
-        callbacks = [MetricsFile(self.folder / "metrics.csv"), *checkpoint_callbacks(self.folder)]
+        saving = checkpoint_callbacks(self.folder, self.model.monitor, self.model.mode)
+        callbacks = [MetricsFile(self.folder / "metrics.csv"), *saving]
         callbacks += [EpochLines(), *([TQDMProgressBar(leave=False)] if terminal else [])]
         arguments |= {
             "callbacks": [*(self.config_init.trainer.callbacks or []), *callbacks],
@@ -110,7 +112,19 @@ class TrainCLI(LightningCLI):
 
 
 def check_fit(cli: TrainCLI) -> None:
-    """Model and data must speak of images and of sets of the same size."""
+    """Model and data must speak of the same inputs and of sets of the same size."""
+    takes, gives = cli.model.model.takes_sets, isinstance(cli.datamodule, World)
+    if takes != gives:
+        kinds = ("images", "sets")
+        raise InputError(
+            f"the encoder {type(cli.model.model.encoder).__name__} takes {kinds[takes]}, the data "
+            f"{type(cli.datamodule).__name__} has {kinds[gives]}; give both of one kind"
+        )
+    if gives and cli.datamodule.input_dim != cli.model.model.encoder.in_dim:
+        raise InputError(
+            f"the encoder takes elements of {cli.model.model.encoder.in_dim} numbers, the data has elements of "
+            f"{cli.datamodule.input_dim}; give the encoder that set_dim"
+        )
     sees, given = (getattr(part, "image_size", None) for part in (cli.model.model.encoder, cli.datamodule))
     if None not in (sees, given) and sees != given:
         raise InputError(

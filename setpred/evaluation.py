@@ -192,6 +192,7 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.shown > PICTURED:
         raise InputError(f"--shown: expected at most {PICTURED}, got {options.shown}")
     loaded = load_checkpoint(options.checkpoint, allow=options.allow)
+    loaded.require_images(options.checkpoint)
     if options.seed is not None:
         if not hasattr(getattr(loaded.model.decoder, "start", None), "seed"):
             raise InputError("--seed: the decoder of this model has no random start to seed")

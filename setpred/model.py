@@ -1,8 +1,9 @@
-"""From an image to a set."""
+"""From an image, or a set, to a set."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,14 +41,16 @@ def check_parts(encoder: nn.Module, decoder: nn.Module) -> None:
 
 
 class SetPredictor(nn.Module):
-    """An image encoder followed by a set decoder.
+    """An encoder followed by a set decoder.
 
-    Features are a vector z `[batch, latent_dim]`, or tokens `[batch, tokens, token_dim]` where both parts have a
-    `token_dim`.
+    Encoders with an `in_dim`, such as `setpred.aggregators.SetEncoder`, take sets of elements of so many numbers; all
+    others take images. Features are a vector z `[batch, latent_dim]`, or tokens `[batch, tokens, token_dim]` where
+    both parts have a `token_dim`.
 
     Args:
-        encoder: `[batch, 3, H, W]` in [0, 1] -> features.
-        decoder: features -> elements `[batch, set_size, set_dim]`, with `refine` yielding its iterates.
+        encoder: `[batch, 3, H, W]` in [0, 1] -> features; or a set `[batch, n, in_dim]` and its mask -> features.
+        decoder: features -> elements `[batch, set_size, set_dim]`, with `refine` yielding its iterates. One that is
+            `conditional` gets the input set too, as `condition`; one that takes tokens of a set gets its mask.
 
     Raises:
         InputError: features that do not fit; see `check_parts`.
@@ -58,32 +61,63 @@ class SetPredictor(nn.Module):
         check_parts(encoder, decoder)
         self.encoder = encoder
         self.decoder = decoder
+        self.takes_sets = getattr(encoder, "in_dim", None) is not None
+        if getattr(decoder, "conditional", False) and not self.takes_sets:
+            raise InputError(
+                f"the decoder's objective is conditioned on an input set, but the encoder {type(encoder).__name__} "
+                "takes images; take a set encoder, or an objective without `Conditioned`"
+            )
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Features from uint8 or unit float images `[batch, 3, H, W]`."""
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"expected images [batch, 3, height, width], got {list(images.shape)}")
+    def encode(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Features from uint8 or unit float images `[batch, 3, H, W]`, or from sets `[batch, n, in_dim]`."""
+        if self.takes_sets:
+            return self.encoder(inputs, mask)
+        if inputs.ndim != 4 or inputs.shape[1] != 3:
+            raise ValueError(f"expected images [batch, 3, height, width], got {list(inputs.shape)}")
         wanted = getattr(self.encoder, "image_size", None)
-        if wanted is not None and images.shape[2:] != (wanted, wanted):
-            raise ValueError(f"expected images of {wanted}x{wanted}, got {images.shape[3]}x{images.shape[2]}")
-        return self.encoder(unit_images(images))
+        if wanted is not None and inputs.shape[2:] != (wanted, wanted):
+            raise ValueError(f"expected images of {wanted}x{wanted}, got {inputs.shape[3]}x{inputs.shape[2]}")
+        return self.encoder(unit_images(inputs))
 
-    def forward(self, images: Tensor, *, index: Tensor | None = None, iterations: int | None = None) -> Tensor:
+    def forward(
+        self,
+        inputs: Tensor,
+        *,
+        mask: Tensor | None = None,
+        index: Tensor | None = None,
+        iterations: int | None = None,
+    ) -> Tensor:
         """Predicted elements `[batch, set_size, set_dim]`.
 
         Args:
-            images: `[batch, 3, H, W]`, uint8 or float in [0, 1].
+            inputs: images `[batch, 3, H, W]`, uint8 or float in [0, 1]; or sets `[batch, n, in_dim]`.
+            mask: which elements of the input sets exist, bool `[batch, n]`; all unless given.
             index: `[batch]` int, which examples these are; the start of the descent then depends on them
                 alone. Without it the start is random in training, and in evaluation that of examples 0, 1, ….
             iterations: overrides the decoder's number of steps.
         """
-        return self.decoder(self.encode(images), index=self._index(images, index), iterations=iterations)
+        return self.decoder(self.encode(inputs, mask), **self._beside(inputs, mask, index, iterations))
 
-    def refine(self, images: Tensor, *, index: Tensor | None = None, iterations: int | None = None) -> Iterator[Tensor]:
+    def refine(
+        self,
+        inputs: Tensor,
+        *,
+        mask: Tensor | None = None,
+        index: Tensor | None = None,
+        iterations: int | None = None,
+    ) -> Iterator[Tensor]:
         """Yields every iterate of the prediction, the start first; arguments as in `forward`."""
-        return self.decoder.refine(self.encode(images), index=self._index(images, index), iterations=iterations)
+        return self.decoder.refine(self.encode(inputs, mask), **self._beside(inputs, mask, index, iterations))
 
-    def _index(self, images: Tensor, index: Tensor | None) -> Tensor | None:
+    def _beside(
+        self, inputs: Tensor, mask: Tensor | None, index: Tensor | None, iterations: int | None
+    ) -> dict[str, Any]:
+        """What the decoder gets beside the features; of input sets only what it asks for."""
         if index is None and not self.training:
-            return torch.arange(images.shape[0])
-        return index
+            index = torch.arange(inputs.shape[0])
+        beside: dict[str, Any] = {"index": index, "iterations": iterations}
+        if getattr(self.decoder, "conditional", False):
+            beside["condition"] = inputs
+        if mask is not None and getattr(self.decoder, "token_dim", None) is not None:
+            beside["mask"] = mask
+        return beside

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,21 @@ SCHEMAS: dict[str, ElementSchema] = {CLEVR.name: CLEVR}
 
 
 class SetPrediction(pl.LightningModule):
-    """Trains a `SetPredictor` by a set loss and validates it by average precision.
+    """Trains a `SetPredictor` by a set loss and validates it by average precision, or by another metric.
 
-    Batches are dictionaries with `image` uint8 `[batch, 3, H, W]`, `elements [batch, set_size, set_dim]` and
-    `index [batch]`. The randomness of a training step is a function of (seed, step) alone, so that a resumed run
-    repeats the undisturbed one. Logs `train_loss`, `val_loss`, `val_ap_<threshold>` and `val_ap`, the mean of these.
+    Batches are dictionaries with `image` uint8 `[batch, 3, H, W]`, or `input` `[batch, n, in_dim]` and perhaps
+    `input_mask` bool `[batch, n]`; the target `elements [batch, set_size, set_dim]`; and `index [batch]`. The
+    randomness of a training step is a function of (seed, step) alone, so that a resumed run repeats the undisturbed
+    one. Logs `train_loss`, `val_loss` and `val_<name>` of every number of the metric.
 
     Args:
-        encoder: image to latent vector.
-        decoder: latent vector to set.
-        schema: name of the element schema (`SCHEMAS`).
+        encoder: image, or set, to features.
+        decoder: features to set.
+        schema: name of the element schema (`SCHEMAS`), which gives the metric; None for elements without one.
         loss: per-example set loss; `HungarianLoss` unless given.
+        metric: a torchmetrics metric with `update(predicted, target)`, a `compute` that gives numbers by name, and
+            which of them to `monitor` with which `mode`, "max" or "min". With a schema `AveragePrecision` unless given;
+            without either the validation loss is monitored.
         learning_rate, betas: of Adam.
         weight_decay: decoupled, as in AdamW.
         schedule: of the learning rate; constant unless given.
@@ -46,8 +51,9 @@ class SetPrediction(pl.LightningModule):
         encoder: nn.Module,
         decoder: nn.Module,
         *,
-        schema: str = CLEVR.name,
+        schema: str | None = CLEVR.name,
         loss: nn.Module | None = None,
+        metric: nn.Module | None = None,
         learning_rate: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
@@ -55,13 +61,14 @@ class SetPrediction(pl.LightningModule):
         iterations_by_epoch: dict[int, int] | None = None,
     ) -> None:
         super().__init__()
-        if schema not in SCHEMAS:
+        if schema is not None and schema not in SCHEMAS:
             raise InputError(f"unknown schema {schema!r}; expected one of {', '.join(SCHEMAS)}")
-        self.schema = SCHEMAS[schema]
-        set_dim = getattr(decoder, "set_dim", self.schema.set_dim)
-        if set_dim != self.schema.set_dim:
+        self.schema = None if schema is None else SCHEMAS[schema]
+        set_dim = getattr(decoder, "set_dim", None)
+        if self.schema is not None and set_dim not in (None, self.schema.set_dim):
             raise InputError(
-                f"schema {schema!r} has elements of {self.schema.set_dim} numbers, the decoder of {set_dim}"
+                f"schema {schema!r} has elements of {self.schema.set_dim} numbers, the decoder of {set_dim}; give the "
+                "decoder that set_dim, or `schema: null` for elements without a schema"
             )
         # channels-last is the faster layout for convolutions on GPUs and CPUs alike
         self.model = SetPredictor(encoder, decoder).to(memory_format=torch.channels_last)
@@ -74,10 +81,12 @@ class SetPrediction(pl.LightningModule):
         self.model_config: dict[str, Any] | None = None  # encoder and decoder as plain types, for checkpoints
         self.data_description: dict[str, Any] = {}  # the validation data's path, split and image size
         self.settings: dict[str, Any] = {}  # the other settings of the run, likewise; a resumed run is compared
-        self.average_precision = AveragePrecision(schema=self.schema)
+        self.metric = AveragePrecision(schema=self.schema) if metric is None and self.schema is not None else metric
+        self.monitor = "val_loss" if self.metric is None else f"val_{self.metric.monitor}"
+        self.mode = "min" if self.metric is None else self.metric.mode
 
-    def forward(self, images: Tensor, **arguments: Any) -> Tensor:
-        return self.model(images, **arguments)
+    def forward(self, inputs: Tensor, **arguments: Any) -> Tensor:
+        return self.model(inputs, **arguments)
 
     def training_iterations(self) -> int | None:
         """Descent steps at this epoch of training; None leaves it to the decoder."""
@@ -94,26 +103,55 @@ class SetPrediction(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         self._batch = batch
-        losses = self._losses(batch, self.model(batch["image"], iterations=self.training_iterations()))
+        losses, _ = self._predict(batch, iterations=self.training_iterations())
         loss = losses.mean()
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(losses))
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        predicted = self.model(batch["image"], index=batch["index"])
-        losses = self._losses(batch, predicted)
+        losses = self._score(batch)
         self.log("val_loss", losses.mean(), batch_size=len(losses), sync_dist=True)
-        self.average_precision.update(predicted.float(), batch["elements"])
 
     def on_validation_epoch_end(self) -> None:
-        scores = {f"val_{name}": value.float() for name, value in self.average_precision.compute().items()}
-        scores["val_ap"] = torch.stack(list(scores.values())).mean()
-        self.log_dict(scores, sync_dist=True)
-        self.average_precision.reset()
+        self.log_dict(self._scores(), sync_dist=True)
+
+    def validate(self, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+        """The same numbers as a validation by the trainer logs, at any moment and by themselves."""
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                losses = [self._score({name: value.to(self.device) for name, value in b.items()}) for b in batches]
+            return {"val_loss": float(torch.cat(losses).mean())} | {n: float(v) for n, v in self._scores().items()}
+        finally:
+            self.train(was_training)
+
+    def _predict(
+        self, batch: dict[str, Tensor], *, index: Tensor | None = None, iterations: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of each example and the predicted sets."""
+        inputs = batch["image"] if "image" in batch else batch["input"]
+        predicted = self.model(inputs, mask=batch.get("input_mask"), index=index, iterations=iterations)
+        return self._losses(batch, predicted), predicted
+
+    def _score(self, batch: dict[str, Tensor]) -> Tensor:
+        """Loss of each example; the metric takes note of the predictions."""
+        losses, predicted = self._predict(batch, index=batch["index"])
+        if self.metric is not None:
+            self.metric.update(predicted.float(), batch["elements"])
+        return losses
+
+    def _scores(self) -> dict[str, Tensor]:
+        """What the metric says of all that it has seen, which it forgets."""
+        if self.metric is None:
+            return {}
+        scores = {f"val_{name}": value.float() for name, value in self.metric.compute().items()}
+        self.metric.reset()
+        return scores
 
     def _losses(self, batch: dict[str, Tensor], predicted: Tensor) -> Tensor:
         """Loss of each example, checked to be finite."""
-        check_set(batch["elements"], set_dim=self.schema.set_dim)
+        check_set(batch["elements"], set_dim=None if self.schema is None else self.schema.set_dim)
         try:
             losses = self.loss(predicted.float(), batch["elements"])
             # one number to the host each step, against hours of training on nothing
@@ -167,7 +205,7 @@ class SetPrediction(pl.LightningModule):
         """What rebuilds the model, in plain types; `setpred.checkpoint` reads it."""
         return {
             "version": checkpoint.VERSION,
-            "schema": self.schema.to_dict(),
+            "schema": None if self.schema is None else self.schema.to_dict(),
             "model": self.model_config,
             "data": self.data_description,
             "settings": self.settings,

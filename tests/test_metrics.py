@@ -171,9 +171,9 @@ def test_gathered_equals_the_function_for_any_batching(protocol, batch):
     for pair in zip(predicted.split(batch), target.split(batch), strict=True):
         metric.update(*pair)
     expected = protocol(predicted, target, schema=TOY)
-    assert {name: value.item() for name, value in metric.compute().items()} == {
-        f"ap_{threshold_name(threshold)}": score for threshold, score in expected.items()
-    }
+    gathered = {name: value.item() for name, value in metric.compute().items()}
+    assert gathered.pop("ap") == pytest.approx(sum(expected.values()) / len(expected), rel=1e-12)
+    assert gathered == {f"ap_{threshold_name(threshold)}": score for threshold, score in expected.items()}
     metric.reset()
     one = metric(predicted[:3], target[:3])  # forward: the score of the batch alone
     assert one["ap_inf"].item() == protocol(predicted[:3], target[:3], schema=TOY)[math.inf]

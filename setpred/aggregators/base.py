@@ -30,3 +30,8 @@ class Aggregator(nn.Module):
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
         raise NotImplementedError
+
+    @property
+    def latent_dim(self) -> int:
+        """`out_dim`, under the name that decoders have for it."""
+        return self.out_dim

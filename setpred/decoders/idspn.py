@@ -43,6 +43,8 @@ class IDSPN(nn.Module):
         self.differentiation = Implicit() if differentiation is None else differentiation
         self.set_size, self.set_dim = set_size, set_dim
         self.start = RandomStart(set_size, set_dim) if start is None else start
+        # anywhere inside: `Sum` may hold it
+        self.conditional = any(getattr(part, "conditional", False) for part in objective.modules())
 
     def refine(
         self,

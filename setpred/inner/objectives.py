@@ -106,6 +106,8 @@ class Conditioned(nn.Module):
         objective: L', over elements of `set_dim + condition_dim` numbers.
     """
 
+    conditional = True  # reads `Problem.condition`
+
     def __init__(self, objective: nn.Module) -> None:
         super().__init__()
         self.objective = objective

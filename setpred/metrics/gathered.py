@@ -16,8 +16,8 @@ from setpred.schema import CLEVR, ElementSchema
 class AveragePrecision(Metric):
     """An average precision gathered over batches: a shell around the pure functions.
 
-    `update(predicted, target)` keeps the sets, `compute()` gives {"ap_inf": ..., "ap_1": ..., ...} as float64
-    scalars, equal to the function on all images at once, however they were batched.
+    `update(predicted, target)` keeps the sets, `compute()` gives {"ap_inf": ..., "ap_1": ..., ...} and "ap", the mean
+    of these, as float64 scalars, equal to the function on all images at once, however they were batched.
 
     Args:
         protocol: `average_precision` or `average_precision_per_image`.
@@ -26,6 +26,7 @@ class AveragePrecision(Metric):
     full_state_update = False
     is_differentiable = False
     higher_is_better = True
+    monitor, mode = "ap", "max"  # what says which of two models is better
 
     def __init__(
         self,
@@ -49,4 +50,5 @@ class AveragePrecision(Metric):
     def compute(self) -> dict[str, Tensor]:
         predicted, target = dim_zero_cat(self.predicted), dim_zero_cat(self.target)
         scores = self.protocol(predicted, target, thresholds=self.thresholds, schema=self.schema)
-        return {f"ap_{threshold_name(t)}": torch.tensor(score, dtype=torch.float64) for t, score in scores.items()}
+        result = {f"ap_{threshold_name(t)}": torch.tensor(score, dtype=torch.float64) for t, score in scores.items()}
+        return result | {"ap": torch.stack(list(result.values())).mean()}
