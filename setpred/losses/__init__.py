@@ -3,6 +3,7 @@
 from setpred.losses.base import SetLoss
 from setpred.losses.boxes import generalised_iou
 from setpred.losses.chamfer import ChamferLoss
+from setpred.losses.cross_entropy import CrossEntropy
 from setpred.losses.detr import DETRCriterion
 from setpred.losses.distributional import DistributionalSlicedWasserstein
 from setpred.losses.hungarian import HungarianLoss
@@ -12,6 +13,7 @@ from setpred.losses.transport import MatchingWithTransport
 
 __all__ = [
     "ChamferLoss",
+    "CrossEntropy",
     "DETRCriterion",
     "DistributionalSlicedWasserstein",
     "HungarianLoss",

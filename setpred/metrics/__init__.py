@@ -1,6 +1,9 @@
-"""How good predicted sets are: average precision in two protocols, and what lies behind it."""
+"""How good predictions are: average precision in two protocols and what lies behind it, errors and distances."""
 
 from setpred.metrics.attributes import attribute_report, match_by_position
+from setpred.metrics.averages import MeanMetric
+from setpred.metrics.classification import Accuracy
+from setpred.metrics.distances import SetDistances
 from setpred.metrics.gathered import AveragePrecision
 from setpred.metrics.precision import (
     THRESHOLDS,
@@ -10,10 +13,15 @@ from setpred.metrics.precision import (
     precision_recall,
     threshold_name,
 )
+from setpred.metrics.regression import AbsoluteError
 
 __all__ = [
     "THRESHOLDS",
+    "AbsoluteError",
+    "Accuracy",
     "AveragePrecision",
+    "MeanMetric",
+    "SetDistances",
     "attribute_report",
     "average_precision",
     "average_precision_per_image",
