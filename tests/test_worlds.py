@@ -1,0 +1,376 @@
+"""The small worlds of numbers and digits, and the loss and the metrics that go with them."""
+
+import itertools
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from problems import finite_difference
+
+from setpred.data.worlds.digits import (
+    CLASSES,
+    DigitCounting,
+    DigitPoints,
+    RotatedDigits,
+    bundled_digits,
+    in_turn,
+    pixel_points,
+)
+from setpred.data.worlds.median import Median
+from setpred.errors import InputError
+from setpred.losses import CrossEntropy
+from setpred.matching import NotFiniteError
+from setpred.metrics import AbsoluteError, Accuracy, SetDistances
+
+SMALL = {"train_sets": 40, "val_sets": 12, "batch_size": 4}
+WORLDS = {
+    "median": Median,
+    "counting": DigitCounting,
+    "rotated": RotatedDigits,
+    "points": DigitPoints,
+}
+every_world = pytest.mark.parametrize("make", WORLDS.values(), ids=WORLDS.keys())
+
+
+def built(make, **options):
+    if make is not Median:
+        pytest.importorskip("sklearn")
+    world = make(**SMALL | options)
+    world.setup()
+    return world
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def numbers(*shape, seed=0):
+    return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+# --- laws over all worlds -----------------------------------------------------------------------------------------
+
+
+@every_world
+def test_a_seed_says_everything(make):
+    one, same, other = (built(make, worlds_seed=seed) for seed in (0, 0, 1))
+    for name, values in one.train_data.tensors.items():
+        assert torch.equal(values, same.train_data.tensors[name])
+        assert torch.equal(one.val_data.tensors[name], same.val_data.tensors[name])
+    assert not torch.equal(one.train_data.tensors["input"], other.train_data.tensors["input"])
+    assert not torch.equal(one.val_data.tensors["input"], other.val_data.tensors["input"])
+
+
+@every_world
+def test_batches_are_padded_sets(make):
+    world = built(make)
+    for batch, count in ((next(iter(world.train_dataloader())), 4), (next(iter(world.val_dataloader())), 4)):
+        assert {"input", "elements", "index"} <= set(batch) <= {"input", "input_mask", "elements", "index"}
+        assert batch["input"].dtype == batch["elements"].dtype == torch.float32
+        assert batch["input"].ndim == batch["elements"].ndim == 3
+        assert len(batch["input"]) == len(batch["elements"]) == count
+        assert torch.isfinite(batch["input"]).all()
+        assert torch.isfinite(batch["elements"]).all()
+        if "input_mask" in batch:
+            assert batch["input_mask"].dtype == torch.bool
+            assert batch["input_mask"].shape == batch["input"].shape[:2]
+            assert batch["input_mask"].any(1).all()
+            assert (batch["input"][~batch["input_mask"]] == 0).all()
+
+
+# --- median -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("set_size", [1, 4, 5, 100])
+def test_the_median_has_half_of_the_numbers_on_either_side(set_size):
+    data = built(Median, set_size=set_size).train_data.tensors
+    assert data["elements"].shape == (40, 1, 1)
+    for numbers, median in zip(data["input"][..., 0], data["elements"].flatten(), strict=True):
+        assert float(median) == sorted(numbers.tolist())[(set_size - 1) // 2]  # of 4, the second
+        assert median == numbers.median()
+
+
+def test_the_three_distributions_are_equally_likely():
+    """Among 100 numbers the normal has some below 0, and the gamma some over 1; the uniform neither."""
+    data = built(Median, train_sets=3000).train_data.tensors["input"][..., 0].numpy()
+    normal = (data < 0).any(1)
+    gamma = ~normal & (data > 1).any(1)
+    uniform = ~normal & ~gamma
+    for part in (normal, gamma, uniform):
+        assert 0.3 < part.mean() < 0.37
+    for part, mean, deviation in ((normal, 0.5, 0.4), (gamma, 0.4, 0.8**0.5), (uniform, 0.5, 12**-0.5)):
+        assert data[part].mean() == pytest.approx(mean, abs=0.02)
+        assert data[part].std() == pytest.approx(deviation, abs=0.02)
+
+
+def test_a_median_of_nothing_is_refused():
+    with pytest.raises(InputError, match="at least one number, got a set_size of 0"):
+        Median(**SMALL, set_size=0)
+
+
+# --- digits -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits():
+    pytest.importorskip("sklearn")
+    return {split: bundled_digits(split) for split in ("train", "val")}
+
+
+def test_training_and_validation_images_are_apart(digits):
+    assert [len(part.images) for part in digits.values()] == [1297, 500]
+    seen, new = ({image.tobytes() for image in part.images} for part in digits.values())
+    assert not seen & new
+    for part in digits.values():
+        assert part.images.dtype == np.float32
+        assert part.images.min() == 0
+        assert part.images.max() == 1
+        assert set(part.classes) == set(range(CLASSES))
+
+
+def test_without_scikit_learn_there_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    for make in (DigitCounting, RotatedDigits, DigitPoints):
+        with pytest.raises(InputError, match=r"pip install 'setpred\[digits\]'"):
+            make(**SMALL).setup()
+
+
+def test_in_turn_shows_all_before_any_again():
+    assert sorted(in_turn(5, 10, rng())) == sorted([*range(5), *range(5)])
+    assert len(set(in_turn(5, 3, rng()))) == 3
+    assert len(in_turn(5, 13, rng())) == 13
+
+
+def test_pixel_points_are_the_pixels(digits):
+    images = digits["val"].images[:50]
+    positions, intensities, mask = pixel_points(images, 0.3)
+    drawn = np.zeros_like(images)
+    for picture, points, shades, present in zip(drawn, positions, intensities, mask, strict=True):
+        assert (np.diff(present.astype(int)) <= 0).all()  # padding comes last
+        for (x, y), shade in zip(points[present], shades[present], strict=True):
+            row, column = (1 - y) * 3.5, (x + 1) * 3.5
+            assert row == pytest.approx(round(row), abs=1e-5)
+            picture[round(row), round(column)] = shade
+    np.testing.assert_array_equal(drawn, np.where(images > 0.3, images, 0))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_counts_are_right_and_of_images_of_that_part(digits, split):
+    part = digits[split]
+    known = {image.tobytes(): int(k) for image, k in zip(part.images, part.classes, strict=True)}
+    made = DigitCounting(**SMALL).examples(split, 200, rng())
+    sizes = made["input_mask"].sum(1)
+    assert set(sizes) == set(range(3, 11))
+    for images, mask, target in zip(made["input"], made["input_mask"], made["elements"], strict=True):
+        classes = {known[image.tobytes()] for image in images[mask]}  # a KeyError for an image of the other part
+        assert target.tolist() == [[len(classes)]]
+        assert not images[~mask].any()
+    assert set(made["elements"].flatten()) == set(range(1, 11))
+
+
+def test_counting_takes_sets_of_more_than_there_are_classes():
+    pytest.importorskip("sklearn")
+    made = DigitCounting(**SMALL, sizes=(15, 15)).examples("val", 30, rng())
+    assert made["input"].shape == (30, 15, 64)
+    assert made["elements"].max() <= 10
+    with pytest.raises(InputError, match=r"at least 1, got \[4, 3\]"):
+        DigitCounting(**SMALL, sizes=(4, 3))
+
+
+def test_turning_keeps_radii_intensities_and_class(digits):
+    upright, turned = (
+        RotatedDigits(**SMALL, val_rotated=rotated).examples("val", 500, rng()) for rotated in (False, True)
+    )
+    for name in ("input_mask", "elements"):
+        np.testing.assert_array_equal(upright[name], turned[name])
+    still, moved = upright["input"].astype(float), turned["input"].astype(float)
+    np.testing.assert_array_equal(still[..., 2], moved[..., 2])
+    np.testing.assert_allclose(
+        np.linalg.norm(moved[..., :2], axis=-1), np.linalg.norm(still[..., :2], axis=-1), atol=1e-6
+    )
+    # one proper rotation for all points of a digit: as complex numbers, all are multiplied by the same
+    a, b = (points[..., 0] + 1j * points[..., 1] for points in (still, moved))
+    turn = (a.conj() * b).sum(1) / (a.conj() * a).sum(1)
+    np.testing.assert_allclose(turn[:, None] * a, b, atol=1e-5)
+    quarters = np.histogram(np.angle(turn), bins=4, range=(-np.pi, np.pi))[0]
+    assert quarters.min() > 90  # of 500: angles all around
+    # each validation image once, with its class
+    shown = sorted(np.sort(points[:, 2]).tobytes() for points in turned["input"])
+    _, intensities, _ = pixel_points(digits["val"].images, 0.0)
+    assert shown == sorted(np.sort(shades).tobytes() for shades in intensities)
+    counts = np.bincount(turned["elements"].argmax(-1).flatten(), minlength=CLASSES)
+    np.testing.assert_array_equal(counts, np.bincount(digits["val"].classes, minlength=CLASSES))
+    assert (turned["elements"].sum(-1) == 1).all()
+
+
+def test_training_digits_are_turned_only_if_asked():
+    one, two = built(RotatedDigits), built(RotatedDigits, train_rotated=True, val_rotated=False)
+    grid = torch.linspace(-1, 1, 8)
+    for data, upright in ((one.train_data, True), (one.val_data, False), (two.train_data, False), (two.val_data, True)):
+        points = data.tensors["input"][data.tensors["input_mask"]][:, :2]
+        assert bool(((points[..., None] - grid).abs().amin(-1) < 1e-6).all()) is upright
+
+
+def test_points_reproduce_the_pixels(digits):
+    for split, part in digits.items():
+        made = DigitPoints(**SMALL).examples(split, len(part.images), rng())
+        assert made["input"].shape == (len(part.images), 27, 3)
+        np.testing.assert_array_equal(made["input"], made["elements"])
+        np.testing.assert_array_equal(made["input_mask"], made["elements"][..., 2] == 1)
+        drawn = np.zeros_like(part.images)
+        for picture, points, mask in zip(drawn, made["elements"], made["input_mask"], strict=True):
+            assert (points[~mask] == 0).all()
+            x, y = np.rint((points[mask, :2].T + 1) * 3.5).astype(int)
+            picture[7 - y, x] = 1
+        found = sorted(picture.tobytes() for picture in drawn)
+        assert found == sorted((image > 0.5).astype(np.float32).tobytes() for image in part.images)
+
+
+def test_points_that_do_not_fit_are_refused():
+    pytest.importorskip("sklearn")
+    with pytest.raises(InputError, match=r"27 pixels over 0\.5, more than the 26 of a set"):
+        DigitPoints(train_sets=1297, val_sets=500, batch_size=4, set_size=26).setup()
+    for make in (RotatedDigits, DigitPoints):
+        with pytest.raises(InputError, match="threshold from 0 to under 1"):
+            make(**SMALL, threshold=8.0)
+
+
+# --- cross entropy ------------------------------------------------------------------------------------------------
+
+
+def test_cross_entropy_by_hand():
+    target = torch.eye(4, dtype=torch.float64)[torch.tensor([[2]])]
+    even = torch.zeros(1, 1, 4, dtype=torch.float64)
+    assert float(CrossEntropy()(even, target)) == pytest.approx(math.log(4))
+    assert float(CrossEntropy()(even + 1000 * target, target)) == 0
+
+
+def test_cross_entropy_is_the_mean_over_elements_that_have_a_class():
+    logits, classes = numbers(3, 4, 5) * 6, torch.tensor([[0, 4, 2, 2], [1, 1, 3, -1], [-1, -1, -1, -1]])
+    target = torch.where(classes[..., None] < 0, 0.0, torch.eye(5, dtype=torch.float64)[classes])
+    expected = []
+    for rows, ks in zip(logits.tolist(), classes.tolist(), strict=True):
+        terms = [math.log(sum(map(math.exp, row))) - row[k] for row, k in zip(rows, ks, strict=True) if k >= 0]
+        expected.append(sum(terms) / max(len(terms), 1))
+    torch.testing.assert_close(CrossEntropy()(logits, target).tolist(), expected)
+    leaf = logits.clone().requires_grad_()
+    CrossEntropy()(leaf, target).sum().backward()
+    torch.testing.assert_close(leaf.grad, finite_difference(lambda x: CrossEntropy()(x, target).sum(), logits))
+
+
+def test_cross_entropy_takes_half_precision_in_full_and_refuses_other_shapes():
+    logits, target = numbers(2, 1, 3).bfloat16(), torch.eye(3)[torch.tensor([[0], [2]])]
+    loss = CrossEntropy()(logits, target)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, CrossEntropy()(logits.float(), target))
+    with pytest.raises(ValueError, match="expected"):
+        CrossEntropy()(torch.zeros(2, 1, 3), torch.zeros(2, 1, 4))
+    with pytest.raises(ValueError, match="as many logits as classes"):
+        CrossEntropy()(torch.zeros(2, 2, 3), torch.zeros(2, 1, 3))
+
+
+# --- metrics ------------------------------------------------------------------------------------------------------
+
+
+def points(batch, size, share, *, seed):
+    """Sets [x, y, presence]; what is absent may hold anything."""
+    made = numbers(batch, size, 3, seed=seed) * 2 - 0.5
+    made[..., 2] = (numbers(batch, size, seed=seed + 1) < share).double() * 0.8 + 0.1
+    made[..., :2][made[..., 2] < 0.5] = math.nan
+    return made
+
+
+def distances_twin(predicted, target, cutoff):
+    """`SetDistances` of one example in loops: over all matchings, so of small sets."""
+    ours, theirs = ([row[:-1] for row in rows.tolist() if row[-1] > 0.5] for rows in (predicted, target))
+    if not ours or not theirs:
+        return (0.0, 0.0) if len(ours) == len(theirs) else (cutoff, cutoff)
+
+    def apart(p, t):
+        return min(math.dist(p, t), cutoff)
+
+    chamfer = 0.5 * sum(min(apart(p, t) for p in ours) for t in theirs) / len(theirs)
+    chamfer += 0.5 * sum(min(apart(p, t) for t in theirs) for p in ours) / len(ours)
+    few, many = sorted((ours, theirs), key=len)
+    best = min(sum(map(apart, few, chosen)) for chosen in itertools.permutations(many, len(few)))
+    return chamfer, (best + cutoff * (len(many) - len(few))) / len(many)
+
+
+@pytest.mark.parametrize("cutoff", [1.0, 0.4, 10.0])
+@pytest.mark.parametrize("sizes", [(4, 4), (5, 2), (1, 4)])
+def test_distances_equal_their_definition(cutoff, sizes):
+    predicted, target = points(30, sizes[0], 0.6, seed=0), points(30, sizes[1], 0.6, seed=7)
+    expected = np.mean([distances_twin(p, t, cutoff) for p, t in zip(predicted, target, strict=True)], axis=0)
+    found = SetDistances(cutoff=cutoff)(predicted, target)
+    assert list(found) == ["chamfer", "hungarian"]
+    np.testing.assert_allclose([float(value) for value in found.values()], expected, rtol=1e-6)
+
+
+def test_distances_by_hand_and_of_empty_sets():
+    here, gone = [0.3, 0.4, 1.0], [0.0, 0.0, 0.0]
+    cases = [
+        ([here, gone], [here, gone], 0, 0),
+        ([gone, here], [here, gone], 0, 0),  # in another order
+        ([[0.0, 0.0, 1.0], gone], [here, gone], 0.5, 0.5),
+        ([here, here], [here, gone], 0, 0.5),  # one too many, where a real one is: chamfer cannot tell
+        ([[9.0, 9.0, 1.0], here], [here, gone], 0.25, 0.5),  # too far to count further
+        ([gone, gone], [here, gone], 1, 1),
+        ([here, gone], [gone, gone], 1, 1),
+        ([gone, gone], [gone, gone], 0, 0),
+        ([[math.inf, 0.0, 1.0], gone], [here, gone], 1, 1),
+    ]
+    for predicted, target, chamfer, hungarian in cases:
+        found = SetDistances()(torch.tensor([predicted]), torch.tensor([target]))
+        assert [float(value) for value in found.values()] == pytest.approx([chamfer, hungarian], abs=1e-7)
+    with pytest.raises(NotFiniteError):
+        SetDistances()(torch.tensor([[[math.nan, 0.0, 1.0]]]), torch.tensor([[here]]))
+    with pytest.raises(InputError, match="positive cutoff"):
+        SetDistances(cutoff=0.0)
+
+
+def test_absolute_error_and_rounding():
+    predicted, target = numbers(20, 2, 3) * 4, (numbers(20, 2, 3, seed=1) * 4).round()
+    predicted[:8] = target[:8] + 0.9 * (numbers(8, 2, 3, seed=2) - 0.5)  # right when rounded
+    errors, right = [], []
+    for ours, theirs in zip(predicted.flatten(1).tolist(), target.flatten(1).tolist(), strict=True):
+        errors.append(sum(abs(p - t) for p, t in zip(ours, theirs, strict=True)) / 6)
+        right.append(all(round(p) == t for p, t in zip(ours, theirs, strict=True)))
+    found = AbsoluteError(whole=True)(predicted, target)
+    assert float(found["absolute_error"]) == pytest.approx(sum(errors) / 20)
+    assert float(found["exact"]) == sum(right) / 20 >= 8 / 20
+    assert list(AbsoluteError()(predicted, target)) == ["absolute_error"]
+    with pytest.raises(ValueError, match="as many numbers as targets"):
+        AbsoluteError()(predicted, target[:, :1])
+
+
+def test_accuracy_counts_elements_that_have_a_class():
+    target = torch.eye(3)[torch.tensor([[0, 1], [2, 2]])]
+    logits = torch.tensor([[[3.0, 1, 1], [5, 4, 3]], [[0, 0, 0.1], [-1, -1, -2]]])
+    assert float(Accuracy()(logits, target)["accuracy"]) == 0.5
+    target[0, 1] = 0.0
+    assert float(Accuracy()(logits, target)["accuracy"]) == pytest.approx(2 / 3)
+
+
+METRICS = {
+    "error": (lambda: AbsoluteError(whole=True), numbers(11, 1, 1) * 3, (numbers(11, 1, 1, seed=1) * 3).round()),
+    "accuracy": (Accuracy, numbers(11, 1, 4), torch.eye(4)[torch.arange(11) % 4][:, None]),
+    "distances": (SetDistances, points(11, 4, 0.6, seed=0), points(11, 3, 0.6, seed=5)),
+}
+
+
+@pytest.mark.parametrize(("make", "predicted", "target"), METRICS.values(), ids=METRICS.keys())
+def test_batches_and_order_change_nothing(make, predicted, target):
+    whole = make()(predicted, target)
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
+    metric = make()
+    for part in (order[:1], order[1:8], order[8:]):
+        metric.update(predicted[part].requires_grad_(), target[part])
+    torch.testing.assert_close(metric.compute(), whole, rtol=1e-12, atol=0)
+    assert not any(value.requires_grad for value in metric.compute().values())
+    assert metric.monitor in whole
+    assert metric.mode == ("max" if metric.higher_is_better else "min")
+    metric.reset()
+    metric.update(predicted[:2], target[:2])
+    torch.testing.assert_close(metric.compute(), make()(predicted[:2], target[:2]))
