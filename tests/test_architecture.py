@@ -20,6 +20,7 @@ FLOORS = {
 ROOMS = {
     "scipy": {"matching"},
     "h5py": {"data"},
+    "sklearn": {"data"},
     "matplotlib": {"visualise"},
     "lightning": {"data", "training", "callbacks", "cli"},
     "torchmetrics": {"metrics"},
