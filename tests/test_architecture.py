@@ -15,14 +15,14 @@ FLOORS = {
     "inner": 1, "matching": 1, "rendering": 1,
     "aggregators": 2, "encoders": 2, "decoders": 2, "losses": 2, "metrics": 2, "data": 2,
     "model": 3, "visualise": 3, "checkpoint": 4,
-    "training": 5, "callbacks": 5, "evaluation": 5, "check": 5, "cli": 6,
+    "training": 5, "callbacks": 5, "evaluation": 5, "check": 5, "cli": 6, "compare": 7,
 }  # fmt: skip
 ROOMS = {
     "scipy": {"matching"},
     "h5py": {"data"},
     "sklearn": {"data"},
     "matplotlib": {"visualise"},
-    "lightning": {"data", "training", "callbacks", "cli"},
+    "lightning": {"data", "training", "callbacks", "cli", "compare"},
     "torchmetrics": {"metrics"},
     "torchvision": {"encoders"},
 }

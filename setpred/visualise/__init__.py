@@ -1,4 +1,4 @@
-"""Figures that show what a model predicts, how it got there and where it errs; `write_report` draws them all."""
+"""Figures of what a model predicts, how it got there and where it errs (`write_report`); of how trainings compare."""
 
 from setpred.visualise.confusion import draw_confusion
 from setpred.visualise.curves import draw_precision_recall
@@ -6,6 +6,7 @@ from setpred.visualise.distances import draw_distance_errors
 from setpred.visualise.predictions import draw_predictions
 from setpred.visualise.refinement import Descent, draw_refinement_film, draw_refinement_strip
 from setpred.visualise.report import write_report
+from setpred.visualise.training_curves import draw_training_curves
 
 __all__ = [
     "Descent",
@@ -15,5 +16,6 @@ __all__ = [
     "draw_predictions",
     "draw_refinement_film",
     "draw_refinement_strip",
+    "draw_training_curves",
     "write_report",
 ]

@@ -1,0 +1,1 @@
+"""Configurations trained under the same budget, side by side: `python -m setpred.compare --help`."""

@@ -1,0 +1,184 @@
+"""One configuration trained with one seed under a budget."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
+
+from setpred.callbacks import EpochLines, MetricsFile
+from setpred.cli import TrainCLI, build, check_fit
+from setpred.compare.budget import Budget, BudgetedTraining, Plan
+from setpred.compare.results import Key, Run
+from setpred.errors import InputError
+from setpred.evaluation import finite
+from setpred.files import make_folder, write_atomically
+
+# the budget alone ends a training, and says when to validate
+NO_OTHER_END = [f"--trainer.{name}=null" for name in ("min_epochs", "min_steps", "max_time")]
+NO_OTHER_END += ["--trainer.max_epochs=-1", "--trainer.max_steps=-1", "--trainer.limit_val_batches=0"]
+# of train.py, whose files and lines thirteen configurations times three seeds would drown in
+NOT_OURS = (ModelCheckpoint, MetricsFile, EpochLines, ProgressBar, Timer)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all runs of a comparison share."""
+
+    budget: Budget
+    options: tuple[str, ...]  # handed to every configuration
+    out: Path
+    points: int = 8
+    keep: bool = False
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration that has been built once: what it plans, and the score that says how good it is."""
+
+    path: Path
+    digest: str
+    plan: Plan
+    monitor: str
+    mode: str
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+    def key(self, seed: int, settings: Settings) -> Key:
+        return self.digest, seed, str(settings.budget), settings.options
+
+
+def digest(path: Path) -> str:
+    """Of what a configuration says, comments left out.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        said = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = getattr(error, "strerror", None) or str(error).replace("\n", " ")
+        raise InputError(f"{path}: expected a configuration in YAML that can be read, got: {reason}") from error
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def built(path: Path, *options: str) -> TrainCLI:
+    """Model, data and trainer of a configuration.
+
+    Raises:
+        InputError: it cannot be built; the sentence says which it is.
+    """
+    try:
+        return build(["--config", str(path), *options, "--trainer.logger=false"])
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except SystemExit as error:  # how the parser ends, which has said why
+        raise InputError(f"{path} cannot be built, for the reason given above") from error
+
+
+def candidate(path: Path, settings: Settings) -> Candidate:
+    """Builds a configuration to see that it can be.
+
+    Raises:
+        InputError: it cannot.
+    """
+    found = digest(path)
+    cli = built(path, *settings.options)
+    plan = Plan.of(cli.trainer, cli.config.trainer.max_epochs)
+    return Candidate(path, found, plan, cli.model.monitor, cli.model.mode)
+
+
+def prepare(which: Candidate, settings: Settings) -> None:
+    """Makes the data of a configuration, which may have to be rendered, and looks whether it fits the model.
+
+    Raises:
+        InputError: it cannot be made, or does not fit.
+    """
+    cli = built(which.path, *settings.options)
+    try:
+        cli.datamodule.prepare_data()
+        cli.datamodule.setup("fit")
+        check_fit(cli)
+    except InputError as error:
+        raise InputError(f"{which.path}: {error}") from error
+
+
+def train_one(which: Candidate, seed: int, settings: Settings) -> Run:
+    """Trains a configuration with a seed until the budget is used up.
+
+    Returns:
+        What the file of results says of it. If it went wrong, "failed" says how, and the points end there.
+
+    Raises:
+        KeyboardInterrupt: stopped from outside.
+    """
+
+    def report(point: dict[str, float]) -> None:
+        shown = ", ".join(f"{n} {point[n]:.4g}" for n in dict.fromkeys(("train_loss", "val_loss", which.monitor)))
+        print(f"  {which.name}, seed {seed}: {point['seconds']:.1f} s, step {point['step']}, {shown}", flush=True)
+
+    folder = settings.out / "runs" / f"{which.name}-seed{seed}"
+    training = BudgetedTraining(settings.budget, points=settings.points, plan=which.plan, report=report)
+    machine, parameters, failed = processor(), None, None
+    try:
+        make_folder(folder)
+        ours = ["--seed_everything", str(seed), "--runs", str(folder.parent), "--name", folder.name, *NO_OTHER_END]
+        cli = built(which.path, *settings.options, *ours)
+        trainer = cli.trainer
+        parameters = sum(parameter.numel() for parameter in cli.model.parameters())
+        if trainer.strategy.root_device.type == "cuda":
+            machine = torch.cuda.get_device_name(trainer.strategy.root_device)
+        trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, NOT_OURS)] + [training]
+        trainer.fit(cli.model, datamodule=cli.datamodule)
+        if trainer.interrupted or trainer.received_sigterm:
+            raise KeyboardInterrupt
+        if settings.keep:
+            trainer.save_checkpoint(folder / "last.ckpt")
+    except SystemExit as stopped:  # how Lightning ends on Ctrl-C
+        raise KeyboardInterrupt from stopped
+    except InputError as error:
+        failed = str(error)
+    except Exception as error:  # whatever it is, the other runs go on
+        write_atomically(folder / "error.txt", traceback.format_exc())
+        first = (str(error).splitlines() or [""])[0]
+        failed = f"{type(error).__name__}: {first} (more in {folder / 'error.txt'})"
+    return finite(
+        {
+            "config": str(which.path),
+            "name": which.name,
+            "digest": which.digest,
+            "seed": seed,
+            "budget": str(settings.budget),
+            "options": list(settings.options),
+            "steps": training.steps,
+            "seconds": training.points[-1]["seconds"] if training.points else None,
+            "parameters": parameters,
+            "first_loss": training.first_loss,
+            "monitor": which.monitor,
+            "mode": which.mode,
+            "points": training.points,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "processor": machine,
+            "failed": failed,
+        }
+    )
+
+
+def processor() -> str:
+    """Its name, as far as the system tells."""
+    with suppress(OSError):
+        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1].strip()
+    return platform.processor() or platform.machine()
