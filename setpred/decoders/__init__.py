@@ -2,10 +2,14 @@
 
 from setpred.decoders.base import SetDecoder
 from setpred.decoders.bilstm import BiLSTMDecoder
+from setpred.decoders.deep_sets import DeepSets
 from setpred.decoders.detr import DETR, SinePosition
+from setpred.decoders.element_bilstm import ElementBiLSTM
+from setpred.decoders.element_transformer import ElementTransformer
 from setpred.decoders.idspn import IDSPN
 from setpred.decoders.mesh import MESH
 from setpred.decoders.mlp import MLPDecoder
+from setpred.decoders.positions import RandomPositions, SequencePositions
 from setpred.decoders.seq2set import Seq2Set
 from setpred.decoders.sinkhorn_attention import SinkhornAttention
 from setpred.decoders.slot_attention import SlotAttention, SlotSoftmax
@@ -18,11 +22,16 @@ __all__ = [
     "IDSPN",
     "MESH",
     "BiLSTMDecoder",
+    "DeepSets",
+    "ElementBiLSTM",
+    "ElementTransformer",
     "GaussianStart",
     "LearnedStart",
     "MLPDecoder",
+    "RandomPositions",
     "RandomStart",
     "Seq2Set",
+    "SequencePositions",
     "SetDecoder",
     "SinePosition",
     "SinkhornAttention",

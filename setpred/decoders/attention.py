@@ -57,7 +57,7 @@ class EncoderLayer(nn.Module):
 
     def forward(self, rows: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """`[batch, rows, dim]` to the same; positions `[rows, dim]`, mask `[batch, rows]` of those that are seen."""
-        placed = rows if positions is None else rows + positions
+        placed = _placed(rows, positions)
         rows = self.norms[0](rows + self.dropout(self.attention(placed, placed, rows, mask)))
         return self.norms[1](rows + self.dropout(self.network(rows)))
 
@@ -65,7 +65,8 @@ class EncoderLayer(nn.Module):
 class DecoderLayer(nn.Module):
     """Y ← LN(Y + A(Y + Q, Y + Q, Y)),    Y ← LN(Y + A(Y + Q, X + P, X)),    Y ← LN(Y + MLP(Y)).
 
-    Q are the queries, X the tokens and P their positions (DETR; Carion et al., ECCV 2020).
+    Q are the queries, X the tokens and P their positions (DETR; Carion et al., ECCV 2020); without Q and P it is the
+    original one.
     """
 
     def __init__(self, dim: int, *, heads: int, hidden_dim: int, dropout: float = 0.0) -> None:
@@ -76,11 +77,27 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(
-        self, rows: Tensor, queries: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor | None = None
+        self,
+        rows: Tensor,
+        queries: Tensor | None,
+        tokens: Tensor,
+        positions: Tensor | None,
+        mask: Tensor | None = None,
+        row_mask: Tensor | None = None,
     ) -> Tensor:
-        """`[batch, rows, dim]` to the same; queries `[..., rows, dim]`, tokens `[batch, tokens, dim]`, their mask."""
-        placed = rows + queries
-        rows = self.norms[0](rows + self.dropout(self.own(placed, placed, rows)))
-        seen = self.across(rows + queries, tokens + positions, tokens, mask)
+        """`[batch, rows, dim]` to the same.
+
+        Args:
+            rows, tokens: Y and X.
+            queries, positions: Q and P, `[..., rows, dim]` and `[..., tokens, dim]`; zeros if None.
+            mask, row_mask: which tokens and which rows are seen, bool `[batch, tokens]` and `[batch, rows]`.
+        """
+        placed = _placed(rows, queries)
+        rows = self.norms[0](rows + self.dropout(self.own(placed, placed, rows, row_mask)))
+        seen = self.across(_placed(rows, queries), _placed(tokens, positions), tokens, mask)
         rows = self.norms[1](rows + self.dropout(seen))
         return self.norms[2](rows + self.dropout(self.network(rows)))
+
+
+def _placed(rows: Tensor, positions: Tensor | None) -> Tensor:
+    return rows if positions is None else rows + positions

@@ -18,7 +18,7 @@ class SetDecoder(nn.Module):
     last, as those of `IDSPN`. Decoders run in float32 also under autocast, as the descents do.
 
     Args:
-        set_size, set_dim: of the predicted sets.
+        set_size, set_dim: of the predicted sets; no set_size for decoders that say something of each token.
         token_dim: length of a token, for decoders that attend over tokens.
         latent_dim: length of the vector, for those that take one.
     """
@@ -26,7 +26,7 @@ class SetDecoder(nn.Module):
     iterative = False  # whether `iterations` can be chosen
 
     def __init__(
-        self, *, set_size: int, set_dim: int, token_dim: int | None = None, latent_dim: int | None = None
+        self, *, set_size: int | None, set_dim: int, token_dim: int | None = None, latent_dim: int | None = None
     ) -> None:
         super().__init__()
         self.set_size, self.set_dim = set_size, set_dim

@@ -7,6 +7,7 @@ from setpred.losses.cross_entropy import CrossEntropy
 from setpred.losses.detr import DETRCriterion
 from setpred.losses.distributional import DistributionalSlicedWasserstein
 from setpred.losses.hungarian import HungarianLoss
+from setpred.losses.numbering import NumberingLoss
 from setpred.losses.sinkhorn import SinkhornDivergence
 from setpred.losses.sliced import MaxSlicedWasserstein, SlicedWasserstein
 from setpred.losses.transport import MatchingWithTransport
@@ -19,6 +20,7 @@ __all__ = [
     "HungarianLoss",
     "MatchingWithTransport",
     "MaxSlicedWasserstein",
+    "NumberingLoss",
     "SetLoss",
     "SinkhornDivergence",
     "SlicedWasserstein",

@@ -5,6 +5,7 @@ from setpred.metrics.averages import MeanMetric
 from setpred.metrics.classification import Accuracy
 from setpred.metrics.distances import SetDistances
 from setpred.metrics.gathered import AveragePrecision
+from setpred.metrics.numbering import NumberingAccuracy, right_numbers
 from setpred.metrics.precision import (
     THRESHOLDS,
     average_precision,
@@ -21,6 +22,7 @@ __all__ = [
     "Accuracy",
     "AveragePrecision",
     "MeanMetric",
+    "NumberingAccuracy",
     "SetDistances",
     "attribute_report",
     "average_precision",
@@ -28,5 +30,6 @@ __all__ = [
     "match_by_position",
     "pairwise_distance",
     "precision_recall",
+    "right_numbers",
     "threshold_name",
 ]

@@ -4,6 +4,7 @@ from setpred.data.worlds.base import Examples, World
 from setpred.data.worlds.digits import DigitCounting, DigitPoints, RotatedDigits
 from setpred.data.worlds.median import Median
 from setpred.data.worlds.multisets import Multisets
+from setpred.data.worlds.numbering import Numbering
 
 __all__ = [
     "DigitCounting",
@@ -11,6 +12,7 @@ __all__ = [
     "Examples",
     "Median",
     "Multisets",
+    "Numbering",
     "RotatedDigits",
     "World",
 ]
