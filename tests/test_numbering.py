@@ -1,0 +1,549 @@
+"""Class-specific numbering: the world, loss and metric by hand and by brute force, and who can do it at all."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from problems import finite_difference
+from torch import nn
+
+from setpred.aggregators import FSPool, SetEncoder, SumPool
+from setpred.data.worlds import Numbering
+from setpred.decoders import (
+    IDSPN,
+    DeepSets,
+    ElementBiLSTM,
+    ElementTransformer,
+    LearnedStart,
+    RandomPositions,
+    SequencePositions,
+)
+from setpred.errors import InputError
+from setpred.inner import Conditioned, GradientDescent, Implicit, LatentMatching, Simplex, Unrolled
+from setpred.losses import NumberingLoss
+from setpred.matching import NotFiniteError
+from setpred.metrics import NumberingAccuracy, right_numbers
+
+SIZE, CLASSES = 6, 3
+
+
+def world(**numbers):
+    return Numbering(
+        **{"train_sets": 8, "val_sets": 4, "batch_size": 4, "set_size": SIZE, "classes": CLASSES} | numbers
+    )
+
+
+def examples(count, size=SIZE, classes=CLASSES, seed=0):
+    """Inputs and targets in float64."""
+    arrays = world(set_size=size, classes=classes).examples("val", count, np.random.default_rng(seed))
+    return torch.from_numpy(arrays["input"]).double(), torch.from_numpy(arrays["elements"]).double()
+
+
+def normal(*shape, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def close(actual, expected, **tolerance):
+    torch.testing.assert_close(actual, expected, **{"rtol": 1e-9, "atol": 1e-9, **tolerance})
+
+
+def numbering_orders(kinds):
+    """All permutations of the elements within their classes."""
+    places = [[i for i, kind in enumerate(kinds) if kind == k] for k in sorted(set(kinds))]
+    for choice in itertools.product(*map(itertools.permutations, places)):
+        order = list(range(len(kinds)))
+        for mine, others in zip(places, choice, strict=True):
+            for here, there in zip(mine, others, strict=True):
+                order[here] = there
+        yield order
+
+
+# --- the world ----------------------------------------------------------------------------------------------------
+
+
+def test_numbers_count_those_of_the_class_before():
+    arrays = world().examples("train", 50, np.random.default_rng(3))
+    assert arrays["input"].shape == (50, SIZE, CLASSES)
+    assert arrays["elements"].shape == (50, SIZE, CLASSES + SIZE)
+    assert all(array.dtype == np.float32 for array in arrays.values())
+    for rows, targets in zip(arrays["input"], arrays["elements"], strict=True):
+        seen = [0] * CLASSES
+        for row, target in zip(rows.tolist(), targets.tolist(), strict=True):
+            kind = row.index(1)
+            expected = [0.0] * (CLASSES + SIZE)
+            expected[kind] = expected[CLASSES + seen[kind]] = 1.0
+            assert target == expected
+            seen[kind] += 1
+
+
+def test_classes_are_uniform_and_splits_apart():
+    arrays = world().examples("train", 4000, np.random.default_rng(0))
+    np.testing.assert_allclose(arrays["input"].mean((0, 1)), 1 / CLASSES, atol=0.02)
+    data = world(train_sets=40, val_sets=40)
+    data.setup()
+    assert not torch.equal(data.train_data.tensors["input"], data.val_data.tensors["input"])
+    again = world(train_sets=40, val_sets=40)
+    again.setup()
+    assert torch.equal(data.val_data.tensors["elements"], again.val_data.tensors["elements"])
+
+
+@pytest.mark.parametrize("numbers", [{"set_size": 0}, {"classes": 0}])
+def test_a_world_without_elements_is_refused(numbers):
+    with pytest.raises(InputError, match="at least one element"):
+        world(**numbers)
+
+
+# --- the loss -----------------------------------------------------------------------------------------------------
+
+every_loss = pytest.mark.parametrize("cross_entropy", [False, True], ids=["distance", "cross entropy"])
+
+
+def loss_of(cross_entropy):
+    return NumberingLoss(classes=CLASSES, cross_entropy=cross_entropy)
+
+
+@every_loss
+def test_any_order_within_the_classes_is_right_and_no_other(cross_entropy):
+    loss, (_, target) = loss_of(cross_entropy), examples(3)
+    sure = 100.0 if cross_entropy else 1.0
+    for example in target:
+        kinds = example[:, :CLASSES].argmax(-1).tolist()
+        right = set()
+        for order in numbering_orders(kinds):
+            numbers = example[order, CLASSES:]
+            right.add(tuple(numbers.argmax(-1).tolist()))
+            value = loss(sure * numbers[None], example[None])
+            close(value, torch.zeros(1, dtype=torch.float64))
+        for said in itertools.islice(itertools.product(range(SIZE), repeat=SIZE), 0, None, 997):
+            value = loss(sure * torch.eye(SIZE, dtype=torch.float64)[list(said)][None], example[None])
+            assert (value.item() < 1e-6) == (said in right)
+
+
+@every_loss
+def test_the_loss_is_the_least_over_all_orders(cross_entropy):
+    loss, (_, target) = loss_of(cross_entropy), examples(4)
+    predicted = normal(4, SIZE, SIZE)
+    found = loss(predicted, target)
+    for b in range(4):
+        kinds, numbers = target[b, :, :CLASSES].argmax(-1).tolist(), target[b, :, CLASSES:].argmax(-1).tolist()
+        values = []
+        for order in numbering_orders(kinds):
+            total = 0.0
+            for i, j in enumerate(order):
+                row, number = predicted[b, i], numbers[j]
+                if cross_entropy:
+                    total += float(row.exp().sum().log() - row[number])
+                else:
+                    total += math.sqrt(sum((float(y) - (k == number)) ** 2 for k, y in enumerate(row)))
+            values.append(total / SIZE)
+        assert found[b].item() == pytest.approx(min(values))
+
+
+@every_loss
+def test_gradients_by_finite_differences(cross_entropy):
+    loss, (_, target) = loss_of(cross_entropy), examples(2)
+    predicted = normal(2, SIZE, SIZE)
+    leaf = predicted.clone().requires_grad_()
+    loss(leaf, target).sum().backward()
+    close(leaf.grad, finite_difference(lambda p: loss(p, target).sum(), predicted), rtol=1e-6, atol=1e-8)
+
+
+def test_a_right_answer_has_a_finite_gradient():
+    _, target = examples(2)
+    leaf = target[..., CLASSES:].clone().requires_grad_()
+    NumberingLoss(classes=CLASSES)(leaf, target).sum().backward()
+    assert (leaf.grad == 0).all()
+
+
+@every_loss
+def test_the_order_of_elements_with_their_answers_does_not_matter(cross_entropy):
+    loss, (_, target) = loss_of(cross_entropy), examples(4)
+    predicted, order = normal(4, SIZE, SIZE), [3, 0, 5, 1, 4, 2]
+    expected = loss(predicted, target)
+    close(loss(predicted[:, order], target[:, order]), expected)
+    close(loss(predicted[1:2], target[1:2]), expected[1:2])
+
+
+@every_loss
+def test_predictions_far_away_are_still_matched_within_classes(cross_entropy):
+    """However much a swap between classes would save."""
+    loss = NumberingLoss(classes=2, cross_entropy=cross_entropy)
+    target = torch.tensor([[[1.0, 0, 1, 0, 0], [0.0, 1, 1, 0, 0], [0.0, 1, 0, 1, 0]]])
+    predicted = torch.tensor([[[0.0, 1e6, 0], [1e6, 0.0, 0], [1e6, 0.0, 0]]])
+    # the first wants number 0 and says 1; of the others both say 0 and one should say 1
+    wrong = 1e6 if cross_entropy else math.hypot(1e6, 1)
+    right = 0.0 if cross_entropy else 1e6 - 1
+    torch.testing.assert_close(loss(predicted, target), torch.tensor([(2 * wrong + right) / 3]))
+
+
+@every_loss
+def test_padding_has_no_influence(cross_entropy):
+    loss, (_, target) = loss_of(cross_entropy), examples(3)
+    predicted = normal(3, SIZE, SIZE)
+    keep = [0, 2, 3]
+    plain = predicted[:, keep].clone().requires_grad_()
+    short = target[:, keep]
+    expected = loss(plain, short)
+    expected.sum().backward()
+    padded_target = target.clone()
+    padded = predicted.clone()
+    for gone in set(range(SIZE)) - set(keep):
+        padded_target[:, gone], padded[:, gone] = 0.0, torch.nan
+    padded.requires_grad_()
+    found = loss(padded, padded_target)
+    close(found, expected)
+    found.sum().backward()
+    close(padded.grad[:, keep], plain.grad)
+    assert (padded.grad[:, [1, 4, 5]] == 0).all()
+    assert loss(predicted, 0 * target).tolist() == [0.0] * 3
+
+
+@every_loss
+def test_what_is_not_finite_is_named(cross_entropy):
+    _, target = examples(3)
+    predicted = normal(3, SIZE, SIZE)
+    predicted[1, 2, 0] = torch.nan
+    with pytest.raises(NotFiniteError) as raised:
+        loss_of(cross_entropy)(predicted, target)
+    assert raised.value.samples == [1]
+
+
+def test_shapes_are_checked():
+    _, target = examples(3)
+    for check in (NumberingLoss(classes=CLASSES), NumberingAccuracy(classes=CLASSES).update):
+        with pytest.raises(ValueError, match="3 \\+ numbers"):
+            check(normal(3, SIZE, SIZE + 1), target)
+        with pytest.raises(ValueError, match="expected predictions"):
+            check(normal(3, SIZE - 1, SIZE), target)
+
+
+# --- the metric ---------------------------------------------------------------------------------------------------
+
+
+def test_right_is_the_most_that_any_matching_within_classes_makes_right():
+    _, target = examples(30)
+    # of few numbers, so that some are right
+    predicted = torch.eye(SIZE, dtype=torch.float64)[
+        torch.randint(3, (30, SIZE), generator=torch.Generator().manual_seed(0))
+    ]
+    right, total = right_numbers(predicted + 0.1 * normal(30, SIZE, SIZE), target, classes=CLASSES)
+    assert total.tolist() == [SIZE] * 30
+    for b in range(30):
+        kinds = target[b, :, :CLASSES].argmax(-1).tolist()
+        said, wanted = (row.argmax(-1).tolist() for row in (predicted[b], target[b, :, CLASSES:]))
+        counts = [sum(said[i] == wanted[j] for i, j in enumerate(order)) for order in numbering_orders(kinds)]
+        assert right[b].item() == max(counts)
+
+
+def test_accuracy_gathers_batches():
+    _, target = examples(7)
+    predicted = target[..., CLASSES:].clone()
+    predicted[:3, 0] = predicted[:3, 0].roll(1, -1)  # says a number too large
+    metric = NumberingAccuracy(classes=CLASSES)
+    for start, end in ((0, 2), (2, 7)):
+        metric.update(predicted[start:end], target[start:end])
+    found = metric.compute()
+    right, total = right_numbers(predicted, target, classes=CLASSES)
+    assert found["all_right"].item() == pytest.approx(4 / 7)
+    assert found["right"].item() == pytest.approx((right / total).mean().item())
+    assert (metric.monitor, metric.mode) == ("all_right", "max")
+    metric.reset()
+    order = next(itertools.islice(numbering_orders(target[0, :, :CLASSES].argmax(-1).tolist()), 1, None))
+    metric.update(target[:1, order, CLASSES:], target[:1])
+    assert metric.compute() == {"all_right": 1.0, "right": 1.0}
+
+
+def test_accuracy_does_not_see_padding():
+    _, target = examples(5)
+    predicted = normal(5, SIZE, SIZE)
+    right, total = right_numbers(predicted[:, :4], target[:, :4], classes=CLASSES)
+    padded = target.clone()
+    padded[:, 4:] = 0.0
+    found = right_numbers(predicted.index_fill(1, torch.tensor([4, 5]), torch.nan), padded, classes=CLASSES)
+    assert torch.equal(found[0], right)
+    assert torch.equal(found[1], total)
+
+
+def test_a_loss_of_nothing_is_all_right_and_a_swap_between_classes_is_not():
+    target = torch.tensor([[[1.0, 0, 1, 0], [1.0, 0, 0, 1], [0.0, 1, 1, 0]]])
+    swapped = target[:, [0, 2, 1], 2:]
+    right, _ = right_numbers(swapped, target, classes=2)
+    assert right.tolist() == [1]
+    assert NumberingLoss(classes=2)(swapped, target) > 0
+
+
+# --- the decoders ---------------------------------------------------------------------------------------------------
+
+DIM, OUT = 5, 4
+SIZES = {"token_dim": DIM, "set_dim": OUT}
+
+
+def transformer(position):
+    return ElementTransformer(position, dim=8, heads=2, hidden_dim=7, **SIZES)
+
+
+DECODERS = {
+    "deep sets": lambda: DeepSets(hidden_dim=7, layers=3, **SIZES),
+    "transformer": lambda: transformer(None),
+    "transformer, sequence": lambda: transformer(SequencePositions()),
+    "transformer, random": lambda: transformer(RandomPositions(seed=4)),
+    "bilstm": lambda: ElementBiLSTM(hidden_dim=7, **SIZES),
+}
+EQUIVARIANT = ["deep sets", "transformer"]
+every = pytest.mark.parametrize("name", DECODERS)
+every_equivariant = pytest.mark.parametrize("name", EQUIVARIANT)
+
+
+def build(name, seed=0):
+    torch.manual_seed(seed)
+    return DECODERS[name]().double().eval()
+
+
+@every
+def test_there_is_an_element_for_each_token(name):
+    decoder, given = build(name), normal(3, SIZE, DIM)
+    index = torch.arange(3)
+    elements = decoder(given, index=index)
+    assert elements.shape == (3, SIZE, OUT)
+    assert decoder.set_size is None
+    close(decoder(given[1:2], index=index[1:2]), elements[1:2])
+    assert decoder(given[:, :2], index=index).shape == (3, 2, OUT)
+
+
+@every
+def test_gradients_of_decoders_by_finite_differences(name):
+    decoder, given, index = build(name), normal(2, 4, DIM), torch.arange(2)
+    mask = torch.arange(4) < torch.tensor([[4], [3]])
+    weights = normal(2, 4, OUT, seed=2) * mask.unsqueeze(-1)
+
+    def value(tokens):
+        return (decoder(tokens, index=index, mask=mask) * weights).sum()
+
+    leaf = given.clone().requires_grad_()
+    value(leaf).backward()
+    close(leaf.grad, finite_difference(value, given), rtol=1e-5, atol=1e-7)
+    assert all(parameter.grad is not None for parameter in decoder.parameters())
+
+
+@every
+def test_padding_of_tokens_has_no_influence(name):
+    """Wherever it stands and whatever it holds."""
+    decoder, given, index = build(name), normal(2, SIZE, DIM), torch.arange(2)
+    mask = torch.tensor([[True, False, True, True, False, True], [True] * SIZE])
+    expected = decoder(given, index=index, mask=mask)
+    noise = given.masked_fill(~mask.unsqueeze(-1), torch.nan).requires_grad_()
+    found = decoder(noise, index=index, mask=mask)
+    close(found[mask], expected[mask])
+    found[mask].square().sum().backward()
+    assert torch.isfinite(noise.grad).all()
+    assert (noise.grad[~mask] == 0).all()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in decoder.parameters())
+    # a full mask is none
+    close(decoder(given, index=index, mask=torch.ones_like(mask)), decoder(given, index=index))
+    if not name.startswith("transformer, "):  # whose positions know of the gap
+        close(found[0, mask[0]], decoder(given[:1, mask[0]])[0])
+
+
+@every_equivariant
+def test_set_equivariant_decoders_permute_with_the_tokens_and_keep_equals_equal(name):
+    for seed in range(3):
+        decoder, given, order = build(name, seed), normal(2, SIZE, DIM), [3, 0, 5, 1, 4, 2]
+        elements = decoder(given)
+        close(decoder(given[:, order]), elements[:, order])
+        given[:, 4] = given[:, 1]
+        elements = decoder(given)
+        close(elements[:, 4], elements[:, 1], rtol=0, atol=1e-12)
+        assert (elements[:, 0] - elements[:, 1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["transformer, sequence", "bilstm"])
+def test_decoders_with_an_order_are_not_equivariant_and_tell_equals_apart(name):
+    decoder, given, order = build(name), normal(2, SIZE, DIM), [3, 0, 5, 1, 4, 2]
+    assert (decoder(given[:, order]) - decoder(given)[:, order]).abs().max() > 1e-3
+    elements = decoder(given[:, :1].expand(-1, SIZE, -1))
+    assert min((elements[:, i] - elements[:, j]).norm() for i, j in itertools.combinations(range(SIZE), 2)) > 1e-4
+
+
+def test_random_positions_are_those_of_the_example_and_equivariant_in_distribution_only():
+    decoder, given, index = build("transformer, random"), normal(2, SIZE, DIM), torch.arange(2)
+    elements = decoder(given, index=index)
+    close(decoder(given, index=index), elements)
+    close(decoder(given[[1]], index=index[[1]]), elements[[1]])
+    assert not torch.allclose(decoder(given), decoder(given))
+    equal = decoder(given[:, :1].expand(-1, SIZE, -1), index=index)
+    assert min((equal[:, i] - equal[:, j]).norm() for i, j in itertools.combinations(range(SIZE), 2)) > 1e-4
+    # permuted together with their noise, elements permute
+    order = [3, 0, 5, 1, 4, 2]
+    noise = decoder.position(torch.zeros(2, SIZE, 4, dtype=torch.float64), index)[..., 4:]
+
+    class Beside(nn.Module):
+        def __init__(self, noise):
+            super().__init__()
+            self.noise = noise
+
+        def forward(self, rows, index):
+            return torch.cat([rows, self.noise], dim=-1)
+
+    decoder.position = Beside(noise)
+    close(decoder(given), elements)
+    decoder.position = Beside(noise[:, order])
+    close(decoder(given[:, order]), elements[:, order])
+
+
+def test_random_positions_have_a_learned_shift_and_scale():
+    position = RandomPositions()
+    with torch.no_grad():
+        position.shift.fill_(3.0)
+        position.log_scale.fill_(math.log(0.5))
+    rows = torch.randn(200, 10, 4)
+    drawn = position(rows, torch.arange(200))
+    assert torch.equal(drawn[..., :4], rows)
+    torch.testing.assert_close(drawn[..., 4:].mean(), torch.tensor(3.0), rtol=0, atol=0.03)
+    torch.testing.assert_close(drawn[..., 4:].std(), torch.tensor(0.5), rtol=0, atol=0.03)
+
+
+def test_sequence_positions_against_a_loop():
+    added = SequencePositions()(torch.zeros(1, 5, 6, dtype=torch.float64), None)[0]
+    for p in range(5):
+        angles = [p / 10_000 ** (2 * j / 6) for j in range(3)]
+        expected = [wave(angle) for angle in angles for wave in (math.sin, math.cos)]
+        close(added[p], torch.tensor(expected, dtype=torch.float64))
+    with pytest.raises(ValueError, match="even length"):
+        SequencePositions()(torch.zeros(1, 5, 3), None)
+
+
+def test_deep_sets_against_a_loop():
+    decoder, given = build("deep sets"), normal(2, 3, DIM)
+    for b in range(2):
+        rows = list(given[b])
+        for depth, layer in enumerate(decoder.layers):
+            if depth:
+                rows = [row.clamp(min=0) for row in rows]
+            mean = sum(rows) / len(rows)
+            rows = [layer.each(row) + layer.all.weight @ mean for row in rows]
+        close(decoder(given)[b], torch.stack(rows))
+
+
+def test_the_transformer_is_that_of_torch():
+    decoder = build("transformer")
+    theirs = nn.Transformer(8, 2, 2, 2, 7, dropout=0.0, batch_first=True).double().eval()
+
+    def copied(ours, other):
+        projections = (ours.query, ours.key, ours.value)
+        other.in_proj_weight.copy_(torch.cat([layer.weight for layer in projections]))
+        other.in_proj_bias.copy_(torch.cat([ours.query.bias, torch.zeros(8), ours.value.bias]))
+        other.out_proj.load_state_dict(ours.out.state_dict())
+
+    with torch.no_grad():
+        for ours, other in zip(
+            [*decoder.encoder, *decoder.decoder], [*theirs.encoder.layers, *theirs.decoder.layers], strict=True
+        ):
+            attentions = [ours.attention] if hasattr(ours, "attention") else [ours.own, ours.across]
+            for mine, its in zip(attentions, [other.self_attn, getattr(other, "multihead_attn", None)], strict=False):
+                copied(mine, its)
+            other.linear1.load_state_dict(ours.network[0].state_dict())
+            other.linear2.load_state_dict(ours.network[2].state_dict())
+            for mine, its in zip(ours.norms, [other.norm1, other.norm2, getattr(other, "norm3", None)], strict=False):
+                its.load_state_dict(mine.state_dict())
+    given = normal(2, SIZE, DIM)
+    expected = decoder.head(theirs(decoder.source(given), decoder.first(given)))
+    close(decoder(given), expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        lambda: DeepSets(layers=0, **SIZES),
+        lambda: ElementTransformer(decoder_layers=-1, **SIZES),
+        lambda: ElementTransformer(RandomPositions(), dim=9, heads=3, **SIZES),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(refused):
+    with pytest.raises(InputError, match="expected"):
+        refused()
+
+
+# --- who can number ---------------------------------------------------------------------------------------------------
+
+
+def numberer(pool, *, differentiation=None, start=None, seed=0):
+    """The published model at a small size; pool is of the objective."""
+    torch.manual_seed(seed)
+    objective = Conditioned(LatentMatching(SetEncoder(pool, set_dim=SIZE + CLASSES, hidden_dim=16)))
+    descent = GradientDescent(iterations=10, momentum=0.9, clip=40.0, projection=Simplex())
+    return IDSPN(objective, descent, differentiation or Implicit(), set_size=SIZE, set_dim=SIZE, start=start).double()
+
+
+class Given(nn.Module):
+    """A start that is handed over."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.given = start
+
+    def forward(self, features, index):
+        return self.given
+
+
+def equal_start():
+    return LearnedStart(SIZE, SIZE, scale=0.0)
+
+
+def furthest_apart_of_equals(elements, given):
+    """Over pairs of elements of one class."""
+    pairs = [
+        (elements[b, i] - elements[b, j]).norm().item()
+        for b in range(len(given))
+        for i, j in itertools.combinations(range(SIZE), 2)
+        if torch.equal(given[b, i], given[b, j])
+    ]
+    return max(pairs)
+
+
+@pytest.mark.parametrize("differentiation", [Implicit(), Unrolled()], ids=["idspn", "dspn"])
+def test_idspn_separates_equal_elements_and_set_equivariant_decoders_cannot(differentiation):
+    """Exclusive multiset equivariance (Zhang et al., ICLR 2022).
+
+    Exchanging two equal elements leaves the input as it is, so a set-equivariant function must exchange their equal
+    outputs: they are equal. iDSPN permutes its output with its input as well, but what the sort of FSPool does to
+    equals is left open; even from an equal start it separates them.
+    """
+    given, _ = examples(4)
+    latent = normal(4, 16)
+    sorts = numberer(FSPool(16, set_size=SIZE), differentiation=differentiation, start=equal_start())
+    assert furthest_apart_of_equals(sorts(latent, condition=given), given) > 1e-2
+    adds = numberer(SumPool(16), differentiation=differentiation, start=equal_start())
+    assert furthest_apart_of_equals(adds(latent, condition=given), given) < 1e-12
+    for build_decoder in (
+        lambda: DeepSets(token_dim=CLASSES, set_dim=SIZE),
+        lambda: ElementTransformer(token_dim=CLASSES, set_dim=SIZE),
+    ):
+        torch.manual_seed(0)
+        assert furthest_apart_of_equals(build_decoder().double()(given), given) < 1e-12
+
+
+def test_idspn_permutes_with_its_input_and_its_start():
+    """The part of equivariance that it keeps: elements that differ, be it by the start alone, permute."""
+    given, _ = examples(4)
+    latent, order = normal(4, 16), [3, 0, 5, 1, 4, 2]
+    decoder = numberer(FSPool(16, set_size=SIZE))
+    start = decoder.start(latent, torch.arange(4))
+    decoder.start = Given(start)
+    elements = decoder(latent, condition=given)
+    decoder.start = Given(start[:, order])
+    close(decoder(latent, condition=given[:, order]), elements[:, order])
+    close(elements.sum(-1), torch.ones(4, SIZE, dtype=torch.float64))
+    assert (elements >= 0).all()
+
+
+@pytest.mark.parametrize("make", [DeepSets, ElementTransformer])
+def test_at_best_a_set_equivariant_decoder_numbers_one_element_of_each_class(make):
+    """Whatever its weights: equals say the same number, of which a class has one."""
+    given, target = examples(20)
+    kinds = given.any(1).sum(1)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        right, _ = right_numbers(make(token_dim=CLASSES, set_dim=SIZE).double()(given), target, classes=CLASSES)
+        assert (right <= kinds).all()
