@@ -159,10 +159,10 @@ def command_line(arguments: Sequence[str], configs: Sequence[Path]) -> str:
     return " ".join(words)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Errors a user can mend become one sentence and exit status 2."""
     try:
-        return 1 if compare() else 0
+        return 1 if compare(arguments) else 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
