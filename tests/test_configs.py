@@ -9,6 +9,7 @@ import yaml
 from setpred import checkpoint
 from setpred.cli import build, plain
 from setpred.decoders import IDSPN
+from setpred.encoders import SmallTrunk
 from setpred.inner import Unrolled
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -71,16 +72,24 @@ def test_is_short_and_says_where_its_numbers_come_from(path):
 
 
 @pytest.mark.parametrize("path", COMPARED, ids=lambda path: path.stem)
-def test_the_compared_have_the_data_and_the_budget_of_the_quickstart(path):
-    quickstart, config = (yaml.safe_load(file.read_text()) for file in (CONFIGS / "quickstart.yaml", path))
-    assert config["data"] == quickstart["data"]
-    assert config["trainer"]["max_epochs"] == quickstart["trainer"]["max_epochs"]
-    assert config["model"]["schedule"]["init_args"]["total_steps"] == 6240
+def test_the_compared_have_the_same_data_trunk_and_budget(path):
+    first, config = (yaml.safe_load(file.read_text()) for file in (COMPARED[0], path))
+    assert config["data"] == first["data"]
+    assert config["trainer"]["max_epochs"] == first["trainer"]["max_epochs"]
+    assert config["model"]["schedule"]["init_args"]["total_steps"] == 6250
+    trunks = [part for part in built(path).model.modules() if isinstance(part, SmallTrunk)]
+    assert [(trunk.channels, trunk.image_size) for trunk in trunks] == [(64, 64)]
 
 
-def test_the_compared_equilibrium_is_the_quickstart():
-    quickstart, compared = (CONFIGS / name for name in ("quickstart.yaml", "compare/idspn_equilibrium.yaml"))
-    assert yaml.safe_load(quickstart.read_text()) == yaml.safe_load(compared.read_text())
+def test_the_compared_equilibrium_is_the_quickstart_but_for_width_and_batch():
+    quickstart, compared = (
+        yaml.safe_load((CONFIGS / name).read_text()) for name in ("quickstart.yaml", "compare/idspn_equilibrium.yaml")
+    )
+    quickstart["model"]["encoder"]["init_args"]["width"] = 16
+    quickstart["model"]["schedule"]["init_args"]["total_steps"] = 6250
+    quickstart["data"]["init_args"]["batch_size"] = 32
+    quickstart["trainer"]["max_epochs"] = 10
+    assert quickstart == compared
 
 
 def test_dspn_is_one_option_away():
