@@ -2,14 +2,17 @@
 
 import itertools
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from problems import finite_difference
 from torch import nn
 
 from setpred.aggregators import FSPool, SetEncoder, SumPool
+from setpred.cli import build as from_file
 from setpred.data.worlds import Numbering
 from setpred.decoders import (
     IDSPN,
@@ -547,3 +550,32 @@ def test_at_best_a_set_equivariant_decoder_numbers_one_element_of_each_class(mak
         torch.manual_seed(seed)
         right, _ = right_numbers(make(token_dim=CLASSES, set_dim=SIZE).double()(given), target, classes=CLASSES)
         assert (right <= kinds).all()
+
+
+# --- the configurations -----------------------------------------------------------------------------------------------
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs" / "worlds" / "numbering").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configurations_build_and_take_a_step(path):
+    cli = from_file(["--config", str(path), "--trainer.logger", "false", "--data.init_args.val_sets=4"])
+    model, data = cli.model, cli.datamodule
+    data.setup()
+    batch = data.train_data.__getitems__([0, 1])
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    model.loss(model(batch["input"]), batch["elements"]).mean().backward()
+    model.configure_optimizers().step()
+    moved = [not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
+    assert sum(moved) > 0.9 * len(moved)
+    scores = model.validate(data.val_dataloader())
+    assert set(scores) == {"val_loss", "val_all_right", "val_right"}
+    assert model.monitor == "val_all_right"
+
+
+def test_configurations_have_one_problem_and_one_number_of_steps():
+    configs = {path.stem: yaml.safe_load(path.read_text()) for path in CONFIGS}
+    assert len(configs) == 7
+    for config in configs.values():
+        assert (config["data"], config["trainer"]) == (configs["idspn"]["data"], configs["idspn"]["trainer"])
+        assert config["model"]["schedule"] == configs["idspn"]["model"]["schedule"]
