@@ -38,15 +38,16 @@ class NumberingLoss(nn.Module):
         kinds, numbers = split_target(predicted, target, self.classes)
         present = kinds.sum(-1) > 0.5
         predicted = predicted.masked_fill(~present.unsqueeze(-1), 0.0)
-        if self.cross_entropy:
-            predicted = predicted.log_softmax(-1)
-        with torch.no_grad():
-            matched = matched_within(self._costs(predicted, numbers), kinds @ kinds.mT > 0.5, present)
-        answers = predicted.gather(1, matched.unsqueeze(-1).expand_as(predicted))
-        if self.cross_entropy:
-            distance = -(answers * numbers).sum(-1)
-        else:
-            distance = torch.linalg.vector_norm(answers - numbers, dim=-1)  # of which torch's slope at 0 is 0
+        with torch.autocast(predicted.device.type, enabled=False):  # full precision where a model trains in half
+            if self.cross_entropy:
+                predicted = predicted.log_softmax(-1)
+            with torch.no_grad():
+                matched = matched_within(self._costs(predicted, numbers), kinds @ kinds.mT > 0.5, present)
+            answers = predicted.gather(1, matched.unsqueeze(-1).expand_as(predicted))
+            if self.cross_entropy:
+                distance = -(answers * numbers).sum(-1)
+            else:
+                distance = torch.linalg.vector_norm(answers - numbers, dim=-1)  # of which torch's slope at 0 is 0
         return distance.masked_fill(~present, 0.0).sum(-1) / present.sum(-1).clamp(min=1)
 
     def _costs(self, predicted: Tensor, numbers: Tensor) -> Tensor:

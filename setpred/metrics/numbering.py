@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional
-from torchmetrics import Metric
 
 from setpred.losses.numbering import split_target
+from setpred.metrics.averages import MeanMetric
 
 
 def right_numbers(predicted: Tensor, target: Tensor, *, classes: int) -> tuple[Tensor, Tensor]:
@@ -28,7 +27,7 @@ def right_numbers(predicted: Tensor, target: Tensor, *, classes: int) -> tuple[T
     return times_said.minimum(times_wanted).sum((1, 2)).round().long(), kinds.sum((1, 2)).round().long()
 
 
-class NumberingAccuracy(Metric):
+class NumberingAccuracy(MeanMetric):
     """Accuracy of class-specific numbering: "all_right", the share of sets without a mistake, and "right", of elements.
 
     Both are 1 exactly for right answers, in any order within a class; see `right_numbers`. The published figures are
@@ -39,22 +38,14 @@ class NumberingAccuracy(Metric):
         classes: how many leading numbers of a target element are its one-hot class.
     """
 
-    full_state_update = False
-    is_differentiable = False
-    higher_is_better = True
+    keys = ("all_right", "right")
     monitor, mode = "all_right", "max"
+    higher_is_better = True
 
     def __init__(self, *, classes: int = 4) -> None:
         super().__init__()
         self.classes = classes
-        for name in ("sets", "all_right", "right"):
-            self.add_state(name, default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, predicted: Tensor, target: Tensor) -> None:
+    def values(self, predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
         right, total = right_numbers(predicted, target, classes=self.classes)
-        self.sets += len(right)
-        self.all_right += (right == total).sum()
-        self.right += (right / total.clamp(min=1)).double().sum()
-
-    def compute(self) -> dict[str, Tensor]:
-        return {"all_right": self.all_right / self.sets, "right": self.right / self.sets}
+        return {"all_right": right == total, "right": right / total.clamp(min=1)}
