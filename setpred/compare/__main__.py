@@ -6,8 +6,9 @@
 Every configuration is trained once with each seed, in this process, one after the other, all with the first seed
 first. A budget of time counts training alone, from the first step on: not the set-up, the data or the validation. The
 learning rate's schedule is stretched or pressed to the budget, from the length that the configuration plans
-(trainer.max_epochs), so that each training ends as it would at its own end. At --points evenly spaced moments of the
-budget, the last at its end, the model is validated on the validation data of its configuration.
+(trainer.max_epochs), so that each training ends as it would at its own end. Time is the clock's: what else runs on the
+machine takes from it, which a budget of steps is free of. At --points evenly spaced moments of the budget, the last at
+its end, the model is validated on the validation data of its configuration.
 
 What comes after `--` is handed to each configuration as to train.py: --model..., --data..., --trainer... options.
 
@@ -64,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--out", type=Path, default=Path("comparison"), help="folder (default: comparison)")
     options.add_argument("--points", type=int, default=8, help="validations of each training (default 8)")
     options.add_argument("--threads", type=int, help="threads of torch; its own choice unless given")
-    options.add_argument("--keep", action="store_true", help="keep a checkpoint of the end of each training")
+    options.add_argument("--keep", action="store_true", help="keep last.ckpt of each run that is trained now")
     return options
 
 

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from setpred.compare.budget import FIRST_STEPS
 from setpred.compare.results import Run
 
 AP = "val_ap"
@@ -118,7 +119,7 @@ def footing(done: Sequence[Run], scores: Sequence[str], *, command: str) -> str:
             parts.append("AP in %, the mean over and at each distance threshold")
         if len(seeds) > 1:
             parts.append("mean ± standard deviation over the seeds")
-        parts.append("train loss: mean of the first steps → since the last but one validation")
+        parts.append(f"train loss: mean of the first {FIRST_STEPS} steps → of those since the last but one validation")
     return "; ".join(parts) + "."
 
 
