@@ -24,7 +24,8 @@ class IDSPN(nn.Module):
         descent: how to iterate.
         differentiation: how gradients pass; `Implicit()` unless given.
         set_size, set_dim: of the predicted sets.
-        start: Y₀ from (latent, index); `RandomStart` unless given.
+        start: Y₀ from (latent, index); `RandomStart` unless given. The descent's projection, if any, is applied to it
+            first, as in the released iDSPN.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class IDSPN(nn.Module):
     ) -> Iterator[Tensor]:
         """Yields every iterate Y₀, …, Y_T `[batch, set_size, set_dim]`; see `forward`."""
         latent = latent.float() if latent.dtype in (torch.float16, torch.bfloat16) else latent
-        initial = self.start(latent, index).to(latent.dtype)
+        initial = self.descent.project(self.start(latent, index).to(latent.dtype))
         problem = Problem(latent, initial, mask, condition)
         steps = self.descent.iterations if iterations is None else iterations
         yield from self.differentiation.iterates(

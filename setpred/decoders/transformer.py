@@ -16,9 +16,10 @@ from setpred.schema import CLEVR
 class TransformerDecoder(SetDecoder):
     """Y = head(layers of self-attention over {W z + e_i}): each element from the vector z and its own code e_i.
 
-    The layout of the Transformer Set Prediction Network (Kosiorek, Kim, Rezende, 2020). The codes are what sets the
-    baselines of the iDSPN paper apart: learned ones are its "PE", those of `RandomStart` with scale 1 its "random PE",
-    and with scale 0 its "no PE". Permuting the codes permutes the elements, so equal codes give equal elements.
+    The layout of the Transformer Set Prediction Network (Kosiorek, Kim, Rezende, 2020). The codes alone tell the
+    elements apart: learned ones, or those of `RandomStart`, fresh for each example; permuting them permutes the
+    elements, so equal codes give equal elements. The transformers of the iDSPN paper, which differ in just that, map a
+    set to a set: they are `ElementTransformer`.
 
     Args:
         latent_dim: length of z.

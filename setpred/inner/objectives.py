@@ -79,10 +79,10 @@ class Proximity(nn.Module):
 
     def forward(self, elements: Tensor, problem: Problem) -> Tensor:
         """`[batch]`."""
-        distance = (elements - problem.initial).square().mean(-1)
+        apart = elements - problem.initial
         if problem.mask is not None:
-            distance = distance * problem.mask
-        return self.weight * 0.5 * distance.sum(-1)
+            apart = apart.masked_fill(~problem.mask.unsqueeze(-1), 0.0)  # before the square: NaN has no slope of 0
+        return self.weight * 0.5 * apart.square().mean(-1).sum(-1)
 
 
 class Sum(nn.Module):
