@@ -493,6 +493,20 @@ def test_noise_drives_equal_slots_apart():
     assert not torch.allclose(decoder(given), decoder(given))
 
 
+def test_noise_is_drawn_once_for_all_refinements_and_anew_for_each_batch_in_training():
+    """As in the released code; the same in every refinement, so that ties break the same way."""
+    given, drawn = features("slot attention"), []
+    torch.manual_seed(0)
+    decoder = sharp(None, noise=1e-3).double()
+    decoder.attention.mesh.forward = lambda cost, transport, index: (drawn.append(index), (cost, None))[1]
+    for index in (None, None, torch.arange(BATCH)):
+        decoder(given, index=index)
+    first, second, asked = drawn[::2]
+    assert all(torch.equal(one, other) for one, other in zip(drawn[::2], drawn[1::2], strict=True))
+    assert not torch.equal(first, second)
+    assert asked.tolist() == [0, 1, 2]
+
+
 # --- mixtures -------------------------------------------------------------------------------------------------------
 
 

@@ -35,7 +35,7 @@ class MESH(nn.Module):
     Args:
         iterations: of the descent.
         step_size: η, the length of a step in the unit of the costs; of the whole matrix, not of an entry.
-        noise: standard deviation of what is added to the costs. Drawn in each refinement of the slots; in evaluation
+        noise: standard deviation of what is added to the costs, the same in all refinements of the slots; in evaluation
             a function of (seed, example) alone.
         differentiation: how gradients pass; `Unrolled()` is exact. None takes ∂C_T/∂C₀ = I, the steps being constants,
             as the released code does: it builds no graph of the entropy's gradient. (Not `Implicit`: it gives the

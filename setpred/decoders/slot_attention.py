@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
 from setpred.decoders.base import SetDecoder, refined
@@ -100,12 +101,15 @@ class SlotAttention(SetDecoder):
         tokens = self.norm_tokens(features)
         keys, values = self._by_head(self.key(tokens)), self._by_head(self.value(tokens))
 
+        start = self.start(features, index).to(features.dtype)
+        # what an attention draws it draws once for all refinements, as published, so that they break ties alike
+        drawn = torch.randint(2**31, (len(features),)) if index is None else index
+
         def step(slots: Tensor) -> Tensor:
             queries = self._by_head(self.query(self.norm_slots(slots)))
-            won = self.attention(queries, keys, mask, index) @ values
+            won = self.attention(queries, keys, mask, drawn) @ values
             return self.update(slots, self.mix(won.transpose(1, 2).flatten(2)))
 
-        start = self.start(features, index).to(features.dtype)
         steps = self.iterations if iterations is None else iterations
         for slots in refined(step, start, iterations=steps, gradient_steps=self.gradient_steps):
             yield self.head(slots)

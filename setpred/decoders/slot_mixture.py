@@ -47,8 +47,9 @@ class SlotMixture(SetDecoder):
 
     (Kirilenko et al., ICLR 2024.) Slot Attention is the soft k-means of this mixture: it sums up what a slot won by its
     mean alone. As published, gradients pass through the last refinement only. Log-densities are divided by √dim, as in
-    the released code, which further leaves out the density's normaliser, keeps π uniform (by normalising γ before the
-    sum) and starts the slots from a transformer over the tokens; here they start as in Slot Attention.
+    the released code, which further leaves out the density's normaliser and its ½, keeps π uniform (by normalising γ
+    before the sum), gives the GRU the normalised μ for the old one and starts the slots from a transformer over the
+    tokens; here they start as in Slot Attention.
 
     Permuting the start permutes the elements; permuting the tokens changes nothing.
 
