@@ -1,4 +1,4 @@
-"""The small worlds of numbers and digits, and the loss and the metrics that go with them."""
+"""The small worlds of numbers, digits, characters and molecules; the loss and the metrics that go with them."""
 
 import itertools
 import math
@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from problems import finite_difference
 
 from setpred.data.worlds.digits import (
@@ -19,6 +20,8 @@ from setpred.data.worlds.digits import (
     pixel_points,
 )
 from setpred.data.worlds.median import Median
+from setpred.data.worlds.omniglot import OmniglotCounting, read_characters
+from setpred.data.worlds.qm9 import PROPERTIES, QM9, read_molecule
 from setpred.errors import InputError
 from setpred.losses import CrossEntropy
 from setpred.matching import NotFiniteError
@@ -235,6 +238,138 @@ def test_points_that_do_not_fit_are_refused():
     for make in (RotatedDigits, DigitPoints):
         with pytest.raises(InputError, match="threshold from 0 to under 1"):
             make(**SMALL, threshold=8.0)
+
+
+# --- files a user has ---------------------------------------------------------------------------------------------
+
+METHANE = """5
+gdb 1\t157.7118\t157.70997\t157.70699\t0.\t13.21\t-0.3877\t0.1171\t0.5048\t\
+35.3641\t0.044749\t-40.47893\t-40.476062\t-40.475117\t-40.498597\t6.469\t
+C\t-0.0126981359\t 1.0858041578\t 0.0080009958\t-0.535689
+H\t 0.002150416\t-0.0060313176\t 0.0019761204\t 0.133921
+H\t 1.0117308433\t 1.4637511618\t 0.0002765748\t 0.133922
+H\t-0.540815069\t 1.4475266138\t-0.8766437152\t 0.133923
+H\t-0.5238136345\t 1.4379326443\t 9.063972942*^-1\t 0.133923
+1341.307\t1341.3284\t1341.365\t1562.6731\t1562.7453\t3038.3205\t3151.6034\t3151.6788\t3151.7078
+C\tC\t
+InChI=1S/CH4/h1H4\tInChI=1S/CH4/h1H4
+"""
+
+
+@pytest.fixture
+def molecules(tmp_path):
+    """Six molecules of two atoms whose properties are a constant apart, and one of five."""
+    for number in range(2, 8):
+        properties = "\t".join(str(number + k) for k in range(15))
+        text = f"2\ngdb {number}\t{properties}\t\nF\t0.\t0.\t0.7\t0.\nF\t0.\t0.\t-7.*^-1\t0.\n900.\nFF\tFF\t\n?\t?\n"
+        (tmp_path / f"dsgdb9nsd_{number:06}.xyz").write_text(text)
+    (tmp_path / "dsgdb9nsd_000001.xyz").write_text(METHANE)
+    (tmp_path / "readme.txt").write_text("not a molecule")
+    return tmp_path
+
+
+def test_a_molecule_is_read_as_it_is_written(molecules):
+    atoms, properties = read_molecule(molecules / "dsgdb9nsd_000001.xyz")
+    assert atoms.shape == (5, 9)
+    np.testing.assert_allclose(
+        atoms[4], [-0.5238136345, 1.4379326443, 0.9063972942, 1, 0, 0, 0, 0, 0.133923], rtol=1e-6
+    )
+    np.testing.assert_array_equal(atoms[:, 3:8].argmax(1), [1, 0, 0, 0, 0])
+    named = dict(zip(PROPERTIES, properties, strict=True))
+    assert (named["A"], named["mu"], named["homo"], named["U0"], named["Cv"]) == (
+        157.7118,
+        0,
+        -0.3877,
+        -40.47893,
+        6.469,
+    )
+
+
+def test_molecules_are_divided_and_their_target_is_standardised(molecules):
+    world = QM9(folder=str(molecules), target="mu", train_sets=4, val_sets=3, batch_size=2)
+    world.setup()
+    train, val = world.train_data.tensors, world.val_data.tensors
+    target = train["elements"].flatten()
+    assert float(target.mean()) == pytest.approx(0, abs=1e-6)
+    assert float(target.std(correction=0)) == pytest.approx(1)
+    mean, deviation = world.standard
+    raw = torch.cat([target, val["elements"].flatten()]) * deviation + mean
+    # each molecule once: mu of number k is k + 3, and of methane 0
+    assert sorted(round(value, 4) for value in raw.tolist()) == [0, *range(5, 11)]
+    sizes = {int(count) for part in (train, val) for count in part["input_mask"].sum(1)}
+    assert sizes == {2, 5}
+    only_val = QM9(folder=str(molecules), target="mu", train_sets=4, val_sets=3, batch_size=2)
+    only_val.setup("validate")
+    assert torch.equal(only_val.val_data.tensors["elements"], val["elements"])
+    other = QM9(folder=str(molecules), target="mu", train_sets=4, val_sets=3, batch_size=2, worlds_seed=1)
+    assert other._paths() != world._paths()
+
+
+def test_what_is_wrong_with_molecules_is_said(molecules, tmp_path):
+    with pytest.raises(InputError, match=r"expected 9 molecules .* found 7; unpack dsgdb9nsd\.xyz\.tar\.bz2"):
+        QM9(folder=str(molecules), train_sets=5, val_sets=4, batch_size=2).setup()
+    with pytest.raises(InputError, match="found 0"):
+        QM9(folder=str(tmp_path / "nowhere"), train_sets=5, val_sets=4, batch_size=2).setup()
+    with pytest.raises(InputError, match="unknown property 'colour' of a molecule; expected one of A, B"):
+        QM9(folder=str(molecules), target="colour", **SMALL)
+    lines = METHANE.splitlines(keepends=True)
+    damaged = {
+        "five\n" + "".join(lines[1:]): 1,
+        lines[0] + lines[1].replace("13.21\t", "") + "".join(lines[2:]): 2,
+        lines[0] + lines[1].replace("13.21", "nan") + "".join(lines[2:]): 2,
+        "".join(lines[:4]): 5,
+        METHANE.replace("C\t-0.01", "Xe\t-0.01"): 3,
+        METHANE.replace("\t 0.133921", ""): 4,
+        "": 1,
+    }
+    path = tmp_path / "damaged.xyz"
+    for text, line in damaged.items():
+        path.write_text(text)
+        with pytest.raises(InputError, match=rf"damaged\.xyz, line {line}: expected a molecule"):
+            read_molecule(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=r"damaged\.xyz, line 1"):
+        read_molecule(path)
+
+
+@pytest.fixture
+def characters(tmp_path):
+    """Omniglot's layout: black strokes on white, 105x105, one bit; each character a bar at its own height."""
+    for part, alphabets in (("images_background", 2), ("images_evaluation", 1)):
+        for alphabet in range(alphabets):
+            for character in range(3):
+                folder = tmp_path / part / f"Alphabet_{alphabet}" / f"character{character + 1:02}"
+                folder.mkdir(parents=True)
+                for drawer in range(2):
+                    paper = np.full((105, 105), 255, dtype=np.uint8)
+                    top = 15 * (1 + character + 3 * alphabet)
+                    paper[top : top + 15, 15 : 90 - 15 * drawer] = 0
+                    Image.fromarray(paper).convert("1").save(folder / f"0{alphabet}{character}_{drawer + 1:02}.png")
+    return tmp_path
+
+
+def test_characters_are_counted(characters):
+    images, classes = read_characters(characters / "images_background", 7)
+    assert images.shape == (12, 7, 7)
+    np.testing.assert_array_equal(classes, np.repeat(np.arange(6), 2))
+    np.testing.assert_array_equal(images.sum((1, 2)), np.tile([5, 4], 6))  # blocks of 15 pixels
+    np.testing.assert_array_equal(images[3, 2], [0, 1, 1, 1, 1, 0, 0])
+    world = OmniglotCounting(folder=str(characters), image_size=7, sizes=(3, 6), **SMALL)
+    world.setup()
+    for data, rows in ((world.train_data, range(1, 7)), (world.val_data, range(1, 4))):
+        for elements, mask, target in zip(*(data.tensors[k] for k in ("input", "input_mask", "elements")), strict=True):
+            at = elements[mask].view(-1, 7, 7).sum(2).argmax(1)  # the row of the bar is the character
+            assert set(at.tolist()) <= set(rows)
+            assert int(target) == len(set(at.tolist()))
+
+
+def test_what_is_wrong_with_characters_is_said(characters):
+    with pytest.raises(InputError, match=r"expected Omniglot's images at .*found none; unpack images_background\.zip"):
+        OmniglotCounting(folder=str(characters / "nowhere"), **SMALL).setup()
+    broken = characters / "images_evaluation" / "Alphabet_0" / "character02" / "001_01.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    with pytest.raises(InputError, match=r"001_01\.png is not an image that can be read"):
+        OmniglotCounting(folder=str(characters), **SMALL).setup()
 
 
 # --- cross entropy ------------------------------------------------------------------------------------------------

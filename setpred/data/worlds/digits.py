@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from setpred.data.worlds.base import World
+from setpred.data.worlds.counting import check_sizes, sets_to_count
 from setpred.errors import InputError
 
 SIDE, CLASSES = 8, 10
@@ -76,8 +77,7 @@ class DigitCounting(World):
     """Sets of digits, each an image of 64 numbers; the target is how many different classes are among them.
 
     As the experiment of equilibrium aggregation on Omniglot (Bartunov, Fuchs, Lillicrap, UAI 2022) asks for characters.
-    First the size of a set is drawn, then how many classes it has, from 1 to what its size allows, all equally
-    likely: the size says less than if classes were drawn image by image. Training sets have training images only.
+    Training sets have training images only. How sets are drawn: `setpred.data.worlds.counting.sets_to_count`.
 
     Args:
         sizes: least and most images of a set; sets are padded to the most.
@@ -86,29 +86,11 @@ class DigitCounting(World):
 
     def __init__(self, *, sizes: tuple[int, int] = (3, 10), **arguments: Any) -> None:
         super().__init__(**arguments)
-        if not 1 <= sizes[0] <= sizes[1]:
-            raise InputError(f"expected the least and the most images of a set, at least 1, got {list(sizes)}")
-        self.sizes = tuple(sizes)
+        self.sizes = check_sizes(sizes)
 
     def examples(self, split: str, count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         images, classes = bundled_digits(split)
-        flat = images.reshape(len(images), -1)
-        by_class, available = np.argsort(classes, kind="stable"), np.bincount(classes, minlength=CLASSES)
-        start = np.cumsum(available) - available
-        least, most = self.sizes
-        elements = np.zeros((count, most, flat.shape[1]), dtype=np.float32)
-        mask = np.zeros((count, most), dtype=bool)
-        target = np.zeros((count, 1, 1), dtype=np.float32)
-        for i in range(count):
-            size = rng.integers(least, most + 1)
-            different = rng.integers(1, min(size, CLASSES) + 1)
-            chosen = rng.choice(CLASSES, different, replace=False)
-            # each of the chosen ones once, the others as they come
-            members = rng.permutation(np.concatenate([chosen, rng.choice(chosen, size - different)]))
-            elements[i, :size] = flat[by_class[start[members] + rng.integers(available[members])]]
-            mask[i, :size] = True
-            target[i] = different
-        return {"input": elements, "input_mask": mask, "elements": target}
+        return sets_to_count(images.reshape(len(images), -1), classes, count, sizes=self.sizes, rng=rng)
 
 
 class RotatedDigits(World):
