@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from setpred import checkpoint
-from setpred.cli import build, plain
+from setpred.cli import build, check_fit, plain
 from setpred.decoders import IDSPN
 from setpred.encoders import SmallTrunk
 from setpred.inner import Unrolled
@@ -15,8 +15,10 @@ from setpred.inner import Unrolled
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 COMPARED = sorted((CONFIGS / "compare").glob("*.yaml"))
 EVERY = sorted(CONFIGS.glob("*.yaml")) + COMPARED
+WORLDS = sorted((CONFIGS / "worlds").rglob("*.yaml"))
 
 every = pytest.mark.parametrize("path", EVERY, ids=lambda path: str(path.relative_to(CONFIGS).with_suffix("")))
+every_world = pytest.mark.parametrize("path", WORLDS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 
 
 def built(path, *options):
@@ -96,3 +98,62 @@ def test_dspn_is_one_option_away():
     for name in ("clevr_fspool.yaml", "compare/idspn_fspool.yaml"):
         cli = built(CONFIGS / name, "--model.decoder.init_args.differentiation=setpred.inner.Unrolled")
         assert isinstance(cli.model.model.decoder.differentiation, Unrolled)
+
+
+# --- small worlds -------------------------------------------------------------------------------------------------
+
+
+@every_world
+def test_a_world_builds_takes_a_step_and_is_scored(path):
+    if "Digit" in path.read_text():
+        pytest.importorskip("sklearn")
+    few = {"train_sets": 4, "val_sets": 3, "batch_size": 2, "eval_batch_size": 2}
+    cli = built(path, *(word for name, count in few.items() for word in (f"--data.init_args.{name}", str(count))))
+    model, data = cli.model, cli.datamodule
+    data.setup("fit")
+    check_fit(cli)
+    batch = next(iter(data.train_dataloader()))
+    steps = 2 if isinstance(model.model.decoder, IDSPN) else None
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = model.configure_optimizers()
+    predicted = model(batch["input"], mask=batch.get("input_mask"), iterations=steps)
+    loss = model.loss(predicted, batch["elements"]).mean()
+    loss.backward()
+    optimizer.step()
+    moved = [not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
+    assert sum(moved) > 0.4 * len(moved)  # a potential with a gain of 0 comes in at the second
+    scores = model.validate(data.val_dataloader())
+    assert model.monitor in scores
+    assert torch.isfinite(torch.tensor([float(loss.detach()), *scores.values()])).all()
+    record = {part: plain(cli.config.model[part]) for part in ("encoder", "decoder")}
+    classes = checkpoint.allowed_classes()
+    rebuilt = checkpoint.SetPredictor(*(checkpoint.build(record[part], classes) for part in ("encoder", "decoder")))
+    rebuilt.load_state_dict(model.model.state_dict())
+
+
+@every_world
+def test_a_world_is_short_and_says_where_its_numbers_come_from(path):
+    text = path.read_text()
+    assert len(text.splitlines()[0]) > 60
+    assert text.startswith("# ")
+    assert len(text.splitlines()) < 60
+    config = yaml.safe_load(text)
+    assert config["model"]["schema"] is None
+    data, epochs = config["data"]["init_args"], config["trainer"]["max_epochs"]
+    if "schedule" in config["model"]:  # falls to nothing at the end of the training, neither before nor after
+        steps = data["train_sets"] // data["batch_size"] * epochs
+        assert config["model"]["schedule"]["init_args"]["total_steps"] == steps
+    siblings = [yaml.safe_load(other.read_text()) for other in path.parent.glob("*.yaml")]
+    assert all(other["data"] == config["data"] for other in siblings)
+    assert {other["trainer"]["max_epochs"] for other in siblings} == {epochs}
+
+
+@pytest.mark.parametrize("world", ["median", "counting"])
+def test_aggregators_are_compared_at_one_number_of_parameters(world):
+    counts = [
+        sum(parameter.numel() for parameter in built(path).model.parameters())
+        for path in WORLDS
+        if path.parent.name == world
+    ]
+    assert len(counts) > 2
+    assert max(counts) < 1.1 * min(counts)
