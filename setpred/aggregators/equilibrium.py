@@ -99,9 +99,6 @@ class EquilibriumAggregation(Aggregator):
         `[batch, out_dim]`, differentiable in everything; costs one gradient of F, no descent.
         """
         check_set(elements, mask, set_dim=self.in_dim)
-        with torch.enable_grad():
-            # a fresh node: the derivative is wanted at φ = state, whatever state itself depends on
-            variable = state.view_as(state) if state.requires_grad else state.detach().requires_grad_()
-            total = self.mean_potential(elements, variable, mask).sum()
-            (slope,) = torch.autograd.grad(total, variable, create_graph=True)
+        # a function's gradient, at φ = state whatever state itself depends on; also under no_grad and in compiled code
+        slope = torch.func.grad(lambda point: self.mean_potential(elements, point, mask).sum())(state)
         return state - self.start(elements, mask) + self.gain / self.weight() * slope

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from setpred.aggregators.base import Aggregator
 from setpred.aggregators.basic import masked_fill
+from setpred.aggregators.ranks import at_ranks, feature_ranks
 from setpred.schema import CLEVR
 
 
@@ -43,18 +44,21 @@ class FSPool(Aggregator):
         self.weight = nn.Parameter(torch.randn(set_size, in_dim) / set_size**0.5)
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
-        return self.pool(sort_features(elements, mask), mask)
+        # the sum over ranks taken in the order of the elements, each times the weight of its rank
+        ranks = feature_ranks(masked_fill(elements, mask, -torch.inf))
+        slopes = at_ranks(self.weights(elements.shape[1], mask), ranks)
+        return (slopes * masked_fill(elements, mask, 0.0)).sum(1)
 
-    def pool(self, ranked: Tensor, mask: Tensor | None) -> Tensor:
-        """The weighted sum over features that are sorted already."""
-        knots, size = self.weight.shape[0], ranked.shape[1]
+    def weights(self, size: int, mask: Tensor | None) -> Tensor:
+        """w(t_j) for each rank j < size: `[1, size, in_dim]`, with a mask `[batch, size, in_dim]`."""
+        knots = self.weight.shape[0]
         if mask is None and size == knots:
-            return (ranked * self.weight).sum(1)
+            return self.weight.unsqueeze(0)
         # in the weight's precision: under autocast the features have less than positions need
-        rank = torch.arange(size, device=ranked.device, dtype=self.weight.dtype)
-        counts = rank.new_tensor([[size]]) if mask is None else mask.sum(1, keepdim=True).to(rank.dtype)
+        rank = torch.arange(size, device=self.weight.device, dtype=self.weight.dtype)
+        counts = rank.new_full((1, 1), size) if mask is None else mask.sum(1, keepdim=True).to(rank.dtype)
         position = (rank / (counts - 1).clamp(min=1)).clamp(max=1) * (knots - 1)
         below = position.floor().long()
         above = (below + 1).clamp(max=knots - 1)
         share = (position - below).unsqueeze(-1)
-        return (ranked * torch.lerp(self.weight[below], self.weight[above], share)).sum(1)
+        return torch.lerp(self.weight[below], self.weight[above], share)

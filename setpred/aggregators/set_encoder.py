@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from setpred.aggregators.base import Aggregator
 from setpred.aggregators.basic import masked_fill
@@ -70,9 +70,21 @@ class PairwiseSetEncoder(Aggregator):
         self.set_encoder = set_encoder
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
+        pair_mask = None if mask is None else (mask.unsqueeze(2) & mask.unsqueeze(1)).flatten(1, 2)
+        if isinstance(self.set_encoder, SetEncoder) and self.set_encoder.kept == 0:
+            return self.set_encoder.aggregator(self._pair_features(masked_fill(elements, mask, 0.0)), pair_mask)
         size = elements.shape[1]
         first = elements.unsqueeze(2).expand(-1, -1, size, -1)
         second = elements.unsqueeze(1).expand(-1, size, -1, -1)
-        pairs = torch.cat([first, second], dim=-1).flatten(1, 2)
-        pair_mask = None if mask is None else (mask.unsqueeze(2) & mask.unsqueeze(1)).flatten(1, 2)
-        return self.set_encoder(pairs, pair_mask)
+        return self.set_encoder(torch.cat([first, second], dim=-1).flatten(1, 2), pair_mask)
+
+    def _pair_features(self, elements: Tensor) -> Tensor:
+        """The network of [y_i, y_j], whose first layer W [y_i, y_j] = W' y_i + W'' y_j takes each element once only."""
+        layer, *rest = self.set_encoder.network
+        ours, theirs = layer.weight.chunk(2, dim=1)
+        first = nn.functional.linear(elements, ours, layer.bias).unsqueeze(2)
+        second = nn.functional.linear(elements, theirs).unsqueeze(1)
+        features = (first + second).flatten(1, 2)
+        for part in rest:
+            features = part(features)
+        return features
