@@ -7,9 +7,10 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,6 +21,8 @@ from setpred.data.order import EpochOrder, EpochPermutation, ResumableLoader
 from setpred.data.rendered import render_records, rendered_header
 from setpred.errors import InputError
 from setpred.schema import CLEVR
+
+InMemory = bool | Literal["device"] | None
 
 VALIDATION_SEED = 1_000_000  # added to the seed of the training scenes: no training seed comes near
 
@@ -35,8 +38,10 @@ class SetDataModule(LightningDataModule):
         set_size: size of the sets; the schema's largest unless given.
         batch_size: training examples per step; the last, smaller batch of an epoch is left out.
         eval_batch_size: validation examples at a time; as `batch_size` unless given.
-        num_workers: processes that read; 0 is right for files in memory.
-        in_memory: keep a file's images in memory; None does so under 2 GB.
+        num_workers: processes that read; 0 is right for files in memory, and what a set in a GPU's memory gets.
+        in_memory: keep a file's images in memory; None does so under 2 GB. "device" keeps them in the memory of the
+            device that trains, as uint8: a batch is picked there, and only the numbers of its images cross. On a CPU
+            that is the same as True.
         seed: of the order of the training examples; None takes the seed of the run, from the command line.
         train_images, val_images: only so many, the first ones.
 
@@ -58,7 +63,7 @@ class SetDataModule(LightningDataModule):
         batch_size: int = 128,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
-        in_memory: bool | None = None,
+        in_memory: InMemory = None,
         seed: int | None = None,
         train_images: int | None = None,
         val_images: int | None = None,
@@ -95,15 +100,21 @@ class SetDataModule(LightningDataModule):
         return DataLoader(self.val_data, self.eval_batch_size, **self._reading(self.val_data))
 
     def _open(self, path: str, split: str, images: int | None) -> SetFile | ClevrImages:
-        return open_data(
+        data = open_data(
             path,
             split=split,
             image_size=self.image_size,
             set_size=self.set_size,
             schema=self.schema,
             images=images,
-            in_memory=self.in_memory,
+            in_memory=False if self.in_memory == "device" else self.in_memory,
         )
+        if self.in_memory == "device" and not isinstance(data, SetFile):
+            raise InputError(
+                f'in_memory "device" is for prepared files, and {path} is a folder; make a file of it with '
+                "python -m setpred.data prepare, or leave in_memory out"
+            )
+        return data
 
     def _train_loader(self, data: Dataset, order: EpochOrder) -> DataLoader:
         if self.trainer is not None:
@@ -113,13 +124,16 @@ class SetDataModule(LightningDataModule):
 
     def _reading(self, data: Dataset) -> dict[str, Any]:
         """What the loaders have in common."""
-        if isinstance(data, SetFile):
-            data.load()  # before the workers fork, so that they share the memory
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        if isinstance(data, SetFile):  # before the workers fork, so that they share the memory
+            data.load(device if self.in_memory == "device" else None)
+        there = isinstance(data, SetFile) and self.in_memory == "device" and device.type != "cpu"
+        workers = 0 if there else self.num_workers  # a GPU's memory is not for the workers
         return {
-            "num_workers": self.num_workers,
+            "num_workers": workers,
             "collate_fn": as_batch,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            "persistent_workers": workers > 0,
+            "pin_memory": device.type == "cuda" and not there,
         }
 
 
@@ -227,7 +241,7 @@ class RenderedScenes(SetDataModule):
         batch_size: int = 64,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
-        in_memory: bool | None = None,
+        in_memory: InMemory = None,
         seed: int | None = None,
     ) -> None:
         seeds = (scenes_seed, scenes_seed + VALIDATION_SEED)

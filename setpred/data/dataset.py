@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from setpred.data.cache import open_set_file, read_header, read_images
+from setpred.data.cache import BLOCK, open_set_file, read_header, read_images
 from setpred.data.clevr import ClevrFolder
 from setpred.errors import InputError
 from setpred.schema import CLEVR, PRESENCE, ElementSchema
@@ -69,7 +70,7 @@ class SetImages(Dataset, ABC):
         # torch.from_numpy shares memory: the image keeps the layout it has on the disk
         elements = torch.from_numpy(self._elements[index])
         return {
-            "image": torch.from_numpy(self._read(index)).permute(0, 3, 1, 2),
+            "image": self._read(index).permute(0, 3, 1, 2),
             "elements": elements,
             "mask": presence_mask(elements),
             "index": torch.from_numpy(index),
@@ -85,8 +86,8 @@ class SetImages(Dataset, ABC):
         """Where the camera of an image stood, float64 `[3]`, NaN where unknown."""
 
     @abstractmethod
-    def _read(self, index: np.ndarray) -> np.ndarray:
-        """Images `[batch, S, S, 3]` uint8, a new array."""
+    def _read(self, index: np.ndarray) -> Tensor:
+        """Images `[batch, S, S, 3]` uint8, in memory of their own."""
 
 
 def as_batch(batch: Batch) -> Batch:
@@ -124,7 +125,7 @@ class SetFile(SetImages):
     ) -> None:
         self.path = Path(path).resolve()
         self._handle: h5py.File | None = None
-        self._images: np.ndarray | None = None
+        self._images: Tensor | None = None
         self._pid: int | None = os.getpid()
         self._owner = self._pid  # the process that may fill its memory with images
         if images is not None and images < 1:
@@ -151,15 +152,45 @@ class SetFile(SetImages):
     def camera(self, index: int) -> np.ndarray:
         return self._cameras[index]
 
-    def load(self) -> None:
-        """Reads the images into memory if they are to be there; before workers are forked, they share them."""
-        if self.in_memory and self._images is None:
-            self._images = self._stored(np.arange(len(self)))
+    def load(self, device: torch.device | str | None = None) -> None:
+        """Reads the images into memory if they are to be there; before workers are forked, they share them.
 
-    def _read(self, index: np.ndarray) -> np.ndarray:
+        Args:
+            device: read them into the memory of this device, in any case. Images of a batch are then there, too.
+
+        Raises:
+            InputError: a GPU that has not so much memory left.
+        """
+        if device is None and (not self.in_memory or self._images is not None):
+            return
+        device = torch.device("cpu" if device is None else device)
+        if self._images is not None and self._images.device == device:
+            return
+        shape = (len(self), self.image_size, self.image_size, 3)
+        if device.type == "cuda":
+            self._check_room(math.prod(shape), device)
+        self._images = torch.empty(shape, dtype=torch.uint8, device=device)
+        for start in range(0, len(self), BLOCK):  # so that a GPU's set is never whole in the host's memory
+            rows = np.arange(start, min(start + BLOCK, len(self)))
+            self._images[start : start + BLOCK] = torch.from_numpy(self._stored(rows))
+
+    def _check_room(self, size: int, device: torch.device) -> None:
+        free, _ = torch.cuda.mem_get_info(device)
+        if size > free:
+            raise InputError(
+                f"the {len(self)} images of {self.path} take {size / 1e9:.1f} GB, but {device} has {free / 1e9:.1f} GB "
+                'free; keep them in the host\'s memory (in_memory: true instead of "device"), or use fewer images'
+            )
+
+    def _read(self, index: np.ndarray) -> Tensor:
         if os.getpid() == self._owner:
             self.load()
-        return self._stored(index) if self._images is None else self._images[index]
+        if self._images is None:
+            return torch.from_numpy(self._stored(index))
+        if self._images.device.type == "cpu":  # NumPy picks whole images in two thirds of torch's time
+            return torch.from_numpy(self._images.numpy()[index])
+        # the numbers are all that crosses; not waited for, they do not hold up what the device still has to do
+        return self._images.index_select(0, torch.from_numpy(index).to(self._images.device, non_blocking=True))
 
     def _stored(self, index: np.ndarray) -> np.ndarray:
         if self._handle is None or self._pid != os.getpid():
@@ -198,8 +229,8 @@ class ClevrImages(SetImages):
     def camera(self, index: int) -> np.ndarray:
         return self.folder.camera(index)
 
-    def _read(self, index: np.ndarray) -> np.ndarray:
-        return np.stack([self.folder.image(number, self.image_size) for number in index])
+    def _read(self, index: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.stack([self.folder.image(number, self.image_size) for number in index]))
 
 
 def open_data(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from setpred.data.datamodule import VALIDATION_SEED, RenderedFile, SetDataModule
+from setpred.data.datamodule import VALIDATION_SEED, InMemory, RenderedFile, SetDataModule
 from setpred.data.order import EpochRange
 from setpred.errors import InputError
 from setpred.rendering.renderer import render
@@ -80,7 +80,7 @@ class StreamedScenes(SetDataModule):
         batch_size: training scenes per step and process.
         eval_batch_size: validation scenes at a time; as `batch_size` unless given.
         num_workers: processes that sample scenes; 0 samples between the steps.
-        in_memory: keep the validation images in memory; None does so under 2 GB.
+        in_memory: keep the validation images in memory; None does so under 2 GB, "device" on the device that trains.
         seed: which training scenes; None takes the seed of the run, from the command line.
 
     Raises:
@@ -103,7 +103,7 @@ class StreamedScenes(SetDataModule):
         batch_size: int = 128,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
-        in_memory: bool | None = None,
+        in_memory: InMemory = None,
         seed: int | None = None,
     ) -> None:
         for name, least, value in (
