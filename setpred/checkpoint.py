@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from setpred import aggregators, decoders, encoders, inner, losses
+from setpred import aggregators, decoders, encoders, inner, losses, weights
 from setpred.errors import InputError
 from setpred.files import write_atomically
 from setpred.model import SetPredictor
@@ -100,12 +100,33 @@ class Checkpoint:
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The raw content of a checkpoint, on the CPU: tensors and plain types only.
 
+    Args:
+        path: a .ckpt, or a release of one (`setpred.release`), which has no optimiser's state.
+
     Raises:
         InputError: missing, cut short, not a checkpoint, not of this project, or holding anything that would run
             code on loading.
     """
     if not Path(path).is_file():
         raise InputError(f"no checkpoint at {path}; train one with train.py, or give the path of a .ckpt file")
+    if Path(path).suffix == weights.SUFFIX:
+        tensors, content = weights.unpack(path)
+        content["state_dict"] = tensors
+    else:
+        content = _read_torch(path)
+    record = content.get(KEY) if isinstance(content, dict) else None
+    if not isinstance(record, dict) or "state_dict" not in content:
+        raise InputError(f"{path} is not a checkpoint of setpred: it lacks the record {KEY!r} or the weights")
+    if record.get("version") != VERSION:
+        raise InputError(
+            f"{path} has checkpoint format {record.get('version')!r}, this setpred reads {VERSION}; "
+            "use the setpred that wrote it"
+        )
+    return content
+
+
+def _read_torch(path: str | os.PathLike[str]) -> Any:
+    """What `torch.save` wrote; refuses whatever would run code."""
     damaged = f"{path} is not a checkpoint, or is damaged"
     if not zipfile.is_zipfile(path):  # the only container that torch.save writes; older ones are bare pickles
         raise InputError(f"{damaged}: it is not a whole torch file")
@@ -116,7 +137,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
                 flaw = archive.testzip()  # torch itself does not compare the checksums
             if flaw is not None:
                 raise InputError(f"{damaged}: the checksum of {flaw} inside does not fit")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "Unsupported" in line), type(error).__name__)
         raise InputError(
@@ -136,15 +157,6 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         zipfile.BadZipFile,
     ) as error:
         raise InputError(f"{damaged}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
-    record = content.get(KEY) if isinstance(content, dict) else None
-    if not isinstance(record, dict) or "state_dict" not in content:
-        raise InputError(f"{path} is not a checkpoint of setpred: it lacks the record {KEY!r} or the weights")
-    if record.get("version") != VERSION:
-        raise InputError(
-            f"{path} has checkpoint format {record.get('version')!r}, this setpred reads {VERSION}; "
-            "use the setpred that wrote it"
-        )
-    return content
 
 
 def load_checkpoint(path: str | os.PathLike[str], *, allow: Iterable[str] = ()) -> Checkpoint:
@@ -186,19 +198,19 @@ def _load_weights(model: SetPredictor, state: Any, path: str | os.PathLike[str])
     prefix = "model."
     if not isinstance(state, dict):
         raise InputError(f"{path}: expected weights by name, got {type(state).__name__}")
-    weights = {str(name).removeprefix(prefix): value for name, value in state.items() if str(name).startswith(prefix)}
+    given = {str(name).removeprefix(prefix): value for name, value in state.items() if str(name).startswith(prefix)}
     wanted = model.state_dict()
-    wrong = [f"{name} is missing" for name in wanted if name not in weights]
-    wrong += [f"{name} is unknown" for name in weights if name not in wanted]
+    wrong = [f"{name} is missing" for name in wanted if name not in given]
+    wrong += [f"{name} is unknown" for name in given if name not in wanted]
     wrong += [
-        f"{name}: expected {list(value.shape)}, got {list(getattr(weights[name], 'shape', []))}"
+        f"{name}: expected {list(value.shape)}, got {list(getattr(given[name], 'shape', []))}"
         for name, value in wanted.items()
-        if name in weights and getattr(weights[name], "shape", None) != value.shape
+        if name in given and getattr(given[name], "shape", None) != value.shape
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise InputError(f"{path}: the weights do not fit the model it describes: {'; '.join(wrong[:3])}{more}")
-    model.load_state_dict(weights)
+    model.load_state_dict(given)
 
 
 def save_whole(content: Any, path: str | os.PathLike[str]) -> None:

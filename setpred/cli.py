@@ -56,7 +56,10 @@ class TrainCLI(LightningCLI):
         path = self.folder / "last.ckpt" if self.config.resume == "last" else Path(self.config.resume)
         if self.config.resume == "last" and not path.exists():
             raise InputError(f"nothing to resume: no {path}; start without --resume, or give the run's --name")
-        saved = read_checkpoint(path)[checkpoint.KEY]
+        content = read_checkpoint(path)
+        if "optimizer_states" not in content:
+            raise InputError(f"{path} holds weights only and cannot be resumed; resume from the .ckpt it was made of")
+        saved = content[checkpoint.KEY]
         if saved.get("model") and (changes := differences(saved["model"], self.model.model_config)):
             raise InputError(
                 f"{path} is of another model than asked for: {'; '.join(changes[:5])}; "

@@ -157,7 +157,7 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         prog="evaluate.py", description="Evaluate a checkpoint by average precision, and look at the predicted sets."
     )
-    options.add_argument("checkpoint", help="a .ckpt file written by train.py")
+    options.add_argument("checkpoint", help="a .ckpt file written by train.py, or a release file")
     options.add_argument(
         "--data", help="FILE.h5 or a CLEVR_v1.0 folder; the validation data of the training unless given"
     )

@@ -14,8 +14,8 @@ FLOORS = {
     "errors": 0, "files": 0, "progress": 0, "precision": 0, "schema": 0, "sets": 0, "nn": 0, "schedules": 0,
     "inner": 1, "matching": 1, "rendering": 1,
     "aggregators": 2, "encoders": 2, "decoders": 2, "losses": 2, "metrics": 2, "data": 2,
-    "model": 3, "visualise": 3, "checkpoint": 4,
-    "training": 5, "callbacks": 5, "evaluation": 5, "check": 5, "cli": 6, "compare": 7,
+    "model": 3, "visualise": 3, "weights": 3, "checkpoint": 4,
+    "training": 5, "callbacks": 5, "evaluation": 5, "check": 5, "release": 5, "cli": 6, "compare": 7,
 }  # fmt: skip
 ROOMS = {
     "scipy": {"matching"},
@@ -25,6 +25,7 @@ ROOMS = {
     "lightning": {"data", "training", "callbacks", "cli", "compare"},
     "torchmetrics": {"metrics"},
     "torchvision": {"encoders"},
+    "safetensors": {"weights"},
 }
 
 

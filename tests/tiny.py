@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from setpred.cli import train
+from setpred.checkpoint import KEY, save_whole
+from setpred.cli import build, train
 
 CONFIG = """
 model:
@@ -46,3 +47,14 @@ def run(folder: Path, *arguments: str, data: Path, name: str = "tiny") -> Path:
             *(f"--data.init_args.folder={data}", *arguments),
         ]
     )
+
+
+def untrained(folder: Path, *arguments: str, name: str = "tiny") -> Path:
+    """The checkpoint that a training of no steps would leave in the run's folder, with its config.yaml; no data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tiny.yaml").write_text(CONFIG)
+    cli = build(["--config", str(folder / "tiny.yaml"), "--runs", str(folder), "--name", name, *arguments])
+    content = {"state_dict": cli.model.state_dict(), "epoch": 0, "global_step": 5, "optimizer_states": []}
+    save_whole(content | {KEY: cli.model.description()}, cli.folder / "best.ckpt")
+    (cli.folder / "config.yaml").write_text(cli.parser.dump(cli.config, skip_none=False))
+    return cli.folder / "best.ckpt"

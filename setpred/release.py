@@ -1,0 +1,128 @@
+"""A checkpoint as a small file to publish: `python -m setpred.release CHECKPOINT --out NAME.safetensors`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from setpred.checkpoint import KEY, load_checkpoint, read_checkpoint
+from setpred.errors import InputError
+from setpred.files import write_atomically
+from setpred.weights import SUFFIX, pack
+
+MEGABYTES = 20.0  # the largest release, unless told otherwise
+BESIDE = "config.yaml"  # what train.py writes into the folder of its checkpoints
+
+
+def export(
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    megabytes: float = MEGABYTES,
+    allow: Iterable[str] = (),
+) -> list[Path]:
+    """Writes the weights of a checkpoint in half precision, and the configuration of its training beside them.
+
+    The file is read wherever a .ckpt is, but cannot be resumed: the optimiser's state is left out. Paths of this
+    machine are left out too, see `portable`.
+
+    Args:
+        checkpoint: a .ckpt of train.py; the `config.yaml` in its folder, if any, becomes NAME.yaml.
+        out: NAME.safetensors.
+        megabytes: the largest file to write, in 10⁶ bytes.
+        allow: class paths of your own parts that may be built.
+
+    Returns:
+        What was written.
+
+    Raises:
+        InputError: see `load_checkpoint`; a name of another ending, a file too large, a disk that does not take it.
+    """
+    out = Path(out)
+    if out.suffix != SUFFIX:
+        raise InputError(f"--out {out}: expected a name that ends in {SUFFIX}")
+    load_checkpoint(checkpoint, allow=allow)  # what cannot be loaded is not published
+    content = read_checkpoint(checkpoint)
+    record = {name: content[name] for name in (KEY, "epoch", "global_step")}
+    packed = pack(content["state_dict"], portable(record))
+    if len(packed) > 1e6 * megabytes:
+        raise InputError(
+            f"{out} would have {len(packed) / 1e6:.1f} MB, expected at most {megabytes:g} MB; take a smaller model, or "
+            "allow more with --megabytes"
+        )
+    configuration = _configuration(Path(checkpoint).parent / BESIDE)
+    written = [out]
+    write_atomically(out, packed)
+    if configuration is not None:
+        written.append(out.with_suffix(".yaml"))
+        write_atomically(written[-1], f"# What {out.name} was trained with.\n{configuration}")
+    return written
+
+
+def portable(value: Any) -> Any:
+    """Plain types with the paths of this machine cut: relative to the working folder, or else the last name alone.
+
+    >>> portable({"folder": "/home/me/data", "runs": "checkpoints", "rate": 0.1})
+    {'folder': 'data', 'runs': 'checkpoints', 'rate': 0.1}
+    """
+    if isinstance(value, dict):
+        return {key: portable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [portable(item) for item in value]
+    if not isinstance(value, str) or not value.startswith(("/", "~")):
+        return value
+    path, here = Path(value), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
+
+
+def _configuration(path: Path) -> str | None:
+    """The configuration of a run as YAML, portable; None where there is none."""
+    if not path.is_file():
+        return None
+    try:
+        return yaml.safe_dump(portable(yaml.safe_load(path.read_bytes())), sort_keys=False)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path} is not a configuration ({error}); move it away, or mend it") from error
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    options = argparse.ArgumentParser(
+        prog="python -m setpred.release",
+        description="Write a checkpoint as a small file to publish: weights in half precision as safetensors, and the "
+        "configuration of its training beside it. evaluate.py and the others read it as they read the checkpoint.",
+    )
+    options.add_argument("checkpoint", help="a .ckpt file written by train.py")
+    options.add_argument("--out", required=True, type=Path, metavar="NAME.safetensors", help="where to write")
+    options.add_argument(
+        "--megabytes", type=float, default=MEGABYTES, help=f"the largest file to write (default: {MEGABYTES:g})"
+    )
+    options.add_argument(
+        "--allow", action="append", default=[], metavar="PACKAGE.CLASS", help="a part of your own that may be built"
+    )
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Errors a user can mend become one sentence and exit status 2."""
+    options = parser().parse_args(arguments)
+    try:
+        written = export(options.checkpoint, options.out, megabytes=options.megabytes, allow=options.allow)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for path in written:
+        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+    if len(written) == 1:
+        print(f"no {BESIDE} lies beside {options.checkpoint}: published without the configuration of its training")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
