@@ -18,6 +18,8 @@ from setpred.checkpoint import save_whole
 from setpred.errors import InputError
 from setpred.files import write_atomically
 
+NOTABLE_WAITING = 0.05  # a smaller share is not worth a word on the screen; metrics.csv has it
+
 
 class WholeCheckpoints(TorchCheckpointIO):
     """Writes each checkpoint aside and renames it; loads tensors and plain types only."""
@@ -60,7 +62,7 @@ def checkpoint_callbacks(folder: Path, monitor: str, mode: str) -> list[ModelChe
 
 
 class MetricsFile(pl.Callback):
-    """One row an epoch in `metrics.csv`: epoch, step, seconds of the run, learning rate, losses and AP.
+    """One row an epoch in `metrics.csv`: epoch, step, seconds of the run, learning rate, losses, AP and so on.
 
     A resumed run keeps the rows of the epochs before it and drops later ones, so none is missing or double.
     """
@@ -94,6 +96,44 @@ class MetricsFile(pl.Callback):
         writer.writeheader()
         writer.writerows(self.rows)
         write_atomically(self.path, text.getvalue())
+
+
+class DataWaiting(pl.Callback):
+    """Logs `data_waiting` each epoch, the share of training that is spent waiting for data, from 0 to 1.
+
+        data_waiting = Σ (step begins - batch is asked for) / Σ (step ends - batch is asked for)
+
+    over the steps of the epoch (of a resumed one: those after the resume), mean over the processes. Reading, moving to
+    the device and, of streamed scenes, drawing count as waiting; validation and checkpoints count as neither. It is
+    the host's time: on a GPU that still has work while the host waits, an upper bound. Near 0 the data keep up; if not,
+    more `num_workers` or `in_memory` help. Only loaders that tell when they were `asked` are timed, as
+    `setpred.data.order.ResumableLoader`.
+    """
+
+    def __init__(self) -> None:
+        self.waited = self.trained = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.waited = self.trained = 0.0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.waited += self._since_asked(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.trained += self._since_asked(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.trained > 0:
+            pl_module.log("data_waiting", self.waited / self.trained, sync_dist=True)
+        self.waited = self.trained = 0.0
+
+    def _since_asked(self, trainer: pl.Trainer) -> float:
+        asked = getattr(trainer.train_dataloader, "asked", None)
+        return 0.0 if asked is None else time.perf_counter() - asked
 
 
 class EpochLines(pl.Callback):
@@ -131,6 +171,8 @@ class EpochLines(pl.Callback):
                 scores += f", {pl_module.monitor} {float(metrics[pl_module.monitor]):.4f}"
             elapsed = time.monotonic() - self.start
             line = f"epoch {trainer.current_epoch}: step {trainer.global_step}, {scores}, {elapsed:.0f} s"
+            if (waiting := float(metrics.get("data_waiting", 0.0))) >= NOTABLE_WAITING:
+                line += f" ({100 * waiting:.0f} % of the training waits for data)"
             if trainer.progress_bar_callback is None:
                 print(line, flush=True)
             else:

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from setpred import checkpoint
-from setpred.callbacks import EpochLines, MetricsFile, WholeCheckpoints, checkpoint_callbacks
+from setpred.callbacks import DataWaiting, EpochLines, MetricsFile, WholeCheckpoints, checkpoint_callbacks
 from setpred.checkpoint import read_checkpoint
 from setpred.data.worlds import World
 from setpred.errors import InputError
@@ -91,7 +91,7 @@ class TrainCLI(LightningCLI):
         self.model.data_description = {key: getattr(self.datamodule, name, None) for key, name in named.items()}
         terminal = sys.stdout.isatty()  # where Lightning's bar goes
         saving = checkpoint_callbacks(self.folder, self.model.monitor, self.model.mode)
-        callbacks = [MetricsFile(self.folder / "metrics.csv"), *saving]
+        callbacks = [DataWaiting(), MetricsFile(self.folder / "metrics.csv"), *saving]
         callbacks += [EpochLines(), *([TQDMProgressBar(leave=False)] if terminal else [])]
         arguments |= {
             "callbacks": [*(self.config_init.trainer.callbacks or []), *callbacks],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -68,8 +69,11 @@ class ResumableLoader(DataLoader):
 
     Lightning saves `state_dict` in every checkpoint, and calls `load_state_dict` to go on from one that was saved in
     the middle of an epoch, be it with another batch size or number of processes.
+
+    Attributes: `asked`, when the latest batch was asked for (`time.perf_counter`).
     """
 
+    asked = 0.0
     _examples = 0  # of this epoch, handed out so far by all processes
     _resumed: dict[str, int] | None = None
 
@@ -81,9 +85,11 @@ class ResumableLoader(DataLoader):
         processes = getattr(self.sampler, "num_replicas", 1)
         if isinstance(self.sampler, EpochOrder):
             self.sampler.first = math.ceil(self._examples / processes)
+        self.asked = time.perf_counter()
         for batch in super().__iter__():
             self._examples += self.batch_size * processes
             yield batch
+            self.asked = time.perf_counter()
 
     @property
     def _epoch(self) -> int:
