@@ -75,8 +75,9 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a small file whole or not at all; the folder is made if need be.
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields where to write what will lie under `path` once the block has ended well; the folder is made if need be.
 
     Raises:
         InputError: disk full, no permission and their like; what lay under `path` before still lies there.
@@ -86,12 +87,18 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
     partial = final.with_name(f"{final.name}.partial-{os.getpid()}")
     with writing(final):
         try:
-            partial.write_bytes(content.encode() if isinstance(content, str) else content)
+            yield partial
             publish(partial, final)
         except BaseException:
             with suppress(OSError):
                 partial.unlink()
             raise
+
+
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Writes a small file whole or not at all; errors and folder as in `replacing`."""
+    with replacing(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager

@@ -142,8 +142,11 @@ class ClevrFolder:
             )
 
 
-def load_image(path: Path, image_size: int) -> np.ndarray:
+def load_image(path: Path, image_size: int, *, advice: str = "unpack CLEVR again") -> np.ndarray:
     """A whole image as uint8 `[image_size, image_size, 3]`: RGB, resized bilinearly without a crop.
+
+    Args:
+        advice: what to do about an image that cannot be read, for the message.
 
     Source: the published iDSPN recipe (Zhang et al., ICLR 2022, code) resizes so.
 
@@ -155,11 +158,11 @@ def load_image(path: Path, image_size: int) -> np.ndarray:
             image.load()
             resized = image.convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR)
     except FileNotFoundError as error:
-        raise InputError(f"the image {path} is missing; unpack CLEVR again") from error
+        raise InputError(f"the image {path} is missing; {advice}") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{path} is not an image; unpack CLEVR again") from error
+        raise InputError(f"{path} is not an image; {advice}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"the image {path} is cut short or damaged ({error}); unpack CLEVR again") from error
+        raise InputError(f"the image {path} is cut short or damaged ({error}); {advice}") from error
     return np.asarray(resized)
 
 

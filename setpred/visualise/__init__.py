@@ -3,6 +3,7 @@
 from setpred.visualise.confusion import draw_confusion
 from setpred.visualise.curves import draw_precision_recall
 from setpred.visualise.distances import draw_distance_errors
+from setpred.visualise.outlined import draw_outlined_image
 from setpred.visualise.predictions import draw_predictions
 from setpred.visualise.refinement import Descent, draw_refinement_film, draw_refinement_strip
 from setpred.visualise.report import write_report
@@ -12,6 +13,7 @@ __all__ = [
     "Descent",
     "draw_confusion",
     "draw_distance_errors",
+    "draw_outlined_image",
     "draw_precision_recall",
     "draw_predictions",
     "draw_refinement_film",

@@ -1,0 +1,208 @@
+"""predict: files in, objects out; the same however batched, streamed, and broken images named."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import untrained
+
+from setpred import predict as command
+from setpred.checkpoint import load_checkpoint
+from setpred.data import pictures
+from setpred.data.clevr import load_image
+from setpred.data.pictures import decoded, find_images
+from setpred.errors import InputError
+from setpred.predict import main, predict, run
+from setpred.schema import CLEVR
+
+EVERYTHING = "--threshold=-99"  # an untrained model is sure of nothing
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return untrained(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return load_checkpoint(checkpoint).model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Seven images of several sizes and kinds, and what is to be left alone."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for name, size in (("b.png", (48, 32)), ("a.jpg", (30, 60)), ("c.JPEG", (16, 16)), ("d.PNG", (5, 7))):
+        Image.fromarray(generator.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(folder / name)
+    Image.new("L", (20, 20), 130).save(folder / "e.png")
+    Image.new("RGBA", (20, 20), (200, 30, 30, 90)).save(folder / "f.png")
+    Image.new("P", (20, 20), 3).save(folder / "g.png")
+    (folder / "deeper").mkdir()
+    (folder / "deeper" / "h.png").write_bytes(b"")
+    (folder / "h.png").mkdir()
+    (folder / "._a.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+@pytest.fixture
+def broken(folder, tmp_path):
+    """A folder of three images, of which the one in the middle is cut short."""
+    for name, source in (("1.png", "b.png"), ("3.png", "e.png")):
+        (tmp_path / "broken").mkdir(exist_ok=True)
+        (tmp_path / "broken" / name).write_bytes((folder / source).read_bytes())
+    (tmp_path / "broken" / "2.png").write_bytes((folder / "b.png").read_bytes()[:500])
+    return tmp_path / "broken"
+
+
+def elements(model, paths, **options):
+    return torch.stack([elements for _, elements in predict(model, paths, image_size=16, **options)])
+
+
+def test_folders_are_read_one_level_deep_and_sorted(folder):
+    names = [os.path.basename(path) for path in find_images([folder])]
+    assert names == ["a.jpg", "b.png", "c.JPEG", "d.PNG", "e.png", "f.png", "g.png"]
+    assert find_images([folder / "notes.txt", folder / "b.png"]) == [str(folder / "notes.txt"), str(folder / "b.png")]
+
+
+def test_missing_and_empty_folders_are_sentences(folder, tmp_path):
+    with pytest.raises(InputError, match=r"no image or folder of images at .*nowhere"):
+        find_images([folder, tmp_path / "nowhere"])
+    with pytest.raises(InputError, match=r"has no image; expected files named \.png"):
+        find_images([tmp_path])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_result_does_not_depend_on_batches_or_threads(model, folder, threads):
+    paths = find_images([folder])
+    images = np.stack([load_image(Path(path), 16) for path in paths]).transpose(0, 3, 1, 2)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(images), index=torch.arange(len(paths)))
+    for batch_size in (1, 3, 7, 64):
+        found = elements(model, paths, batch_size=batch_size, threads=threads)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(elements(model, paths, iterations=1), expected)
+
+
+def test_a_random_start_is_that_of_the_position_in_the_list(model, folder, broken):
+    image = str(folder / "b.png")
+    first, second = elements(model, [image, image])
+    assert not torch.allclose(first, second)
+    bad = str(broken / "2.png")
+    skipped = list(predict(model, [bad, image], image_size=16, skip_broken=True))
+    assert isinstance(skipped[0].elements, InputError)
+    torch.testing.assert_close(skipped[1].elements, second, rtol=0, atol=1e-5)
+
+
+def test_gradients_are_left_as_they_were(model, folder):
+    for _ in predict(model, find_images([folder]), image_size=16, batch_size=2):
+        assert torch.is_grad_enabled()
+
+
+def test_images_are_decoded_a_little_ahead_only(model, folder, monkeypatch):
+    started = []
+    load = pictures._load
+    monkeypatch.setattr(pictures, "_load", lambda path, image_size: started.append(path) or load(path, image_size))
+    found = predict(model, (str(folder / "b.png") for _ in range(10**9)), image_size=16, batch_size=2)
+    for _ in range(5):
+        next(found)
+    assert 5 <= len(started) <= 12
+    found.close()
+    assert len(started) <= 12
+
+
+def test_threads_keep_the_order():
+    paths = [f"nowhere/{number}.png" for number in range(50)]
+    for path, error in zip(paths, decoded(paths, 8, ahead=7, threads=4), strict=True):
+        assert f"the image {path} is missing" in str(error)
+
+
+def test_objects_are_those_of_the_schema(checkpoint, model, folder, tmp_path, capsys):
+    out = tmp_path / "deep" / "predictions.json"
+    tally = run([str(checkpoint), str(folder), "--out", str(out), "--batch-size", "3", EVERYTHING])
+    paths = find_images([folder])
+    written = json.loads(out.read_text())
+    assert [record["image"] for record in written] == paths
+    for record, expected in zip(written, elements(model, paths), strict=True):
+        objects = CLEVR.decode(expected, threshold=-99)
+        assert [obj["shape"] for obj in record["objects"]] == [obj["shape"] for obj in objects]
+        confidences = [obj["confidence"] for obj in record["objects"]]
+        assert confidences == sorted(confidences, reverse=True)
+        np.testing.assert_allclose(record["objects"][0]["coords"], objects[0]["coords"], atol=1e-4)
+    assert (tally.predicted, tally.skipped) == (7, 0)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{out}: 7 images, ")
+    assert printed.count("\n") == 1
+    lines = tmp_path / "predictions.jsonl"
+    run([str(checkpoint), str(folder), "--out", str(lines), EVERYTHING])
+    again = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [len(record["objects"]) for record in again] == [4] * 7
+    assert [record["image"] for record in again] == paths
+    run([str(checkpoint), str(folder), "--out", str(out), "--threshold", "99"])
+    assert all(record["objects"] == [] for record in json.loads(out.read_text()))
+
+
+def test_a_broken_image_stops_it_before_anything_is_written(checkpoint, broken, tmp_path):
+    out = tmp_path / "predictions.json"
+    out.write_text("from before")
+    with pytest.raises(InputError, match=r"2\.png is cut short or damaged .*; mend it or leave it out"):
+        run([str(checkpoint), str(broken), "--out", str(out), "--batch-size", "1", "--figures", str(tmp_path / "f")])
+    assert out.read_text() == "from before"
+    assert {path.name for path in tmp_path.iterdir()} == {"predictions.json", "broken"}
+
+
+@pytest.mark.parametrize("batch_size", ["1", "64"])
+def test_broken_images_are_skipped_counted_and_named(checkpoint, broken, tmp_path, capsys, batch_size):
+    out = tmp_path / "predictions.json"
+    tally = run([str(checkpoint), str(broken), "--out", str(out), "--skip-broken", "--batch-size", batch_size])
+    assert (tally.predicted, tally.skipped) == (2, 1)
+    assert [os.path.basename(record["image"]) for record in json.loads(out.read_text())] == ["1.png", "3.png"]
+    printed = capsys.readouterr()
+    assert "1 broken ones skipped" in printed.out
+    assert f"skipped: the image {broken / '2.png'}" in printed.err
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_nothing_left_is_still_valid(checkpoint, folder, tmp_path, ending):
+    out = tmp_path / f"predictions.{ending}"
+    tally = run([str(checkpoint), str(folder / "notes.txt"), "--out", str(out), "--skip-broken"])
+    assert (tally.predicted, tally.skipped) == (0, 1)
+    assert json.loads(out.read_text()) == [] if ending == "json" else out.read_text() == ""
+
+
+def test_a_model_gone_astray_is_a_sentence(folder, checkpoint):
+    model = load_checkpoint(checkpoint).model
+    model.encoder.head.bias.data.fill_(torch.nan)
+    with pytest.raises(InputError, match=r"a\.jpg: the model predicts numbers that are not finite"):
+        elements(model, find_images([folder]))
+
+
+def test_pictures_of_the_first_ones(checkpoint, broken, tmp_path):
+    options = ["--skip-broken", "--figures", str(tmp_path / "figures"), "--shown", "2", EVERYTHING]
+    run([str(checkpoint), str(broken), str(broken / "1.png"), "--out", str(tmp_path / "p.json"), *options])
+    drawn = sorted((tmp_path / "figures").iterdir())
+    assert [path.name for path in drawn] == ["000-1.png", "001-3.png"]
+    with Image.open(drawn[0]) as picture:
+        assert picture.size[0] > 800
+
+
+@pytest.mark.parametrize("option", ["--batch-size=0", "--iterations=-1", "--threads=0", "--shown=0"])
+def test_impossible_numbers_are_refused(checkpoint, folder, tmp_path, option):
+    with pytest.raises(InputError, match=f"{option.split('=')[0]}: expected at least"):
+        run([str(checkpoint), str(folder), "--out", str(tmp_path / "p.json"), option])
+
+
+def test_errors_are_one_sentence_and_status_2(checkpoint, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["predict", str(checkpoint), str(tmp_path / "no"), "--out", str(tmp_path / "p")])
+    assert main() == 2
+    assert capsys.readouterr().err.startswith("error: no image or folder of images at")
+    monkeypatch.setattr(sys, "argv", ["predict", str(checkpoint), str(folder), "--out", str(tmp_path / "p")])
+    monkeypatch.setattr(command, "run", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main() == 130
+    assert not (tmp_path / "p").exists()
