@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional
+
+NUMBERS_AT_ONCE = 2**22  # 16 MiB; where sets are large, less time than all at once, too
 
 
 class NotFiniteError(ArithmeticError):
@@ -29,29 +32,50 @@ def check_pair(predicted: Tensor, target: Tensor) -> None:
         )
 
 
-def _pairs(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sets as `[batch, n, m, dim]`: each element beside each."""
+ElementCost = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _pairwise(cost: ElementCost, predicted: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
+    """The cost of each element beside each, `[batch, n, m]`; some examples at a time: the pairs take room."""
     check_pair(predicted, target)
-    shape = (-1, predicted.shape[1], target.shape[1], -1)
-    return predicted.unsqueeze(2).expand(shape), target.unsqueeze(1).expand(shape)
+    pair = (-1, predicted.shape[1], target.shape[1], -1)
+    examples = max(1, NUMBERS_AT_ONCE // max(1, predicted[:1].numel() * target.shape[1]))
+    parts = [
+        cost(p.unsqueeze(2).expand(pair), t.unsqueeze(1).expand(pair), weights)
+        for p, t in zip(predicted.split(examples), target.split(examples), strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _weighted_mean(costs: Tensor, weights: Tensor | None) -> Tensor:
     return (costs if weights is None else costs * weights).mean(-1)
 
 
-def pairwise_smooth_l1(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """cost[b, i, j] = mean_d w_d smooth_L1(predicted_bid - target_bjd).
+def smooth_l1(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """mean_d w_d smooth_L1(predicted_d - target_d), of elements side by side.
 
-    smooth_L1(e) = e²/2 for |e| < 1, |e| - 1/2 beyond (Girshick 2015). `[batch, n, dim]`, `[batch, m, dim]` and
-    `weights [dim]` (1 unless given) -> `[batch, n, m]`.
+    smooth_L1(e) = e²/2 for |e| < 1, |e| - 1/2 beyond (Girshick 2015). Twice `[..., dim]` and `weights [dim]` (1 unless
+    given) -> `[...]`.
     """
-    return _weighted_mean(functional.smooth_l1_loss(*_pairs(predicted, target), reduction="none"), weights)
+    return _weighted_mean(functional.smooth_l1_loss(predicted, target, reduction="none"), weights)
+
+
+def squared(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """½ mean_d w_d (predicted_d - target_d)², of elements side by side; shapes as `smooth_l1`."""
+    return 0.5 * _weighted_mean(functional.mse_loss(predicted, target, reduction="none"), weights)
+
+
+def pairwise_smooth_l1(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """cost[b, i, j] = `smooth_l1` of predicted_bi and target_bj.
+
+    `[batch, n, dim]`, `[batch, m, dim]` and `weights [dim]` (1 unless given) -> `[batch, n, m]`.
+    """
+    return _pairwise(smooth_l1, predicted, target, weights)
 
 
 def pairwise_squared(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """cost[b, i, j] = ½ mean_d w_d (predicted_bid - target_bjd)²; shapes as `pairwise_smooth_l1`."""
-    return 0.5 * _weighted_mean(functional.mse_loss(*_pairs(predicted, target), reduction="none"), weights)
+    """cost[b, i, j] = `squared` of predicted_bi and target_bj; shapes as `pairwise_smooth_l1`."""
+    return _pairwise(squared, predicted, target, weights)
 
 
 def hungarian(cost: Tensor, predicted_mask: Tensor | None = None, target_mask: Tensor | None = None) -> Tensor:
@@ -78,24 +102,38 @@ def hungarian(cost: Tensor, predicted_mask: Tensor | None = None, target_mask: T
     masked = predicted_mask is not None or target_mask is not None
     if cost.ndim != 3 or (cost.shape[1] < cost.shape[2] and not masked):
         raise ValueError(f"expected cost [batch, n, m] with n >= m, got {list(cost.shape)}")
-    costs = cost.detach().float().cpu().numpy()
-    rows, columns = (
-        np.ones(shape, dtype=bool) if mask is None else mask.cpu().numpy()
-        for mask, shape in ((predicted_mask, cost.shape[:2]), (target_mask, cost.shape[::2]))
-    )
+    costs, rows, columns = _on_host(cost, predicted_mask, target_mask)
     finite = np.isfinite(costs)
     finite = (finite | ~(rows[:, :, None] & columns[:, None, :]) if masked else finite).all(axis=(1, 2))
     if not finite.all():
         raise NotFiniteError("the matching cost", np.flatnonzero(~finite).tolist())
     assignment = np.full(columns.shape, -1, dtype=np.int64)
-    for chosen, c, row, column in zip(assignment, costs, rows, columns, strict=True):
-        if masked:
-            i, j = np.flatnonzero(row), np.flatnonzero(column)
-            their, ours = linear_sum_assignment(c[np.ix_(i, j)].T)
-            chosen[j[their]] = i[ours]
-        else:  # of the transposed cost the rows are the targets, which come back in order
+    if not masked:
+        for chosen, c in zip(assignment, costs, strict=True):
+            # of the transposed cost the rows are the targets, which come back in order
             chosen[:] = linear_sum_assignment(c.T)[1]
+    else:  # who takes part to the front, for all examples at once
+        i, j = (np.argsort(~mask, axis=1, kind="stable") for mask in (rows, columns))
+        costs = costs[np.arange(len(costs))[:, None, None], i[:, :, None], j[:, None, :]]
+        parts = zip(rows.sum(1).tolist(), columns.sum(1).tolist(), strict=True)
+        for chosen, c, (n, m), ours, theirs in zip(assignment, costs, parts, i, j, strict=True):
+            target, predicted = linear_sum_assignment(c[:n, :m].T)
+            chosen[theirs[target]] = ours[predicted]
     return torch.from_numpy(assignment).to(cost.device)
+
+
+def _on_host(
+    cost: Tensor, predicted_mask: Tensor | None, target_mask: Tensor | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Costs and both masks, in one transfer."""
+    costs, (batch, n, m) = cost.detach().float(), cost.shape
+    if predicted_mask is None and target_mask is None:
+        return costs.cpu().numpy(), np.ones((batch, n), dtype=bool), np.ones((batch, m), dtype=bool)
+    rows = costs.new_ones(batch, n) if predicted_mask is None else predicted_mask
+    columns = costs.new_ones(batch, m) if target_mask is None else target_mask
+    together = torch.cat([costs.flatten(1), rows, columns], 1).cpu().numpy()
+    numbers, rows, columns = np.split(together, [n * m, n * m + n], axis=1)
+    return numbers.reshape(batch, n, m), rows > 0, columns > 0
 
 
 class Transport(NamedTuple):

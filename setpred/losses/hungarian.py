@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from setpred.losses.base import SetLoss, counts
-from setpred.matching import hungarian, pairwise_smooth_l1
+from setpred.matching import hungarian, pairwise_smooth_l1, smooth_l1
 
 
 class HungarianLoss(SetLoss):
@@ -33,16 +33,21 @@ class HungarianLoss(SetLoss):
                     f"expected sets of one size, padded, got {predicted.shape[1]} predicted and {target.shape[1]} "
                     "target elements; predictions left over would cost nothing"
                 )
-            cost = pairwise_smooth_l1(predicted, target, self.element_weights(predicted))
-            return cost.gather(1, hungarian(cost).unsqueeze(1)).squeeze(1).mean(-1)
+            return self._matched_cost(predicted, target).mean(-1)
         size = max(predicted.shape[1], target.shape[1])
         largest = counts(predicted, predicted_mask).maximum(counts(target, target_mask))
         predicted, predicted_mask = _filled(predicted, predicted_mask, size, largest)
         target, target_mask = _filled(target, target_mask, size, largest)
-        cost = pairwise_smooth_l1(predicted, target, self.element_weights(predicted))
-        assignment = hungarian(cost, predicted_mask, target_mask)
-        matched = cost.gather(1, assignment.clamp(min=0).unsqueeze(1)).squeeze(1)
+        matched = self._matched_cost(predicted, target, predicted_mask, target_mask)
         return matched.masked_fill(~target_mask, 0.0).sum(-1) / largest.clamp(min=1)
+
+    def _matched_cost(self, predicted: Tensor, target: Tensor, *masks: Tensor) -> Tensor:
+        """The cost of each target element and its prediction, `[batch, m]`; of any one where masks leave it none."""
+        weights = self.element_weights(predicted)
+        # the pairs that are not matched have no gradient: they need not be kept for one
+        assignment = hungarian(pairwise_smooth_l1(predicted.detach(), target.detach(), weights), *masks)
+        partner = assignment.clamp(min=0).unsqueeze(-1).expand(-1, -1, predicted.shape[-1])
+        return smooth_l1(predicted.gather(1, partner), target, weights)
 
 
 def _filled(elements: Tensor, mask: Tensor | None, size: int, largest: Tensor) -> tuple[Tensor, Tensor]:
