@@ -13,7 +13,7 @@ recall, as the predictions are taken in the order of their presence. Published f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ from setpred.schema import CLEVR, ElementSchema
 from setpred.sets import presence_mask
 
 THRESHOLDS = (math.inf, 1.0, 0.5, 0.25, 0.125, 0.0625)
+PAIRS_AT_ONCE = 2**18  # 2 MiB of distances: less time than all at once, and no more memory for more images
 
 
 def threshold_name(threshold: float) -> str:
@@ -91,9 +92,8 @@ def average_precision_per_image(
     out of the mean. Arguments, result and errors as in `average_precision`.
     """
     _check_thresholds(thresholds)
-    distance, candidate = _compare(predicted, target, schema)
-    order = predicted[..., -1].argsort(dim=1, descending=True, stable=True)[..., None].expand_as(distance)
-    claimed = _claim_in_turn(distance.gather(1, order), candidate.gather(1, order))
+    check_pair(predicted, target, schema)
+    claimed = torch.cat([_claim_in_turn(*block, schema) for block in _blocks(predicted, target)])
     objects = presence_mask(target).sum(1)
     images = int((objects > 0).sum())
     rank = torch.arange(1, claimed.shape[1] + 1, device=claimed.device, dtype=torch.float64)
@@ -132,9 +132,10 @@ class _Ranking:
 
 
 def _rank(predicted: Tensor, target: Tensor, schema: ElementSchema) -> _Ranking:
-    distance, candidate = _compare(predicted, target, schema)
-    distance, nearest = _nearest(distance, candidate)
-    images, _, target_size = candidate.shape
+    check_pair(predicted, target, schema)
+    found = [_nearest(*_compare(*block, schema)) for block in _blocks(predicted, target)]
+    distance, nearest = map(torch.cat, zip(*found, strict=True))
+    images, target_size = len(target), max(1, target.shape[1])
     aim = nearest + target_size * torch.arange(images, device=nearest.device)[:, None]
     order = predicted[..., -1].flatten().argsort(descending=True, stable=True)
     objects = int(presence_mask(target).sum())
@@ -167,16 +168,21 @@ def pairwise_distance(predicted: Tensor, target: Tensor, *, schema: ElementSchem
     """L2 distance over the continuous fields, in their units: float64 `[images, set_size, target_size]`."""
     squared = predicted.new_zeros(*predicted.shape[:2], target.shape[1], dtype=torch.float64)
     for field in schema.continuous:
-        mine = schema.values(predicted.double(), field.name)[:, :, None].unbind(-1)
-        theirs = schema.values(target.double(), field.name)[:, None].unbind(-1)
-        for a, b in zip(mine, theirs, strict=True):
-            squared += (a - b).square()
-    return squared.sqrt()
+        # double precision before the scale, and of these numbers alone
+        mine, theirs = (field.scale * each[..., schema.slice(field.name)].double() for each in (predicted, target))
+        for a, b in zip(mine.unbind(-1), theirs.unbind(-1), strict=True):
+            squared += (a[:, :, None] - b[:, None]).square_()
+    return squared.sqrt_()
+
+
+def _blocks(predicted: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some images at a time."""
+    images = max(1, PAIRS_AT_ONCE // max(1, predicted.shape[1] * target.shape[1]))
+    return zip(predicted.split(images), target.split(images), strict=True)
 
 
 def _compare(predicted: Tensor, target: Tensor, schema: ElementSchema) -> tuple[Tensor, Tensor]:
     """Distance (float64) and whether real and of the same classes (bool), both `[images, set_size, target_size]`."""
-    check_pair(predicted, target, schema)
     if target.shape[1] == 0:  # one absent object, so that there is a nearest
         target = target.new_zeros(len(target), 1, schema.set_dim)
     distance = pairwise_distance(predicted, target, schema=schema)
@@ -198,8 +204,10 @@ def _nearest(distance: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(found, distance.gather(-1, index), math.inf)[..., 0], index[..., 0]
 
 
-def _claim_in_turn(distance: Tensor, candidate: Tensor) -> Tensor:
-    """Distance `[images, set_size]` to the object each takes, in order, from those left; inf where none is left."""
+def _claim_in_turn(predicted: Tensor, target: Tensor, schema: ElementSchema) -> Tensor:
+    """Distance `[images, set_size]` to the object each takes, most confident first, from those left; inf if none is."""
+    order = predicted[..., -1].argsort(dim=1, descending=True, stable=True)[..., None]
+    distance, candidate = (each.gather(1, order.expand_as(each)) for each in _compare(predicted, target, schema))
     free = candidate.new_ones(len(candidate), candidate.shape[-1])
     claimed = torch.full_like(distance[..., 0], math.inf)
     for turn in range(distance.shape[1]):
@@ -223,6 +231,8 @@ def check_pair(predicted: Tensor, target: Tensor, schema: ElementSchema) -> None
             raise ValueError(f"expected floating point {name} {shape}, got {elements.dtype} {list(elements.shape)}")
     if len(predicted) != len(target):
         raise ValueError(f"expected as many predicted sets as targets, got {len(predicted)} and {len(target)}")
+    if predicted.sum().isfinite() and target.sum().isfinite():
+        return  # so is every number; any other sum is looked into
     broken = predicted.isnan().flatten(1).any(1)
     if broken.any():
         first, count = int(broken.nonzero()[0]), int(broken.sum())
