@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 Way = Callable[[], Any]
 
@@ -92,8 +93,21 @@ def peak_bandwidth(device: str = "cpu", *, numbers: int = 2**25) -> float:
     return 2 * source.nbytes / min(seconds(lambda: target.copy_(source), device) for _ in range(10))
 
 
+class _Products(TorchDispatchMode):
+    """Counts as `torch.utils.flop_counter.FlopCounterMode` does, which fails where a gradient is taken inside."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func.overloadpacket)
+        if count is not None:
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
 def flops(way: Way) -> int:
-    """Multiplications and additions in the matrix products and convolutions of one call."""
-    with FlopCounterMode(display=False) as counter:
+    """Multiplications and additions in the matrix products and convolutions of one call, which must not be compiled."""
+    with _Products() as counter:
         way()
-    return counter.get_total_flops()
+    return counter.total

@@ -20,15 +20,34 @@ def inner_gradient(energy: Energy, iterate: Tensor, *, create_graph: bool) -> Te
 
     The sum over the batch keeps each example's gradient independent of the others.
     """
+    refuse_inference_mode()
+    # half precision breaks the descent: the steps near the optimum are lost in rounding
+    with torch.enable_grad(), torch.autocast(iterate.device.type, enabled=False):
+        (gradient,) = torch.autograd.grad(energy(iterate).sum(), iterate, create_graph=create_graph)
+    return gradient
+
+
+def refuse_inference_mode() -> None:
+    """Raises a `RuntimeError` under `torch.inference_mode()`."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "the inner descent needs gradients, which torch.inference_mode() forbids: "
             "use torch.no_grad(), or Trainer(inference_mode=False)"
         )
-    # half precision breaks the descent: the steps near the optimum are lost in rounding
-    with torch.enable_grad(), torch.autocast(iterate.device.type, enabled=False):
-        (gradient,) = torch.autograd.grad(energy(iterate).sum(), iterate, create_graph=create_graph)
-    return gradient
+
+
+def plain_step(energy: Energy, state: State, descent: GradientDescent) -> State:
+    """One step of the descent that carries no gradients."""
+    iterate = state.iterate.detach().requires_grad_()
+    gradient = inner_gradient(energy, iterate, create_graph=False)
+    with torch.no_grad():
+        return descent.step(State(iterate.detach(), state.velocity), gradient)
+
+
+def free_step(energy: Energy, state: State, descent: GradientDescent) -> State:
+    """`plain_step`, or the `step` of an energy that has one of its own (`CompiledEnergy`)."""
+    step = getattr(energy, "step", None)
+    return plain_step(energy, state, descent) if step is None else step(state, descent)
 
 
 def optimality(iterate: Tensor, gradient: Tensor, descent: GradientDescent) -> Tensor:
@@ -67,13 +86,15 @@ class Unrolled(Differentiation):
         state = State(initial)
         yield initial
         for left in range(iterations, 0, -1):
-            create_graph = differentiable and (self.last is None or left <= self.last)
-            # a fresh node: the energy may also depend on the very tensor that the descent starts from
-            iterate = state.iterate.view_as(state.iterate) if create_graph else state.iterate.detach()
-            iterate = iterate if iterate.requires_grad else iterate.requires_grad_()
-            gradient = inner_gradient(energy, iterate, create_graph=create_graph)
-            with torch.set_grad_enabled(create_graph):
-                state = descent.step(state._replace(iterate=iterate), gradient)
+            if differentiable and (self.last is None or left <= self.last):
+                # a fresh node: the energy may also depend on the very tensor that the descent starts from
+                iterate = state.iterate.view_as(state.iterate)
+                iterate = iterate if iterate.requires_grad else iterate.requires_grad_()
+                gradient = inner_gradient(energy, iterate, create_graph=True)
+                with torch.enable_grad():
+                    state = descent.step(state._replace(iterate=iterate), gradient)
+            else:
+                state = free_step(energy, state, descent)
             yield state.iterate
 
 
@@ -99,16 +120,15 @@ class Implicit(Differentiation):
         differentiable = torch.is_grad_enabled()
         state = State(initial.detach())
         yield initial if iterations == 0 else state.iterate
-        for left in reversed(range(iterations)):
-            last = left == 0 and differentiable
+        for _ in range(iterations - 1 if differentiable else iterations):
+            state = free_step(energy, state, descent)
+            yield state.iterate
+        if iterations and differentiable:
             iterate = state.iterate.detach().requires_grad_()
-            gradient = inner_gradient(energy, iterate, create_graph=last)
+            gradient = inner_gradient(energy, iterate, create_graph=True)
             with torch.no_grad():
                 state = descent.step(State(iterate.detach(), state.velocity), gradient.detach())
-            if last:
-                yield self._attach(state.iterate, iterate, gradient, descent)
-            else:
-                yield state.iterate
+            yield self._attach(state.iterate, iterate, gradient, descent)
 
     def _attach(self, value: Tensor, iterate: Tensor, gradient: Tensor, descent: GradientDescent) -> Tensor:
         """`value`, with the gradients of the implicit function."""

@@ -1,0 +1,79 @@
+"""The steps of a descent that carry no gradients, as compiled code."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from setpred.inner.descent import GradientDescent, State
+from setpred.inner.differentiation import plain_step, refuse_inference_mode
+from setpred.inner.objectives import Problem
+
+_uncompilable: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # objectives that are not tried again
+
+
+class CompiledEnergy:
+    """L(Y) of one problem, of which a descent takes the steps that carry no gradients in compiled code.
+
+    Gradient and step are one graph without autograd (`torch.compile(fullgraph=True)`): beside the matrix products that
+    is a few passes over memory. The energy itself stays as it is written, and with it all steps that carry gradients:
+    the last one of `Implicit`, the last k of `Unrolled(last=k)`, every one of `Unrolled()`.
+
+    Compiling happens at the first step, takes some seconds, and serves all objectives of the same parts and sizes; a
+    second batch size compiles once more, for all others. Where it fails, for want of a C++ compiler or because the
+    objective cannot be traced, one warning says so and the objective's steps are taken as they are written.
+
+    On a GPU the graph is recorded and replayed (`mode="reduce-overhead"`), since launches are most of the time there;
+    this has not been tried on one yet.
+
+    Args:
+        objective: L(elements, `Problem`) -> `[batch]`.
+        problem: what is given.
+    """
+
+    def __init__(self, objective: nn.Module, problem: Problem) -> None:
+        self.objective, self.problem = objective, problem
+
+    def __call__(self, elements: Tensor) -> Tensor:
+        return self.objective(elements, self.problem)
+
+    def step(self, state: State, descent: GradientDescent) -> State:
+        """One step of the descent that carries no gradients."""
+        if self.objective in _uncompilable:
+            return plain_step(self, state, descent)
+        try:
+            return self._compiled_step(state, descent)
+        except Exception as error:
+            after = plain_step(self, state, descent)  # raises what is wrong with the problem itself
+            _uncompilable.add(self.objective)
+            reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+            warnings.warn(f"the descent goes on uncompiled, since compiling it failed: {reason}", stacklevel=2)
+            return after
+
+    def _compiled_step(self, state: State, descent: GradientDescent) -> State:
+        refuse_inference_mode()
+        # a velocity of zeros makes the first step one like the others
+        velocity = torch.zeros_like(state.iterate) if state.velocity is None else state.velocity
+        replayed = state.iterate.is_cuda
+        if replayed:
+            torch.compiler.cudagraph_mark_step_begin()
+        # in full precision, as every descent
+        with torch.no_grad(), torch.autocast(state.iterate.device.type, enabled=False):
+            after = _compiled(replayed)(self.objective, descent, self.problem, state.iterate.detach(), velocity)
+        # the next replay writes over what this one returned
+        return State(*(None if part is None else part.clone() for part in after)) if replayed else after
+
+
+@functools.cache
+def _compiled(replayed: bool) -> Callable[..., State]:
+    return torch.compile(_step, fullgraph=True, mode="reduce-overhead" if replayed else None)
+
+
+def _step(objective: nn.Module, descent: GradientDescent, problem: Problem, iterate: Tensor, velocity: Tensor) -> State:
+    gradient = torch.func.grad(lambda elements: objective(elements, problem).sum())(iterate)
+    return descent.step(State(iterate, velocity), gradient)

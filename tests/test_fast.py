@@ -1,0 +1,243 @@
+"""What is written to be fast gives what is written to be obvious: ranks, first layers of pairs, compiled descents."""
+
+import copy
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.decoder import KINDS, Sizes, ways_of
+from setpred.aggregators import FSPool, PairwiseSetEncoder, SetEncoder, SumPool, sort_features
+from setpred.aggregators.ranks import COUNTED, at_ranks, feature_ranks
+from setpred.decoders import IDSPN
+from setpred.inner import (
+    Conditioned,
+    GradientDescent,
+    Implicit,
+    LatentMatching,
+    Neumann,
+    Proximity,
+    Simplex,
+    Sum,
+    Unrolled,
+    compiled,
+)
+
+SIZES = (1, 2, 5, COUNTED, COUNTED + 1, 36)  # counted and sorted; in compiled code blocks of 1 and of 12
+
+
+def traced(function):
+    """As in compiled code, but run by PyTorch as it is."""
+    torch.compiler.reset()
+    return torch.compile(function, backend="eager", fullgraph=True, dynamic=False)
+
+
+def features(size, *, ties, dtype=torch.float64, batch=3, dim=4):
+    generator = torch.Generator().manual_seed(size)
+    elements = torch.randn(batch, size, dim, generator=generator, dtype=dtype)
+    # half of the elements are copies of others, and one feature has three values altogether
+    if ties:
+        elements[:, size // 2 :] = elements[:, : size - size // 2].flip(1)
+        elements[..., 0] = elements[..., 0].sign()
+    return elements
+
+
+@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("how", [lambda f: f, traced], ids=["as written", "compiled"])
+def test_ranks_are_places_in_the_stable_order(how, size, ties):
+    values = features(size, ties=ties)
+    order = values.sort(dim=1, descending=True, stable=True).indices
+    expected = order.argsort(1)
+    ranks = how(feature_ranks)(values)
+    assert torch.equal(ranks.long(), expected)
+    table = torch.randn(1, size, values.shape[-1], dtype=values.dtype)
+    assert torch.equal(how(at_ranks)(table, ranks), table.expand_as(values).gather(1, expected))
+
+
+@pytest.mark.parametrize("how", [lambda f: f, traced], ids=["as written", "compiled"])
+def test_ranks_of_what_is_no_number_are_still_places(how):
+    for size in (5, 36):
+        values = features(size, ties=True)
+        values[0, 1], values[1, 2], values[2, 3] = torch.nan, torch.inf, -torch.inf
+        ranks = how(feature_ranks)(values)
+        assert ranks.min() >= 0
+        assert ranks.max() < size
+    assert feature_ranks(torch.zeros(2, 0, 3)).shape == (2, 0, 3)
+
+
+def sorted_form(pool, elements, mask):
+    return (sort_features(elements, mask) * pool.weights(elements.shape[1], mask)).sum(1)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
+@pytest.mark.parametrize("size", [5, 36])
+@pytest.mark.parametrize("knots", [5, 9])
+def test_fspool_is_the_weighted_sum_of_the_sorted_features(knots, size, masked):
+    """In value and first and second derivatives, of elements and weights."""
+    torch.manual_seed(0)
+    pool = FSPool(4, set_size=knots).double()
+    elements = features(size, ties=False).requires_grad_()
+    mask = torch.arange(size) < torch.tensor([[size], [3], [0]]) if masked else None
+    found = []
+    for form in (pool, lambda elements, mask: sorted_form(pool, elements, mask)):
+        value = form(elements, mask)
+        first = torch.autograd.grad(value.square().sum(), (elements, pool.weight), create_graph=True)
+        second = torch.autograd.grad(sum(part.pow(3).sum() for part in first), (elements, pool.weight))
+        found.append((value, *first, *second))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+# --- pairs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
+def test_pairs_are_encoded_as_if_they_were_written_out(masked):
+    torch.manual_seed(0)
+    inner = SetEncoder(FSPool(5, set_size=16), set_dim=6, hidden_dim=7).double()
+    elements = torch.randn(2, 4, 3, dtype=torch.float64)
+    mask = torch.tensor([[True, True, False, True], [True, False, False, False]]) if masked else None
+    pairs = torch.cat([elements.repeat_interleave(4, dim=1), elements.repeat(1, 4, 1)], dim=-1)
+    both = None if mask is None else mask.repeat_interleave(4, dim=1) & mask.repeat(1, 4)
+    if masked:
+        elements = elements.masked_fill(~mask.unsqueeze(-1), torch.nan)
+    torch.testing.assert_close(PairwiseSetEncoder(inner)(elements, mask), inner(pairs, both))
+    # encoders of other kinds see the pairs themselves
+    torch.testing.assert_close(PairwiseSetEncoder(SumPool(6))(elements, mask), SumPool(6)(pairs, both))
+
+
+# --- the whole descent ----------------------------------------------------------------------------------------------
+
+SMALL = Sizes(batch=3, set_size=5, set_dim=3, width=8, iterations=6)
+
+
+@pytest.fixture
+def quickly_compiled(monkeypatch):
+    """Compiled for real, but for the C++: the graph that is compiled is run by PyTorch."""
+    torch.compiler.reset()
+    step = torch.compile(compiled._step, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(compiled, "_compiled", lambda replayed: step)
+
+
+def assert_same(ours, theirs, *, tolerance):
+    """In relative norm, each tensor of a list."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.usefixtures("quickly_compiled")
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-11)], ids=["single", "double"]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_ways_find_the_same_set_and_gradients(kind, dtype, tolerance):
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = {name: way() for name, way in ways_of(kind, SMALL).items()}
+    finally:
+        torch.set_default_dtype(usual)
+    assert found["plain"][0].dtype == dtype
+    assert len(found["plain"]) > 5
+    assert_same(found["written"], found["plain"], tolerance=tolerance)
+    assert_same(found["compiled"], found["plain"], tolerance=tolerance)
+
+
+def test_ways_are_the_same_after_all_iterations():
+    """In double precision: rounding grows where the ranks of nearly equal features change."""
+    sizes = replace(SMALL, iterations=40)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        ways = ways_of("fspool", sizes)
+        assert_same(ways["written"](), ways["plain"](), tolerance=1e-8)
+    finally:
+        torch.set_default_dtype(usual)
+
+
+def decoders(objective, descent, differentiation=None, **arguments):
+    return [IDSPN(objective, descent, differentiation, compile=c, **arguments).double() for c in (False, True)]
+
+
+VARIANTS = {
+    "mask": {"mask": True},
+    "condition": {"condition": True},
+    "projection": {"descent": {"projection": Simplex(), "momentum": 0.5}},
+    "no momentum": {"descent": {"clip": 0.1}},
+    "learned": {"descent": {"momentum": 0.5, "learned": True}},
+    "another solver": {"differentiation": Implicit(Neumann(terms=2))},
+    "truncated": {"differentiation": Unrolled(last=2), "descent": {"momentum": 0.9}},
+    "unrolled": {"differentiation": Unrolled(), "descent": {"momentum": 0.9}},
+}
+
+
+@pytest.mark.usefixtures("quickly_compiled")
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_compiled_descents_are_those_that_are_written(variant):
+    torch.manual_seed(0)
+    mask = torch.arange(4) < torch.tensor([[4], [2], [1]]) if "mask" in variant else None
+    condition = torch.randn(3, 4, 2, dtype=torch.float64) if "condition" in variant else None
+    encoder = SetEncoder(FSPool(8, set_size=4), set_dim=3 if condition is None else 5, hidden_dim=8)
+    matching = LatentMatching(encoder) if condition is None else Conditioned(LatentMatching(encoder))
+    objective = Sum([matching, Proximity(weight=0.2)])
+    descent = GradientDescent(iterations=5, **variant.get("descent", {}))
+    latent = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+    found = []
+    for decoder in decoders(objective, descent, variant.get("differentiation"), set_size=4, set_dim=3):
+        elements = decoder(latent, index=torch.arange(3), mask=mask, condition=condition)
+        parameters = [latent, *decoder.parameters()]
+        gradients = torch.autograd.grad(elements.square().sum(), parameters, allow_unused=True, materialize_grads=True)
+        with torch.no_grad():
+            predicted = decoder(latent, index=torch.arange(3), mask=mask, condition=condition)
+        found.append((elements, *gradients, predicted))
+    assert_same(found[1], found[0], tolerance=1e-11)
+
+
+class Untraceable(nn.Module):
+    """An objective that looks at numbers, which a graph cannot."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, elements, problem):
+        assert elements.detach().sum().item() == elements.detach().sum().item()
+        return self.scale * (elements - problem.latent.unsqueeze(1)).square().sum((1, 2))
+
+
+def test_what_cannot_be_compiled_goes_on_uncompiled_after_one_warning(recwarn):
+    latent = torch.randn(2, 3, dtype=torch.float64)
+    plain, other = decoders(Untraceable(), GradientDescent(iterations=3, learning_rate=0.1), set_size=4, set_dim=3)
+    expected = plain(latent, index=torch.arange(2))
+    for _ in range(2):
+        torch.testing.assert_close(other(latent, index=torch.arange(2)), expected)
+    (warning,) = recwarn
+    assert "uncompiled" in str(warning.message)
+
+
+def test_what_is_wrong_with_a_problem_is_said_and_compiling_is_not_to_blame(quickly_compiled):
+    encoder = SetEncoder(FSPool(8, set_size=4), set_dim=3, hidden_dim=8)
+    _, decoder = decoders(LatentMatching(encoder), GradientDescent(iterations=3), set_size=4, set_dim=2)
+    with pytest.raises(ValueError, match=r"elements \[batch, set_size, 3\]"):
+        decoder(torch.randn(2, 8, dtype=torch.float64))
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
+        decoder(torch.randn(2, 8, dtype=torch.float64))
+
+
+def test_compiling_is_no_weight():
+    encoder = SetEncoder(FSPool(8, set_size=4), set_dim=3, hidden_dim=8)
+    plain, other = decoders(LatentMatching(encoder), GradientDescent(iterations=3), set_size=4, set_dim=3)
+    assert plain.state_dict().keys() == other.state_dict().keys()
+    copy.deepcopy(other).load_state_dict(plain.state_dict())
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
+def test_compiled_to_machine_code(recwarn):
+    torch.compiler.reset()
+    ways = ways_of("fspool", replace(SMALL, set_size=3))
+    assert_same(ways["compiled"](), ways["plain"](), tolerance=1e-4)
+    assert not [w for w in recwarn if "uncompiled" in str(w.message)]
