@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.decoder import KINDS, Sizes, ways_of
+from benchmarks.decoder import KINDS, Sizes, objective_of, ways_of
 from setpred.aggregators import FSPool, PairwiseSetEncoder, SetEncoder, SumPool, sort_features
 from setpred.aggregators.ranks import COUNTED, at_ranks, feature_ranks
-from setpred.decoders import IDSPN
+from setpred.decoders import IDSPN, LearnedStart
 from setpred.inner import (
     Conditioned,
     GradientDescent,
@@ -195,6 +195,19 @@ def test_compiled_descents_are_those_that_are_written(variant):
             predicted = decoder(latent, index=torch.arange(3), mask=mask, condition=condition)
         found.append((elements, *gradients, predicted))
     assert_same(found[1], found[0], tolerance=1e-11)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_whole_descent_is_one_graph(kind):
+    """Of a user who compiles the model: with a start that is no random number on the host."""
+    torch.manual_seed(0)
+    start = LearnedStart(SMALL.set_size, SMALL.set_dim)
+    descent = GradientDescent(iterations=4, momentum=0.9, clip=1.0)
+    shape = {"set_size": SMALL.set_size, "set_dim": SMALL.set_dim}
+    decoder = IDSPN(objective_of(kind, SMALL), descent, start=start, **shape).double()
+    latent = torch.randn(SMALL.batch, SMALL.width, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(decoder)(latent), decoder(latent), rtol=1e-10, atol=1e-10)
 
 
 class Untraceable(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from setpred.inner.descent import GradientDescent, State
-from setpred.inner.differentiation import plain_step, refuse_inference_mode
+from setpred.inner.differentiation import functional_step, plain_step, refuse_inference_mode
 from setpred.inner.objectives import Problem
 
 _uncompilable: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # objectives that are not tried again
@@ -75,5 +75,4 @@ def _compiled(replayed: bool) -> Callable[..., State]:
 
 
 def _step(objective: nn.Module, descent: GradientDescent, problem: Problem, iterate: Tensor, velocity: Tensor) -> State:
-    gradient = torch.func.grad(lambda elements: objective(elements, problem).sum())(iterate)
-    return descent.step(State(iterate, velocity), gradient)
+    return functional_step(lambda elements: objective(elements, problem), State(iterate, velocity), descent)

@@ -44,8 +44,19 @@ def plain_step(energy: Energy, state: State, descent: GradientDescent) -> State:
         return descent.step(State(iterate.detach(), state.velocity), gradient)
 
 
+def functional_step(energy: Energy, state: State, descent: GradientDescent) -> State:
+    """`plain_step` as a function of tensors alone, which `torch.compile(fullgraph=True)` takes."""
+    gradient = torch.func.grad(lambda iterate: energy(iterate).sum())(state.iterate)
+    return descent.step(state, gradient)
+
+
 def free_step(energy: Energy, state: State, descent: GradientDescent) -> State:
-    """`plain_step`, or the `step` of an energy that has one of its own (`CompiledEnergy`)."""
+    """One step without gradients: of an energy that has a `step` of its own (`CompiledEnergy`) that, else `plain_step`.
+
+    Where the user compiles or exports the whole model, the functional one.
+    """
+    if torch.compiler.is_compiling():
+        return functional_step(energy, state, descent)
     step = getattr(energy, "step", None)
     return plain_step(energy, state, descent) if step is None else step(state, descent)
 
