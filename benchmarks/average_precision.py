@@ -1,30 +1,30 @@
-"""Time of the average precision of CLEVR's validation set, against the slow twin of the tests.
+"""Average precision at six thresholds, on one core: ours against loops over images and predictions.
 
-    python benchmarks/average_precision.py
+    python -m benchmarks.average_precision            # 15,000 and 150,000 images
+    python -m benchmarks.average_precision --quick    # 200 images
 
-15,000 images of 10 slots, 3 to 10 objects each, six thresholds, one core. The twin runs on a subset, and its time
-on all images is an extrapolation: linear in the images for the per-image protocol, and from below for the one over
-the data set, whose twin is quadratic.
+Sets of 10 with 3 to 10 objects each. The plain way compares the sets of one image after the other in NumPy, and then
+goes through the ranked predictions once a threshold. Both run on all images, and their results are compared. The floor
+is the time to read predictions and targets once at the measured bandwidth.
 """
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
+import argparse
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from benchmarks.timing import Row, compared, in_turns, peak_bandwidth, seconds
+from setpred.metrics import THRESHOLDS, average_precision, threshold_name
+from setpred.schema import CLEVR, ElementSchema
 
-from twins import average_precision_per_image_twin, average_precision_twin
-
-from setpred.metrics import THRESHOLDS, average_precision, average_precision_per_image
-from setpred.schema import CLEVR
-
-IMAGES, SUBSET, REPEATS = 15_000, 150, 5
+IMAGES, QUICK = {15_000: 5, 150_000: 3}, {200: 2}  # images: turns
+NOISE = 0.1  # between nearly perfect (0.02) and hopeless (1)
 
 
 def random_sets(images: int, *, noise: float) -> tuple[Tensor, Tensor]:
@@ -38,35 +38,94 @@ def random_sets(images: int, *, noise: float) -> tuple[Tensor, Tensor]:
     return target + noise * torch.randn(target.shape, generator=generator), target
 
 
-def seconds(function: Callable[[], object], repeats: int) -> float:
-    """The fastest of some runs: what else the machine does only ever adds."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def plain(
+    predicted: np.ndarray, target: np.ndarray, thresholds: Sequence[float], schema: ElementSchema = CLEVR
+) -> dict[float, float]:
+    """The protocol of `setpred.metrics.average_precision`, step by step."""
+    ranked, objects = [], 0
+    for image, (guesses, truths) in enumerate(zip(predicted, target, strict=True)):
+        truths = truths[truths[:, -1] > 0.5]
+        objects += len(truths)
+        squared, same = np.zeros((len(guesses), len(truths))), np.ones((len(guesses), len(truths)), dtype=bool)
+        for field in schema.fields:
+            where = schema.slice(field.name)
+            if field.categorical:
+                same &= guesses[:, where].argmax(1)[:, None] == truths[:, where].argmax(1)
+            else:
+                steps = guesses[:, None, where].astype(float) - truths[None, :, where]
+                squared += ((field.scale * steps) ** 2).sum(-1)
+        distance = np.where(same, np.sqrt(squared), math.inf)
+        nearest = distance.argmin(1) if len(truths) else np.zeros(len(guesses), dtype=int)
+        for slot, aim in enumerate(nearest.tolist()):
+            found = float(distance[slot, aim]) if len(truths) else math.inf
+            ranked.append((float(guesses[slot, -1]), found, (image, aim)))
+    ranked.sort(key=lambda prediction: -prediction[0])
+    return {threshold: area(ranked, threshold, objects) for threshold in thresholds}
+
+
+def area(ranked: list[tuple[float, float, tuple[int, int]]], threshold: float, objects: int) -> float:
+    """Under the curve of precision against recall, made to fall monotonically."""
+    claimed, precisions = set(), []
+    for place, (_, distance, aim) in enumerate(ranked, start=1):
+        if distance < threshold and aim not in claimed:
+            claimed.add(aim)
+            precisions.append(len(claimed) / place)
+    total = best = 0.0
+    for precision in reversed(precisions):
+        best = max(best, precision)
+        total += best
+    return total / objects
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def row(images: int, turns: int, device: str) -> Row:
+    predicted, target = random_sets(images, noise=NOISE)
+    arrays, tensors = (predicted.numpy(), target.numpy()), (predicted.to(device), target.to(device))
+    expected, found = {}, {}
+
+    def obvious() -> None:
+        expected.update(plain(*arrays, THRESHOLDS))
+
+    def ours() -> None:
+        found.update(average_precision(*tensors))
+
+    once = seconds(obvious)  # so long that neither a first call nor the others matter
+    taken = in_turns({"ours": ours}, turns, device)["ours"]
+    for threshold, score in expected.items():
+        if not math.isclose(score, found[threshold], rel_tol=1e-9):
+            raise SystemExit(f"AP {score} against {found[threshold]} under {threshold}")
+    where = "gpu" if device == "cuda" else "cpu"
+    return compared(
+        f"AP of {images:,} images x {CLEVR.max_objects}, {len(THRESHOLDS)} thresholds",
+        f"average_precision_{images}_{where}",
+        [once] * turns,
+        taken,
+        floor_ms=1e3 * (predicted.nbytes + target.nbytes) / peak_bandwidth(device),
+        note=f"one core; plain once, all images; AP_{threshold_name(0.5)} {found[0.5]:.3f}; floor: reading the sets",
+    )
+
+
+def rows(quick: bool) -> list[Row]:
+    """On the CPU, and on a GPU if there is one."""
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    with one_thread():
+        return [row(*sizes, device) for device in devices for sizes in (QUICK if quick else IMAGES).items()]
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    print(f"{IMAGES} images x {CLEVR.max_objects} x {len(THRESHOLDS)} thresholds, fastest of {REPEATS}, one core")
-    for noise in (0.02, 0.1, 1.0):
-        predicted, target = random_sets(IMAGES, noise=noise)
-        few = predicted[:SUBSET].tolist(), target[:SUBSET].tolist()
-        for function, twin in (
-            (average_precision, average_precision_twin),
-            (average_precision_per_image, average_precision_per_image_twin),
-        ):
-            if function(predicted[:SUBSET], target[:SUBSET]) != twin(*few, THRESHOLDS, CLEVR):
-                raise SystemExit(f"{function.__name__} differs from its twin at noise {noise}")
-            scores = function(predicted, target)
-            fast = seconds(lambda f=function, p=predicted, t=target: f(p, t), REPEATS)
-            slow = seconds(lambda f=twin, p=few: f(*p, THRESHOLDS, CLEVR), 1)
-            print(
-                f"noise {noise:<5} {function.__name__:<28} {fast:6.3f} s   twin on {SUBSET} images {slow:5.2f} s, "
-                f"extrapolated linearly to all {slow * IMAGES / SUBSET:4.0f} s   AP_1 {scores[1.0]:.3f}"
-            )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few images")
+    for line in rows(parser.parse_args().quick):
+        print(line, flush=True)
 
 
 if __name__ == "__main__":

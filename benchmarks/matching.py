@@ -3,11 +3,11 @@
     python -m benchmarks.matching            # batches of 128 sets of 10 and of 64, 16 of 256
     python -m benchmarks.matching --quick    # small batches
 
-The plain way computes the cost of an example's pairs with gradients, takes it to the host, matches by scipy's
-`linear_sum_assignment` and takes the assignment back, example by example. Ours is `setpred.losses.HungarianLoss`. The
-floor is scipy's own time, called on costs that are on the host, in double precision and in order: no way that matches
-by scipy takes less. Rows `matching_SIZE` are from sets to assignments, without gradients; rows `loss_SIZE` from sets to
-the loss and its gradient.
+The plain way computes the cost of an example's pairs, takes it to the host, matches by scipy's `linear_sum_assignment`
+and takes the assignment back, example by example; for the loss it keeps the gradients of all pairs. Ours is
+`setpred.losses.HungarianLoss` and the matching in it. Rows `matching_SIZE` are from sets to assignments, without
+gradients; rows `loss_SIZE` from sets to the loss and its gradient. The floor is scipy's own time, called on costs that
+are on the host already, in double precision.
 """
 
 from __future__ import annotations
