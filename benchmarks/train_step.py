@@ -1,0 +1,293 @@
+"""A whole training step of configs/clevr_fspool.yaml: the library's, against an obvious one.
+
+    python -m benchmarks.train_step            # ResNet-18, 128x128, batch 128: a step takes seconds on a CPU
+    python -m benchmarks.train_step --quick    # 64x64, batch 4
+
+From a batch of uint8 images and their sets in the host's memory to changed weights. Ours is the `training_step` of
+`SetPrediction` with the model of the configuration (channels-last, the compiled descent), its checks and its AdamW;
+where the library trains the encoder in bfloat16 (`setpred.precision`), so it does here. The plain way is in float32 and
+NCHW: the host makes numbers of the images, the decoder is that of benchmarks/decoder.py, each example is matched on its
+own, with a transfer each, and Adam. Both have the same weights, images and random starts, and their losses are
+compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks import decoder
+from benchmarks.timing import Row, Way, compared, flops, in_turns, peak_flops, seconds
+from setpred.cli import build
+from setpred.precision import training_precision
+from setpred.training import SetPrediction
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "clevr_fspool.yaml"
+ITERATIONS = (40, 20)  # of the second half of the training, and of the first
+PARTS = ("encoder", "decoder", "matching and loss", "optimizer")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    batch: int = 128
+    image_size: int = 128
+    iterations: tuple[int, ...] = ITERATIONS
+    turns: int = 3
+    products: tuple[int, int] = (2048, 1024)  # whose speed is the peak
+
+
+QUICK = Sizes(batch=4, image_size=64, iterations=(3,), turns=1, products=(128, 128))
+
+
+@dataclass
+class Ours:
+    """The library's training step."""
+
+    module: SetPrediction
+    batch: dict[str, Tensor]
+    device: str
+    half: bool
+
+    def __post_init__(self) -> None:
+        self.optimizer = self.module.configure_optimizers()
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.half)
+
+    def on_device(self) -> dict[str, Tensor]:
+        return {name: value.to(self.device, non_blocking=True) for name, value in self.batch.items()}
+
+    def loss(self) -> Tensor:
+        torch.manual_seed(0)  # of the random start
+        with self.autocast():
+            return self.module.training_step(self.on_device(), 0)
+
+    def step(self) -> Tensor:
+        loss = self.loss()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.module.on_before_optimizer_step(self.optimizer)
+        self.optimizer.step()
+        return loss.detach()
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of each part, forward and backward, in one step that is cut between them."""
+        model, found = self.module.model, dict.fromkeys(PARTS, 0.0)
+        kept: dict[str, Any] = {}
+
+        def timed(part: str, work: Callable[[], Any]) -> None:
+            with self.autocast():
+                found[part] += seconds(lambda: kept.update(result=work()), self.device)
+
+        self.optimizer.zero_grad()
+        timed("encoder", lambda: model.encode(self.on_device()["image"]))
+        latent = kept["result"]
+        cut = latent.detach().requires_grad_()
+        timed("decoder", lambda: model.decoder(cut, iterations=self.module.training_iterations()))
+        elements = kept["result"]
+        ends = elements.detach().requires_grad_()
+        target = self.batch["elements"].to(self.device)
+        timed("matching and loss", lambda: self.module.loss(ends, target).mean().backward())
+        timed("decoder", lambda: elements.backward(ends.grad))
+        timed("encoder", lambda: latent.backward(cut.grad))
+        timed("optimizer", lambda: (self.module.on_before_optimizer_step(self.optimizer), self.optimizer.step()))
+        return found
+
+
+@dataclass
+class Plain:
+    """What one would write first, with the same weights."""
+
+    module: SetPrediction
+    batch: dict[str, Tensor]
+    device: str
+    iterations: int
+
+    def __post_init__(self) -> None:
+        self.encoder = copy.deepcopy(self.module.model.encoder).to(memory_format=torch.contiguous_format)
+        self.objective = copy.deepcopy(self.module.model.decoder.objective)
+        parameters = [*self.encoder.parameters(), *self.objective.parameters()]
+        self.optimizer = torch.optim.Adam(parameters, lr=self.module.learning_rate)
+
+    def loss(self) -> Tensor:
+        torch.manual_seed(0)
+        images = (self.batch["image"].float() / 255).contiguous().to(self.device)
+        target = self.batch["elements"].to(self.device)
+        latent = self.encoder(images)
+        initial = 0.1 * torch.randn(target.shape, device=self.device)
+        loss_of = partial(decoder.plain_fspool, self.objective, latent=latent)
+        elements = decoder.plain(loss_of, initial, iterations=self.iterations, **decoder.NUMBERS)
+        return torch.stack([matched(*pair) for pair in zip(elements, target, strict=True)]).mean()
+
+    def step(self) -> Tensor:
+        loss = self.loss()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+def matched(elements: Tensor, target: Tensor) -> Tensor:
+    """The Hungarian loss of one example."""
+    pairs = elements.unsqueeze(1).expand(-1, len(target), -1), target.expand(len(elements), -1, -1)
+    cost = functional.smooth_l1_loss(*pairs, reduction="none").mean(-1)
+    row, column = linear_sum_assignment(cost.detach().cpu().numpy())
+    return cost[row, column].mean()
+
+
+def module_of(sizes: Sizes, device: str) -> SetPrediction:
+    """The model of the configuration as training has it, with the compiled descent."""
+    options = ["--config", str(CONFIG), "--trainer.accelerator", "cpu", "--trainer.logger", "false"]
+    options += [f"--{part}.image_size={sizes.image_size}" for part in ("model.encoder.init_args", "data.init_args")]
+    options += ["--model.decoder.init_args.compile=true"]
+    torch.manual_seed(0)
+    module = build(options).model.to(device)
+    module.log = lambda *_, **__: None  # there is no trainer to log to
+    return module.train()
+
+
+def batch_of(sizes: Sizes, module: SetPrediction, device: str) -> dict[str, Tensor]:
+    """Images as the files give them, pinned for a GPU as the data module does, and sets of 3 objects or more."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (sizes.batch, sizes.image_size, sizes.image_size, 3)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
+    size, schema = module.model.decoder.set_size, module.schema
+    present = torch.arange(size) < torch.randint(3, size + 1, (sizes.batch, 1), generator=generator)
+    elements = torch.rand(sizes.batch, size, schema.set_dim, generator=generator) * present.unsqueeze(-1)
+    elements[..., -1] = present.float()
+    batch = {"image": images, "elements": elements, "index": torch.arange(sizes.batch)}
+    return {name: value.pin_memory() for name, value in batch.items()} if device == "cuda" else batch
+
+
+def agree(ours: Tensor, plain: Tensor, *, tolerance: float) -> None:
+    if not (ours - plain).abs() <= tolerance * plain.abs():
+        raise SystemExit(
+            f"both ways should have one loss, ours has {float(ours):.6g}, the plain way {float(plain):.6g}"
+        )
+
+
+@contextmanager
+def of_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What is drawn inside has this dtype."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
+
+
+def floor_ms(plain: Plain, step: int, sizes: Sizes, device: str, *, half: bool) -> float:
+    """Milliseconds of the products of a step: the encoder's at the peak of its precision, the rest in float32.
+
+    `step` is how many there are, multiplications and additions, in the whole of it.
+    """
+    few = plain.batch["image"][:2].float().to(device)
+    encoder = flops(lambda: plain.encoder(few).sum().backward()) * sizes.batch / len(few)
+    shape = (8192, 4096) if device == "cuda" else sizes.products
+    encoder_peak = peak = peak_flops(*shape, device)
+    if half:
+        with of_dtype(torch.bfloat16):
+            encoder_peak = peak_flops(*shape, device)
+    return 1e3 * (encoder / encoder_peak + (step - encoder) / peak)
+
+
+def step_row(module: SetPrediction, sizes: Sizes, iterations: int, device: str) -> Row:
+    """A whole step, ours and plain, with the share of each part of ours."""
+    module.iterations_by_epoch = {0: iterations}
+    batch, half = batch_of(sizes, module, device), trains_in_half(device)
+    plain, ours = Plain(module, batch, device, iterations), Ours(module, batch, device, half)
+    # of the same weights, before any has moved; the same in one precision, near in two
+    if half:
+        agree(Ours(module, batch, device, half=False).loss(), plain.loss(), tolerance=1e-3)
+    first: list[Tensor] = []
+    products = flops(lambda: first.append(plain.step()))
+    agree(ours.step(), first[0], tolerance=5e-2 if half else 1e-3)
+    taken = in_turns({"plain": plain.step, "ours": ours.step}, sizes.turns, device)
+    cuts = [ours.parts() for _ in range(sizes.turns)]
+    parts = {part: statistics.median(cut[part] for cut in cuts) for part in PARTS}
+    shares = ", ".join(f"{part} {100 * taking / sum(parts.values()):.1f} %" for part, taking in parts.items())
+    each_second = {name: sizes.batch / statistics.median(times) for name, times in taken.items()}
+    label, notes = "cpu", [f"ours: {shares}"]
+    if half:
+        notes.insert(0, "our encoder in bfloat16")
+    if device == "cuda":
+        label = "gpu"
+        notes.insert(0, f"{each_second['ours']:,.0f} images a second against {each_second['plain']:,.0f}")
+    return compared(
+        f"training step, {iterations} iterations, batch {sizes.batch}, {sizes.image_size}x{sizes.image_size}",
+        f"train_step_{label}" if iterations == max(sizes.iterations) else f"train_step_{iterations}_{label}",
+        taken["plain"],
+        taken["ours"],
+        floor_ms=floor_ms(plain, products, sizes, device, half=half),
+        note="; ".join(notes),
+    )
+
+
+def encoder_rows(module: SetPrediction, sizes: Sizes, device: str) -> list[Row]:
+    """The encoder alone, forward and backward: channels-last, and bfloat16 where the device has it, against NCHW."""
+    images = batch_of(sizes, module, device)["image"].to(device)
+
+    def way(memory_format: torch.memory_format, half: bool = False) -> Way:
+        encoder = copy.deepcopy(module.model.encoder).to(memory_format=memory_format)
+        unit = (images.float() / 255).contiguous(memory_format=memory_format)
+
+        def once() -> None:
+            with torch.autocast(device, torch.bfloat16, enabled=half):
+                latent = encoder(unit)
+            latent.float().square().mean().backward()
+
+        return once
+
+    ways = {"NCHW": way(torch.contiguous_format), "channels-last": way(torch.channels_last)}
+    if trains_in_half(device):
+        ways["channels-last, bfloat16"] = way(torch.channels_last, half=True)
+    taken = in_turns(ways, sizes.turns, device)
+    label = "gpu" if device == "cuda" else "cpu"
+    return [
+        compared(
+            f"encoder alone, {name} against NCHW, batch {sizes.batch}",
+            f"encoder_{name.replace(', ', '_').replace('-', '_')}_{label}",
+            taken["NCHW"],
+            taken[name],
+        )
+        for name in list(ways)[1:]
+    ]
+
+
+def trains_in_half(device: str) -> bool:
+    """Whether the library trains the encoder in bfloat16 on this device."""
+    return training_precision("gpu" if device == "cuda" else "cpu") == "bf16-mixed"
+
+
+def rows(quick: bool) -> list[Row]:
+    """Whole steps, and the encoder alone, on the CPU and on a GPU if there is one."""
+    sizes, found = QUICK if quick else Sizes(), []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        module = module_of(sizes, device)
+        found += [step_row(module, sizes, iterations, device) for iterations in sizes.iterations]
+        found += encoder_rows(module, sizes, device)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes")
+    for row in rows(parser.parse_args().quick):
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
