@@ -1,0 +1,176 @@
+"""What `make bench` found: one table for people, docs/benchmarks.md, and the same for machines, docs/benchmarks.json.
+
+Text that somebody wrote into benchmarks.md stays: what is generated lies between marks, `<!-- table -->` to
+`<!-- /table -->`, and a run replaces that alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy
+import scipy
+import torch
+
+from benchmarks import growth
+from benchmarks.tables import markdown, number
+from benchmarks.topics import EXTRAS, TOPICS
+from setpred.compare.runs import processor
+from setpred.errors import InputError
+from setpred.files import write_atomically
+from setpred.precision import cpu_has_bfloat16
+
+PAGE, RECORD = "benchmarks.md", "benchmarks.json"
+PARTS = ("machine", "table", *EXTRAS)
+EMPTY_PAGE = "# Benchmarks\n" + "".join(f"\n<!-- {part} -->\n<!-- /{part} -->\n" for part in PARTS)
+TITLES = ("", "plain, ms", "ours, ms", "ratio", "±", "floor, ms", "")
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on: processor, cores, threads, the instructions that matter, GPU."""
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return {
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "avx2": instructions.startswith("AVX"),
+        "avx512": instructions.startswith("AVX512"),
+        "bfloat16": cpu_has_bfloat16(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "scipy": scipy.__version__,
+    }
+
+
+def described(run: Mapping[str, Any]) -> str:
+    """Machine and versions as one sentence."""
+    found = run["machine"]
+    sets = {"avx2": "AVX2", "avx512": "AVX-512", "bfloat16": "bfloat16"}
+    parts = [
+        found["processor"],
+        f"{found['cores']} core{'' if found['cores'] == 1 else 's'}",
+        f"{found['threads']} thread{'' if found['threads'] == 1 else 's'}",
+        *(name if found[key] else f"no {name}" for key, name in sets.items()),
+        found["gpu"] or "no GPU",
+        *(f"{name} {version}" for name, version in run["versions"].items()),
+    ]
+    return "; ".join(parts) + "."
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """All rows, grouped by topic; the head of each group has the command that makes it."""
+    lines: list[list[str]] = []
+    for topic in dict.fromkeys(row["topic"] for row in rows):
+        lines.append([f"**{topic.replace('_', ' ')}**", "", "", "", "", "", f"`python -m benchmarks.{topic}`"])
+        for row in rows:
+            if row["topic"] == topic:
+                figures = (number(row[name]) for name in ("plain_ms", "ours_ms"))
+                ratio, spread = f"{row['ratio']:.2f}", f"{row['spread']:.2f}"
+                lines.append([row["name"], *figures, ratio, spread, number(row["floor_ms"]), row["note"]])
+    return markdown(TITLES, lines, numbers=range(1, 6))
+
+
+def filled(text: str, parts: Mapping[str, str]) -> str:
+    """`text` with each part between its marks, and everything else as it was.
+
+    Raises:
+        InputError: marks that are not there once each, in order.
+    """
+    for name, content in parts.items():
+        first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if [text.count(mark) for mark in (first, last)] != [1, 1] or text.index(first) > text.index(last):
+            raise InputError(
+                f"expected {first} and, below it, {last} once each in {PAGE}; put them where the {name} shall stand"
+            )
+        before, _, rest = text.partition(first)
+        after = rest.partition(last)[2]
+        text = "\n".join([before + first, *content.strip().splitlines(), last + after])
+    return text
+
+
+def of_gpu(row: Mapping[str, Any]) -> bool:
+    return row["key"].endswith("_gpu")
+
+
+class Report:
+    """The figures of a folder, to which those of a run are added.
+
+    Args:
+        folder: of benchmarks.md and benchmarks.json. What is there is read: a topic measured alone does not lose the
+            others, a machine without a GPU not the rows of one that has, and text written by hand stays.
+        afresh: whether all topics will be measured; the figures of another machine then give way.
+
+    Raises:
+        InputError: figures of another machine that would stay beside those of this one; marks that benchmarks.md
+            lacks.
+    """
+
+    def __init__(self, folder: Path, *, afresh: bool) -> None:
+        self.folder = folder
+        run = {"machine": machine(), "versions": versions()}
+        record = folder / RECORD
+        old = json.loads(record.read_text()) if record.exists() else {}
+        if old and not afresh and any(old[name] != run[name] for name in run):
+            raise InputError(
+                f"the figures in {record} are of another machine, or of other versions or threads: "
+                f"{described(old)} Measure all topics, or give another folder by --out"
+            )
+        if afresh:
+            kept = [] if run["machine"]["gpu"] else [row for row in old.get("rows", []) if of_gpu(row)]
+            elsewhere = {"gpu_run": old.get("gpu_run") or {name: old[name] for name in run}} if kept else {}
+            old = {"rows": kept} | elsewhere
+        self.content: dict[str, Any] = run | {"ratios": {}, "rows": []} | old | run
+        self.page()  # says what is wrong with it before an hour of measuring
+
+    def add(self, topic: str, found: Any) -> None:
+        """What a topic found, in place of what it had."""
+        if topic in EXTRAS:
+            self.content[topic] = found
+            return
+        stays = self.content["machine"]["gpu"] is None
+        kept = [row for row in self.content["rows"] if row["topic"] != topic or (stays and of_gpu(row))]
+        self._set_rows(kept + [{"topic": topic} | row.as_dict() for row in found])
+
+    def add_gpu(self, path: Path) -> None:
+        """The rows of a GPU in another machine's benchmarks.json, in place of those that are here."""
+        other = json.loads(path.read_text())
+        new = [row for row in other["rows"] if of_gpu(row)]
+        if not new:
+            raise InputError(f"expected rows measured on a GPU in {path}, got none; measure on a machine with a GPU")
+        self._set_rows([row for row in self.content["rows"] if not of_gpu(row)] + new)
+        self.content["gpu_run"] = other.get("gpu_run") or {name: other[name] for name in ("machine", "versions")}
+
+    def _set_rows(self, rows: list[dict[str, Any]]) -> None:
+        place = {topic: number for number, topic in enumerate(TOPICS)}
+        self.content["rows"] = sorted(rows, key=lambda row: (place.get(row["topic"], len(place)), of_gpu(row)))
+        self.content["ratios"] = {row["key"]: row["ratio"] for row in self.content["rows"]}
+
+    def page(self) -> str:
+        """benchmarks.md as it shall be."""
+        path = self.folder / PAGE
+        parts = {"machine": described(self.content), "table": table(self.content["rows"])}
+        if "gpu_run" in self.content:
+            parts["machine"] += "\n\nRows of a GPU: " + described(self.content["gpu_run"])
+        for name, module in EXTRAS.items():
+            parts[name] = module.markdown(self.content[name]) if name in self.content else ""
+        return filled(path.read_text() if path.exists() else EMPTY_PAGE, parts)
+
+    def write(self) -> None:
+        """Both files and the plot, each whole or not at all."""
+        page = self.page()
+        if "growth" in self.content:
+            growth.draw(self.folder / growth.PICTURE, self.content["growth"])
+        write_atomically(self.folder / RECORD, json.dumps(self.content, indent=1) + "\n")
+        write_atomically(self.folder / PAGE, page)

@@ -1,0 +1,25 @@
+"""What there is to measure, and how one topic of it is."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+from benchmarks import growth, memory
+
+TOPICS = ("decoder", "train_step", "matching", "average_precision", "data", "inference")  # that have rows
+EXTRAS = {"memory": memory, "growth": growth}  # that have a page of their own, and `measure` and `markdown`
+
+
+def measure(topic: str, quick: bool) -> Any:
+    """The rows of a topic, or what an extra measures."""
+    module = importlib.import_module(f"benchmarks.{topic}")
+    return module.measure(quick) if topic in EXTRAS else module.rows(quick)
+
+
+def measure_alone(topic: str, quick: bool) -> Any:
+    """The same by a process of its own, which inherits no threads, caches or memory of another topic."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(measure, topic, quick).result()

@@ -1,0 +1,226 @@
+"""Every benchmark runs and gives figures; the page keeps what people wrote, and both files are whole."""
+
+import json
+import math
+from importlib import import_module
+
+import pytest
+import torch
+
+from benchmarks import __main__, decoder, growth, memory, report, tables
+from benchmarks.report import Report, filled
+from benchmarks.timing import Row
+from benchmarks.topics import EXTRAS, TOPICS, measure
+from setpred.errors import InputError
+from setpred.inner import compiled
+
+GROWTH = {"base": {"batch": 8, "set_size": 10, "set_dim": 19, "iterations": 5}, "threads": 1}
+GROWTH |= {"curves": {axis: [(8, 1.0), (16, 2.0), (32, 4.0)] for axis in growth.AXES}}
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """The compiled descent is run by PyTorch as it is: compiling takes longer than all of these tests."""
+    monkeypatch.setattr(compiled, "_compiled", lambda replayed: compiled._step)
+
+
+@pytest.mark.usefixtures("uncompiled")
+@pytest.mark.parametrize("topic", TOPICS)
+def test_every_topic_gives_rows(topic):
+    rows = measure(topic, quick=True)
+    assert rows
+    keys = [row.key for row in rows]
+    assert len(set(keys)) == len(keys)
+    for row in rows:
+        assert row.key.endswith(("_cpu", "_gpu"))
+        assert all(math.isfinite(value) and value > 0 for value in (row.plain_ms, row.ours_ms, row.ratio))
+        assert math.isfinite(row.spread)
+        assert row.spread >= 0
+        assert row.floor_ms is None or 0 < row.floor_ms < math.inf
+    promised = {"decoder": {f"decoder_{kind}_cpu" for kind in decoder.KINDS}, "train_step": {"train_step_cpu"}}
+    assert promised.get(topic, set()) <= set(keys)
+
+
+def test_memory_grows_where_every_step_is_kept():
+    found = {way: memory.growths(way, decoder.QUICK) for way in memory.WAYS}
+    for way, mib in found.items():
+        assert len(mib) == len(memory.ITERATIONS)
+        assert all(math.isfinite(value) and value >= 0 for value in mib)
+        assert mib == sorted(mib), way
+    lines = [{"way": w, "name": n, "iterations": [1, 10], "mib": [1.0, 20.0]} for w, n in memory.WAYS.items()]
+    assert "| iDSPN, ours " in memory.markdown(lines)
+
+
+def test_plain_dspn_is_the_unrolled_descent():
+    sizes = decoder.Sizes(batch=2, width=8, set_size=4, set_dim=3)
+    found = {}
+    for way in ("unrolled", "unrolled_plain"):
+        find = memory.descent_of(way, sizes)
+        torch.manual_seed(1)
+        found[way] = find(2, 4)
+    torch.testing.assert_close(found["unrolled"], found["unrolled_plain"], rtol=1e-4, atol=1e-5)
+
+
+def test_growth_is_measured_and_drawn(tmp_path):
+    found = growth.measure(quick=True)
+    assert set(found["curves"]) == set(growth.AXES)
+    for curve in found["curves"].values():
+        assert all(math.isfinite(ms) and ms > 0 for _, ms in curve)
+    growth.draw(tmp_path / "growth.png", found)
+    assert (tmp_path / "growth.png").stat().st_size > 5000
+    assert growth.slope([(8, 7.0), (16, 1.0), (32, 4.0), (64, 16.0)]) == pytest.approx(2.0)
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def row(key, ratio=2.0, **rest):
+    return Row(f"what | {key} is", key, 20.0, 10.0, ratio, 0.1, **rest)
+
+
+def cells(line):
+    return line.replace(r"\|", "").count("|")
+
+
+def test_tables_keep_their_shape():
+    text = tables.markdown(["a", "b"], [["x | y", "1"], ["two\nlines", "22"]], numbers=[1])
+    assert {cells(line) for line in text.splitlines()} == {3}
+    assert r"x \| y" in text
+    lines = report.table([{"topic": "decoder"} | row("decoder_fspool_cpu", note="a | b").as_dict()]).splitlines()
+    assert {cells(line) for line in lines} == {cells(lines[0])}
+    assert "`python -m benchmarks.decoder`" in lines[2]
+    assert [tables.number(v) for v in (0.0, 1e-5, 999.96, 12345.6)] == ["0.00", "1.00e-05", "1,000", "12,346"]
+
+
+def test_what_stands_outside_the_marks_stays():
+    text = "# Title\n\nby hand\n\n<!-- table -->\nold\n<!-- /table -->\n\nby hand too"
+    new = filled(text, {"table": "| new |\n"})
+    assert new == "# Title\n\nby hand\n\n<!-- table -->\n| new |\n<!-- /table -->\n\nby hand too"
+    assert filled(new, {"table": "| new |"}) == new
+    assert filled(new, {"table": ""}) == "# Title\n\nby hand\n\n<!-- table -->\n<!-- /table -->\n\nby hand too"
+
+
+@pytest.mark.parametrize("text", ["", "<!-- /table -->\n<!-- table -->", "<!-- table -->" * 2 + "<!-- /table -->"])
+def test_marks_that_are_missing_are_said(text):
+    with pytest.raises(InputError, match="<!-- table -->"):
+        filled(text, {"table": "new"})
+
+
+def test_a_report_is_written_added_to_and_read_again(tmp_path):
+    first = Report(tmp_path, afresh=True)
+    first.add("train_step", [row("train_step_cpu")])
+    first.add("decoder", [row("decoder_fspool_cpu", 3.0), row("decoder_pairwise_cpu")])
+    first.add("growth", GROWTH)
+    first.write()
+    page = tmp_path / "benchmarks.md"
+    page.write_text(page.read_text() + "\nwritten by hand\n")
+    again = Report(tmp_path, afresh=False)
+    again.add("decoder", [row("decoder_fspool_cpu", 4.0)])
+    again.write()
+    content = json.loads((tmp_path / "benchmarks.json").read_text())
+    assert {"machine", "versions", "ratios", "rows", "growth"} <= set(content)
+    assert content["ratios"] == {"decoder_fspool_cpu": 4.0, "train_step_cpu": 2.0}
+    assert [line["topic"] for line in content["rows"]] == ["decoder", "train_step"]
+    assert {"processor", "cores", "threads", "avx2", "avx512", "bfloat16", "gpu"} == set(content["machine"])
+    assert {"python", "torch", "numpy", "scipy"} == set(content["versions"])
+    text = page.read_text()
+    assert "written by hand" in text
+    assert "(images/growth.png)" in text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmarks.json", "benchmarks.md", "images"]
+
+
+def test_figures_of_two_machines_are_not_mixed(tmp_path):
+    first = Report(tmp_path, afresh=True)
+    first.add("train_step", [row("train_step_cpu")])
+    first.content["machine"]["threads"] = 99
+    first.write()
+    with pytest.raises(InputError, match="99 threads"):
+        Report(tmp_path, afresh=False)
+    assert Report(tmp_path, afresh=True).content["ratios"] == {}
+
+
+def test_rows_of_a_gpu_come_from_elsewhere_and_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    there, here = tmp_path / "there", tmp_path / "here"
+    other = Report(there, afresh=True)
+    other.content["machine"] |= {"gpu": "A Large One", "cores": 77}
+    other.add("decoder", [row("decoder_fspool_cpu", 9.0), row("decoder_fspool_gpu", 7.0)])
+    other.write()
+    ours = Report(here, afresh=True)
+    ours.add_gpu(there / "benchmarks.json")
+    ours.add("decoder", [row("decoder_fspool_cpu", 3.0)])
+    ours.write()
+    for afresh in (False, True):
+        ours = Report(here, afresh=afresh)
+        ours.add("decoder", [row("decoder_fspool_cpu", 4.0)])
+        ours.write()
+        assert ours.content["ratios"] == {"decoder_fspool_cpu": 4.0, "decoder_fspool_gpu": 7.0}
+        assert "Rows of a GPU: " in (here / "benchmarks.md").read_text()
+        assert "A Large One" in (here / "benchmarks.md").read_text()
+    without = Report(tmp_path / "without", afresh=True)
+    without.write()
+    with pytest.raises(InputError, match="got none"):
+        without.add_gpu(tmp_path / "without" / "benchmarks.json")
+
+
+def test_a_write_that_fails_leaves_the_page_as_it_was(tmp_path, monkeypatch):
+    first = Report(tmp_path, afresh=True)
+    first.add("train_step", [row("train_step_cpu")])
+    first.write()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    first.add("train_step", [row("train_step_cpu", 5.0)])
+    with pytest.raises(InputError, match="disk is full"):
+        first.write()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def figures(monkeypatch, tmp_path):
+    """Topics that take no time, and a folder in the place of docs."""
+
+    def found(topic, quick):
+        if topic == "matching":
+            raise RuntimeError("broken")
+        return GROWTH if topic == "growth" else [row(f"{topic}_cpu", 2.0 if quick else 3.0)]
+
+    monkeypatch.setattr(__main__, "measure_alone", found)
+    monkeypatch.setattr(__main__, "DOCS", tmp_path / "docs")
+    return tmp_path
+
+
+def test_quick_figures_are_printed_and_docs_stay(figures, capsys):
+    assert __main__.main(["--quick", "--only", "data", "growth"]) == 0
+    assert "what \\| data_cpu is" in capsys.readouterr().out
+    assert not (figures / "docs").exists()
+    assert __main__.main(["--quick", "--only", "data", "--out", str(figures / "out")]) == 0
+    assert (figures / "out" / "benchmarks.md").exists()
+    assert not (figures / "docs").exists()
+
+
+def test_a_topic_that_fails_loses_none_of_the_others(figures, capsys):
+    assert __main__.main(["--only", "data", "matching", "inference"]) == 1
+    assert "failed: matching" in capsys.readouterr().err
+    content = json.loads((figures / "docs" / "benchmarks.json").read_text())
+    assert content["ratios"] == {"data_cpu": 3.0, "inference_cpu": 3.0}
+
+
+def test_what_is_wrong_is_one_sentence(figures, capsys):
+    (figures / "docs").mkdir()
+    (figures / "docs" / "benchmarks.md").write_text("no marks")
+    assert __main__.main(["--only", "data"]) == 2
+    assert capsys.readouterr().err.startswith("error: expected <!-- machine -->")
+
+
+def test_the_page_has_its_marks_and_every_topic_its_command():
+    page = (__main__.DOCS / report.PAGE).read_text()
+    filled(page, dict.fromkeys(report.PARTS, ""))
+    for topic in (*TOPICS, *EXTRAS):
+        assert f"python -m benchmarks.{topic}" in import_module(f"benchmarks.{topic}").__doc__
