@@ -33,7 +33,7 @@ def measured(topics: list[str], report: Report, *, quick: bool) -> list[str]:
         print(f"{topic} ...", end=" ", file=sys.stderr, flush=True)
         try:
             report.add(topic, measure_alone(topic, quick))
-        except Exception:  # an hour of the others' work is not lost with one
+        except (Exception, SystemExit):  # an hour of the others' work is not lost with one
             traceback.print_exc()
             failed.append(topic)
         else:

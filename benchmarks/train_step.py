@@ -173,7 +173,7 @@ def batch_of(sizes: Sizes, module: SetPrediction, device: str) -> dict[str, Tens
 
 def agree(ours: Tensor, plain: Tensor, *, tolerance: float) -> None:
     if not (ours - plain).abs() <= tolerance * plain.abs():
-        raise SystemExit(
+        raise RuntimeError(
             f"both ways should have one loss, ours has {float(ours):.6g}, the plain way {float(plain):.6g}"
         )
 

@@ -188,7 +188,7 @@ def figures(monkeypatch, tmp_path):
 
     def found(topic, quick):
         if topic == "matching":
-            raise RuntimeError("broken")
+            raise SystemExit("broken")
         return GROWTH if topic == "growth" else [row(f"{topic}_cpu", 2.0 if quick else 3.0)]
 
     monkeypatch.setattr(__main__, "measure_alone", found)
