@@ -111,7 +111,7 @@ def test_the_curve_of_a_training_is_drawn_where_its_metrics_lie_beside_it(tmp_pa
     (drawn,) = training_curve(tmp_path / "figures", checkpoint)
     assert drawn.read_bytes().startswith(b"\x89PNG")
     metrics.write_text(f"{head}0,10,soon,0.1,0.1,0.2,0.5\n")
-    with pytest.raises(InputError, match="metrics.csv is not as train.py writes it"):
+    with pytest.raises(InputError, match=r"metrics\.csv is not as train.py writes it"):
         training_curve(tmp_path / "figures", checkpoint)
 
 
