@@ -14,9 +14,11 @@ import yaml
 from setpred.checkpoint import KEY, load_checkpoint, read_checkpoint
 from setpred.errors import InputError
 from setpred.files import write_atomically
+from setpred.program import export_program
 from setpred.weights import SUFFIX, pack
 
 MEGABYTES = 20.0  # the largest release, unless told otherwise
+PROGRAM_SUFFIX = ".pt2"
 BESIDE = "config.yaml"  # what train.py writes into the folder of its checkpoints
 
 
@@ -99,7 +101,14 @@ def parser() -> argparse.ArgumentParser:
         "configuration of its training beside it. evaluate.py and the others read it as they read the checkpoint.",
     )
     options.add_argument("checkpoint", help="a .ckpt file written by train.py")
-    options.add_argument("--out", required=True, type=Path, metavar="NAME.safetensors", help="where to write")
+    options.add_argument("--out", type=Path, metavar="NAME.safetensors", help="where to write it")
+    options.add_argument(
+        "--export",
+        type=Path,
+        metavar="NAME.pt2",
+        help="write the model as a program of torch.export, too or instead: uint8 images [batch, 3, size, size] to "
+        "elements, without setpred",
+    )
     options.add_argument(
         "--megabytes", type=float, default=MEGABYTES, help=f"the largest file to write (default: {MEGABYTES:g})"
     )
@@ -113,15 +122,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Errors a user can mend become one sentence and exit status 2."""
     options = parser().parse_args(arguments)
     try:
-        written = export(options.checkpoint, options.out, megabytes=options.megabytes, allow=options.allow)
+        written = run(options)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for path in written:
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
-    if len(written) == 1:
+    if options.out in written and options.out.with_suffix(".yaml") not in written:
         print(f"no {BESIDE} lies beside {options.checkpoint}: published without the configuration of its training")
     return 0
+
+
+def run(options: argparse.Namespace) -> list[Path]:
+    """What the command writes; see `export` and `export_program`."""
+    if options.out is None and options.export is None:
+        raise InputError("nothing to write; give --out NAME.safetensors or --export NAME.pt2")
+    if options.export is not None and options.export.suffix != PROGRAM_SUFFIX:
+        raise InputError(f"--export {options.export}: expected a name that ends in {PROGRAM_SUFFIX}")
+    written = []
+    if options.out is not None:
+        written += export(options.checkpoint, options.out, megabytes=options.megabytes, allow=options.allow)
+    if options.export is not None:
+        loaded = load_checkpoint(options.checkpoint, allow=options.allow)
+        loaded.require_images(options.checkpoint)
+        write_atomically(options.export, export_program(loaded))
+        written.append(options.export)
+    return written
 
 
 if __name__ == "__main__":

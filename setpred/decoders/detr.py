@@ -101,7 +101,7 @@ class DETR(SetDecoder):
         """Predictions, layer by layer, from tokens `[batch, tokens, dim]` and their positions `[tokens, dim]`."""
         for layer in self.encoder:
             tokens = layer(tokens, positions, mask)
-        rows = torch.zeros_like(self.queries).expand(len(tokens), -1, -1)
+        rows = torch.zeros_like(self.queries).expand(tokens.shape[0], -1, -1)
         for layer in self.decoder:
             rows = layer(rows, self.queries, tokens, positions, mask)
             yield self.head(self.norm(rows))

@@ -75,7 +75,7 @@ class Seq2Set(SetDecoder):
         projected = self.attention.of_token(tokens)
         present = torch.ones_like(tokens[..., :1]) if mask is None else mask.unsqueeze(-1).to(tokens.dtype)
         state = self.first_state((tokens * present).sum(1) / present.sum(1)).tanh()
-        element = self.first_element.expand(len(tokens), -1)
+        element = self.first_element.expand(tokens.shape[0], -1)
         elements = []
         for _ in range(self.set_size):
             seen = self.attention(tokens, projected, state, mask)

@@ -68,6 +68,7 @@ class SmallCNN(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """`[batch, 3, image_size, image_size]` in [0, 1] -> `[batch, latent_dim]`."""
         features = self.trunk(image)
-        position = self.position.to(features.dtype).expand(len(features), -1, -1, -1)
+        # its shape, not its len(), which would fix the batch of an exported program
+        position = self.position.to(features.dtype).expand(features.shape[0], -1, -1, -1)
         answers = self.at_position(torch.cat([features, position], dim=1))
         return self.head(answers.amax((2, 3)))
