@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from setpred.nn import MLP, LayerNorm, Positive, softplus_inverse
+from setpred.nn import MLP, LayerNorm, Positive, batch_norms, estimating_statistics, softplus_inverse
 
 
 def third_derivative_error(norm):
@@ -47,3 +47,23 @@ def test_mlp_has_no_activation_at_the_end():
     network = MLP(3, 4, 2)
     assert [type(layer).__name__ for layer in network] == ["Linear", "ReLU", "Linear"]
     assert (network(torch.randn(100, 3)) < 0).any()
+
+
+def test_estimated_statistics_are_the_mean_over_the_batches_and_nothing_else_changes():
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Dropout(0.5)).double()
+    network.eval()
+    network[1].num_batches_tracked.fill_(7)
+    batches = torch.randn(5, 8, 3, 6, 6, dtype=torch.float64)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with torch.no_grad(), estimating_statistics(network):
+        assert not network[2].training  # no dropout
+        for batch in batches:
+            network(batch)
+        maps = torch.stack([network[0](batch).transpose(0, 1).flatten(1) for batch in batches])  # [batches, 4, values]
+    (norm,) = batch_norms(network)
+    torch.testing.assert_close(norm.running_mean, maps.mean((0, 2)))
+    torch.testing.assert_close(norm.running_var, maps.var(2).mean(0))
+    assert (norm.momentum, norm.training) == (0.1, False)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]) or "running" in name

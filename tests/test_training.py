@@ -20,6 +20,8 @@ from setpred.cli import build, train
 from setpred.errors import InputError
 from setpred.evaluation import evaluate
 from setpred.losses import HungarianLoss
+from setpred.model import unit_images
+from setpred.nn import batch_norms
 from setpred.schedules import Constant, StepDecay, WarmupCosine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +40,33 @@ def weights(path):
 def finished(tmp_path_factory, tiny_data):
     """A run of two epochs."""
     return run(tmp_path_factory.mktemp("finished"), data=tiny_data)
+
+
+def test_validation_takes_statistics_of_the_last_batches_under_the_present_weights(tmp_path, monkeypatch):
+    """Not the running ones, which trail behind; and they leave the training as it is."""
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    monkeypatch.setattr("setpred.training.STATISTICS_IMAGES", 16)
+    module = build(["--config", str(tmp_path / "tiny.yaml"), "--runs", str(tmp_path)]).model.train()
+    module.log = lambda *_, **__: None
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        {
+            "image": torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=generator),
+            "elements": torch.rand(8, 4, 19, generator=generator),
+            "index": torch.arange(8),
+        }
+        for _ in range(4)
+    ]
+    for batch in batches:
+        module.training_step(batch, 0)
+    norm = batch_norms(module.model.encoder)[0]
+    norm.running_mean.fill_(1e3)
+    module.validate(batches[:1])
+    first = module.model.encoder.trunk[0][0]
+    with torch.no_grad():
+        means = torch.stack([first(unit_images(batch["image"])).mean((0, 2, 3)) for batch in batches[-2:]])
+    torch.testing.assert_close(norm.running_mean, means.mean(0))
+    assert module.training
 
 
 def test_a_run_writes_what_it_promises(finished):
