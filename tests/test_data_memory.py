@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from setpred import InputError
+from setpred.data import dataset
 from setpred.data.datamodule import RenderedScenes, SetDataModule
 from setpred.data.dataset import SetFile
 from setpred.data.rendered import render_file
@@ -130,6 +131,18 @@ def test_a_set_that_does_not_fit_is_refused(files, monkeypatch):
     with pytest.raises(InputError, match=r"31 images of .* take 0.0 GB, but cuda:0 has 0.0 GB free; .*in_memory: true"):
         data.load(torch.device("cuda", 0))
     assert data[0]["image"].device == CPU
+
+
+@pytest.mark.parametrize("device", [None, CPU], ids=str)
+def test_a_set_that_failed_to_load_has_no_images(files, monkeypatch, device):
+    data = SetFile(files[0], in_memory=True)
+    with monkeypatch.context() as damage:
+        damage.setattr(dataset, "read_images", lambda file, index: (_ for _ in ()).throw(OSError("checksum")))
+        with pytest.raises(InputError, match="is damaged"):
+            data.load(device)
+        with pytest.raises(InputError, match="is damaged"):
+            data[0]
+    torch.testing.assert_close(data[0]["image"], SetFile(files[0], in_memory=False)[0]["image"])
 
 
 def test_a_folder_is_refused(tmp_path):

@@ -169,10 +169,11 @@ class SetFile(SetImages):
         shape = (len(self), self.image_size, self.image_size, 3)
         if device.type == "cuda":
             self._check_room(math.prod(shape), device)
-        self._images = torch.empty(shape, dtype=torch.uint8, device=device)
+        images = torch.empty(shape, dtype=torch.uint8, device=device)
         for start in range(0, len(self), BLOCK):  # so that a GPU's set is never whole in the host's memory
             rows = np.arange(start, min(start + BLOCK, len(self)))
-            self._images[start : start + BLOCK] = torch.from_numpy(self._stored(rows))
+            images[start : start + BLOCK] = torch.from_numpy(self._stored(rows))
+        self._images = images  # not before all are there: a block may turn out to be damaged
 
     def _check_room(self, size: int, device: torch.device) -> None:
         free, _ = torch.cuda.mem_get_info(device)
