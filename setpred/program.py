@@ -113,14 +113,14 @@ def export_program(loaded: Checkpoint) -> bytes:
     size, buffer = loaded.image_size, io.BytesIO()
     model = copy.deepcopy(loaded.model).cpu().eval().requires_grad_(False)
     images = torch.randint(256, (1, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    features = model.encode(images)
-    if hasattr(model.decoder, "start"):
-        model.decoder.start = FixedStart(model.decoder.start, features)
-    # the tracer takes equal lengths for one and the same: a batch like no other length
-    others = {*images.shape, *features.shape, *loaded.model(images).shape}
-    batch = next(number for number in itertools.count(3) if number not in others)
-    images = images.expand(batch, -1, -1, -1).clone()
     try:
+        features = model.encode(images)
+        if hasattr(model.decoder, "start"):
+            model.decoder.start = FixedStart(model.decoder.start, features)
+        # the tracer takes equal lengths for one and the same: a batch like no other length
+        others = {*images.shape, *features.shape, *loaded.model(images).shape}
+        batch = next(number for number in itertools.count(3) if number not in others)
+        images = images.expand(batch, -1, -1, -1).clone()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own affairs
             # exactly this class: a subclass may do something else
@@ -129,7 +129,7 @@ def export_program(loaded: Checkpoint) -> bytes:
             torch.export.save(exported, buffer, extra_files={SCHEMA_FILE: json.dumps(loaded.schema.to_dict())})
             buffer.seek(0)
             apart = _difference(loaded.model, torch.export.load(buffer).module(), size)
-    except Exception as error:  # of many kinds: dynamo's, the tracer's, the exporter's
+    except Exception as error:  # of many kinds: dynamo's, the tracer's, the exporter's, those of a start of one's own
         reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
         name = type(model.decoder).__name__
         raise InputError(f"torch {torch.__version__} cannot export this model, with {name}: {reason}") from error

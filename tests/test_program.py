@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from tiny import untrained
+from torch import nn
 
 from setpred.aggregators import FSPool, SetEncoder
 from setpred.checkpoint import Checkpoint, load_checkpoint
@@ -57,6 +58,20 @@ def test_it_refuses_in_a_sentence(tmp_path, capsys):
     # reads a number out of a tensor, which no tracer follows
     loaded.model.decoder.objective.register_forward_hook(lambda part, given, value: value * float(value.detach().sum()))
     with pytest.raises(InputError, match="cannot export this model, with IDSPN: "):
+        export_program(loaded)
+
+
+class StartOfOnesOwn(nn.Module):
+    """Takes something else than a start is given."""
+
+    def forward(self, features):
+        return features.new_zeros(features.shape[0], 4, CLEVR.set_dim)
+
+
+def test_a_start_that_takes_something_else_is_a_sentence(tmp_path):
+    loaded = load_checkpoint(untrained(tmp_path))
+    loaded.model.decoder.start = StartOfOnesOwn()
+    with pytest.raises(InputError, match="cannot export this model, with IDSPN: .*positional arguments"):
         export_program(loaded)
 
 
