@@ -72,6 +72,15 @@ def test_images_of_other_modes_are_converted(tmp_path, mode):
     np.testing.assert_array_equal(load_image(path, 8), np.full((8, 8, 3), 255))
 
 
+@pytest.mark.parametrize(("mode", "ending"), [("I;16", "png"), ("I;16", "tif"), ("I", "tif"), ("F", "tif")])
+def test_images_of_more_than_8_bits_are_refused(tmp_path, mode, ending):
+    """All but black would be white."""
+    path = tmp_path / f"a.{ending}"
+    Image.new(mode, (48, 32), 300).save(path)
+    with pytest.raises(InputError, match=r"^the image .* is grey with more than 8 bits .*; convert it to 8 bits first$"):
+        load_image(path, 8)
+
+
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Three small images with a scene each."""

@@ -151,12 +151,19 @@ def load_image(path: Path, image_size: int, *, advice: str = "unpack CLEVR again
     Source: the published iDSPN recipe (Zhang et al., ICLR 2022, code) resizes so.
 
     Raises:
-        InputError: the file is missing, not an image or cut short.
+        InputError: the file is missing, not an image or cut short; pixels of more than 8 bits.
     """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # Pillow would cut what is above 255 off
+                raise InputError(
+                    f"the image {path} is grey with more than 8 bits a pixel (mode {image.mode}), expected 8 bits; "
+                    "convert it to 8 bits first"
+                )
             image.load()
             resized = image.convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR)
+    except InputError:  # a ValueError, too
+        raise
     except FileNotFoundError as error:
         raise InputError(f"the image {path} is missing; {advice}") from error
     except UnidentifiedImageError as error:
