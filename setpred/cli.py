@@ -144,11 +144,14 @@ def check_fit(cli: TrainCLI) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A jsonargparse namespace as dictionaries and lists."""
-    if hasattr(value, "as_dict"):
-        value = value.as_dict()
+    """A jsonargparse namespace as dictionaries and lists; a schema too, functions and classes as import paths."""
+    for as_dict in ("as_dict", "to_dict"):  # of a namespace, of a schema
+        if hasattr(value, as_dict) and not isinstance(value, type):
+            value = getattr(value, as_dict)()
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
+    if hasattr(value, "__qualname__"):  # as jsonargparse leaves a default that is one
+        return f"{value.__module__}.{value.__qualname__}"
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 

@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tiny import untrained
 
 from setpred import checkpoint
 from setpred.cli import build, check_fit, plain
 from setpred.decoders import IDSPN
 from setpred.encoders import SmallTrunk
 from setpred.inner import Unrolled
+from setpred.schema import CLEVR, ElementSchema
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 COMPARED = sorted((CONFIGS / "compare").glob("*.yaml"))
@@ -129,6 +131,20 @@ def test_a_world_builds_takes_a_step_and_is_scored(path):
     classes = checkpoint.allowed_classes()
     rebuilt = checkpoint.SetPredictor(*(checkpoint.build(record[part], classes) for part in ("encoder", "decoder")))
     rebuilt.load_state_dict(model.model.state_dict())
+
+
+def test_functions_and_classes_are_their_import_paths():
+    assert plain({"a": [plain, ElementSchema], "b": (1, None)}) == {
+        "a": ["setpred.cli.plain", "setpred.schema.ElementSchema"],
+        "b": [1, None],
+    }
+
+
+def test_a_metric_whose_default_is_a_function_leaves_a_checkpoint_that_is_read(tmp_path):
+    path = untrained(tmp_path, "--model.metric=setpred.metrics.AveragePrecision")
+    metric = checkpoint.read_checkpoint(path)[checkpoint.KEY]["settings"]["model"]["metric"]
+    assert metric["init_args"]["protocol"].endswith(".average_precision")
+    assert metric["init_args"]["schema"] == plain(CLEVR)
 
 
 @every_world
