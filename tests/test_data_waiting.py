@@ -1,28 +1,50 @@
 """The share of a training that waits for its data: seen where data are slow, gone where they are there."""
 
 import csv
-import time
+from dataclasses import dataclass
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
+from setpred import callbacks
 from setpred.callbacks import DataWaiting, EpochLines, MetricsFile
+from setpred.data import order
 from setpred.data.order import EpochPermutation, ResumableLoader
 
-PAUSE = 0.02
+
+@dataclass
+class Clock:
+    """In the place of the module `time`: goes only when told to."""
+
+    now: float = 1000.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    monotonic = perf_counter
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(callbacks, "time", clock)
+    monkeypatch.setattr(order, "time", clock)
+    return clock
 
 
 class Numbers(Dataset):
-    def __init__(self, pause: float) -> None:
-        self.pause = pause
+    """Eight, each of which takes so many seconds."""
+
+    def __init__(self, clock: Clock, seconds: float) -> None:
+        self.clock, self.seconds = clock, seconds
 
     def __len__(self) -> int:
         return 8
 
     def __getitem__(self, index: int) -> float:
-        time.sleep(self.pause)
+        self.clock.now += self.seconds
         return float(index)
 
 
@@ -31,24 +53,24 @@ class Model(LightningModule):
 
     monitor = "val_loss"
 
-    def __init__(self, step: float, validation: float = 0.0) -> None:
+    def __init__(self, clock: Clock, step: float, validation: float = 0.0) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.step, self.validation = step, validation
+        self.clock, self.step, self.validation = clock, step, validation
 
     def training_step(self, batch, _):
-        time.sleep(self.step)
+        self.clock.now += self.step
         return self.weight.square().sum() + batch.sum()
 
     def validation_step(self, batch, _):
-        time.sleep(self.validation)
+        self.clock.now += self.validation
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def shares(tmp_path, model, loader, val=None) -> list[str | None]:
-    """What metrics.csv has of it, an epoch each; the first one also starts things."""
+def shares(tmp_path, model, loader, val=None, **options) -> list[str | None]:
+    """What metrics.csv has of it, an epoch each."""
     trainer = Trainer(
         max_epochs=2,
         accelerator="cpu",
@@ -58,43 +80,44 @@ def shares(tmp_path, model, loader, val=None) -> list[str | None]:
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        **options,
     )
     trainer.fit(model, loader, val)
     with (tmp_path / "metrics.csv").open(newline="") as file:
         return [row.get("data_waiting") for row in csv.DictReader(file)]
 
 
-def loader(pause: float) -> ResumableLoader:
-    return ResumableLoader(Numbers(pause), 2, sampler=EpochPermutation(8, seed=0), drop_last=True)
+def loader(clock: Clock, seconds: float) -> ResumableLoader:
+    """Batches of two."""
+    return ResumableLoader(Numbers(clock, seconds), 2, sampler=EpochPermutation(8, seed=0), drop_last=True)
 
 
 @pytest.mark.filterwarnings("ignore")  # Lightning warns about workers and few batches
-def test_a_slow_data_set_is_seen_to_wait_and_an_instant_one_is_not(tmp_path, capsys):
-    slow = shares(tmp_path, Model(step=0.0), loader(PAUSE))
-    assert all(0 < float(share) <= 1 for share in slow)
-    assert float(slow[-1]) > 0.5
-    assert "of the training waits for data)" in capsys.readouterr().out
-    instant = shares(tmp_path, Model(step=2 * PAUSE), loader(0.0))
-    assert all(0 <= float(share) <= 1 for share in instant)
-    assert float(instant[-1]) < 0.5
+@pytest.mark.parametrize(("reading", "step", "share"), [(3, 2, 0.75), (1, 6, 0.25), (0, 1, 0.0), (1, 0, 1.0)])
+def test_the_share_is_that_of_reading(tmp_path, capsys, clock, reading, step, share):
+    """Batches of two: 2 reading / (2 reading + step)."""
+    found = shares(tmp_path, Model(clock, step), loader(clock, reading))
+    assert [float(value) for value in found] == pytest.approx([share, share])
+    assert ("of the training waits for data)" in capsys.readouterr().out) == (share > 0)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_validation_is_neither_waiting_nor_training(tmp_path):
-    """A slow one changes nothing: as training it would bring the share under a half."""
-    slow = Model(step=0.0, validation=20 * PAUSE)
-    assert float(shares(tmp_path, slow, loader(PAUSE), DataLoader(torch.zeros(2)))[-1]) > 0.5
+def test_validation_is_neither_waiting_nor_training(tmp_path, clock):
+    """A slow one changes nothing, between epochs or within one."""
+    val = DataLoader(torch.zeros(2))
+    for within in ({}, {"val_check_interval": 2}):
+        found = shares(tmp_path, Model(clock, step=2, validation=1000), loader(clock, 3), val, **within)
+        assert [float(value) for value in found] == pytest.approx([0.75, 0.75])
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_loader_that_does_not_tell_is_not_timed(tmp_path):
-    assert shares(tmp_path, Model(step=0.0), DataLoader(Numbers(0.0), 2)) == [None, None]
+def test_a_loader_that_does_not_tell_is_not_timed(tmp_path, clock):
+    assert shares(tmp_path, Model(clock, step=1), DataLoader(Numbers(clock, 1), 2)) == [None, None]
 
 
-def test_a_loader_tells_when_it_was_asked():
-    batches, before = loader(0.0), time.perf_counter()
-    asked = []
+def test_a_loader_tells_when_it_was_asked(clock):
+    batches, asked = loader(clock, 3), []
     for _ in batches:
-        asked.append(batches.asked)
-    assert asked == sorted(asked)
-    assert before < asked[0] < asked[-1] < time.perf_counter()
+        asked.append(batches.asked - 1000)
+        clock.now += 100
+    assert asked == [0, 106, 212, 318]
