@@ -2,7 +2,10 @@
 
 import json
 import math
+import subprocess
+import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from benchmarks.topics import EXTRAS, TOPICS, measure
 from setpred.errors import InputError
 from setpred.inner import compiled
 
+ROOT = Path(__file__).resolve().parents[1]
 GROWTH = {"base": {"batch": 8, "set_size": 10, "set_dim": 19, "iterations": 5}, "threads": 1}
 GROWTH |= {"curves": {axis: [(8, 1.0), (16, 2.0), (32, 4.0)] for axis in growth.AXES}}
 
@@ -42,11 +46,16 @@ def test_every_topic_gives_rows(topic):
 
 
 def test_memory_grows_where_every_step_is_kept():
-    found = {way: memory.growths(way, decoder.QUICK) for way in memory.WAYS}
-    for way, mib in found.items():
-        assert len(mib) == len(memory.ITERATIONS)
-        assert all(math.isfinite(value) and value >= 0 for value in mib)
-        assert mib == sorted(mib), way
+    """In a process of its own, whose memory no other test has enlarged."""
+    code = (
+        f"from benchmarks.memory import *; print([growths(way, decoder.QUICK) for way in {['implicit', 'unrolled']}])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    implicit, unrolled = json.loads(done.stdout)
+    assert len(implicit) == len(unrolled) == len(memory.ITERATIONS)
+    assert all(math.isfinite(mib) and mib >= 0 for mib in implicit + unrolled)
+    assert unrolled[-1] - unrolled[0] > 10  # it is 27, of the implicit one under 1
+    assert unrolled[-1] > 4 * implicit[-1]
     lines = [{"way": w, "name": n, "iterations": [1, 10], "mib": [1.0, 20.0]} for w, n in memory.WAYS.items()]
     assert "| iDSPN, ours " in memory.markdown(lines)
 
