@@ -167,7 +167,8 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
     """Runs the command with these arguments (`sys.argv` unless given).
 
     Raises:
-        InputError: bad checkpoint, images or options; nothing has been written then.
+        InputError: bad checkpoint, images or options, and nothing has been written then; a figure that cannot be
+            drawn or written, and the sentence says that the predictions are.
     """
     options = parser().parse_args(arguments)
     for name, least in {"batch_size": 1, "iterations": 0, "threads": 1, "shown": 1}.items():
@@ -178,6 +179,10 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
     schema = loaded.schema
     if options.figures is not None and not has_world(schema):
         raise InputError(f"--figures: schema {schema.name!r} has no 'coords' of three numbers to draw by; leave it out")
+    if os.path.isdir(options.out):
+        raise InputError(f"--out {options.out}: expected the name of a file, but it is a folder; choose another name")
+    if options.figures is not None and (options.figures == options.out or os.path.isfile(options.figures)):
+        raise InputError(f"--figures {options.figures}: expected a folder, but it is a file; choose another name")
     paths = find_images(options.images)
     kept: list[Prediction] = []
 
@@ -203,12 +208,15 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
     start = time.perf_counter()
     tally = write_predictions(options.out, noted(), decode)
     rate = tally.predicted / (time.perf_counter() - start)
-    for number, (image, elements) in enumerate(kept):
-        path = make_folder(options.figures) / f"{number:03d}-{Path(image).stem}.png"
-        picture = load_image(Path(image), DRAWN_SIZE, advice="it was there a moment ago")
-        draw_outlined_image(
-            path, picture, decode(elements), schema=schema, about=os.fsencode(image).decode(errors="replace")
-        )
+    try:
+        for number, (image, elements) in enumerate(kept):
+            path = make_folder(options.figures) / f"{number:03d}-{Path(image).stem}.png"
+            picture = load_image(Path(image), DRAWN_SIZE, advice="it was there a moment ago")
+            draw_outlined_image(
+                path, picture, decode(elements), schema=schema, about=os.fsencode(image).decode(errors="replace")
+            )
+    except InputError as error:
+        raise InputError(f"{error}; the predictions are in {options.out} all the same") from error
     skipped = f", {tally.skipped:,} broken ones skipped" if options.skip_broken else ""
     print(f"{options.out}: {tally.predicted:,} images, {rate:.4g} a second{skipped}")
     return tally
@@ -222,7 +230,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted; the file of predictions is whole, or as it was before", file=sys.stderr)
         return 130
     return 0
 

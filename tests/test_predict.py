@@ -192,6 +192,32 @@ def test_pictures_of_the_first_ones(checkpoint, broken, tmp_path):
         assert picture.size[0] > 800
 
 
+def test_places_that_cannot_be_written_to_are_refused_before_predicting(checkpoint, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "predict", lambda *_, **__: pytest.fail("it predicts"))
+    out, taken = tmp_path / "p.json", tmp_path / "taken"
+    taken.write_text("from before")
+    for where, match in (
+        (["--out", str(tmp_path)], "--out .*: expected the name of a file, but it is a folder"),
+        (["--out", str(out), "--figures", str(taken)], "--figures .*: expected a folder, but it is a file"),
+        (["--out", str(out), "--figures", str(out)], "--figures .*: expected a folder, but it is a file"),
+    ):
+        with pytest.raises(InputError, match=match):
+            run([str(checkpoint), str(folder), *where])
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_figures_that_fail_say_that_the_predictions_are_there(checkpoint, folder, tmp_path, monkeypatch):
+    out = tmp_path / "p.json"
+
+    def full(*_, **__):
+        raise InputError("the disk is full")
+
+    monkeypatch.setattr(command, "draw_outlined_image", full)
+    with pytest.raises(InputError, match=r"the disk is full; the predictions are in .*p\.json"):
+        run([str(checkpoint), str(folder), "--out", str(out), "--figures", str(tmp_path / "f")])
+    assert len(json.loads(out.read_text())) == 7
+
+
 @pytest.mark.parametrize("option", ["--batch-size=0", "--iterations=-1", "--threads=0", "--shown=0"])
 def test_impossible_numbers_are_refused(checkpoint, folder, tmp_path, option):
     with pytest.raises(InputError, match=f"{option.split('=')[0]}: expected at least"):
@@ -205,4 +231,5 @@ def test_errors_are_one_sentence_and_status_2(checkpoint, folder, tmp_path, monk
     monkeypatch.setattr(sys, "argv", ["predict", str(checkpoint), str(folder), "--out", str(tmp_path / "p")])
     monkeypatch.setattr(command, "run", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main() == 130
+    assert "nothing was written" not in capsys.readouterr().err  # it may have drawn already
     assert not (tmp_path / "p").exists()
