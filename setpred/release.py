@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def export(
         What was written.
 
     Raises:
-        InputError: see `load_checkpoint`; a name of another ending, a file too large, a disk that does not take it.
+        InputError: see `load_checkpoint`; a name of another ending, a file too large, a disk that does not take it, a
+            NAME.yaml of somebody else's. Only where NAME.yaml cannot be written, something has been.
     """
     out = Path(out)
     if out.suffix != SUFFIX:
@@ -59,12 +61,33 @@ def export(
             "allow more with --megabytes"
         )
     configuration = _configuration(Path(checkpoint).parent / BESIDE)
+    beside, title = out.with_suffix(".yaml"), f"# What {out.name} was trained with.\n"
+    if configuration is not None and os.path.lexists(beside) and not _begins(beside, title):
+        raise InputError(f"{beside} is not of an earlier release and would be overwritten; choose another --out")
     written = [out]
     write_atomically(out, packed)
     if configuration is not None:
-        written.append(out.with_suffix(".yaml"))
-        write_atomically(written[-1], f"# What {out.name} was trained with.\n{configuration}")
+        written.append(beside)
+        with _after([out]):
+            write_atomically(beside, title + configuration)
     return written
+
+
+def _begins(path: Path, title: str) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(title.encode())) == title.encode()
+    except OSError:  # a folder, or not for us to read
+        return False
+
+
+@contextmanager
+def _after(written: Sequence[Path]) -> Iterator[None]:
+    """An error of the block says what had been written before."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError("; ".join([str(error), *(f"{path} was written" for path in written)])) from error
 
 
 def portable(value: Any) -> Any:
@@ -139,13 +162,16 @@ def run(options: argparse.Namespace) -> list[Path]:
         raise InputError("nothing to write; give --out NAME.safetensors or --export NAME.pt2")
     if options.export is not None and options.export.suffix != PROGRAM_SUFFIX:
         raise InputError(f"--export {options.export}: expected a name that ends in {PROGRAM_SUFFIX}")
-    written = []
-    if options.out is not None:
-        written += export(options.checkpoint, options.out, megabytes=options.megabytes, allow=options.allow)
-    if options.export is not None:
+    written, program = [], None
+    if options.export is not None:  # first, since it may fail, and nothing is written then
         loaded = load_checkpoint(options.checkpoint, allow=options.allow)
         loaded.require_images(options.checkpoint)
-        write_atomically(options.export, export_program(loaded))
+        program = export_program(loaded)
+    if options.out is not None:
+        written += export(options.checkpoint, options.out, megabytes=options.megabytes, allow=options.allow)
+    if program is not None:
+        with _after(written):
+            write_atomically(options.export, program)
         written.append(options.export)
     return written
 

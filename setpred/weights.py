@@ -39,9 +39,19 @@ def halved(value: Tensor) -> Tensor:
 
 
 def pack(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> bytes:
-    """The content of a file: every tensor `halved`, and the record (plain types) as JSON in the metadata."""
+    """The content of a file: every tensor `halved`, and the record (plain types) as JSON in the metadata.
+
+    Raises:
+        InputError: a record with numbers that are not finite, which JSON does not have.
+    """
+    try:
+        text = json.dumps(record, allow_nan=False)
+    except ValueError as error:
+        raise InputError(
+            f"the checkpoint's settings hold a number that is not finite ({error}), expected finite ones as a release "
+            "keeps them; train with a large number instead, or publish the .ckpt"
+        ) from error
     stored = {name: halved(value) for name, value in tensors.items()}
-    text = json.dumps(record, allow_nan=False)
     return save(stored, {"format": "pt", RECORD: text, DIGEST: _digest(text, stored)})
 
 

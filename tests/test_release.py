@@ -11,6 +11,7 @@ from tiny import untrained
 from torch import nn
 
 from setpred import cli
+from setpred import release as release_command
 from setpred.check import check
 from setpred.checkpoint import KEY, load_checkpoint, read_checkpoint, save_whole
 from setpred.data.rendered import render_file
@@ -271,6 +272,45 @@ def test_releases_that_do_not_fit_are_refused(release, tmp_path, what, message):
 
     with pytest.raises(InputError, match=message):
         load_checkpoint(repacked(release, tmp_path, change))
+
+
+def test_a_yaml_of_somebody_else_is_not_overwritten(checkpoint, tmp_path):
+    out, beside = tmp_path / "tiny.safetensors", tmp_path / "tiny.yaml"
+    beside.write_text("# mine\n")
+    with pytest.raises(InputError, match=r"tiny\.yaml is not of an earlier release"):
+        export(checkpoint, out)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
+    assert beside.read_text() == "# mine\n"
+    beside.unlink()
+    assert export(checkpoint, out) == export(checkpoint, out) == [out, beside]
+
+
+def test_an_export_that_fails_leaves_nothing_or_says_what(checkpoint, tmp_path, monkeypatch, capsys):
+    out, taken = tmp_path / "tiny.safetensors", tmp_path / "taken.pt2"
+    taken.mkdir()
+    arguments = [str(checkpoint), "--out", str(out), "--export", str(taken)]
+
+    def fails(loaded):
+        raise InputError("cannot export")
+
+    monkeypatch.setattr(release_command, "export_program", fails)
+    assert main(arguments) == 2
+    assert not out.exists()
+    monkeypatch.setattr(release_command, "export_program", lambda loaded: b"program")
+    assert main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert "a folder has this name" in printed
+    assert f"{out} was written" in printed
+    assert out.exists()
+
+
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_settings_that_are_not_finite_are_a_sentence(checkpoint, tmp_path, number):
+    content = torch.load(checkpoint, weights_only=True)
+    content[KEY]["settings"]["model"]["clip"] = number
+    save_whole(content, tmp_path / "endless.ckpt")
+    with pytest.raises(InputError, match="settings hold a number that is not finite"):
+        export(tmp_path / "endless.ckpt", tmp_path / "endless.safetensors")
 
 
 def test_own_parts_need_a_name(release, checkpoint, tmp_path):
