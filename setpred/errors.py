@@ -1,4 +1,4 @@
-"""The one error type for what a user can mend."""
+"""The one error type for what a user can mend, and what others' errors say."""
 
 
 class InputError(ValueError):
@@ -8,3 +8,13 @@ class InputError(ValueError):
     and exit with status 2; library users catch it as a `ValueError`. Broken invariants of our own stay
     `assert`, and wrong tensor shapes stay plain `ValueError`.
     """
+
+
+def reason(error: BaseException) -> str:
+    """What an error of somebody else's says first, in one line.
+
+    >>> reason(RuntimeError("backend='inductor' raised:\\nNo working C++ compiler found"))
+    'No working C++ compiler found'
+    """
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if line and not line.endswith(":")), type(error).__name__)

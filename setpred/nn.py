@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -59,14 +59,13 @@ def batch_norms(module: nn.Module) -> list[_BatchNorm]:
 
 
 @contextmanager
-def estimating_statistics(module: nn.Module) -> Iterator[None]:
-    """Within, running statistics of batch normalisation are the mean over the forward passes, which are made here.
+def estimating_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Within, their running statistics are the mean over the forward passes; at least one must be made.
 
     Running averages of a training trail behind its weights: while the learning rate is high, a model is worse in
     evaluation than in training for that alone. All of them anew, under the weights as they are, is the remedy (precise
     batch normalisation; Wu and Johnson, "Rethinking Batch in BatchNorm", 2021). Nothing else goes into training mode.
     """
-    norms = batch_norms(module)
     before = [(norm.momentum, norm.training, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from setpred.checkpoint import Checkpoint
 from setpred.decoders import IDSPN
-from setpred.errors import InputError
+from setpred.errors import InputError, reason
 from setpred.inner import Problem
 from setpred.inner.descent import State
 from setpred.inner.differentiation import inner_gradient
@@ -130,9 +130,8 @@ def export_program(loaded: Checkpoint) -> bytes:
             buffer.seek(0)
             apart = _difference(loaded.model, torch.export.load(buffer).module(), size)
     except Exception as error:  # of many kinds: dynamo's, the tracer's, the exporter's, those of a start of one's own
-        reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
         name = type(model.decoder).__name__
-        raise InputError(f"torch {torch.__version__} cannot export this model, with {name}: {reason}") from error
+        raise InputError(f"torch {torch.__version__} cannot export this model, with {name}: {reason(error)}") from error
     if not apart <= LARGEST_ERROR:
         raise InputError(f"the exported program differs from the model by {apart:.2g}; use the checkpoint instead")
     return buffer.getvalue()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from setpred.schema import CLEVR, ElementSchema
 from setpred.sets import check_set
 
 SCHEMAS: dict[str, ElementSchema] = {CLEVR.name: CLEVR}
-STATISTICS_IMAGES = 2048  # of the epoch's last batches, over which statistics for validation are taken
+STATISTICS_IMAGES = 1024  # over which batch statistics for validation are taken
 
 
 class SetPrediction(pl.LightningModule):
@@ -34,9 +32,9 @@ class SetPrediction(pl.LightningModule):
     Batches are dictionaries with `image` uint8 `[batch, 3, H, W]`, or `input` `[batch, n, in_dim]` and perhaps
     `input_mask` bool `[batch, n]`; the target `elements [batch, set_size, set_dim]`; and `index [batch]`. The
     randomness of a training step is a function of (seed, step) alone, so that a resumed run repeats the undisturbed
-    one. Before each validation the encoder's running statistics of batch normalisation are estimated anew, over the
-    last training batches; see `setpred.nn.estimating_statistics`. Logs `train_loss`, `val_loss` and `val_<name>` of
-    every number of the metric.
+    one. Before each validation the encoder's statistics of batch normalisation are estimated anew, over the first
+    training images, if the data module has `statistics_batches`; see `setpred.nn.estimating_statistics`. Logs
+    `train_loss`, `val_loss` and `val_<name>` of every number of the metric.
 
     Args:
         encoder: image, or set, to features.
@@ -83,7 +81,8 @@ class SetPrediction(pl.LightningModule):
         self.schedule = Constant() if schedule is None else schedule
         self.iterations_by_epoch = iterations_by_epoch
         self._batch: dict[str, Tensor] = {}
-        self._recent: deque[dict[str, Tensor]] = deque()  # the last training batches
+        self._trained_norms: list[nn.Module] = []  # of the encoder
+        self._statistics_images: list[Tensor] | None = None
         self.seed = 0  # the command line sets it to seed_everything
         self.model_config: dict[str, Any] | None = None  # encoder and decoder as plain types, for checkpoints
         self.data_description: dict[str, Any] = {}  # the validation data's path, split and image size
@@ -100,8 +99,12 @@ class SetPrediction(pl.LightningModule):
         reached = [epoch for epoch in self.iterations_by_epoch or {} if epoch <= self.current_epoch]
         return self.iterations_by_epoch[max(reached)] if reached else None
 
-    def on_train_epoch_start(self) -> None:
-        self._recent.clear()  # a resumed run does not know the batches of the epoch before
+    def on_train_start(self) -> None:
+        self._note_norms()  # a run resumed at the end of an epoch validates first
+
+    def _note_norms(self) -> None:
+        """Which batch normalisations train: not those held fixed, in evaluation mode all along."""
+        self._trained_norms = [norm for norm in batch_norms(self.model.encoder) if norm.training]
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         # set from (step, epoch) each time, not by a stateful scheduler: nothing to restore, nothing to drift
@@ -113,36 +116,27 @@ class SetPrediction(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         self._batch = batch
-        self._remember(batch)
+        self._note_norms()
         losses, _ = self._predict(batch, iterations=self.training_iterations())
         loss = losses.mean()
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(losses))
         return loss
 
-    def _remember(self, batch: dict[str, Tensor]) -> None:
-        """Keeps the epoch's last batches with `STATISTICS_IMAGES` images in all, if anything needs them."""
-        if not batch_norms(self.model.encoder):
-            return
-        self._recent.append(batch)
-        while len(self._recent) > max(1, STATISTICS_IMAGES // len(batch["index"])):
-            self._recent.popleft()
-
     @torch.no_grad()
     def _estimate_statistics(self) -> None:
-        if not self._recent:  # a validation without training
+        """While training: the batch statistics of the present weights, over the same images in every process."""
+        data = self._trainer and getattr(self.trainer, "datamodule", None)
+        if not self._trained_norms or not hasattr(data, "statistics_batches") or self.trainer.state.fn != "fit":
             return
-        trainer = self._trainer
-        with (
-            nullcontext() if trainer is None else trainer.precision_plugin.forward_context(),
-            estimating_statistics(self.model.encoder),
-        ):
-            for batch in self._recent:
-                inputs = batch["image"] if "image" in batch else batch["input"]
-                self.model.encode(inputs, batch.get("input_mask"))
-        if trainer is not None:  # each process has seen other images
-            for norm in batch_norms(self.model.encoder):
-                for statistic in (norm.running_mean, norm.running_var):
-                    statistic.copy_(trainer.strategy.reduce(statistic, reduce_op="mean"))
+        if self._statistics_images is None:  # kept, for streamed ones have to be drawn
+            batches = data.statistics_batches(STATISTICS_IMAGES)
+            self._statistics_images = [self.trainer.strategy.batch_to_device(batch)["image"] for batch in batches]
+        with self.trainer.precision_plugin.forward_context(), estimating_statistics(self._trained_norms):
+            for images in self._statistics_images:
+                self.model.encode(images)
+
+    def on_fit_end(self) -> None:
+        self._statistics_images = None
 
     def on_validation_start(self) -> None:
         self._estimate_statistics()
@@ -157,9 +151,9 @@ class SetPrediction(pl.LightningModule):
     def validate(self, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """The same numbers as a validation by the trainer logs, at any moment and by themselves."""
         was_training = self.training
-        self._estimate_statistics()
         self.eval()
         try:
+            self._estimate_statistics()
             with torch.no_grad():
                 losses = [self._score({name: value.to(self.device) for name, value in b.items()}) for b in batches]
             return {"val_loss": float(torch.cat(losses).mean())} | {n: float(v) for n, v in self._scores().items()}

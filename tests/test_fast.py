@@ -210,6 +210,49 @@ def test_a_whole_descent_is_one_graph(kind):
         torch.testing.assert_close(traced(decoder)(latent), decoder(latent), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which torch.compile looks at
+@pytest.mark.parametrize("differentiation", [Implicit(), Unrolled(last=2)], ids=["implicit", "truncated"])
+def test_gradients_of_who_compiles_the_model(differentiation):
+    """Those of the model as it is written: steps that carry no gradients carry none in one graph either."""
+    torch.manual_seed(0)
+    descent = GradientDescent(iterations=4, momentum=0.9, clip=1.0)
+    shape = {"set_size": SMALL.set_size, "set_dim": SMALL.set_dim}
+    start = LearnedStart(SMALL.set_size, SMALL.set_dim)
+    decoder = IDSPN(objective_of("fspool", SMALL), descent, differentiation, start=start, **shape).double()
+    latent = torch.randn(SMALL.batch, SMALL.width, dtype=torch.float64, requires_grad=True)
+    found = []
+    for model in (decoder, torch.compile(decoder, backend="eager")):
+        elements = model(latent)
+        wanted = [latent, *decoder.objective.parameters()]
+        found.append([elements, *torch.autograd.grad(elements.square().sum(), wanted)])
+    assert_same(found[1], found[0], tolerance=1e-11)
+
+
+def test_a_descent_in_one_graph_stays_in_full_precision():
+    torch.manual_seed(0)
+    start = LearnedStart(SMALL.set_size, SMALL.set_dim)
+    shape = {"set_size": SMALL.set_size, "set_dim": SMALL.set_dim}
+    decoder = IDSPN(objective_of("fspool", SMALL), GradientDescent(iterations=4), start=start, **shape)
+    latent = torch.randn(SMALL.batch, SMALL.width)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(traced(decoder)(latent), decoder(latent))
+
+
+@pytest.mark.usefixtures("quickly_compiled")
+def test_many_batch_sizes_and_both_modes_are_compiled(recwarn):
+    """A warning would say that compiling was given up."""
+    torch.manual_seed(0)
+    objective = objective_of("fspool", SMALL)
+    shape = {"set_size": SMALL.set_size, "set_dim": SMALL.set_dim}
+    plain, other = decoders(objective, GradientDescent(iterations=2, momentum=0.9), **shape)
+    for batch in range(1, 12):
+        latent, index = torch.randn(batch, SMALL.width, dtype=torch.float64), torch.arange(batch)
+        assert_same(other(latent, index=index), plain(latent, index=index), tolerance=1e-11)
+        with torch.no_grad():
+            assert_same(other(latent, index=index), plain(latent, index=index), tolerance=1e-11)
+    assert not [warning for warning in recwarn if "uncompiled" in str(warning.message)]
+
+
 class Untraceable(nn.Module):
     """An objective that looks at numbers, which a graph cannot."""
 

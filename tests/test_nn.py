@@ -56,7 +56,7 @@ def test_estimated_statistics_are_the_mean_over_the_batches_and_nothing_else_cha
     network[1].num_batches_tracked.fill_(7)
     batches = torch.randn(5, 8, 3, 6, 6, dtype=torch.float64)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    with torch.no_grad(), estimating_statistics(network):
+    with torch.no_grad(), estimating_statistics(batch_norms(network)):
         assert not network[2].training  # no dropout
         for batch in batches:
             network(batch)

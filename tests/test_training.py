@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import json
 import os
 import shutil
 import signal
@@ -17,6 +18,7 @@ from tiny import CONFIG, run
 from setpred import files
 from setpred.checkpoint import load_checkpoint, read_checkpoint
 from setpred.cli import build, train
+from setpred.data.dataset import open_data
 from setpred.errors import InputError
 from setpred.evaluation import evaluate
 from setpred.losses import HungarianLoss
@@ -42,31 +44,46 @@ def finished(tmp_path_factory, tiny_data):
     return run(tmp_path_factory.mktemp("finished"), data=tiny_data)
 
 
-def test_validation_takes_statistics_of_the_last_batches_under_the_present_weights(tmp_path, monkeypatch):
-    """Not the running ones, which trail behind; and they leave the training as it is."""
-    (tmp_path / "tiny.yaml").write_text(CONFIG)
-    monkeypatch.setattr("setpred.training.STATISTICS_IMAGES", 16)
-    module = build(["--config", str(tmp_path / "tiny.yaml"), "--runs", str(tmp_path)]).model.train()
-    module.log = lambda *_, **__: None
-    generator = torch.Generator().manual_seed(0)
-    batches = [
-        {
-            "image": torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8, generator=generator),
-            "elements": torch.rand(8, 4, 19, generator=generator),
-            "index": torch.arange(8),
-        }
-        for _ in range(4)
-    ]
-    for batch in batches:
-        module.training_step(batch, 0)
-    norm = batch_norms(module.model.encoder)[0]
-    norm.running_mean.fill_(1e3)
-    module.validate(batches[:1])
-    first = module.model.encoder.trunk[0][0]
+def test_checkpoints_have_statistics_of_their_own_weights(finished, tiny_data):
+    """Not running averages, which trail behind the weights."""
+    encoder = load_checkpoint(finished / "last.ckpt").model.encoder
+    (file,) = tiny_data.glob("*-40.h5")
+    images = unit_images(open_data(file, image_size=16).__getitems__(range(40))["image"])
     with torch.no_grad():
-        means = torch.stack([first(unit_images(batch["image"])).mean((0, 2, 3)) for batch in batches[-2:]])
-    torch.testing.assert_close(norm.running_mean, means.mean(0))
-    assert module.training
+        maps = encoder.trunk[0][0](images).unflatten(0, (5, 8)).transpose(1, 2).flatten(2)  # of each batch of 8
+    (norm, *_) = batch_norms(encoder)
+    torch.testing.assert_close(norm.running_mean, maps.mean((0, 2)))
+    torch.testing.assert_close(norm.running_var, maps.var(2).mean(0))
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+def test_a_resume_within_an_epoch_ends_in_the_same_weights(finished, tmp_path, tiny_data):
+    """And in the same statistics and validation."""
+    saving = {"dirpath": str(tmp_path / "steps"), "filename": "{step}", "every_n_train_steps": 1, "save_top_k": -1}
+    path = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": saving}
+    whole = run(tmp_path / "whole", f"--trainer.callbacks+={json.dumps(path)}", data=tiny_data)
+    assert all(
+        torch.equal(value, weights(finished / "last.ckpt")[name])
+        for name, value in weights(whole / "last.ckpt").items()
+    )
+    for step in (3, 5):  # within an epoch, and at its end, before the validation
+        resumed = run(tmp_path / f"from-{step}", f"--resume={tmp_path}/steps/step={step}.ckpt", data=tiny_data)
+        ours, theirs = weights(resumed / "last.ckpt"), weights(whole / "last.ckpt")
+        assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+        assert rows(resumed)[-1]["val_loss"] == rows(whole)[-1]["val_loss"]
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
+def test_statistics_that_are_held_fixed_stay(tmp_path, tiny_data):
+    """Of a part that its owner keeps in evaluation mode while training."""
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    options = ["--config", str(tmp_path / "tiny.yaml"), "--runs", str(tmp_path), "--trainer.max_epochs", "1"]
+    cli = build([*options, f"--data.init_args.folder={tiny_data}", "--trainer.logger", "false"])
+    cli.model.model.encoder.trunk.eval()
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    first, *_, last = batch_norms(cli.model.model.encoder)
+    assert torch.equal(first.running_mean, torch.zeros(4))
+    assert not torch.equal(last.running_mean, torch.zeros_like(last.running_mean))
 
 
 def test_a_run_writes_what_it_promises(finished):

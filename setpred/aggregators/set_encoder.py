@@ -71,7 +71,8 @@ class PairwiseSetEncoder(Aggregator):
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
         pair_mask = None if mask is None else (mask.unsqueeze(2) & mask.unsqueeze(1)).flatten(1, 2)
-        if isinstance(self.set_encoder, SetEncoder) and self.set_encoder.kept == 0:
+        # exactly this class: another may pool what it likes
+        if type(self.set_encoder) is SetEncoder and self.set_encoder.kept == 0:
             return self.set_encoder.aggregator(self._pair_features(masked_fill(elements, mask, 0.0)), pair_mask)
         size = elements.shape[1]
         first = elements.unsqueeze(2).expand(-1, -1, size, -1)

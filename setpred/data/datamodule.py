@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -98,6 +99,13 @@ class SetDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         assert self.val_data is not None, "setup comes first"
         return DataLoader(self.val_data, self.eval_batch_size, **self._reading(self.val_data))
+
+    def statistics_batches(self, images: int) -> Iterator[dict[str, Any]]:
+        """The first training examples, at most so many, in whole batches: the same ones whenever it is asked."""
+        assert self.train_data is not None, "setup('fit') comes first"
+        last = min(images, len(self.train_data)) - self.batch_size
+        for first in range(0, max(last, 0) + 1, self.batch_size):
+            yield self.train_data.__getitems__(range(first, first + self.batch_size))
 
     def _open(self, path: str, split: str, images: int | None) -> SetFile | ClevrImages:
         data = open_data(

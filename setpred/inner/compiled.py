@@ -8,12 +8,15 @@ import weakref
 from collections.abc import Callable
 
 import torch
+import torch._dynamo as dynamo
 from torch import Tensor, nn
 
+from setpred.errors import reason
 from setpred.inner.descent import GradientDescent, State
 from setpred.inner.differentiation import functional_step, plain_step, refuse_inference_mode
 from setpred.inner.objectives import Problem
 
+MOST_SIZES = 64  # that are compiled
 _uncompilable: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # objectives that are not tried again
 
 
@@ -24,8 +27,8 @@ class CompiledEnergy:
     is a few passes over memory. The energy itself stays as it is written, and with it all steps that carry gradients:
     the last one of `Implicit`, the last k of `Unrolled(last=k)`, every one of `Unrolled()`.
 
-    Compiling happens at the first step, takes some seconds, and serves all objectives of the same parts and sizes; a
-    second batch size compiles once more, for all others. Where it fails, for want of a C++ compiler or because the
+    Compiling happens at the first step, takes some seconds to a minute, and serves all objectives of the same parts and
+    sizes; each further batch size compiles once more. Where it fails, for want of a C++ compiler or because the
     objective cannot be traced, one warning says so and the objective's steps are taken as they are written.
 
     On a GPU the graph is recorded and replayed (`mode="reduce-overhead"`), since launches are most of the time there;
@@ -38,6 +41,9 @@ class CompiledEnergy:
 
     def __init__(self, objective: nn.Module, problem: Problem) -> None:
         self.objective, self.problem = objective, problem
+        # as constants: with and without gradients is one graph, and memory that a GPU's graphs reuse is not read later
+        given = (problem.latent, problem.initial, problem.mask, problem.condition)
+        self.given = Problem(*(None if part is None else part.detach().clone() for part in given))
 
     def __call__(self, elements: Tensor) -> Tensor:
         return self.objective(elements, self.problem)
@@ -51,8 +57,7 @@ class CompiledEnergy:
         except Exception as error:
             after = plain_step(self, state, descent)  # raises what is wrong with the problem itself
             _uncompilable.add(self.objective)
-            reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
-            warnings.warn(f"the descent goes on uncompiled, since compiling it failed: {reason}", stacklevel=2)
+            warnings.warn(f"the descent goes on uncompiled, since compiling it failed: {reason(error)}", stacklevel=2)
             return after
 
     def _compiled_step(self, state: State, descent: GradientDescent) -> State:
@@ -63,15 +68,22 @@ class CompiledEnergy:
         if replayed:
             torch.compiler.cudagraph_mark_step_begin()
         # in full precision, as every descent
-        with torch.no_grad(), torch.autocast(state.iterate.device.type, enabled=False):
-            after = _compiled(replayed)(self.objective, descent, self.problem, state.iterate.detach(), velocity)
+        with (
+            torch.no_grad(),
+            torch.autocast(state.iterate.device.type, enabled=False),
+            # by itself, torch would give up at the ninth batch size, and always inside DistributedDataParallel
+            dynamo.config.patch(recompile_limit=MOST_SIZES, optimize_ddp=False),
+        ):
+            iterate = state.iterate.detach().contiguous()
+            after = _compiled(replayed)(self.objective, descent, self.given, iterate, velocity.contiguous())
         # the next replay writes over what this one returned
         return State(*(None if part is None else part.clone() for part in after)) if replayed else after
 
 
 @functools.cache
 def _compiled(replayed: bool) -> Callable[..., State]:
-    return torch.compile(_step, fullgraph=True, mode="reduce-overhead" if replayed else None)
+    # of fixed sizes: a linear layer of sets inside torch.func.grad fixes them anyway
+    return torch.compile(_step, fullgraph=True, dynamic=False, mode="reduce-overhead" if replayed else None)
 
 
 def _step(objective: nn.Module, descent: GradientDescent, problem: Problem, iterate: Tensor, velocity: Tensor) -> State:

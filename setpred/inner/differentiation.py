@@ -56,7 +56,8 @@ def free_step(energy: Energy, state: State, descent: GradientDescent) -> State:
     Where the user compiles or exports the whole model, the functional one.
     """
     if torch.compiler.is_compiling():
-        return functional_step(energy, state, descent)
+        with torch.no_grad(), torch.autocast(state.iterate.device.type, enabled=False):
+            return functional_step(energy, State(state.iterate.detach(), state.velocity), descent)
     step = getattr(energy, "step", None)
     return plain_step(energy, state, descent) if step is None else step(state, descent)
 
