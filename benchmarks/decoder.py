@@ -150,44 +150,52 @@ def ways_of(kind: str, sizes: Sizes, *, device: str = "cpu") -> dict[str, Callab
 # --- measuring ------------------------------------------------------------------------------------------------------
 
 
-def measured(kind: str, sizes: Sizes, device: str) -> tuple[Row, list[float]]:
-    """The row of this kind, and the seconds of its compiled way."""
+def measured(kind: str, sizes: Sizes, device: str) -> Row:
+    """Plain, written and compiled in turns."""
     ways = ways_of(kind, sizes, device=device)
     first = seconds(ways["compiled"], device)
     taken = in_turns(ways, sizes.turns, device)
     written, _ = ratio_of(taken["plain"], taken["written"])
     # products of the sizes that nearly all of them have
     floor = flops(ways["plain"]) / peak_flops(sizes.batch * sizes.set_size, sizes.width, device)
-    row = compared(
+    return compared(
         f"decoder, {kind}, {sizes.batch} x {sizes.set_size} x {sizes.set_dim}, width {sizes.width}, "
         f"{sizes.iterations} iterations, forward and backward",
-        f"decoder_{kind}_{'gpu' if device == 'cuda' else 'cpu'}",
+        f"decoder_{kind}_{label(device)}",
         taken["plain"],
         taken["compiled"],
         floor_ms=1e3 * floor,
         note=f"compiled; as written {written:.2f}x; the first compiled call takes {first:.0f} s",
     )
-    return row, taken["compiled"]
+
+
+def against_fspool(sizes: Sizes, device: str) -> Row:
+    """A step on the equilibrium objective against one of plain FSPool, both compiled."""
+    ways = {kind: ways_of(kind, sizes, device=device)["compiled"] for kind in ("fspool", "equilibrium")}
+    taken = {
+        kind: [turn / sizes.iterations for turn in turns] for kind, turns in in_turns(ways, sizes.turns, device).items()
+    }
+    return compared(
+        "decoder, a step: FSPool (plain) and equilibrium (ours)",
+        f"decoder_fspool_per_equilibrium_{label(device)}",
+        taken["fspool"],
+        taken["equilibrium"],
+        note="both compiled; under 1 equilibrium is dearer",
+    )
+
+
+def label(device: str) -> str:
+    return "gpu" if device == "cuda" else "cpu"
 
 
 def rows(quick: bool) -> list[Row]:
     """A row for each kind of decoder, and one for equilibrium against FSPool; on the CPU, and a GPU if any."""
     found = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        compiled = {}
         for kind in KINDS:
             sizes = QUICK if quick else Sizes(turns=2 if kind == "pairwise" and device == "cpu" else 5)
-            row, compiled[kind] = measured(kind, sizes, device)
-            found.append(row)
-        found.append(
-            compared(
-                "decoder, an FSPool step (plain) and an equilibrium step (ours): less than 1 is dearer",
-                f"decoder_fspool_per_equilibrium_{'gpu' if device == 'cuda' else 'cpu'}",
-                [taken / sizes.iterations for taken in compiled["fspool"]],
-                [taken / sizes.iterations for taken in compiled["equilibrium"]],
-                note="both compiled",
-            )
-        )
+            found.append(measured(kind, sizes, device))
+        found.append(against_fspool(QUICK if quick else Sizes(), device))
     return found
 
 

@@ -113,7 +113,8 @@ def test_a_training_sees_the_same_also_after_a_resume(files, tmp_path):
             tmp_path, filename="{step}", auto_insert_metric_name=False, save_top_k=-1, every_n_train_steps=1
         )
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        trainer = Trainer(max_epochs=2, accelerator="cpu", callbacks=[] if checkpoint else [every], **quiet)
+        quiet |= {"enable_checkpointing": checkpoint is None, "callbacks": [] if checkpoint else [every]}
+        trainer = Trainer(max_epochs=2, accelerator="cpu", **quiet)
         data = SetDataModule(*files, image_size=8, batch_size=4, in_memory=in_memory, seed=5)
         trainer.fit(watch, datamodule=data, ckpt_path=checkpoint)
         return watch.shown
