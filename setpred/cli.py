@@ -60,7 +60,8 @@ class TrainCLI(LightningCLI):
         if "optimizer_states" not in content:
             raise InputError(f"{path} holds weights only and cannot be resumed; resume from the .ckpt it was made of")
         saved = content[checkpoint.KEY]
-        if saved.get("model") and (changes := differences(saved["model"], self.model.model_config)):
+        models = (without(config, "compile") for config in (saved.get("model"), self.model.model_config))
+        if saved.get("model") and (changes := differences(*models)):
             raise InputError(
                 f"{path} is of another model than asked for: {'; '.join(changes[:5])}; "
                 "resume with the configuration it was trained with"
@@ -161,6 +162,13 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
         keys = list(dict.fromkeys([*old, *new]))
         return [d for key in keys for d in differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
     return [] if old == new else [f"{where}: {old} in the checkpoint against {new}"]
+
+
+def without(config: Any, key: str) -> Any:
+    """A plain configuration without this key anywhere: one that changes how fast a model is, not what it is."""
+    if isinstance(config, dict):
+        return {name: without(value, key) for name, value in config.items() if name != key}
+    return [without(item, key) for item in config] if isinstance(config, list) else config
 
 
 def set_aside(folder: Path) -> None:

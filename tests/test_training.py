@@ -73,6 +73,21 @@ def test_a_resume_within_an_epoch_ends_in_the_same_weights(finished, tmp_path, t
         assert rows(resumed)[-1]["val_loss"] == rows(whole)[-1]["val_loss"]
 
 
+def test_compiling_is_no_other_model(tmp_path, finished):
+    """A run goes on compiled or not, also one from before that could be chosen."""
+    content = read_checkpoint(finished / "last.ckpt")
+    del content["setpred"]["model"]["decoder"]["init_args"]["compile"]
+    torch.save(content, tmp_path / "before.ckpt")
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    options = ["--config", str(tmp_path / "tiny.yaml"), "--runs", str(tmp_path), "--trainer.logger", "false"]
+    for path in (finished / "last.ckpt", tmp_path / "before.ckpt"):
+        cli = build([*options, "--model.decoder.init_args.compile", "true", "--resume", str(path)])
+        assert cli.resume_path() == path
+    cli = build([*options, "--model.decoder.init_args.descent.init_args.momentum", "0.5", "--resume", str(path)])
+    with pytest.raises(InputError, match="of another model"):
+        cli.resume_path()
+
+
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode")
 def test_statistics_that_are_held_fixed_stay(tmp_path, tiny_data):
     """Of a part that its owner keeps in evaluation mode while training."""
