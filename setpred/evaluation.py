@@ -184,7 +184,7 @@ def training_curve(folder: Path, checkpoint: str | os.PathLike[str]) -> list[Pat
             curves,
             spent="minutes of training and validation",
             score="AP on the validation data (%)",
-            subtitle=f"{plural(len(rows), 'epoch')}, each validated.",
+            subtitle=f"{plural(len(rows), 'epoch')} of training.",
             about=str(checkpoint),
         )
     ]
