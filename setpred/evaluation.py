@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
-import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +17,8 @@ from torch.utils.data import DataLoader
 from setpred.checkpoint import Checkpoint, load_checkpoint
 from setpred.data.dataset import SetImages, as_batch, open_data
 from setpred.errors import InputError
-from setpred.files import make_folder, write_atomically
+from setpred.files import write_atomically
 from setpred.metrics import (
-    AveragePrecision,
     attribute_report,
     average_precision,
     average_precision_per_image,
@@ -33,9 +30,8 @@ from setpred.precision import encoder_autocast
 from setpred.progress import progress
 from setpred.schema import ElementSchema
 from setpred.sets import presence_mask
-from setpred.visualise import draw_training_curves, write_report
+from setpred.visualise import draw_own_training, write_report
 from setpred.visualise.report import PICTURED
-from setpred.visualise.style import plural
 
 PROTOCOLS = {"dataset": average_precision, "per-image": average_precision_per_image}
 PROTOCOL_MEANING = {
@@ -156,40 +152,6 @@ def figures(
     )
 
 
-def training_curve(folder: Path, checkpoint: str | os.PathLike[str]) -> list[Path]:
-    """Writes training.png, the validation AP at each threshold against the time of training.
-
-    Out of the metrics.csv that train.py leaves beside a checkpoint; nothing where there is none.
-
-    Raises:
-        InputError: a metrics.csv that is none of train.py.
-    """
-    path = Path(checkpoint).parent / "metrics.csv"
-    if not path.is_file():
-        return []
-    prefix, curves = f"val_{AveragePrecision.monitor}_", {}
-    try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        for name in reversed([name for name in rows[0] if name.startswith(prefix)] if rows else []):
-            spent = [(float(row["seconds"]) / 60, 100 * float(row[name])) for row in rows if row[name]]
-            curves[f"AP at {name.removeprefix(prefix)}"] = [spent]
-    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
-        raise InputError(f"{path} is not as train.py writes it ({error}); move it away, or mend it") from error
-    if not curves:
-        return []
-    return [
-        draw_training_curves(
-            make_folder(folder) / "training.png",
-            curves,
-            spent="minutes of training and validation",
-            score="AP on the validation data (%)",
-            subtitle=f"{plural(len(rows), 'epoch')} of training.",
-            about=str(checkpoint),
-        )
-    ]
-
-
 def parser() -> argparse.ArgumentParser:
     """The options of evaluate.py."""
     options = argparse.ArgumentParser(
@@ -283,7 +245,7 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
             title=f"{options.checkpoint} on {path}",
             shown=options.shown,
         )
-        written += training_curve(options.figures, options.checkpoint)
+        written += draw_own_training(options.figures, options.checkpoint)
         print("pictures:", *written, sep="\n  ")
     return result
 

@@ -16,9 +16,10 @@ from setpred.checkpoint import KEY, build, load_checkpoint, save_whole
 from setpred.data.dataset import open_data
 from setpred.decoders import IDSPN
 from setpred.errors import InputError
-from setpred.evaluation import evaluate, training_curve
+from setpred.evaluation import evaluate
 from setpred.metrics import average_precision, average_precision_per_image
 from setpred.model import SetPredictor
+from setpred.visualise import draw_own_training
 
 
 @pytest.fixture(scope="module")
@@ -103,16 +104,16 @@ def test_real_clevr_folder_and_pictures(checkpoint, clevr_blender, tmp_path, cap
 
 def test_the_curve_of_a_training_is_drawn_where_its_metrics_lie_beside_it(tmp_path):
     checkpoint, metrics = tmp_path / "best.ckpt", tmp_path / "metrics.csv"
-    assert training_curve(tmp_path / "figures", checkpoint) == []
+    assert draw_own_training(tmp_path / "figures", checkpoint) == []
     head = "epoch,step,seconds,val_ap,val_ap_0.5,val_ap_inf,val_loss\n"
     metrics.write_text(head)
-    assert training_curve(tmp_path / "figures", checkpoint) == []
+    assert draw_own_training(tmp_path / "figures", checkpoint) == []
     metrics.write_text(f"{head}0,10,60.0,0.1,0.1,0.2,0.5\n1,20,120.0,0.3,0.2,nan,0.4\n")
-    (drawn,) = training_curve(tmp_path / "figures", checkpoint)
+    (drawn,) = draw_own_training(tmp_path / "figures", checkpoint)
     assert drawn.read_bytes().startswith(b"\x89PNG")
     metrics.write_text(f"{head}0,10,soon,0.1,0.1,0.2,0.5\n")
     with pytest.raises(InputError, match=r"metrics\.csv is not as train.py writes it"):
-        training_curve(tmp_path / "figures", checkpoint)
+        draw_own_training(tmp_path / "figures", checkpoint)
 
 
 def test_a_prepared_clevr_file_and_its_folder_give_the_same_answer(checkpoint, clevr_blender, tmp_path):

@@ -4,6 +4,7 @@ from setpred.visualise.confusion import draw_confusion
 from setpred.visualise.curves import draw_precision_recall
 from setpred.visualise.distances import draw_distance_errors
 from setpred.visualise.outlined import draw_outlined_image
+from setpred.visualise.own_training import draw_own_training
 from setpred.visualise.predictions import draw_predictions
 from setpred.visualise.refinement import Descent, draw_refinement_film, draw_refinement_strip
 from setpred.visualise.report import write_report
@@ -14,6 +15,7 @@ __all__ = [
     "draw_confusion",
     "draw_distance_errors",
     "draw_outlined_image",
+    "draw_own_training",
     "draw_precision_recall",
     "draw_predictions",
     "draw_refinement_film",
