@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
@@ -86,6 +87,25 @@ def test_compiling_is_no_other_model(tmp_path, finished):
     cli = build([*options, "--model.decoder.init_args.descent.init_args.momentum", "0.5", "--resume", str(path)])
     with pytest.raises(InputError, match="of another model"):
         cli.resume_path()
+
+
+def test_validation_at_any_moment_is_that_of_the_trainer(tmp_path, tiny_data):
+    """With statistics of its own, whatever the running ones are."""
+    found = []
+
+    class Again(pl.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            for norm in batch_norms(module.model.encoder):
+                norm.running_mean.fill_(1e3)
+            found.append(module.validate(trainer.val_dataloaders)["val_loss"])
+            assert found[-1] == pytest.approx(float(trainer.callback_metrics["val_loss"]), rel=1e-5)
+
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    options = ["--config", str(tmp_path / "tiny.yaml"), "--runs", str(tmp_path), "--trainer.max_epochs", "1"]
+    cli = build([*options, f"--data.init_args.folder={tiny_data}", "--trainer.logger", "false"])
+    cli.trainer.callbacks.append(Again())
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+    assert len(found) == 1
 
 
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode")
