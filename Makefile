@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := checkpoints/quickstart
 
-.PHONY: demo test bench lint setup clean
+.PHONY: demo test test-slow bench lint setup clean
 
 demo: setup  ## the main job on built-in scenes: render, train, evaluate, draw
 	$(BIN)/python train.py --config configs/quickstart.yaml
@@ -13,6 +13,9 @@ test: setup  ## style, unit tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+test-slow: setup  ## kills, faults and loads over and over, half an hour of soak among them; docs/reliability.md
+	$(BIN)/python -m pytest -m slow --durations=0
 
 bench: setup  ## times everything against the plain way: docs/benchmarks.md; some tens of minutes, on a quiet machine
 	$(BIN)/python -m benchmarks
