@@ -1,83 +1,51 @@
-"""What a training run writes and prints: whole checkpoints, one line of metrics an epoch, plain progress."""
+"""What a training run measures and prints: means over epochs, one line of metrics an epoch, plain progress."""
 
 from __future__ import annotations
 
 import csv
 import io
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
+import torch
+from torch import Tensor
 
 from setpred.aggregators import AttSets
-from setpred.checkpoint import save_whole
 from setpred.errors import InputError
 from setpred.files import write_atomically
 
+STEP_LOSS = "loss"  # of the latest step, for the progress bar and loggers
 NOTABLE_WAITING = 0.05  # a smaller share is not worth a word on the screen; metrics.csv has it
-
-
-class WholeCheckpoints(TorchCheckpointIO):
-    """Writes each checkpoint aside and renames it; loads tensors and plain types only."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None):
-        save_whole(checkpoint, path)
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return super().load_checkpoint(path, map_location, weights_only=True)
-
-
-class BestCheckpoint(ModelCheckpoint):
-    """Remembers the best score also when the run's folder was moved, where Lightning starts to count anew."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        here = Path(str(self.dirpath))
-        path = here / Path(state_dict["best_model_path"] or "none").name
-        if path.is_file():
-            score = state_dict["best_model_score"]
-            state_dict = state_dict | {
-                "dirpath": self.dirpath,
-                "best_model_path": str(path),
-                "kth_best_model_path": str(path),
-                "best_k_models": {str(path): score},
-            }
-        super().load_state_dict(state_dict)
-
-
-def checkpoint_callbacks(folder: Path, monitor: str, mode: str) -> list[ModelCheckpoint]:
-    """`best.ckpt` by what is monitored, and `last.ckpt` after every epoch.
-
-    Two callbacks, since one with `save_last` writes last.ckpt only when it also saves a better one.
-    """
-    common = {"dirpath": folder, "auto_insert_metric_name": False, "enable_version_counter": False}
-    best = BestCheckpoint(
-        filename="best", monitor=monitor, mode=mode, save_top_k=1, save_on_train_epoch_end=True, **common
-    )
-    last = ModelCheckpoint(filename="last", save_top_k=1, every_n_epochs=1, save_on_train_epoch_end=True, **common)
-    return [best, last]
 
 
 class MetricsFile(pl.Callback):
     """One row an epoch in `metrics.csv`: epoch, step, seconds of the run, learning rate, losses, AP and so on.
 
-    A resumed run keeps the rows of the epochs before it and drops later ones, so none is missing or double.
+    A resumed run keeps the rows of the epochs before it and drops later ones, so none is missing or double. Its
+    seconds count from those of its checkpoint; what was trained after that and lost is not in them.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: list[dict[str, Any]] = []
-        self.start = 0.0
+        self.start = time.monotonic()
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": time.monotonic() - self.start}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self.start = time.monotonic() - state_dict["seconds"]
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.start = time.monotonic()  # before the state of a resumed run comes
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.rows = []
         if trainer.current_epoch > 0 and self.path.exists():
             with self.path.open(newline="") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < trainer.current_epoch]
-        self.start = time.monotonic() - (float(self.rows[-1]["seconds"]) if self.rows else 0.0)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero or trainer.sanity_checking:
@@ -88,7 +56,8 @@ class MetricsFile(pl.Callback):
             "seconds": round(time.monotonic() - self.start, 1),
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
         }
-        row |= {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+        metrics = sorted(trainer.callback_metrics.items())
+        row |= {name: float(value) for name, value in metrics if name != STEP_LOSS}
         self.rows.append(row)
         names = list(dict.fromkeys(name for each in self.rows for name in each))
         text = io.StringIO()
@@ -98,38 +67,77 @@ class MetricsFile(pl.Callback):
         write_atomically(self.path, text.getvalue())
 
 
-class DataWaiting(pl.Callback):
-    """Logs `data_waiting` each epoch, the share of training that is spent waiting for data, from 0 to 1.
+class EpochMean(pl.Callback):
+    """Logs a mean over the training of an epoch as `name`; a run that is resumed within one goes on with its sums.
 
-        data_waiting = Σ (step begins - batch is asked for) / Σ (step ends - batch is asked for)
-
-    over the steps of the epoch (of a resumed one: those after the resume), mean over the processes. Reading, moving to
-    the device and, of streamed scenes, drawing count as waiting; validation and checkpoints count as neither. It is
-    the host's time: on a GPU that still has work while the host waits, an upper bound. Near 0 the data keep up; if not,
-    more `num_workers` or `in_memory` help. Only loaders that tell when they were `asked` are timed, as
-    `setpred.data.order.ResumableLoader`.
+    Over all processes. Subclasses add to `total` and `weight`, tensors or numbers.
     """
 
-    def __init__(self) -> None:
-        self.waited = self.trained = 0.0
+    name: str
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.waited = self.trained = 0.0
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.total: Tensor | float = 0.0
+        self.weight: Tensor | float = 0.0
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self.waited += self._since_asked(trainer)
+    def state_dict(self) -> dict[str, float]:
+        return {"total": float(self.total), "weight": float(self.weight)}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self.total, self.weight = state_dict.get("total", 0.0), state_dict.get("weight", 0.0)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        sums = torch.tensor([float(self.total), float(self.weight)], device=pl_module.device)
+        total, weight = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        if weight > 0:
+            pl_module.log(self.name, total / weight)
+        self.total = self.weight = 0.0
+
+
+class TrainLoss(EpochMean):
+    """Logs `train_loss`, the mean over the training examples of the epoch, and `loss`, of each step.
+
+    Steps whose loss is not finite do not count.
+    """
+
+    name = "train_loss"
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.trained += self._since_asked(trainer)
+        if outputs is None:
+            return
+        # left on the device, in double precision, where there is one; Lightning has divided by the batches of a step
+        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
+        pl_module.log(STEP_LOSS, loss, prog_bar=True)
+        loss = loss if loss.device.type == "mps" else loss.double()
+        known = torch.isfinite(loss)
+        examples = len(batch["elements"])
+        self.total = self.total + torch.where(known, loss * examples, 0)
+        self.weight = self.weight + known * examples
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.trained > 0:
-            pl_module.log("data_waiting", self.waited / self.trained, sync_dist=True)
-        self.waited = self.trained = 0.0
+
+class DataWaiting(EpochMean):
+    """Logs `data_waiting` each epoch, the share of training that is spent waiting for data, from 0 to 1.
+
+        data_waiting = Σ (step begins - batch is asked for) / Σ (step ends - batch is asked for)
+
+    over the steps of the epoch in all processes. Reading, moving to the device and, of streamed scenes, drawing count
+    as waiting; validation and checkpoints count as neither. It is the host's time: on a GPU that still has work while
+    the host waits, an upper bound. Near 0 the data keep up; if not, more `num_workers` or `in_memory` help. Only
+    loaders that tell when they were `asked` are timed, as `setpred.data.order.ResumableLoader`.
+    """
+
+    name = "data_waiting"
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.total += self._since_asked(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.weight += self._since_asked(trainer)
 
     def _since_asked(self, trainer: pl.Trainer) -> float:
         asked = getattr(trainer.train_dataloader, "asked", None)

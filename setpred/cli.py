@@ -6,28 +6,34 @@ import argparse
 import importlib.util
 import logging
 import os
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from jsonargparse.typing import NonNegativeFloat
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from setpred import checkpoint
-from setpred.callbacks import DataWaiting, EpochLines, MetricsFile, WholeCheckpoints, checkpoint_callbacks
+from setpred.callbacks import DataWaiting, EpochLines, MetricsFile, TrainLoss
 from setpred.checkpoint import read_checkpoint
 from setpred.data.worlds import World
 from setpred.errors import InputError
-from setpred.files import make_folder, write_atomically
+from setpred.files import locked, make_folder, remove_leftovers, write_atomically, writing
 from setpred.precision import training_precision
+from setpred.saving import StopSignalError, WholeCheckpoints, checkpoint_callbacks
 from setpred.training import SetPrediction
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 CHECKPOINTS = Path("checkpoints")
+PATIENCE = 15.0  # seconds; the data loader's processes of a training that was killed take five to notice
 
 
 class TrainCLI(LightningCLI):
@@ -41,7 +47,16 @@ class TrainCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--name", type=str | None, default=None, help="run name; the configuration's unless given")
         parser.add_argument(
-            "--resume", type=str | None, default=None, help="'last', or the path of a checkpoint, to go on from"
+            "--resume",
+            type=str | None,
+            default=None,
+            help="'last', or the path of a checkpoint, to go on from; 'auto' is 'last' if there is one, else a new run",
+        )
+        parser.add_argument(
+            "--save_minutes",
+            type=NonNegativeFloat,
+            default=10.0,
+            help="last.ckpt is written at least so often within an epoch, besides its end; 0: after every step",
         )
         parser.add_argument("--runs", type=str, default=str(CHECKPOINTS), help="folder that holds the runs")
 
@@ -53,22 +68,43 @@ class TrainCLI(LightningCLI):
         """The checkpoint to go on from, checked to be readable and of the same model."""
         if self.config.resume is None:
             return None
-        path = self.folder / "last.ckpt" if self.config.resume == "last" else Path(self.config.resume)
-        if self.config.resume == "last" and not path.exists():
-            raise InputError(f"nothing to resume: no {path}; start without --resume, or give the run's --name")
-        content = read_checkpoint(path)
+        found = self._newest_whole() if self.config.resume in ("last", "auto") else Path(self.config.resume)
+        if found is None:
+            return None
+        content = read_checkpoint(found)
         if "optimizer_states" not in content:
-            raise InputError(f"{path} holds weights only and cannot be resumed; resume from the .ckpt it was made of")
+            raise InputError(f"{found} holds weights only and cannot be resumed; resume from the .ckpt it was made of")
         saved = content[checkpoint.KEY]
         models = (without(config, "compile") for config in (saved.get("model"), self.model.model_config))
         if saved.get("model") and (changes := differences(*models)):
             raise InputError(
-                f"{path} is of another model than asked for: {'; '.join(changes[:5])}; "
+                f"{found} is of another model than asked for: {'; '.join(changes[:5])}; "
                 "resume with the configuration it was trained with"
             )
         if changes := differences(saved.get("settings") or {}, self.model.settings):
-            print("resumed with other settings: " + "; ".join(changes), flush=True)
-        return path
+            self.say("resumed with other settings: " + "; ".join(changes))
+        return found
+
+    def _newest_whole(self) -> Path | None:
+        """last.ckpt, or best.ckpt if a fault of the disk has damaged it; None if there is none and that is well."""
+        last, best = self.folder / "last.ckpt", self.folder / "best.ckpt"
+        if not last.exists():
+            if self.config.resume == "auto":
+                return None
+            raise InputError(f"nothing to resume: no {last}; start without --resume, or give the run's --name")
+        try:
+            read_checkpoint(last)
+        except InputError as error:
+            if not best.exists():
+                raise
+            self.say(f"{error}; going on from {best}, which is older")
+            return best
+        return last
+
+    def say(self, sentence: str) -> None:
+        """Prints it, once for all processes."""
+        if self.trainer.is_global_zero:
+            print(sentence, flush=True)
 
     def before_instantiate_classes(self) -> None:
         if self.config.name is None:
@@ -91,8 +127,9 @@ class TrainCLI(LightningCLI):
         named = {"path": "val_path", "split": "val_split", "image_size": "image_size"}
         self.model.data_description = {key: getattr(self.datamodule, name, None) for key, name in named.items()}
         terminal = sys.stdout.isatty()  # where Lightning's bar goes
-        saving = checkpoint_callbacks(self.folder, self.model.monitor, self.model.mode)
-        callbacks = [DataWaiting(), MetricsFile(self.folder / "metrics.csv"), *saving]
+        minutes = self.config.save_minutes
+        saving = checkpoint_callbacks(self.folder, self.model.monitor, self.model.mode, minutes=minutes)
+        callbacks = [TrainLoss(), DataWaiting(), MetricsFile(self.folder / "metrics.csv"), *saving]
         callbacks += [EpochLines(), *([TQDMProgressBar(leave=False)] if terminal else [])]
         arguments |= {
             "callbacks": [*(self.config_init.trainer.callbacks or []), *callbacks],
@@ -192,6 +229,7 @@ def quiet() -> None:
         ".*does not have many workers.*",
         ".*Checkpoint directory.*exists and is not empty.*",
         ".*GPU available but not used.*",
+        ".*callbacks used to create the checkpoint.*",  # resumed from one of other callbacks
         ".*The dirpath has changed.*",  # resumed from elsewhere: the best so far starts anew
         ".*LeafSpec.*",  # of torch, on itself
     ):
@@ -204,7 +242,7 @@ def default_config(arguments: list[str]) -> Path:
     look.add_argument("--resume")
     resumed = look.parse_known_args(arguments)[0].resume
     beside = Path(resumed or "last").parent / "config.yaml"
-    return beside if resumed not in (None, "last") and beside.is_file() else QUICKSTART
+    return beside if resumed not in (None, "last", "auto") and beside.is_file() else QUICKSTART
 
 
 def build(arguments: list[str]) -> TrainCLI:
@@ -244,38 +282,78 @@ def train(arguments: list[str] | None = None) -> Path:
         InputError: bad configuration, data or checkpoint; a loss that is not finite; a disk that does not take files.
     """
     cli = build(sys.argv[1:] if arguments is None else arguments)
-    resume = cli.resume_path()
-    if cli.trainer.is_global_zero:
-        # first what can fail for the user's reasons, so that an earlier run stays in its place if it does
-        cli.datamodule.prepare_data()
-        cli.datamodule.setup("fit")
-        check_fit(cli)
-        if resume is None or resume.resolve().parent != cli.folder.resolve():
-            set_aside(cli.folder)
-        make_folder(cli.folder)
-        repeatable = cli.config.clone()
-        repeatable.resume = None
-        write_atomically(cli.folder / "config.yaml", cli.parser.dump(repeatable, skip_none=False))
-    if resume is not None and cli.trainer.max_epochs not in (None, -1):
-        done = read_checkpoint(resume)["epoch"] + 1
-        if done >= cli.trainer.max_epochs:
-            print(f"nothing left to train: {resume} has {done} epochs of {cli.trainer.max_epochs}", flush=True)
-    try:
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=True)
-    except SystemExit as stopped:  # how Lightning ends on Ctrl-C
-        raise Interrupted(cli.folder) from stopped
-    if cli.trainer.interrupted or cli.trainer.received_sigterm:
-        raise Interrupted(cli.folder)
-    if cli.trainer.is_global_zero:
-        print(f"checkpoints, configuration and metrics are in {cli.folder}", flush=True)
+    with ExitStack() as held:
+        if cli.trainer.is_global_zero:
+            held.enter_context(alone(cli.folder))
+        resume = cli.resume_path()
+        if cli.trainer.is_global_zero:
+            prepare(cli, resume)
+        if resume is not None and cli.trainer.max_epochs not in (None, -1):
+            done = read_checkpoint(resume)["epoch"] + 1
+            if done >= cli.trainer.max_epochs:
+                cli.say(f"nothing left to train: {resume} has {done} epochs of {cli.trainer.max_epochs}")
+        fit(cli, resume)
+    cli.say(f"checkpoints, configuration and metrics are in {cli.folder}")
     return cli.folder
 
 
-class Interrupted(KeyboardInterrupt):
-    """Training was stopped by Ctrl-C or a termination signal."""
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """A run's folder for one training at a time: another one of its name would move it, or replace its checkpoints."""
+    lock = make_folder(folder.parent) / f".{folder.name}.lock"
+    with ExitStack() as held:
+        with writing(lock):
+            try:
+                held.enter_context(locked(lock, passing=True, patience=PATIENCE))
+            except InputError as error:
+                says = f"another training writes into {folder}; wait for its end, or give this one a --name"
+                raise InputError(says) from error
+        yield
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(f"interrupted; {folder}/last.ckpt has the last whole epoch, go on from it with --resume last")
+
+def prepare(cli: TrainCLI, resume: Path | None) -> None:
+    """Data and the run's folder; first what can fail for the user's reasons, so that an earlier run stays in place."""
+    cli.datamodule.prepare_data()
+    cli.datamodule.setup("fit")
+    check_fit(cli)
+    if resume is None or resume.resolve().parent != cli.folder.resolve():
+        set_aside(cli.folder)
+    make_folder(cli.folder)
+    remove_leftovers(cli.folder)
+    repeatable = cli.config.clone()
+    repeatable.resume = None
+    write_atomically(cli.folder / "config.yaml", cli.parser.dump(repeatable, skip_none=False))
+
+
+def fit(cli: TrainCLI, resume: Path | None) -> None:
+    """Trains, and turns whatever stops it from outside into `Interrupted`."""
+    try:
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=True)
+    except StopSignalError as stopped:
+        raise Interrupted(cli.folder, stopped.number, saved=True) from stopped
+    except SystemExit as stopped:  # how Lightning ends on a second Ctrl-C, and on signals before the first step
+        raise Interrupted(cli.folder) from stopped
+    if cli.trainer.interrupted or cli.trainer.received_sigterm:
+        raise Interrupted(cli.folder)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by a signal.
+
+    Attributes: `status`, with which the program ends: 128 and the signal's number, as shells have it.
+    """
+
+    def __init__(self, folder: Path, number: int = signal.SIGINT, *, saved: bool = False) -> None:
+        last = folder / "last.ckpt"
+        name = signal.Signals(number).name
+        if saved:
+            says = f"stopped by {name}; {last} has all that was trained, go on from it with --resume last"
+        elif last.exists():
+            says = f"interrupted; {last} has what was trained until it was written, go on from it with --resume last"
+        else:
+            says = "interrupted before there was anything to save"
+        super().__init__(says)
+        self.status = 128 + number
 
 
 def main() -> int:
@@ -285,7 +363,11 @@ def main() -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stopped:
-        print(stopped or "interrupted", file=sys.stderr)
+    except Interrupted as stopped:
+        if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0:
+            print(stopped, file=sys.stderr)
+        return stopped.status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         return 130
     return 0

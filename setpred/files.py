@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -101,25 +102,52 @@ def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes what writers that were killed have left in a folder in which nobody writes now."""
+    for partial in folder.glob("*.partial-*"):
+        with suppress(OSError):
+            partial.unlink()
+
+
 @contextmanager
-def locked(path: Path) -> Iterator[int]:
+def locked(path: Path, *, passing: bool = False, patience: float = 0.0) -> Iterator[int]:
     """Creates `path` if need be and holds an exclusive lock on it; yields an open descriptor.
 
-    The system drops the lock when the process ends, however it ends, so there are no stale locks.
+    The system drops the lock when the process ends, however it ends, so there are no stale locks; its children, which
+    share it, may take some seconds longer.
+
+    Args:
+        passing: the file is there for the lock only, and removed at the end.
+        patience: seconds to wait for another process to let go.
 
     Raises:
         InputError: another process holds the lock.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # the other writer may have published the file between our opening and our locking of it
-            ours = os.path.samestat(os.fstat(descriptor), os.stat(path))
-        except (BlockingIOError, FileNotFoundError):
-            ours = False
-        if not ours:
+    end = time.monotonic() + patience
+    while (descriptor := _try_to_lock(path)) is None:
+        if time.monotonic() >= end:
             raise InputError(f"another process is writing {path}; wait until it has ended, or choose another name")
+        time.sleep(0.1)
+    try:
         yield descriptor
     finally:
+        if passing:
+            path.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def _try_to_lock(path: Path) -> int | None:
+    """An open descriptor with the lock; None if another process has it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # the other process may have published or removed the file between our opening and our locking of it
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None

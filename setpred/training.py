@@ -34,7 +34,7 @@ class SetPrediction(pl.LightningModule):
     randomness of a training step is a function of (seed, step) alone, so that a resumed run repeats the undisturbed
     one. Before each validation the encoder's statistics of batch normalisation are estimated anew, over the first
     training images, if the data module has `statistics_batches`; see `setpred.nn.estimating_statistics`. Logs
-    `train_loss`, `val_loss` and `val_<name>` of every number of the metric.
+    `val_loss` and `val_<name>` of every number of the metric; `setpred.callbacks.TrainLoss` logs `train_loss`.
 
     Args:
         encoder: image, or set, to features.
@@ -118,9 +118,7 @@ class SetPrediction(pl.LightningModule):
         self._batch = batch
         self._note_norms()
         losses, _ = self._predict(batch, iterations=self.training_iterations())
-        loss = losses.mean()
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(losses))
-        return loss
+        return losses.mean()
 
     @torch.no_grad()
     def _estimate_statistics(self) -> None:

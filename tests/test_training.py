@@ -220,7 +220,7 @@ def test_an_interrupted_run_says_so(tmp_path, tiny_data, monkeypatch):
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(SetPrediction, "training_step", stopped)
-    with pytest.raises(KeyboardInterrupt, match=r"last\.ckpt has the last whole epoch"):
+    with pytest.raises(KeyboardInterrupt, match=r"last\.ckpt has what was trained until it was written"):
         run(tmp_path, data=tiny_data)
     assert read_checkpoint(tmp_path / "tiny" / "last.ckpt")["epoch"] == 0
 

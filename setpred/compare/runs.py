@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, Timer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar, Timer
 
-from setpred.callbacks import EpochLines, MetricsFile
+from setpred.callbacks import EpochLines, MetricsFile, TrainLoss
 from setpred.cli import TrainCLI, build, check_fit
 from setpred.compare.budget import Budget, BudgetedTraining, Plan
 from setpred.compare.results import Key, Run
@@ -27,7 +27,7 @@ from setpred.files import make_folder, write_atomically
 NO_OTHER_END = [f"--trainer.{name}=null" for name in ("min_epochs", "min_steps", "max_time")]
 NO_OTHER_END += ["--trainer.max_epochs=-1", "--trainer.max_steps=-1", "--trainer.limit_val_batches=0"]
 # of train.py, whose files and lines thirteen configurations times three seeds would drown in
-NOT_OURS = (ModelCheckpoint, MetricsFile, EpochLines, ProgressBar, Timer)
+NOT_OURS = (Checkpoint, TrainLoss, MetricsFile, EpochLines, ProgressBar, Timer)
 
 
 @dataclass(frozen=True)
