@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from setpred.aggregators.base import Aggregator
 from setpred.aggregators.basic import masked_fill, set_sizes
 from setpred.errors import InputError
+
+MOST_POSITION_DIM = 10  # of which there are 1,024 frames
 
 
 class FrameAverage(Aggregator):
@@ -36,16 +39,17 @@ class FrameAverage(Aggregator):
     """
 
     def __init__(self, aggregator: Aggregator, *, position_dim: int = 3, reflections: bool = True) -> None:
-        if not 1 <= position_dim <= aggregator.in_dim:
+        if not 1 <= position_dim <= min(aggregator.in_dim, MOST_POSITION_DIM):
             raise InputError(
-                f"expected position_dim from 1 to the {aggregator.in_dim} numbers of an element, got {position_dim}; "
-                "give the number of leading coordinates"
+                f"expected position_dim from 1 to the {aggregator.in_dim} numbers of an element, and no more than "
+                f"{MOST_POSITION_DIM}, got {position_dim}; give the number of leading coordinates"
             )
         super().__init__(aggregator.in_dim, aggregator.out_dim)
         self.aggregator = aggregator
         self.position_dim, self.reflections = position_dim, reflections
-        signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=position_dim)))
-        self.register_buffer("signs", signs if reflections else signs[signs.prod(1) > 0], persistent=False)
+        signs = itertools.product((1.0, -1.0), repeat=position_dim)
+        kept = [flips for flips in signs if reflections or math.prod(flips) > 0]
+        self.register_buffer("signs", torch.tensor(kept), persistent=False)
 
     def frames(self, positions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Centroid `[batch, 1, d]` and frames `[batch, count, d, d]`, axes in columns, of positions `[batch, n, d]`."""
