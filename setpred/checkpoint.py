@@ -2,51 +2,33 @@
 
 from __future__ import annotations
 
-import importlib
+import inspect
 import io
 import os
-import pickle
-import warnings
-import zipfile
-from collections.abc import Iterable, Mapping
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import UnionType
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from setpred import aggregators, decoders, encoders, inner, losses, weights
+from setpred import weights
+from setpred.allowed import allowed_classes
 from setpred.errors import InputError
 from setpred.files import write_atomically
+from setpred.limits import LARGEST_IMAGE, LARGEST_NUMBER, check_sizes, leaves, place, shown
 from setpred.model import SetPredictor
 from setpred.schema import ElementSchema
+from setpred.torch_files import read_torch_file
 
 KEY = "setpred"  # where a checkpoint keeps what rebuilds its model
 VERSION = 1
-PART_MODULES: tuple[ModuleType, ...] = (aggregators, decoders, encoders, inner, losses)
-
-
-def allowed_classes(extra: Iterable[str] = ()) -> dict[str, type]:
-    """Class path to class, of all that a checkpoint may ask to be built: the public parts, and `extra`.
-
-    Both the public path (`setpred.encoders.ResNet`) and the defining one (`setpred.encoders.resnet.ResNet`) count.
-    The paths of `extra` come from the user, never from a file, and are imported.
-    """
-    classes: dict[str, type] = {}
-    for module in PART_MODULES:
-        for name in module.__all__:
-            part = getattr(module, name)
-            if isinstance(part, type):
-                classes[f"{module.__name__}.{name}"] = classes[f"{part.__module__}.{name}"] = part
-    for path in extra:
-        module_name, _, name = path.rpartition(".")
-        try:
-            part = getattr(importlib.import_module(module_name), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise InputError(f"--allow {path}: cannot import it ({error}); expected package.module.Class") from error
-        classes[path] = classes[f"{part.__module__}.{part.__qualname__}"] = part
-    return classes
+MOST_PARTS = 20_000  # layers and tensors of a model; the deepest of our configurations has some hundred
+MOST_BESIDE = 2**24  # numbers that a model holds beside its weights, such as grids of positions
 
 
 def build(config: Any, classes: Mapping[str, type]) -> Any:
@@ -63,17 +45,48 @@ def build(config: Any, classes: Mapping[str, type]) -> Any:
         return config
     if "class_path" not in config:
         return {key: build(value, classes) for key, value in config.items()}
-    path = config["class_path"]
+    path, arguments = config["class_path"], config.get("init_args") or {}
     if not isinstance(path, str) or path not in classes:
         raise InputError(
-            f"the checkpoint asks for {path!r}, which is not on the list of allowed classes (the public parts of "
+            f"the checkpoint asks for {shown(path)}, which is not on the list of allowed classes (the public parts of "
             "setpred); if you trust it, name it with --allow"
         )
-    arguments = {key: build(value, classes) for key, value in (config.get("init_args") or {}).items()}
+    if not isinstance(arguments, dict):
+        raise InputError(f"the checkpoint's {path} cannot be built: expected arguments by name, got {shown(arguments)}")
+    arguments = {key: build(value, classes) for key, value in arguments.items()}
     try:
+        _check_types(classes[path], arguments)
         return classes[path](**arguments)
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # what the arguments of a stranger make a part do is not known
         raise InputError(f"the checkpoint's {path} cannot be built: {error}") from error
+
+
+def _check_types(part: type, arguments: Mapping[str, Any]) -> None:
+    """Raises `TypeError` where an argument is not of the type that the part states, as it may do harm only later."""
+    try:
+        hints = typing.get_type_hints(part.__init__)
+    except NameError:  # types that are imported for type checkers only
+        return
+    defaults = inspect.signature(part).parameters
+    for name, value in arguments.items():
+        if name in hints and not (_fits(value, hints[name]) or value is defaults[name].default):
+            raise TypeError(f"{name}: expected {hints[name]}, got {shown(value)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type; True of what is not understood."""
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, UnionType):
+        return any(_fits(value, one) for one in inside)
+    if origin is typing.Literal:
+        return value in inside
+    if origin is Callable:
+        return callable(value)
+    if origin is not None:  # of sequences and dictionaries; their items are numbers, which fail where they are used
+        return isinstance(value, list | tuple | dict) or not isinstance(origin, type)
+    if hint in (int, float):  # a bool is an int to Python
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return not isinstance(hint, type) or getattr(hint, "_is_protocol", False) or isinstance(value, hint)
 
 
 @dataclass(frozen=True)
@@ -97,66 +110,50 @@ class Checkpoint:
             )
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_checkpoint(path: str | os.PathLike[str], *, finite: bool = True) -> dict[str, Any]:
     """The raw content of a checkpoint, on the CPU: tensors and plain types only.
 
     Args:
         path: a .ckpt, or a release of one (`setpred.release`), which has no optimiser's state.
+        finite: False reads weights that are not finite, too.
 
     Raises:
         InputError: missing, cut short, not a checkpoint, not of this project, or holding anything that would run
-            code on loading.
+            code on loading or take more memory than the file has bytes; weights or an optimiser's state that are not
+            finite.
     """
-    if not Path(path).is_file():
+    if not _is_file(path):
         raise InputError(f"no checkpoint at {path}; train one with train.py, or give the path of a .ckpt file")
     if Path(path).suffix == weights.SUFFIX:
         tensors, content = weights.unpack(path)
         content["state_dict"] = tensors
     else:
-        content = _read_torch(path)
+        content = read_torch_file(path)
     record = content.get(KEY) if isinstance(content, dict) else None
     if not isinstance(record, dict) or "state_dict" not in content:
         raise InputError(f"{path} is not a checkpoint of setpred: it lacks the record {KEY!r} or the weights")
     if record.get("version") != VERSION:
         raise InputError(
-            f"{path} has checkpoint format {record.get('version')!r}, this setpred reads {VERSION}; "
+            f"{path} has checkpoint format {shown(record.get('version'))}, this setpred reads {VERSION}; "
             "use the setpred that wrote it"
         )
+    check_sizes(record.get("model"), f"{path}: its model")
+    if finite:
+        trained = {name: content.get(name) for name in ("state_dict", "optimizer_states")}
+        for keys, value in leaves(trained, str(path)):
+            if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
+                raise InputError(
+                    f"{path}: {place(keys)} has numbers that are not finite; the training had gone wrong before it was "
+                    "saved: use an earlier checkpoint"
+                )
     return content
 
 
-def _read_torch(path: str | os.PathLike[str]) -> Any:
-    """What `torch.save` wrote; refuses whatever would run code."""
-    damaged = f"{path} is not a checkpoint, or is damaged"
-    if not zipfile.is_zipfile(path):  # the only container that torch.save writes; older ones are bare pickles
-        raise InputError(f"{damaged}: it is not a whole torch file")
+def _is_file(path: str | os.PathLike[str]) -> bool:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd pickles, on their way to being refused
-            with zipfile.ZipFile(path) as archive:
-                flaw = archive.testzip()  # torch itself does not compare the checksums
-            if flaw is not None:
-                raise InputError(f"{damaged}: the checksum of {flaw} inside does not fit")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "Unsupported" in line), type(error).__name__)
-        raise InputError(
-            f"{path} holds more than tensors and plain types and is refused, since loading it could run code "
-            f"({reason.strip()})"
-        ) from error
-    except InputError:
-        raise
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise InputError(f"{damaged}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+        return Path(path).is_file()
+    except ValueError:  # a NUL within the name
+        return False
 
 
 def load_checkpoint(path: str | os.PathLike[str], *, allow: Iterable[str] = ()) -> Checkpoint:
@@ -176,41 +173,113 @@ def load_checkpoint(path: str | os.PathLike[str], *, allow: Iterable[str] = ()) 
             f"{path} does not say how its model is built (it was not trained by train.py); build the parts "
             'yourself and load its "state_dict"'
         )
-    classes = allowed_classes(allow)
-    model = SetPredictor(build(config["encoder"], classes), build(config["decoder"], classes))
-    _load_weights(model, content["state_dict"], path)
+    model = _model(config, allowed_classes(allow), content["state_dict"], path, public=not list(allow))
     data = record.get("data")
     try:
         return Checkpoint(
             model=model.eval(),
             schema=None if record["schema"] is None else ElementSchema.from_dict(record["schema"]),
-            seed=int(record["seed"]),
-            epoch=int(content["epoch"]),
-            step=int(content["global_step"]),
-            image_size=None if model.takes_sets else int(data["image_size"]),
-            data=dict(data),
+            seed=_whole(record["seed"]),
+            epoch=_whole(content["epoch"]),
+            step=_whole(content["global_step"]),
+            image_size=None if model.takes_sets else _whole(data["image_size"], 1, LARGEST_IMAGE),
+            data={key: _name(value) if key in ("path", "split") else value for key, value in data.items()},
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: its record is damaged ({error!r}); train again or use another checkpoint") from error
 
 
-def _load_weights(model: SetPredictor, state: Any, path: str | os.PathLike[str]) -> None:
+def _whole(value: Any, least: int = 0, most: int = LARGEST_NUMBER) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"expected a whole number from {least} to {most}, got {shown(value)}")
+    return value
+
+
+def _name(value: Any) -> str | None:
+    if value is not None and (not isinstance(value, str) or "\0" in value):
+        raise ValueError(f"expected a name, got {shown(value)}")
+    return value
+
+
+def _model(
+    config: Mapping[str, Any], classes: Mapping[str, type], state: Any, path: str | os.PathLike[str], *, public: bool
+) -> SetPredictor:
+    """The model with its weights; built without memory first, so that one of another size takes none."""
+
+    def make() -> SetPredictor:
+        with _few_parts(path):
+            parts = {name: build(config[name], classes) for name in ("encoder", "decoder")}
+            for name, part in parts.items():
+                if not isinstance(part, nn.Module) or (name == "decoder" and not hasattr(part, "refine")):
+                    raise InputError(f"{path}: its {name} is {shown(config[name])}, which is none")
+            return SetPredictor(**parts)
+
+    try:
+        with torch.device("meta"):
+            outline = make()
+        given = _fitting(outline, state, path)
+    except InputError:
+        if public:
+            raise
+        given = None  # one's own parts need not be able to do without memory
+    model = make()
+    model.load_state_dict(_fitting(model, state, path) if given is None else given)
+    return model
+
+
+@contextmanager
+def _few_parts(path: str | os.PathLike[str]) -> Iterator[None]:
+    """While a model is built: it has no more than `MOST_PARTS` layers and tensors."""
+    count = 0
+
+    def another(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > MOST_PARTS:
+            raise InputError(f"{path} asks for a model of more than {MOST_PARTS} layers and tensors; do not trust it")
+
+    hooks = [
+        nn.modules.module.register_module_module_registration_hook(another),
+        nn.modules.module.register_module_parameter_registration_hook(another),
+        nn.modules.module.register_module_buffer_registration_hook(another),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _fitting(model: SetPredictor, state: Any, path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The weights of a model in `state`.
+
+    Raises:
+        InputError: they do not fit it, or it holds far more numbers beside them.
+    """
     prefix = "model."
     if not isinstance(state, dict):
         raise InputError(f"{path}: expected weights by name, got {type(state).__name__}")
     given = {str(name).removeprefix(prefix): value for name, value in state.items() if str(name).startswith(prefix)}
     wanted = model.state_dict()
     wrong = [f"{name} is missing" for name in wanted if name not in given]
-    wrong += [f"{name} is unknown" for name in given if name not in wanted]
-    wrong += [
-        f"{name}: expected {list(value.shape)}, got {list(getattr(given[name], 'shape', []))}"
-        for name, value in wanted.items()
-        if name in given and getattr(given[name], "shape", None) != value.shape
-    ]
+    wrong += [f"{shown(name)} is unknown" for name in given if name not in wanted]
+    for name, value in wanted.items():
+        if name in given and _kind(given[name]) != _kind(value):
+            expected, got = (" of ".join(_kind(one)[::-1]) for one in (value, given[name]))
+            wrong.append(f"{name}: expected {expected}, got {got}")
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise InputError(f"{path}: the weights do not fit the model it describes: {'; '.join(wrong[:3])}{more}")
-    model.load_state_dict(given)
+    if sum(value.numel() for name, value in model.named_buffers() if name not in wanted) > MOST_BESIDE:
+        raise InputError(f"{path} asks for a model with more than {MOST_BESIDE} numbers beside its weights")
+    return given
+
+
+def _kind(value: Any) -> tuple[str, str]:
+    """Shape and kind of numbers, in words; floats of any length are of one kind."""
+    if not isinstance(value, Tensor):
+        return "nothing", type(value).__name__
+    return str(list(value.shape)), "floats" if value.is_floating_point() else str(value.dtype)
 
 
 def save_whole(content: Any, path: str | os.PathLike[str]) -> None:

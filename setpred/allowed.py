@@ -1,0 +1,65 @@
+"""Which classes a file may name: setpred's public parts and torch's modules, and what the user adds with `--allow`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from setpred import aggregators, decoders, encoders, inner, losses
+from setpred.errors import InputError
+
+PART_MODULES: tuple[ModuleType, ...] = (aggregators, decoders, encoders, inner, losses)
+
+
+def public(*modules: ModuleType) -> dict[str, Any]:
+    """Path to class or function, of all that modules export.
+
+    Both the public path (`setpred.encoders.ResNet`) and the defining one (`setpred.encoders.resnet.ResNet`) count.
+    """
+    found: dict[str, Any] = {}
+    for module in modules:
+        for name in module.__all__:
+            if callable(part := getattr(module, name)):
+                found[f"{module.__name__}.{name}"] = found[defined_at(part)] = part
+    return found
+
+
+def defined_at(part: Any) -> str:
+    """The path of a class or function where it is defined."""
+    return f"{part.__module__}.{part.__qualname__}"
+
+
+def torch_modules() -> dict[str, type]:
+    """Path to class, of the layers of `torch.nn`: plain arithmetic, whatever their arguments."""
+    found: dict[str, type] = {}
+    for name, part in vars(nn).items():
+        if isinstance(part, type) and issubclass(part, nn.Module) and part is not nn.Module:
+            found[f"torch.nn.{name}"] = found[defined_at(part)] = part
+    return found
+
+
+def named(paths: Iterable[str]) -> dict[str, Any]:
+    """Path to class, of what the user names with `--allow`; these paths never come from a file, and are imported.
+
+    Raises:
+        InputError: one cannot be imported.
+    """
+    found: dict[str, Any] = {}
+    for path in paths:
+        module_name, _, name = path.rpartition(".")
+        try:
+            part = getattr(importlib.import_module(module_name), name)
+            found[path] = found[defined_at(part)] = part
+        except (ImportError, AttributeError, ValueError) as error:
+            raise InputError(f"--allow {path}: cannot import it ({error}); expected package.module.Class") from error
+    return found
+
+
+def allowed_classes(extra: Iterable[str] = ()) -> dict[str, type]:
+    """Path to class, of all that a checkpoint may ask to be built: the public parts, torch's modules, and `extra`."""
+    parts = {path: part for path, part in public(*PART_MODULES).items() if isinstance(part, type)}
+    return parts | torch_modules() | named(extra)
