@@ -31,7 +31,7 @@ def described(part: Any) -> str:
     'Implicit(Identity())'
     """
     if isinstance(part, Implicit):
-        return f"Implicit({described(part.solver)})"
+        return f"Implicit({described(part.solver)}{', best=True' if part.best else ''})"
     return f"{type(part).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(part).items())})"
 
 

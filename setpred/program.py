@@ -124,7 +124,8 @@ def export_program(loaded: Checkpoint) -> bytes:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own affairs
             # exactly this class: a subclass may do something else
-            program = DescentProgram(model, images) if type(model.decoder) is IDSPN else traced(model, images)
+            last = type(model.decoder) is IDSPN and not getattr(model.decoder.differentiation, "best", False)
+            program = DescentProgram(model, images) if last else traced(model, images)
             exported = torch.export.export(program, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
             torch.export.save(exported, buffer, extra_files={SCHEMA_FILE: json.dumps(loaded.schema.to_dict())})
             buffer.seek(0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from setpred.decoders.starts import RandomStart
+from setpred.errors import InputError
 from setpred.inner import GradientDescent, Problem
 from setpred.inner.compiled import CompiledEnergy
 from setpred.inner.differentiation import Differentiation, Implicit
@@ -28,7 +29,11 @@ class IDSPN(nn.Module):
         start: Y₀ from (latent, index); `RandomStart` unless given. The descent's projection, if any, is applied to it
             first, as in the released iDSPN.
         compile: takes the steps that carry no gradients in compiled code: the same result in less time, after some
-            seconds of compiling; see `setpred.inner.compiled`.
+            seconds of compiling; see `setpred.inner.compiled`. Not with `Implicit(best=True)`, which looks at every
+            step's gradient.
+
+    Raises:
+        InputError: `compile` with `Implicit(best=True)`.
     """
 
     def __init__(
@@ -46,6 +51,11 @@ class IDSPN(nn.Module):
         self.objective = objective
         self.descent = descent
         self.differentiation = Implicit() if differentiation is None else differentiation
+        if compile and getattr(self.differentiation, "best", False):
+            raise InputError(
+                "a compiled descent keeps the last iterate, and best asks for the best one; set compile or best to "
+                "false"
+            )
         self.set_size, self.set_dim = set_size, set_dim
         self.start = RandomStart(set_size, set_dim) if start is None else start
         self.compiled = compile

@@ -62,6 +62,14 @@ def free_step(energy: Energy, state: State, descent: GradientDescent) -> State:
     return plain_step(energy, state, descent) if step is None else step(state, descent)
 
 
+def free_gradient(energy: Energy, iterate: Tensor) -> Tensor:
+    """∇L without gradients of its own; the functional one where the user compiles or exports the whole model."""
+    if torch.compiler.is_compiling():
+        with torch.no_grad(), torch.autocast(iterate.device.type, enabled=False):
+            return torch.func.grad(lambda point: energy(point).sum())(iterate.detach())
+    return inner_gradient(energy, iterate.detach().requires_grad_(), create_graph=False)
+
+
 def optimality(iterate: Tensor, gradient: Tensor, descent: GradientDescent) -> Tensor:
     """R(Y) = Y - P(Y - ∇L(Y)), zero at an optimum; ∇L itself without a projection P."""
     return gradient if descent.projection is None else iterate - descent.project(iterate - gradient)
@@ -123,12 +131,25 @@ class Implicit(Differentiation):
 
     First derivatives only: the point where R is taken is held fixed, so a second derivative of the result
     would miss terms. An inner problem inside another objective needs `Unrolled`.
+
+    With `best`, each example keeps the iterate Y_t of least residual norm |R(Y_t)|, t = 0, …, T, in place of the last
+    one, and R is taken at that very iterate: where a descent diverges, what it has passed is not lost. Instead of Y_t
+    the best so far is yielded. A residual that is not finite counts as infinite; where none is finite the last
+    iterate stays, so that a broken latent vector shows. Costs one gradient more, of the last iterate.
+
+    Args:
+        solver: of the linear system; `Identity` unless given.
+        best: keeps the best iterate of each example, not the last one.
     """
 
-    def __init__(self, solver: LinearSolver | None = None) -> None:
+    def __init__(self, solver: LinearSolver | None = None, *, best: bool = False) -> None:
         self.solver = Identity() if solver is None else solver
+        self.best = best
 
     def iterates(self, energy: Energy, initial: Tensor, descent: GradientDescent, iterations: int) -> Iterator[Tensor]:
+        if self.best and iterations:
+            yield from self._best_iterates(energy, initial.detach(), descent, iterations)
+            return
         differentiable = torch.is_grad_enabled()
         state = State(initial.detach())
         yield initial if iterations == 0 else state.iterate
@@ -141,6 +162,29 @@ class Implicit(Differentiation):
             with torch.no_grad():
                 state = descent.step(State(iterate.detach(), state.velocity), gradient.detach())
             yield self._attach(state.iterate, iterate, gradient, descent)
+
+    def _best_iterates(
+        self, energy: Energy, initial: Tensor, descent: GradientDescent, iterations: int
+    ) -> Iterator[Tensor]:
+        """Yields the best of Y₀, …, Y_t for each t; the last one carries gradients."""
+        differentiable = torch.is_grad_enabled()
+        state, best, least = State(initial), initial, initial.new_full(initial.shape[:1], torch.inf)
+        for left in range(iterations, -1, -1):
+            gradient = free_gradient(energy, state.iterate)
+            with torch.no_grad():
+                norm = optimality(state.iterate, gradient, descent).flatten(1).norm(dim=1)
+                better = norm < least  # never so for NaN
+                least = torch.where(better, norm, least)
+                best = torch.where(_beside(better, best), state.iterate, best)
+                if left:
+                    yielded, state = best, descent.step(state, gradient)
+                else:
+                    yielded = torch.where(_beside(least.isfinite(), best), best, state.iterate)
+            if left or not differentiable:
+                yield yielded
+        if differentiable:
+            iterate = yielded.detach().requires_grad_()
+            yield self._attach(yielded, iterate, inner_gradient(energy, iterate, create_graph=True), descent)
 
     def _attach(self, value: Tensor, iterate: Tensor, gradient: Tensor, descent: GradientDescent) -> Tensor:
         """`value`, with the gradients of the implicit function."""
@@ -159,6 +203,11 @@ class Implicit(Differentiation):
 
             carrier.register_hook(lambda upstream: self.solver(operator, upstream))
         return value + (carrier - carrier.detach())
+
+
+def _beside(flags: Tensor, elements: Tensor) -> Tensor:
+    """Flags `[batch]`, shaped to choose among `[batch, ...]`."""
+    return flags.view(-1, *[1] * (elements.ndim - 1))
 
 
 def minimise(

@@ -1,0 +1,265 @@
+"""`Implicit(best=True)`: of each example the iterate of least residual, and the implicit gradient taken there."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from problems import Quadratic, finite_difference
+from tiny import CONFIG
+from torch import nn
+
+from setpred.aggregators import FSPool, SetEncoder
+from setpred.check import described
+from setpred.checkpoint import Checkpoint
+from setpred.cli import build
+from setpred.decoders import IDSPN
+from setpred.encoders import SmallCNN
+from setpred.errors import InputError
+from setpred.inner import (
+    ConjugateGradient,
+    Exact,
+    GradientDescent,
+    Identity,
+    Implicit,
+    LatentMatching,
+    Simplex,
+    Unrolled,
+    minimise,
+)
+from setpred.inner.diagnostics import Recorded, residual_norms
+from setpred.model import SetPredictor
+from setpred.program import export_program
+from setpred.schema import CLEVR
+
+STEPS = 12
+
+
+class Quartic(Quadratic):
+    """L(y) = ½ yᵀ A y + ¼ Σ y⁴ - (B θ)ᵀ y, whose Hessian differs from point to point."""
+
+    def energy(self, theta):
+        quadratic = super().energy(theta)
+        return lambda iterate: quadratic(iterate) + 0.25 * iterate.flatten(1).pow(4).sum(1)
+
+
+def descent(rate, **arguments):
+    return GradientDescent(iterations=STEPS, learning_rate=rate, **arguments)
+
+
+def solve(problem, theta, rate, *, differentiation=None, **arguments):
+    way = Implicit(best=True) if differentiation is None else differentiation
+    return minimise(problem.energy(theta), problem.initial, descent=descent(rate, **arguments), differentiation=way)
+
+
+def by_hand(problem, rate, **arguments):
+    """The iterates of the descent, their residual norms, and of each example the one of least norm."""
+    recorded = Recorded(Unrolled())
+    with torch.no_grad():
+        solve(problem, problem.theta, rate, differentiation=recorded, **arguments)
+    norms = residual_norms(recorded.energy, recorded.found, recorded.descent)
+    norms = torch.where(norms.isfinite(), norms, torch.inf)
+    chosen = norms.argmin(0)
+    iterates = torch.stack(recorded.found)
+    return iterates[chosen, torch.arange(len(chosen))], chosen, norms
+
+
+def test_where_every_direction_diverges_the_best_is_the_start():
+    problem = Quadratic()  # eigenvalues in (0.2, 1.2]
+    found = solve(problem, problem.theta, 20.0)
+    assert torch.equal(found, problem.initial)
+    assert not torch.equal(solve(problem, problem.theta, 20.0, differentiation=Implicit()), problem.initial)
+
+
+def test_where_the_residual_falls_the_best_is_the_last():
+    problem = Quadratic()
+    for rate in (0.1, 0.7):
+        best, last = (
+            solve(problem, problem.theta, rate, differentiation=Implicit(best=best)) for best in (True, False)
+        )
+        assert torch.equal(best, last)
+
+
+@pytest.mark.parametrize(
+    ("rate", "arguments"),
+    [
+        (1.75, {}),
+        (1.5, {"momentum": 0.9}),
+        (3.0, {"clip": 0.5}),
+        (1.0, {"momentum": 0.9, "projection": Simplex()}),
+    ],
+    ids=["plain", "momentum", "clipped", "on the simplex"],
+)
+@pytest.mark.parametrize("gradients", [True, False], ids=["with gradients", "without"])
+def test_the_best_is_the_least_residual_of_all_iterates(rate, arguments, gradients):
+    """With and without gradients, and each example its own."""
+    problem = Quadratic(batch=6, rows=2, dim=3, seed=4)
+    expected, chosen, _ = by_hand(problem, rate, **arguments)
+    with torch.set_grad_enabled(gradients):
+        found = solve(problem, problem.theta.clone().requires_grad_(), rate, **arguments)
+    assert len(set(chosen.tolist())) > 1 or arguments.get("clip")
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_each_iterate_is_the_best_so_far():
+    problem = Quadratic(seed=2)
+    recorded = Recorded(Implicit(best=True))
+    with torch.no_grad():
+        found = solve(problem, problem.theta, 1.75, differentiation=recorded)
+    norms = residual_norms(recorded.energy, recorded.found, recorded.descent)
+    assert len(recorded.found) == STEPS + 1
+    assert torch.equal(recorded.found[0], problem.initial)
+    assert torch.equal(recorded.found[-1], found)
+    assert (norms.diff(dim=0) <= 1e-12).all()
+    with torch.no_grad():
+        none = minimise(
+            problem.energy(problem.theta),
+            problem.initial,
+            descent=descent(1.0),
+            differentiation=Implicit(best=True),
+            iterations=0,
+        )
+    assert torch.equal(none, problem.initial)
+
+
+@pytest.mark.parametrize(
+    "solver", [Identity(), Exact(), ConjugateGradient(iterations=8)], ids=lambda s: type(s).__name__
+)
+def test_the_gradient_is_that_of_the_implicit_function_at_the_best_iterate(solver):
+    """uᵀ dY/dθ = -vᵀ ∂(∇L)/∂θ = vᵀ B for H v = u with the Hessian H there; v = u for the identity."""
+    problem = Quartic(seed=1)
+    point, chosen, _ = by_hand(problem, 0.9)
+    assert (chosen < STEPS - 1).any()  # not where the last-but-one step would take it
+    theta = problem.theta.clone().requires_grad_()
+    found = solve(problem, theta, 0.9, differentiation=Implicit(solver, best=True))
+    upstream = torch.randn(found.shape, dtype=found.dtype, generator=torch.Generator().manual_seed(7))
+    found.backward(upstream)
+    hessian = problem.matrix + torch.diag_embed(3 * point.flatten(1).square())
+    vector = upstream.flatten(1)
+    if not isinstance(solver, Identity):
+        vector = torch.linalg.solve(hessian, vector)
+    torch.testing.assert_close(theta.grad, torch.einsum("bip,bi->p", problem.link, vector), rtol=1e-9, atol=1e-9)
+
+
+def test_the_exact_gradient_is_that_of_finite_differences():
+    """Of the function Y(θ) with ∇L(Y(θ); θ) held at its value at the best iterate, found by Newton's method."""
+    problem = Quartic(seed=1)
+    point, _, _ = by_hand(problem, 0.9)
+    link = problem.link
+
+    def slope(flat, theta):
+        return torch.einsum("bij,bj->bi", problem.matrix, flat) + flat**3 - link @ theta
+
+    held = slope(point.flatten(1), problem.theta)
+
+    def implicit_function(theta):
+        flat = point.flatten(1)
+        for _ in range(8):
+            hessian = problem.matrix + torch.diag_embed(3 * flat.square())
+            flat = flat - torch.linalg.solve(hessian, slope(flat, theta) - held)
+        return (flat * torch.arange(1.0, 1 + flat.shape[1])).sum()
+
+    theta = problem.theta.clone().requires_grad_()
+    found = solve(problem, theta, 0.9, differentiation=Implicit(Exact(), best=True)).flatten(1)
+    (found * torch.arange(1.0, 1 + found.shape[1])).sum().backward()
+    expected = finite_difference(implicit_function, problem.theta)
+    torch.testing.assert_close(theta.grad, expected, rtol=1e-7, atol=1e-7)
+
+
+def test_examples_do_not_see_each_other():
+    together = Quartic(batch=4, seed=5)
+    found = solve(together, together.theta, 0.9)
+    for b in range(4):
+        alone = Quartic(batch=4, seed=5)
+        for name in ("matrix", "link", "initial"):
+            setattr(alone, name, getattr(alone, name)[b : b + 1])
+        torch.testing.assert_close(solve(alone, alone.theta, 0.9), found[b : b + 1], rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_not_finite_counts_as_infinite_and_leaves_others_alone():
+    """An example that overflows keeps what it had; one without a finite residual shows it."""
+    problem = Quartic(batch=3, seed=6)
+    problem.initial[1] *= 10  # y³ then runs away
+    whole = problem.energy(problem.theta)
+
+    def energy(iterate):
+        broken = torch.tensor([0.0, 0.0, torch.nan], dtype=iterate.dtype)  # as a latent vector of NaN
+        return whole(iterate) + broken * iterate.flatten(1).sum(1)
+
+    arguments = {"descent": descent(0.3), "differentiation": Implicit(best=True)}
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            found = minimise(energy, problem.initial, **arguments).detach()
+        last = minimise(energy, problem.initial, **arguments | {"differentiation": Implicit()}).detach()
+        assert not last[1].isfinite().any()
+        assert torch.equal(found[1], problem.initial[1])
+        assert not found[2].isfinite().any()
+        torch.testing.assert_close(found[0], by_hand(problem, 0.3)[0][0], rtol=1e-13, atol=1e-13)
+
+
+class Given(nn.Module):
+    def __init__(self, initial):
+        super().__init__()
+        self.initial = initial
+
+    def forward(self, features, index):
+        return self.initial
+
+
+def decoder_of(rate=60.0, *, best=True, iterations=5, **arguments):
+    torch.manual_seed(0)
+    objective = LatentMatching(SetEncoder(FSPool(8, set_size=4), set_dim=CLEVR.set_dim, hidden_dim=8))
+    way = Implicit(best=best)
+    return IDSPN(objective, GradientDescent(iterations=iterations, learning_rate=rate), way, set_size=4, **arguments)
+
+
+def test_permuting_the_start_permutes_the_best_set():
+    decoder, latent = decoder_of().double(), torch.randn(3, 8, dtype=torch.float64)
+    initial, order = torch.randn(3, 4, CLEVR.set_dim, dtype=torch.float64), torch.tensor([2, 0, 3, 1])
+    decoder.start = Given(initial)
+    found = decoder(latent)
+    decoder.start = Given(initial[:, order])
+    torch.testing.assert_close(decoder(latent), found[:, order], rtol=1e-10, atol=1e-10)
+
+
+def test_it_is_refused_with_a_compiled_descent():
+    with pytest.raises(InputError, match="set compile or best to false"):
+        decoder_of(compile=True)
+
+
+def test_a_configuration_asks_for_it(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    way = "--model.decoder.init_args.differentiation"
+    asked = [f"{way}=setpred.inner.Implicit", f"{way}.init_args.best=true", "--trainer.logger=false"]
+    decoder = build(["--config", str(tmp_path / "tiny.yaml"), *asked]).model.model.decoder
+    assert decoder.differentiation.best
+    assert described(decoder.differentiation) == "Implicit(Identity(), best=True)"
+
+
+def test_a_compiled_or_exported_model_gives_the_best_too():
+    decoder, latent = decoder_of().eval(), torch.randn(3, 8)
+    decoder.start = Given(torch.randn(3, 4, CLEVR.set_dim))
+    with torch.no_grad():
+        expected = decoder(latent)
+        assert not torch.allclose(expected, list(decoder_refined(decoder, latent))[-1], atol=1e-3)
+        found = torch.compile(decoder, backend="eager", fullgraph=True)(latent)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    model = SetPredictor(SmallCNN(image_size=16, latent_dim=8, width=4), decoder_of(1e4, iterations=2)).eval()
+    images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+    program = torch.export.load(io.BytesIO(export_program(Checkpoint(model, CLEVR, 0, 0, 0, 16, {})))).module()
+    found, expected = program(images), model(images, index=torch.tensor([0, 0]))
+    model.decoder.differentiation = Implicit()
+    assert not torch.allclose(model(images, index=torch.tensor([0, 0])), expected, atol=1e-3)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def decoder_refined(decoder, latent):
+    """The iterates as they are."""
+    recorded = Recorded(Unrolled())
+    own, decoder.differentiation = decoder.differentiation, recorded
+    try:
+        decoder(latent)
+    finally:
+        decoder.differentiation = own
+    return recorded.found
