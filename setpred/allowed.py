@@ -52,10 +52,11 @@ def named(paths: Iterable[str]) -> dict[str, Any]:
     for path in paths:
         module_name, _, name = path.rpartition(".")
         try:
-            part = getattr(importlib.import_module(module_name), name)
-            found[path] = found[defined_at(part)] = part
+            part = found[path] = getattr(importlib.import_module(module_name), name)
         except (ImportError, AttributeError, ValueError) as error:
             raise InputError(f"--allow {path}: cannot import it ({error}); expected package.module.Class") from error
+        if hasattr(part, "__qualname__"):
+            found[defined_at(part)] = part
     return found
 
 

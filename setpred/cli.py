@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from setpred import checkpoint
 from setpred.callbacks import DataWaiting, EpochLines, MetricsFile, TrainLoss
 from setpred.checkpoint import read_checkpoint
+from setpred.configuration import MODE, Parser, guarded, split_allow
 from setpred.data.worlds import World
 from setpred.errors import InputError
 from setpred.files import locked, make_folder, remove_leftovers, write_atomically, writing
@@ -246,30 +247,39 @@ def default_config(arguments: list[str]) -> Path:
 
 
 def build(arguments: list[str]) -> TrainCLI:
-    """Parses the options of train.py and builds model, data and trainer; the quickstart if no config is given."""
+    """Parses the options of train.py and builds model, data and trainer; the quickstart if no config is given.
+
+    Raises:
+        InputError: what cannot be built; a file that asks for classes which may not be named, see `guarded`.
+    """
+    allow, arguments = split_allow(arguments)
     if not any(argument in ("-c", "--config") or argument.startswith("--config=") for argument in arguments):
         arguments = ["--config", str(default_config(arguments)), *arguments]
     quiet()
-    return TrainCLI(
-        SetPrediction,
-        subclass_mode_data=True,
-        datamodule_class=pl.LightningDataModule,
-        save_config_callback=None,
-        seed_everything_default=0,
-        auto_configure_optimizers=False,
-        trainer_defaults={
-            "inference_mode": False,  # the inner descent needs gradients in validation too
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-        },
-        run=False,
-        args=arguments,
-        parser_kwargs={
-            "description": "Train a set predictor; without --config, the quickstart on built-in scenes.",
-            "usage": "train.py [--config FILE] [--resume last] [options]   (train.py --help lists them all)",
-            "allow_abbrev": False,  # a mistyped key is refused, not taken for a longer one
-        },
-    )
+    with guarded(arguments, allow):
+        return TrainCLI(
+            SetPrediction,
+            subclass_mode_data=True,
+            datamodule_class=pl.LightningDataModule,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            trainer_defaults={
+                "inference_mode": False,  # the inner descent needs gradients in validation too
+                "enable_model_summary": False,
+                "num_sanity_val_steps": 0,
+            },
+            run=False,
+            args=arguments,
+            parser_class=Parser,
+            parser_kwargs={
+                "description": "Train a set predictor; without --config, the quickstart on built-in scenes.",
+                "usage": "train.py [--config FILE] [--resume last] [--allow PACKAGE.CLASS] [options]   "
+                "(train.py --help lists them all)",
+                "parser_mode": MODE,
+                "allow_abbrev": False,  # a mistyped key is refused, not taken for a longer one
+            },
+        )
 
 
 def train(arguments: list[str] | None = None) -> Path:

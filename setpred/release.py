@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from setpred import plain_yaml
 from setpred.checkpoint import KEY, load_checkpoint, read_checkpoint
 from setpred.errors import InputError
 from setpred.files import write_atomically
@@ -111,8 +112,8 @@ def _configuration(path: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        return yaml.safe_dump(portable(yaml.safe_load(path.read_bytes())), sort_keys=False)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        return yaml.safe_dump(portable(plain_yaml.read(path)), sort_keys=False)
+    except (InputError, ValueError, yaml.YAMLError) as error:
         raise InputError(f"{path} is not a configuration ({error}); move it away, or mend it") from error
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar, Timer
 
+from setpred import plain_yaml
 from setpred.callbacks import EpochLines, MetricsFile, TrainLoss
 from setpred.cli import TrainCLI, build, check_fit
 from setpred.compare.budget import Budget, BudgetedTraining, Plan
@@ -65,12 +65,7 @@ def digest(path: Path) -> str:
     Raises:
         InputError: it cannot be read.
     """
-    try:
-        said = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = getattr(error, "strerror", None) or str(error).replace("\n", " ")
-        raise InputError(f"{path}: expected a configuration in YAML that can be read, got: {reason}") from error
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(plain_yaml.read(path), sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def built(path: Path, *options: str) -> TrainCLI:

@@ -1,0 +1,138 @@
+"""Configurations from anybody are parsed without running code that they name.
+
+A class path in a file makes jsonargparse import its module, and importing runs it. So every path is looked up, before
+the import, in a list: the public parts of setpred, torch's layers, a few of Lightning's classes that take plain data,
+and what the user names on the command line, with `--allow` or as the class path of an option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jsonargparse
+import yaml
+from jsonargparse._common import parsing_settings  # to put back what is set; a test sees whether it is still there
+from lightning.pytorch.cli import LightningArgumentParser
+
+from setpred import metrics, plain_yaml
+from setpred.allowed import PART_MODULES, named, public, torch_modules
+from setpred.data import worlds
+from setpred.errors import InputError
+
+MODE = "plain-yaml"  # jsonargparse's name for a way to read values
+OTHERS = (  # of setpred, in modules that hold more than what a configuration is made of
+    "setpred.callbacks.FASet",
+    *(f"setpred.data.datamodule.{name}" for name in ("RenderedScenes", "SetDataModule")),
+    "setpred.data.streamed.StreamedScenes",
+    *(f"setpred.schedules.{name}" for name in ("Constant", "StepDecay", "WarmupCosine")),
+    *(f"setpred.schema.{name}" for name in ("CLEVR", "ElementSchema", "Field")),
+)
+LIGHTNING = {  # none loads a file; functions that some would call have to be on the list themselves
+    "callbacks": (
+        "DeviceStatsMonitor",
+        "EarlyStopping",
+        "GradientAccumulationScheduler",
+        "LearningRateMonitor",
+        "ModelCheckpoint",
+        "ModelSummary",
+        "StochasticWeightAveraging",
+        "TQDMProgressBar",
+        "Timer",
+    ),
+    "loggers": ("CSVLogger", "TensorBoardLogger"),
+    "plugins.environments": ("SLURMEnvironment",),
+    "strategies": ("DDPStrategy",),
+}
+DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")  # how jsonargparse says so
+# on the command line, by the custom that names of classes are capitalised; not a part of a file's path
+CLASS_PATH = re.compile(r"(?<![\w./-])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*\.[A-Z]\w*(?![\w./-])")
+
+
+class RefusedPathError(ValueError):
+    """A class path that is not on the list."""
+
+
+class Parser(LightningArgumentParser):
+    """Says of a refused path that it is one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        error: BaseException | None = ex
+        while self.exit_on_error and error is not None:  # what came of it may hide it
+            if found := DENIED.search(str(error)):
+                raise RefusedPathError(found[1])
+            error = error.__cause__ or error.__context__
+        super().error(message, ex)
+
+
+def allowed_paths() -> set[str]:
+    """What a configuration may name without being asked."""
+    lightning = [f"lightning.pytorch.{module}.{name}" for module, names in LIGHTNING.items() for name in names]
+    return set(public(*PART_MODULES, metrics, worlds)) | set(torch_modules()) | set(named((*OTHERS, *lightning)))
+
+
+def split_allow(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What is named with `--allow`, and the other arguments; it is no option of the parser, whose options files set."""
+    look = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
+    look.add_argument("--allow", action="append", default=[], metavar="PACKAGE.CLASS")
+    options, rest = look.parse_known_args(list(arguments))
+    return options.allow, rest
+
+
+def configurations(arguments: Sequence[str]) -> list[str]:
+    """The files given with `--config`."""
+    look = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    look.add_argument("-c", "--config", action="append", default=[])
+    with suppress(argparse.ArgumentError):
+        return [path for path in look.parse_known_args(list(arguments))[0].config if os.path.isfile(path)]
+    return []
+
+
+def _typed(arguments: Sequence[str]) -> dict[str, Any]:
+    """The classes that options name by their paths; files are not looked into."""
+    found: dict[str, Any] = {}
+    for argument in arguments:
+        value = argument.partition("=")[2] if argument.startswith("-") else argument
+        for path in () if os.path.exists(value) else CLASS_PATH.findall(value):
+            with suppress(InputError):  # what is no class path; if it is one after all, the parser will say so
+                found |= named([path])
+    return found
+
+
+@contextmanager
+def guarded(arguments: Sequence[str], allow: Sequence[str] = ()) -> Iterator[None]:
+    """Within it jsonargparse imports only what is on the list, reads plain YAML, and no addresses (URLs).
+
+    Args:
+        arguments: of the command line, as the parser will get them.
+        allow: class paths besides, from the user.
+
+    Raises:
+        InputError: a configuration that cannot be read, or names what is not on the list.
+    """
+    for path in (files := configurations(arguments)):
+        plain_yaml.read(path)
+    paths = allowed_paths() | set(named(allow)) | set(_typed(arguments))
+    paths = {path for path in paths if path.partition(".")[0] != "jsonargparse" and "<" not in path}
+    before = dict(parsing_settings)
+    jsonargparse.set_loader(MODE, plain_yaml.load, (yaml.YAMLError,))
+    jsonargparse.set_parsing_settings(
+        import_path_denylist=["*"], import_path_allowlist=sorted(paths), config_read_mode_fsspec_enabled=False
+    )
+    try:
+        yield
+    except RefusedPathError as error:
+        naming = [path for path in files if str(error) in Path(path).read_text("utf-8")] or files
+        raise InputError(
+            f"{', '.join(naming) or 'the command line'} asks for {error}, which would run code of others: it is not "
+            "among the public parts of setpred, torch's layers and the few of Lightning's classes that a "
+            f"configuration may name; if you trust it, add --allow {error}"
+        ) from error
+    finally:
+        parsing_settings.update(before)
+        jsonargparse.set_parsing_settings(config_read_mode_fsspec_enabled=True)  # as Lightning sets it
