@@ -37,14 +37,19 @@ def build(config: Any, classes: Mapping[str, type]) -> Any:
     Only classes in `classes` are touched; strings are never imported.
 
     Raises:
-        InputError: a class path outside `classes`, or arguments the class does not take.
+        InputError: a class path outside `classes`, arguments the class does not take, sizes that cannot be meant.
     """
+    check_sizes(config, "the checkpoint")
+    return _built(config, classes)
+
+
+def _built(config: Any, classes: Mapping[str, type]) -> Any:
     if isinstance(config, list):
-        return [build(item, classes) for item in config]
+        return [_built(item, classes) for item in config]
     if not isinstance(config, dict):
         return config
     if "class_path" not in config:
-        return {key: build(value, classes) for key, value in config.items()}
+        return {key: _built(value, classes) for key, value in config.items()}
     path, arguments = config["class_path"], config.get("init_args") or {}
     if not isinstance(path, str) or path not in classes:
         raise InputError(
@@ -53,7 +58,7 @@ def build(config: Any, classes: Mapping[str, type]) -> Any:
         )
     if not isinstance(arguments, dict):
         raise InputError(f"the checkpoint's {path} cannot be built: expected arguments by name, got {shown(arguments)}")
-    arguments = {key: build(value, classes) for key, value in arguments.items()}
+    arguments = {key: _built(value, classes) for key, value in arguments.items()}
     try:
         _check_types(classes[path], arguments)
         return classes[path](**arguments)
@@ -137,7 +142,6 @@ def read_checkpoint(path: str | os.PathLike[str], *, finite: bool = True) -> dic
             f"{path} has checkpoint format {shown(record.get('version'))}, this setpred reads {VERSION}; "
             "use the setpred that wrote it"
         )
-    check_sizes(record.get("model"), f"{path}: its model")
     if finite:
         trained = {name: content.get(name) for name in ("state_dict", "optimizer_states")}
         for keys, value in leaves(trained, str(path)):

@@ -116,18 +116,10 @@ def parse_json(text: str | bytes, name: str) -> Any:
         InputError: it is not.
     """
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise InputError(f"{name} has a key twice in {shown(sorted(found))}; copy or make it again")
-        return found
-
     try:
         document = json.loads(
             text, object_pairs_hook=once, parse_int=whole_number, parse_float=real_number, parse_constant=real_number
         )
-    except InputError:
-        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name} is not valid JSON ({error}); copy or make it again") from error
     for _ in leaves(document, name):
@@ -135,16 +127,24 @@ def parse_json(text: str | bytes, name: str) -> Any:
     return document
 
 
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose keys Python lets come twice: two readers might then see two documents."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a key comes twice among {shown([key for key, _ in pairs])}")
+    return found
+
+
 def whole_number(digits: str) -> int:
     """An integer of JSON, which has no bound on its digits."""
-    value = int(digits) if len(digits) < 20 else 2**64
+    value = int(digits) if len(digits) <= 20 else LARGEST_NUMBER + 1
     if abs(value) > LARGEST_NUMBER:
-        raise InputError(f"the number {shown(digits)} has {len(digits)} digits; expected at most 64 bits")
+        raise ValueError(f"the number {shown(digits)} of {len(digits)} digits is more than 64 bits hold")
     return value
 
 
 def real_number(digits: str) -> float:
     """A number of JSON that must be finite: neither 1e999 nor the NaN and Infinity that Python reads."""
     if not math.isfinite(value := float(digits)):
-        raise InputError(f"the number {shown(digits)} is not finite; expected finite ones")
+        raise ValueError(f"the number {shown(digits)} is not finite")
     return value

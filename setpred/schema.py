@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from setpred.errors import InputError
+from setpred.limits import LARGEST_SIZE, shown
 
 PRESENCE = "presence"
 
@@ -27,7 +29,7 @@ class Field:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.size < 1 or self.scale <= 0:
+        if self.size < 1 or not 0 < self.scale < math.inf:
             raise InputError(f"field {self.name!r}: expected size >= 1 and scale > 0, got {self.size}, {self.scale}")
         if self.classes and len(self.classes) != self.size:
             raise InputError(f"field {self.name!r}: expected {self.size} class names, got {len(self.classes)}")
@@ -195,14 +197,19 @@ class ElementSchema:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ElementSchema:
-        """Inverse of `to_dict`; raises `InputError` when the record is not one."""
+        """Inverse of `to_dict`; raises `InputError` when the record is not one, or asks for what cannot be meant."""
         try:
-            fields = [
-                Field(str(f["name"]), int(f["size"]), tuple(map(str, f["classes"])), float(f["scale"]))
-                for f in data["fields"]
-            ]
-            return cls(str(data["name"]), fields, max_objects=int(data["max_objects"]))
-        except (KeyError, TypeError, AttributeError) as error:
+            fields = [Field(f["name"], f["size"], tuple(f["classes"]), float(f["scale"])) for f in data["fields"]]
+            name, max_objects = data["name"], data["max_objects"]
+            texts = [name, *(text for f in fields for text in (f.name, *f.classes))]
+            sizes = [max_objects, *(f.size for f in fields)]
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError(f"expected names, got {shown(texts)}")
+            # a bool is an int to Python
+            if any(type(size) is not int for size in sizes) or max(max_objects, sum(sizes[1:])) > LARGEST_SIZE:
+                raise TypeError(f"expected whole numbers up to {LARGEST_SIZE}, got {shown(sizes)}")
+            return cls(name, fields, max_objects=max_objects)
+        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise InputError(f"not a schema record: {error!r}; expected name, max_objects and fields") from error
 
     def differences(self, other: ElementSchema) -> str:

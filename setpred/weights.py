@@ -13,10 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from setpred.errors import InputError
+from setpred.errors import InputError, reason
+from setpred.limits import parse_json, shown
 
 SUFFIX = ".safetensors"
 RECORD, DIGEST = "setpred", "sha256"  # entries of the file's metadata
+LARGEST_HEADER = 2_000_000  # bytes: names, shapes and record; those of our releases have some ten thousand
 LARGEST_ERROR = 2.0**-10  # twice what rounding to half precision does to a number in its range
 _STORED = (torch.float16, torch.float32, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -63,22 +65,28 @@ def unpack(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, A
     """
     damaged = f"{path} is not a checkpoint, or is damaged"
     try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > LARGEST_HEADER:  # safetensors reads up to 100 MB, of which it makes many times as much
+                raise InputError(f"{damaged}: its header has {size} bytes, expected at most {LARGEST_HEADER}")
+            parse_json(file.read(size), f"{damaged}: its header")  # a name that comes twice passes safetensors
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except InputError:
+        raise
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise InputError(f"{damaged}: {(str(error) or type(error).__name__).splitlines()[0]}") from error
+        raise InputError(f"{damaged}: {shown(reason(error))}") from error
     if RECORD not in metadata:
         raise InputError(f"{path} is not a checkpoint of setpred: it lacks the record {RECORD!r} in its metadata")
     for name, value in tensors.items():
         if value.dtype not in _STORED:
-            raise InputError(f"{damaged}: {name} holds {value.dtype}, expected float16, float32 or whole numbers")
+            raise InputError(
+                f"{damaged}: {shown(name)} holds {value.dtype}, expected float16, float32 or whole numbers"
+            )
     if metadata.get(DIGEST) != _digest(metadata[RECORD], tensors):
         raise InputError(f"{damaged}: the checksum inside does not fit; copy the file again")
-    try:
-        record = json.loads(metadata[RECORD])
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{damaged}: its record is not valid JSON ({error})") from error
+    record = parse_json(metadata[RECORD], f"{damaged}: its record")
     if not isinstance(record, dict):
         raise InputError(f"{damaged}: expected a JSON object as its record, got {type(record).__name__}")
     return {n: v.float() if v.is_floating_point() else v for n, v in tensors.items()}, record

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,11 +29,14 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from setpred.errors import InputError
+from setpred.errors import InputError, reason
+from setpred.limits import LARGEST_IMAGE, parse_json, shown
 from setpred.schema import PRESENCE, ElementSchema
 
 FORMAT, VERSION = "setpred", 1
 BLOCK = 256  # images per read
+MOST_IMAGES = 10**8  # of a file, as the commands that make them have it
+LONGEST_TEXT = 1_000_000  # characters of an attribute; schema and source of ours have a few hundred
 
 
 class Record(NamedTuple):
@@ -89,36 +93,122 @@ def open_set_file(path: str | os.PathLike[str]) -> h5py.File:
         return h5py.File(path, "r", locking=False)
     except PermissionError as error:
         raise InputError(f"no permission to read {path}; change its permissions") from error
-    except (OSError, RuntimeError, KeyError) as error:
+    except Exception as error:
         if not h5py.is_hdf5(path):
             raise InputError(f"{path} is not an HDF5 file; make one with python -m setpred.data") from error
-        raise InputError(f"{path} is cut short or damaged ({error}); copy or make it again") from error
+        raise InputError(f"{path} is cut short or damaged ({shown(reason(error))}); copy or make it again") from error
 
 
 def read_header(file: h5py.File, path: str | os.PathLike[str]) -> Header:
-    """The header of an open file, after checking that the data sets are as it says.
+    """The header of an open file, after checking that the data sets are as it says, and all of them in the file.
 
     Raises:
-        InputError: a file of another program or a newer version, a damaged one.
+        InputError: a file of another program or a newer version, a damaged one, or one whose data sets lie in other
+            files, are compressed, or have fewer bytes than numbers: the memory they take is that of the file.
     """
     try:
-        if file.attrs.get("format") != FORMAT:
+        if "format" not in file.attrs or _attribute(file, "format", str) != FORMAT:
             raise InputError(f"{path} is an HDF5 file, but not one of setpred's; make one with python -m setpred.data")
-        if (version := int(file.attrs["version"])) != VERSION:
+        if (version := _attribute(file, "version", int)) != VERSION:
             raise InputError(f"{path} has format version {version}, this setpred reads {VERSION}; prepare it again")
-        schema = ElementSchema.from_dict(json.loads(file.attrs["schema"]))
-        source = json.loads(file.attrs["source"])
-        header = Header(int(file.attrs["images"]), int(file.attrs["image_size"]), schema, source)
+        try:
+            header = _parse_header(file)
+        except InputError as error:
+            raise InputError(f"{path} is damaged: {error}; copy or make it again") from error
         for name, (shape, dtype) in header.layout().items():
-            if file[name].shape != shape or file[name].dtype != np.dtype(dtype):
-                raise InputError(
-                    f"{path}: expected {name} {list(shape)} {dtype}, got {list(file[name].shape)} {file[name].dtype}"
-                )
+            _check_stored(file, name, shape, np.dtype(dtype), path)
     except InputError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged ({error}); copy or make it again") from error
+    except Exception as error:  # HDF5 fails in many ways at the bytes of a stranger
+        raise _damaged(path, error) from error
     return header
+
+
+def _damaged(path: str | os.PathLike[str], error: Exception) -> InputError:
+    return InputError(f"{path} is damaged ({shown(reason(error))}); copy or make it again")
+
+
+def _parse_header(file: h5py.File) -> Header:
+    described, source = (parse_json(_attribute(file, name, str), f"its {name}") for name in ("schema", "source"))
+    if not isinstance(source, dict):
+        raise InputError(f"its source is {shown(source)}, expected an object of JSON")
+    images, image_size = (_attribute(file, name, int) for name in ("images", "image_size"))
+    if not (1 <= images <= MOST_IMAGES and 1 <= image_size <= LARGEST_IMAGE):
+        raise InputError(f"it claims {images} images of side {image_size}")
+    return Header(images, image_size, ElementSchema.from_dict(described), source)
+
+
+def _attribute(file: h5py.File, name: str, kind: type) -> Any:
+    """One text or whole number, as the writer writes them."""
+    if file.attrs.get_id(name).shape != ():
+        raise InputError(f"its attribute {name} is an array, expected one value")
+    value = file.attrs[name]
+    if kind is int and isinstance(value, np.integer):
+        return int(value)
+    if not isinstance(value, kind):
+        raise InputError(f"its attribute {name} is {shown(value)}, expected {kind.__name__}")
+    if kind is str and len(value) > LONGEST_TEXT:
+        raise InputError(f"its attribute {name} has {len(value)} characters, expected at most {LONGEST_TEXT}")
+    return value
+
+
+def _check_stored(
+    file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype, path: str | os.PathLike[str]
+) -> None:
+    """A data set of this shape and type, all of whose numbers lie in this file as they are."""
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        raise InputError(f"{path}: {name} is a link to elsewhere, expected the data itself; do not trust it")
+    stored = file[name]
+    if stored.shape != shape or stored.dtype != dtype:
+        raise InputError(f"{path}: expected {name} {list(shape)} {dtype.str}, got {list(stored.shape)} {stored.dtype}")
+    properties = stored.id.get_create_plist()
+    if stored.is_virtual or properties.get_external_count():
+        raise InputError(f"{path}: {name} is taken from other files, expected the data itself; do not trust it")
+    if properties.get_nfilters():
+        raise InputError(f"{path}: {name} is compressed or filtered, which ours never are; do not trust it")
+    size = math.prod(shape) * dtype.itemsize
+    if stored.id.get_storage_size() != size or size > file.id.get_filesize():
+        raise InputError(
+            f"{path} is damaged: {name} takes {size} bytes, of which it has {stored.id.get_storage_size()}, in a file "
+            f"of {file.id.get_filesize()}; copy or make it again"
+        )
+
+
+class Rows(NamedTuple):
+    """All of a file but its images, a row for each image."""
+
+    elements: np.ndarray
+    camera: np.ndarray
+    index: np.ndarray
+
+
+def read_sets(file: h5py.File, header: Header, path: str | os.PathLike[str], images: int | None = None) -> Rows:
+    """The sets, cameras and numbers of the images (of the first `images`), checked to be such.
+
+    Raises:
+        InputError: a set is malformed, an image has no number of its own, a camera stands at infinity.
+    """
+    try:
+        rows = Rows(*(file[name][:images] for name in Rows._fields))
+    except Exception as error:
+        raise _damaged(path, error) from error
+    check_rows(rows, header.schema, path)
+    if len(np.unique(rows.index)) < len(rows.index):
+        raise InputError(f"{path} is damaged: two of its images have one number; copy or make it again")
+    return rows
+
+
+def check_rows(rows: Rows, schema: ElementSchema, path: str | os.PathLike[str]) -> None:
+    """Raises `InputError` at the first row that is none."""
+    for start in range(0, len(rows.index), BLOCK):
+        elements, camera, index = (part[start : start + BLOCK] for part in rows)
+        for fault, wrong in (
+            ("the set of image {} is malformed", malformed(elements, schema)),
+            ("an image has the number {}, expected at least 0", index < 0),
+            ("the camera of image {} is at infinity", np.isinf(camera).any(1)),
+        ):
+            if wrong.any():
+                raise InputError(f"{path}: {fault.format(index[wrong.argmax()])}; make it again")
 
 
 def read_images(file: h5py.File, index: np.ndarray) -> np.ndarray:
@@ -169,12 +259,13 @@ def verify(path: str | os.PathLike[str]) -> Header:
         try:
             for images, elements, camera, index in read_rows(file):
                 checksum.update(images, elements, camera, index)
+                check_rows(Rows(elements, camera, index), header.schema, path)
                 present += int(header.schema.values(elements, PRESENCE).sum())
-                if (wrong := malformed(elements, header.schema)).any():
-                    raise InputError(f"{path}: the set of image {index[wrong.argmax()]} is malformed; make it again")
-            objects, digest = int(file.attrs["objects"]), str(file.attrs["sha256"])
-        except (OSError, RuntimeError, KeyError) as error:
-            raise InputError(f"{path} is damaged ({error}); copy or make it again") from error
+            objects, digest = _attribute(file, "objects", int), _attribute(file, "sha256", str)
+        except InputError:
+            raise
+        except Exception as error:
+            raise _damaged(path, error) from error
     if checksum.hexdigest() != digest or present != objects:
         raise InputError(f"{path}: the content is not what was written (SHA-256 differs); copy or make it again")
     return header

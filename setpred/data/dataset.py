@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from setpred.data.cache import BLOCK, open_set_file, read_header, read_images
+from setpred.data.cache import BLOCK, open_set_file, read_header, read_images, read_sets
 from setpred.data.clevr import ClevrFolder
 from setpred.errors import InputError
 from setpred.schema import CLEVR, PRESENCE, ElementSchema
@@ -143,9 +143,9 @@ class SetFile(SetImages):
                     f"make it again with --image-size {image_size}, or set the image size to {header.image_size}"
                 )
             self.schema, self.image_size, self.source = header.schema, header.image_size, dict(header.source)
-            self.image_index: np.ndarray = file["index"][:images]
-            self._cameras: np.ndarray = file["camera"][:images]
-            self._set_elements(file["elements"][:images], set_size, str(path))
+            rows = read_sets(file, header, path, images)
+            self.image_index, self._cameras = rows.index, rows.camera
+            self._set_elements(rows.elements, set_size, str(path))
         size = len(self) * self.image_size**2 * 3
         self.in_memory = size < IN_MEMORY_BYTES if in_memory is None else in_memory
 
