@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from setpred.data.image_files import BROKEN, FORMATS, open_image
 from setpred.errors import InputError
 from setpred.rendering.camera import fit_camera
 from setpred.schema import CLEVR, ElementSchema
@@ -151,10 +152,10 @@ def load_image(path: Path, image_size: int, *, advice: str = "unpack CLEVR again
     Source: the published iDSPN recipe (Zhang et al., ICLR 2022, code) resizes so.
 
     Raises:
-        InputError: the file is missing, not an image or cut short; pixels of more than 8 bits.
+        InputError: the file is missing, not an image or cut short; pixels of more than 8 bits, or too many of them.
     """
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             if image.mode.startswith(("I", "F")):  # Pillow would cut what is above 255 off
                 raise InputError(
                     f"the image {path} is grey with more than 8 bits a pixel (mode {image.mode}), expected 8 bits; "
@@ -167,8 +168,8 @@ def load_image(path: Path, image_size: int, *, advice: str = "unpack CLEVR again
     except FileNotFoundError as error:
         raise InputError(f"the image {path} is missing; {advice}") from error
     except UnidentifiedImageError as error:
-        raise InputError(f"{path} is not an image; {advice}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path} is not an image of a format read here ({', '.join(FORMATS)}); {advice}") from error
+    except BROKEN as error:
         raise InputError(f"the image {path} is cut short or damaged ({error}); {advice}") from error
     return np.asarray(resized)
 
@@ -176,9 +177,9 @@ def load_image(path: Path, image_size: int, *, advice: str = "unpack CLEVR again
 def _size_of(path: Path) -> tuple[int, int]:
     """Width and height; CLEVR's own where the image cannot be read, which is said when it is needed."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except BROKEN:
         return PIXEL_SIZE
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from setpred.data.image_files import BROKEN, open_image
 from setpred.data.worlds.base import World
 from setpred.data.worlds.counting import check_sizes, sets_to_count
 from setpred.errors import InputError
@@ -59,8 +60,8 @@ def read_characters(folder: Path, image_size: int) -> tuple[np.ndarray, np.ndarr
 
 def _ink(path: Path, image_size: int) -> np.ndarray:
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             grey = image.convert("L").resize((image_size, image_size), Image.Resampling.BOX)
-    except (OSError, SyntaxError, UnidentifiedImageError) as error:
+    except BROKEN as error:
         raise InputError(f"{path} is not an image that can be read ({error}); unpack it again") from error
     return 1 - np.asarray(grey, dtype=np.float32) / 255

@@ -1,0 +1,32 @@
+"""Opening image files of anybody: formats that hold pictures only, of a size that memory holds."""
+
+from __future__ import annotations
+
+import os
+
+from PIL import Image
+
+from setpred.errors import InputError
+
+# Pillow knows forty more; one of them, PostScript, is a program, and another program is started to run it
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+MOST_PIXELS = 2**26  # 8192x8192; a file of a few kilobytes can claim to hold any number of them
+# what Pillow raises for files that are cut short, damaged or made to look so
+BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+def open_image(path: str | os.PathLike[str]) -> Image.Image:
+    """An image whose pixels have not been decoded yet; use it in a `with`.
+
+    Raises:
+        InputError: more pixels than `MOST_PIXELS`.
+        BROKEN: a file that is not of one of `FORMATS`, or damaged; decoding it may raise them, too.
+    """
+    image = Image.open(path, formats=FORMATS)
+    if image.width * image.height > MOST_PIXELS:
+        image.close()
+        raise InputError(
+            f"the image {path} has {image.width}x{image.height} pixels, expected at most {MOST_PIXELS:,} in all; make "
+            "it smaller, a model sees it at a fraction of that"
+        )
+    return image
