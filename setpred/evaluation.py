@@ -26,6 +26,7 @@ from setpred.metrics import (
     threshold_name,
 )
 from setpred.model import SetPredictor
+from setpred.passes import predict_in_passes, whole_pass
 from setpred.precision import encoder_autocast
 from setpred.progress import progress
 from setpred.schema import ElementSchema
@@ -47,7 +48,6 @@ class Predictions(NamedTuple):
     target: Tensor
 
 
-@torch.no_grad()
 def predict(
     model: SetPredictor,
     data: SetImages,
@@ -59,8 +59,8 @@ def predict(
 ) -> Predictions:
     """Predicts every image of a data set, in order.
 
-    A prediction depends on the image and its index alone, not on `batch_size`, `workers` or what else is evaluated.
-    On a GPU the image encoder runs in bfloat16; the descent runs in float32 everywhere.
+    A prediction depends on the image and its index alone, not on `batch_size`, `workers` or what else is evaluated:
+    see `setpred.passes`.
     """
     device = torch.device(device)
     model = model.to(device).eval()
@@ -68,9 +68,7 @@ def predict(
     predicted, target = [], []
     for batch in progress(loader, total=len(loader), description=f"predicting {len(data)} images, batches"):
         images, index = batch["image"].to(device, non_blocking=True), batch["index"].to(device)
-        with encoder_autocast(device):
-            elements = model(images, index=index, iterations=iterations)
-        predicted.append(elements.float().cpu())
+        predicted.append(predict_in_passes(model, images, index=index, iterations=iterations))
         target.append(batch["elements"])
     return Predictions(torch.cat(predicted), torch.cat(target))
 
@@ -135,10 +133,11 @@ def figures(
 ) -> list[Path]:
     """Writes the pictures of an evaluation, with the descent of the first `shown` images iterate by iterate."""
     first = data.__getitems__(range(min(shown, len(data))))
-    images, index = first["image"].to(device), first["index"].to(device)
+    images, index = (whole_pass(first[name].to(device)) for name in ("image", "index"))  # as they were predicted
     with encoder_autocast(device):
         iterates = [
-            elements.float().cpu() for elements in loaded.model.refine(images, index=index, iterations=iterations)
+            elements[: len(first["index"])].float().cpu()
+            for elements in loaded.model.refine(images, index=index, iterations=iterations)
         ]
     return write_report(
         folder,
@@ -169,7 +168,12 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
     options.add_argument("--images", type=int, help="evaluate the first IMAGES images only")
     options.add_argument("--seed", type=int, help="of the random start of the descent; the model's own unless given")
-    options.add_argument("--batch-size", type=int, default=128, help="images at a time; does not change the result")
+    options.add_argument(
+        "--batch-size",
+        type=int,
+        default=128,
+        help="images at a time, best a multiple of 64; does not change the result",
+    )
     options.add_argument("--workers", type=int, default=0, help="processes that read; does not change the result")
     options.add_argument("--device", default="auto", help="cpu, cuda, … (default: a GPU if there is one)")
     options.add_argument(

@@ -25,7 +25,7 @@ from setpred.errors import InputError
 from setpred.evaluation import choose_device
 from setpred.files import make_folder, replacing
 from setpred.model import SetPredictor
-from setpred.precision import encoder_autocast
+from setpred.passes import predict_in_passes
 from setpred.progress import progress
 from setpred.visualise import draw_outlined_image
 from setpred.visualise.world import has_world
@@ -54,8 +54,8 @@ def predict(
     """Predicts images from files, in order, with memory for a few batches however many there are.
 
     While the model works on a batch, threads decode the next one. A random start of the decoder is that of the
-    image's position in `paths`, so that neither `batch_size` nor broken images change the prediction of another, up to
-    rounding. On a GPU the image encoder runs in bfloat16; the decoder runs in float32 everywhere.
+    image's position in `paths`, and every pass through the model has the same shape (`setpred.passes`), so that
+    neither `batch_size` nor broken images change the prediction of another.
 
     Args:
         image_size: of the model; images of any size are resized to its square, see `load_image`.
@@ -83,16 +83,13 @@ def predict(
                 yield Prediction(name, prediction)
 
 
-@torch.no_grad()
 def _elements(
     model: SetPredictor, batch: Sequence[tuple[int, np.ndarray]], iterations: int | None, device: torch.device
 ) -> Tensor:
     """Elements `[batch, set_size, set_dim]` of images with their positions."""
     positions, images = zip(*batch, strict=True)
     inputs = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)  # in memory channels-last already
-    with encoder_autocast(device):
-        elements = model(inputs, index=torch.tensor(positions, device=device), iterations=iterations)
-    return elements.float().cpu()
+    return predict_in_passes(model, inputs, index=torch.tensor(positions, device=device), iterations=iterations)
 
 
 @dataclass
