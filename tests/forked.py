@@ -2,11 +2,13 @@
 
 Run as a program it imports everything once; then each line on its input is a request, JSON:
 
-    {"arguments": [...], "kill": null | {"seconds": 0.3} | {"call": "write" | "fsync" | "replace", "number": 4}}
+    {"arguments": [...], "kill": null | {"seconds": 0.3} | {"call": "write", "number": 4, "signal": 9}}
 
-for which it forks a child that runs `setpred.cli.main` with these arguments, and is killed (SIGKILL) so many seconds
-later, or by itself in the middle of its n-th call that writes: half of the bytes written, not synced, not renamed. The
-answer is a line with the status of the child, negative for a signal.
+for which it forks a child that runs `setpred.cli.main` with these arguments, and gets the signal (SIGKILL unless given)
+so many seconds later, or from itself at its n-th call of something: "write", "fsync" and "replace", by which files are
+written (half of the bytes written, not synced, not renamed), "training_step" or "validation_step". With "group": true
+its data loader's processes get the signal too. The answer is a line with the status of the child, negative for a signal
+that ended it.
 """
 
 from __future__ import annotations
@@ -50,19 +52,20 @@ class Trainings:
         self.process.stdout.close()
 
 
-def die_within(call: str, number: int) -> None:
-    """From now on the n-th call that writes a checkpoint or another small file kills this process half-way."""
+def strike(call: str, number: int, *, sent: int = signal.SIGKILL, group: bool = False) -> None:
+    """The n-th call from now on sends this process a signal when it begins, or half-way of a file's content."""
     from setpred import files
+    from setpred.training import SetPrediction
 
     left = number
 
-    def dying(real, before):
+    def struck(real, before=lambda *_: None):
         def wrapped(*arguments):
             nonlocal left
             left -= 1
             if left == 0:
                 before(*arguments)
-                os.kill(os.getpid(), signal.SIGKILL)
+                (os.killpg if group else os.kill)(os.getpid(), sent)
             return real(*arguments)
 
         return wrapped
@@ -72,9 +75,11 @@ def die_within(call: str, number: int) -> None:
             file.write(content[: len(content) // 2])
 
     if call == "write":
-        files.Path.write_bytes = dying(Path.write_bytes, half)
+        files.Path.write_bytes = struck(Path.write_bytes, half)
+    elif call.endswith("_step"):
+        setattr(SetPrediction, call, struck(getattr(SetPrediction, call)))
     else:
-        setattr(files.os, call, dying(getattr(os, call), lambda *_: None))
+        setattr(files.os, call, struck(getattr(os, call)))
 
 
 def child(request: dict[str, Any], answers: int) -> None:
@@ -85,8 +90,9 @@ def child(request: dict[str, Any], answers: int) -> None:
     from setpred.cli import main
 
     torch.set_num_threads(1)
-    if "call" in (request["kill"] or {}):
-        die_within(request["kill"]["call"], request["kill"]["number"])
+    os.setpgid(0, 0)
+    if "call" in (kill := request["kill"] or {}):
+        strike(kill["call"], kill["number"], sent=kill.get("signal", signal.SIGKILL), group=kill.get("group", False))
     sys.argv = ["train.py", *request["arguments"]]
     status = main()
     sys.stdout.flush()

@@ -2,13 +2,9 @@
 
 import csv
 import itertools
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,10 +13,12 @@ from forked import Trainings
 from tiny import CONFIG
 
 from setpred.checkpoint import read_checkpoint
-from setpred.files import locked
+from setpred.cli import alone
+from setpred.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[1]
-STREAMED = CONFIG.replace("RenderedScenes", "StreamedScenes").replace("train_images: 40", "scenes_per_epoch: 44")
+STREAMED = CONFIG.replace("datamodule.RenderedScenes", "streamed.StreamedScenes").replace(
+    "train_images: 40", "scenes_per_epoch: 44"
+)
 CONFIGS = {"file": CONFIG, "streamed": STREAMED}
 EPOCHS = 3
 TIMED = ("seconds", "data_waiting")  # of metrics.csv, which differ from run to run
@@ -34,7 +32,7 @@ class Runs:
         config = folder / f"{kind}.yaml"
         config.write_text(CONFIGS[kind])
         self.arguments = ["--config", str(config), "--runs", str(folder), f"--trainer.max_epochs={EPOCHS}"]
-        self.arguments += [f"--data.init_args.folder={data}"]
+        self.arguments += [f"--data.init_args.folder={data}", "--data.init_args.eval_batch_size=6"]
         self.numbers = itertools.count()
         self.whole = self.fresh()
         assert self.train(self.whole) == 0, start.log.read_text()
@@ -79,9 +77,19 @@ def start(tmp_path_factory):
     trainings.close()
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
-def runs(request, tmp_path_factory, tiny_data, start):
-    return Runs(tmp_path_factory.mktemp("killed"), tiny_data, start, request.param)
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tiny_data, start):
+    return Runs(tmp_path_factory.mktemp("killed"), tiny_data, start, "file")
+
+
+@pytest.fixture(scope="module")
+def streams(tmp_path_factory, tiny_data, start):
+    return Runs(tmp_path_factory.mktemp("killed"), tiny_data, start, "streamed")
+
+
+@pytest.fixture(params=["files", "streams"])
+def runs(request):
+    return request.getfixturevalue(request.param)
 
 
 def survive(runs: Runs, rng: random.Random, *, kills: int) -> list[str]:
@@ -91,10 +99,9 @@ def survive(runs: Runs, rng: random.Random, *, kills: int) -> list[str]:
     workers = rng.choice([0, 0, 2])
     options = [f"--save_minutes={minutes}", f"--data.init_args.num_workers={workers}", "--resume=auto"]
     for _ in range(kills):
+        kill = {"call": rng.choice(["write", "fsync", "replace", "validation_step"]), "number": rng.randint(1, 25)}
         if rng.random() < 0.5:
             kill = {"seconds": rng.uniform(0.2, 3.0)}
-        else:
-            kill = {"call": rng.choice(["write", "fsync", "replace"]), "number": rng.randint(1, 25)}
         status = runs.train(run, *options, kill=kill)
         assert status in (0, -signal.SIGKILL), (status, kill, runs.start.log.read_text()[-3000:])
         if status == 0:
@@ -122,16 +129,92 @@ def test_killed_at_random_moments_again_and_again(runs, capsys):
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "replace"])
-def test_a_kill_in_every_write_leaves_whole_files(runs, call):
+def test_a_kill_in_every_write_leaves_whole_files(files, call):
     """Whatever can be read after it is whole."""
-    if runs.kind == "streamed":
-        return
-    run = runs.fresh()
+    run = files.fresh()
     for number in (2, 5, 8):
-        status = runs.train(run, "--resume=auto", "--save_minutes=0", kill={"call": call, "number": number})
+        status = files.train(run, "--resume=auto", "--save_minutes=0", kill={"call": call, "number": number})
         assert status == -signal.SIGKILL
         for path in run.glob("*.ckpt"):
             read_checkpoint(path)
         assert all(len(row) > 3 for row in (table(run) if (run / "metrics.csv").exists() else []))
-    assert runs.train(run, "--resume=auto") == 0
-    runs.check(run)
+    assert files.train(run, "--resume=auto") == 0
+    files.check(run)
+
+
+STOPPED = {  # at which call of which step: how many steps are done when the run is saved and stops
+    ("training_step", 2): 2,
+    ("training_step", 5): 5,  # the last one of an epoch, before its validation
+    ("validation_step", 1): 5,
+    ("validation_step", 2): 5,
+    ("validation_step", 4): 10,
+    ("training_step", 15): 15,  # the last one of the training
+}
+
+
+@pytest.mark.parametrize("call", STOPPED, ids=lambda call: f"{call[0]}-{call[1]}")
+def test_a_signal_saves_first(files, call):
+    """Whenever it comes, no step is lost, and the run goes on as if nothing had happened."""
+    run, number = files.fresh(), signal.SIGTERM if call[1] % 2 else signal.SIGUSR1
+    kill = {"call": call[0], "number": call[1], "signal": number}
+    assert files.train(run, kill=kill) == 128 + number
+    assert f"stopped by {number.name}" in files.start.log.read_text()
+    assert read_checkpoint(run / "last.ckpt")["global_step"] == STOPPED[call]
+    assert files.train(run, "--resume=last") == 0
+    files.check(run)
+
+
+def test_ctrl_c_saves_first(files):
+    run = files.fresh()
+    assert files.train(run, kill={"call": "training_step", "number": 7, "signal": signal.SIGINT}) == 130
+    assert read_checkpoint(run / "last.ckpt")["global_step"] == 7
+    assert files.train(run, "--resume=last") == 0
+    files.check(run)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_kill_within_a_validation_costs_no_step(files, number):
+    run = files.fresh()
+    kill = {"call": "validation_step", "number": number, "signal": signal.SIGKILL}
+    assert files.train(run, "--save_minutes=1000", kill=kill) == -signal.SIGKILL
+    assert read_checkpoint(run / "last.ckpt")["global_step"] == 5 * ((number + 1) // 2)  # two batches a validation
+    assert files.train(run, "--resume=last") == 0
+    files.check(run)
+
+
+def test_a_damaged_last_checkpoint_gives_way_to_the_best(files):
+    run = files.fresh()
+    assert files.train(run) == 0
+    best = read_checkpoint(run / "best.ckpt")["epoch"]
+    (run / "last.ckpt").write_bytes((run / "last.ckpt").read_bytes()[:1000])
+    assert files.train(run, "--resume=last") == 0
+    assert f"going on from {run / 'best.ckpt'}" in files.start.log.read_text()
+    assert best + 1 == EPOCHS or read_checkpoint(run / "last.ckpt")["epoch"] == EPOCHS - 1
+
+
+def test_a_signal_to_the_whole_group_saves_first(streams):
+    """As a scheduler or a terminal sends it, to the processes that read too, which go on until the run has saved."""
+    run, workers = streams.fresh(), "--data.init_args.num_workers=2"
+    for number, sent in ((3, signal.SIGTERM), (4, signal.SIGUSR1), (5, signal.SIGINT)):
+        kill = {"call": "training_step", "number": number, "signal": sent, "group": True}
+        assert streams.train(run, workers, "--resume=auto", kill=kill) == 128 + sent, streams.start.log.read_text()
+    assert read_checkpoint(run / "last.ckpt")["global_step"] == 12
+    assert "Traceback" not in streams.start.log.read_text()
+    assert streams.train(run, workers, "--resume=auto") == 0
+    streams.check(run)
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path, monkeypatch):
+    """The second one would move the first one's folder away under it."""
+    monkeypatch.setattr("setpred.cli.PATIENCE", 0.2)
+    with alone(tmp_path / "run"):
+        with (
+            pytest.raises(InputError, match=r"another training writes into .*run; wait for its end"),
+            alone(tmp_path / "run"),
+        ):
+            pytest.fail("both have it")
+        with alone(tmp_path / "other"):
+            pass
+    with alone(tmp_path / "run"):
+        pass
+    assert list(tmp_path.iterdir()) == []

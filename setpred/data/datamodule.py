@@ -20,6 +20,7 @@ from setpred.data.cache import Header
 from setpred.data.dataset import ClevrImages, SetFile, as_batch, open_data
 from setpred.data.order import EpochOrder, EpochPermutation, ResumableLoader
 from setpred.data.rendered import render_records, rendered_header
+from setpred.data.workers import leave_signals_to_parent
 from setpred.errors import InputError
 from setpred.schema import CLEVR
 
@@ -141,6 +142,7 @@ class SetDataModule(LightningDataModule):
             "num_workers": workers,
             "collate_fn": as_batch,
             "persistent_workers": workers > 0,
+            "worker_init_fn": leave_signals_to_parent,
             "pin_memory": device.type == "cuda" and not there,
         }
 

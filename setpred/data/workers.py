@@ -1,4 +1,4 @@
-"""An ordered map over worker processes that survives what users and systems do to it."""
+"""Worker processes that survive what users and systems do to them: an ordered map, and a data loader's."""
 
 from __future__ import annotations
 
@@ -74,6 +74,25 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+def leave_signals_to_parent(worker: int = 0) -> None:
+    """Of a data loader's process: signals to the whole group, as of schedulers and terminals, are for its parent.
+
+    The parent saves and stops; without this it would meanwhile lose its data and fail. A SIGTERM from the parent itself
+    ends the process. For a `DataLoader`'s `worker_init_fn`.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+            pass
+        os._exit(0)
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads started from here on inherit it
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextmanager
