@@ -149,14 +149,17 @@ class ElementSchema:
     def _encode_value(self, field: Field, value: Any) -> np.ndarray:
         if field.categorical:
             if value not in field.classes:
-                raise InputError(f"unknown {field.name} {value!r}; expected one of {', '.join(field.classes)}")
+                raise InputError(f"unknown {field.name} {shown(value)}; expected one of {', '.join(field.classes)}")
             return np.eye(field.size, dtype=np.float32)[field.classes.index(value)]
         try:
-            numbers = np.asarray(value, dtype=np.float64).reshape(-1)
-        except (TypeError, ValueError):
+            # texts and truth values would pass as numbers
+            given = value if isinstance(value, list | tuple) else [value]
+            plain = all(type(number) not in (str, bool) for number in given)
+            numbers = np.asarray(value if plain else None, dtype=np.float64).reshape(-1)
+        except (TypeError, ValueError, OverflowError):
             numbers = np.empty(0)
         if numbers.shape != (field.size,) or not np.isfinite(numbers).all():
-            raise InputError(f"{field.name}: expected {field.size} finite numbers, got {value!r}")
+            raise InputError(f"{field.name}: expected {field.size} finite numbers, got {shown(value)}")
         return numbers / field.scale
 
     def decode(self, elements: Any, *, threshold: float = 0.5) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -14,10 +15,13 @@ from PIL import Image, UnidentifiedImageError
 
 from setpred.data.image_files import BROKEN, FORMATS, open_image
 from setpred.errors import InputError
+from setpred.limits import LARGEST_NUMBER, once, require_regular, shown
 from setpred.rendering.camera import fit_camera
 from setpred.schema import CLEVR, ElementSchema
 
 PIXEL_SIZE = (480, 320)  # of CLEVR v1.0's images
+MOST_BYTES = 2**29  # of a file of scenes; the largest of CLEVR v1.0, for 70,000 images, has some hundred million
+MOST_RECORDS = 10_000  # between one scene and the next, its objects among them: they are in memory all at once
 
 
 class _Scene(NamedTuple):
@@ -80,20 +84,29 @@ class ClevrFolder:
         return locate_camera(self.centres[number], self.pixels[number], self.pixel_size)
 
     def _parse(self, content: bytes, scenes_file: Path) -> list[_Scene]:
-        def reduce(record: dict[str, Any]) -> Any:
+        waiting = 0
+
+        def reduce(pairs: list[tuple[str, Any]]) -> Any:
             # Each scene becomes arrays as soon as it is read: as Python objects 70,000 scenes would take gigabytes.
+            nonlocal waiting
+            record, waiting = once(pairs), waiting + 1
             if "image_filename" in record:
+                waiting = 0
                 return self._scene(record)
+            if waiting > MOST_RECORDS:
+                raise InputError(f"a scene has more than {MOST_RECORDS} objects or other records, expected a few")
             return None if record.keys() >= {"left", "right"} else record
 
         try:
-            document = json.loads(content, object_hook=reduce)
+            document = json.loads(content, object_pairs_hook=reduce)
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{scenes_file} is not valid JSON: {error.msg} at character {error.pos} of {len(error.doc)}; "
                 "the file may be cut short, unpack or copy it again"
             ) from error
-        except (UnicodeDecodeError, RecursionError) as error:
+        except InputError as error:  # a ValueError, too
+            raise InputError(f"{scenes_file}: {error}") from error
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{scenes_file} is not valid JSON ({error}); unpack or copy it again") from error
         scenes = document.get("scenes") if isinstance(document, dict) else None
         if not isinstance(scenes, list) or not scenes:
@@ -101,16 +114,23 @@ class ClevrFolder:
         for number, scene in enumerate(scenes):
             if not isinstance(scene, _Scene):
                 raise InputError(f"{scenes_file}: scene {number} has no 'image_filename'")
+        for name in ("file_name", "index"):  # of two with one name, one image would count twice
+            values = [getattr(scene, name) for scene in scenes]
+            if len(set(values)) < len(values):
+                twice = next(value for value, count in Counter(values).items() if count > 1)
+                raise InputError(
+                    f"{scenes_file}: two scenes have the {name.replace('_', ' ')} {shown(twice)}; remove one"
+                )
         return scenes
 
     def _scene(self, record: Mapping[str, Any]) -> _Scene:
         name, objects, index = record["image_filename"], record.get("objects"), record.get("image_index")
-        if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\0" in name:
-            raise InputError(f"image_filename {name!r}: expected a plain file name, without a folder")
+        if not _is_plain(name):
+            raise InputError(f"image_filename {shown(name)}: expected a plain file name, without a folder")
         if not isinstance(objects, list) or not all(isinstance(obj, dict) for obj in objects):
             raise InputError(f"{name}: expected a list 'objects' of records")
-        if not isinstance(index, int) or index < 0:
-            raise InputError(f"{name}: expected an 'image_index' of at least 0, got {index!r}")
+        if type(index) is not int or not 0 <= index <= LARGEST_NUMBER:  # a bool is an int to Python
+            raise InputError(f"{name}: expected an 'image_index' of at least 0, got {shown(index)}")
         if len(objects) > self.schema.max_objects:
             raise InputError(
                 f"{name} has {len(objects)} objects, but schema {self.schema.name!r} holds at most "
@@ -121,11 +141,12 @@ class ClevrFolder:
         for number, obj in enumerate(objects):
             try:
                 if "3d_coords" not in obj:
-                    raise InputError(f"an object lacks '3d_coords'; it has {sorted(obj)}")
+                    raise InputError(f"an object lacks '3d_coords'; it has {shown(sorted(obj))}")
                 elements[number] = self.schema.encode([obj | {"coords": obj["3d_coords"]}], set_size=1)[0]
                 centres[number] = obj["3d_coords"]
-                pixels[number] = obj.get("pixel_coords", np.nan)
-            except (InputError, ValueError, TypeError) as error:
+                if "pixel_coords" in obj:
+                    pixels[number] = _three_numbers("pixel_coords", obj["pixel_coords"])
+            except (InputError, ValueError, TypeError, OverflowError) as error:
                 raise InputError(f"{name}, object {number}: {error}") from error
         return _Scene(name, index, elements, centres, pixels)
 
@@ -138,7 +159,7 @@ class ClevrFolder:
         missing = [name for name in self.file_names if name not in there]
         if missing:
             raise InputError(
-                f"{len(missing)} of {len(self)} images are missing in {folder}, the first is {missing[0]}; "
+                f"{len(missing)} of {len(self)} images are missing in {folder}, the first is {missing[0][:80]}; "
                 "unpack CLEVR again"
             )
 
@@ -197,6 +218,8 @@ def locate_camera(centres: np.ndarray, pixels: np.ndarray, size: tuple[int, int]
 
 
 def _scenes_file(root: Path, split: str) -> Path:
+    if not _is_plain(split):
+        raise InputError(f"the split {shown(split)}: expected a plain name, such as train or val")
     if not root.is_dir():
         raise InputError(f"expected a folder in the CLEVR_v1.0 layout, but {root} is no folder; see data/README.md")
     scenes_file = root / "scenes" / f"CLEVR_{split}_scenes.json"
@@ -211,6 +234,22 @@ def _scenes_file(root: Path, split: str) -> Path:
 
 def _read(path: Path) -> bytes:
     try:
+        size = require_regular(path, advice="unpack CLEVR again")
+        if size > MOST_BYTES:
+            raise InputError(
+                f"{path} has {size:,} bytes, expected at most {MOST_BYTES:,}, as it is read as a whole; split it"
+            )
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror})") from error
+
+
+def _is_plain(name: Any) -> bool:
+    """Whether it is the name of a file in a folder, and nothing else."""
+    return isinstance(name, str) and name.isprintable() and name not in ("", ".", "..") and Path(name).name == name
+
+
+def _three_numbers(name: str, values: Any) -> list[float]:
+    if not isinstance(values, list) or len(values) != 3 or not all(type(value) in (int, float) for value in values):
+        raise InputError(f"{name}: expected 3 numbers, got {shown(values)}")
+    return values

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 from PIL import Image
 
 from setpred.errors import InputError
+from setpred.limits import require_regular
 
 # Pillow knows forty more; one of them, PostScript, is a program, and another program is started to run it
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 MOST_PIXELS = 2**26  # 8192x8192; a file of a few kilobytes can claim to hold any number of them
 # what Pillow raises for files that are cut short, damaged or made to look so
 BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+# `open_image` says it in a sentence; not within it, for threads decode and share the filters
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """An image whose pixels have not been decoded yet; use it in a `with`.
+    """An image whose pixels have not been decoded yet; use it in a `with`. Links are followed, to regular files only.
 
     Raises:
-        InputError: more pixels than `MOST_PIXELS`.
+        InputError: more pixels than `MOST_PIXELS`; a pipe, a device or a folder, which might never end.
         BROKEN: a file that is not of one of `FORMATS`, or damaged; decoding it may raise them, too.
     """
+    require_regular(path, advice="give an image file")
     image = Image.open(path, formats=FORMATS)
     if image.width * image.height > MOST_PIXELS:
         image.close()

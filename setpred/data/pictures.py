@@ -36,8 +36,9 @@ def find_images(sources: Iterable[str | os.PathLike[str]]) -> list[str]:
         try:
             with os.scandir(source) as entries:
                 names = [entry.name for entry in entries if entry.name.lower().endswith(SUFFIXES) and entry.is_file()]
-        except OSError as error:
-            raise InputError(f"no image or folder of images at {source} ({error.strerror})") from error
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", error)  # a ValueError of a NUL has none
+            raise InputError(f"no image or folder of images at {source} ({why})") from error
         names = sorted(name for name in names if not name.startswith("."))
         if not names:
             raise InputError(f"the folder {source} has no image; expected files named {', '.join(SUFFIXES)}")

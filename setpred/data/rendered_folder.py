@@ -212,7 +212,7 @@ def _cameras(paths: _Paths, split: str) -> Iterator[str]:
         try:
             lines = paths.cameras.read_text().splitlines()  # the last one may lack its end
             yield from (line + "\n" for line in lines if json.loads(line).get("split") != split)
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"{paths.cameras} is not a file of cameras ({error}); move it away") from error
     yield from (json.dumps(camera) + "\n" for _, camera in _records(paths))
 
