@@ -169,15 +169,8 @@ def load_checkpoint(path: str | os.PathLike[str], *, allow: Iterable[str] = ()) 
     Raises:
         InputError: see `read_checkpoint` and `build`; weights that do not fit the model.
     """
-    content = read_checkpoint(path)
-    record = content[KEY]
-    config = record.get("model")
-    if not isinstance(config, dict) or set(config) != {"encoder", "decoder"}:
-        raise InputError(
-            f"{path} does not say how its model is built (it was not trained by train.py); build the parts "
-            'yourself and load its "state_dict"'
-        )
-    model = _model(config, allowed_classes(allow), content["state_dict"], path, public=not list(allow))
+    allow, content = list(allow), read_checkpoint(path)
+    record, model = content[KEY], rebuilt(content, path, allow=allow)
     data = record.get("data")
     try:
         return Checkpoint(
@@ -191,6 +184,17 @@ def load_checkpoint(path: str | os.PathLike[str], *, allow: Iterable[str] = ()) 
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: its record is damaged ({error!r}); train again or use another checkpoint") from error
+
+
+def rebuilt(content: Mapping[str, Any], path: str | os.PathLike[str], *, allow: Iterable[str] = ()) -> SetPredictor:
+    """The model of what `read_checkpoint` read, with its weights; arguments and errors as of `load_checkpoint`."""
+    config, allow = content[KEY].get("model"), list(allow)
+    if not isinstance(config, dict) or set(config) != {"encoder", "decoder"}:
+        raise InputError(
+            f"{path} does not say how its model is built (it was not trained by train.py); build the parts "
+            'yourself and load its "state_dict"'
+        )
+    return _model(config, allowed_classes(allow), content["state_dict"], path, public=not allow)
 
 
 def _whole(value: Any, least: int = 0, most: int = LARGEST_NUMBER) -> int:
