@@ -76,21 +76,30 @@ class EpochMean(pl.Callback):
     name: str
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.trainer = trainer
         self.total: Tensor | float = 0.0
         self.weight: Tensor | float = 0.0
 
     def state_dict(self) -> dict[str, float]:
-        return {"total": float(self.total), "weight": float(self.weight)}
+        return dict(zip(("total", "weight"), self._sums(), strict=True))
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        self.total, self.weight = state_dict.get("total", 0.0), state_dict.get("weight", 0.0)
+        if self.trainer.is_global_zero:  # the sums are of all processes, however many there are now
+            self.total, self.weight = state_dict.get("total", 0.0), state_dict.get("weight", 0.0)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        sums = torch.tensor([float(self.total), float(self.weight)], device=pl_module.device)
-        total, weight = trainer.strategy.reduce(sums, reduce_op="sum").tolist()
+        total, weight = self._sums()
         if weight > 0:
-            pl_module.log(self.name, total / weight)
+            pl_module.log(self.name, total / weight, sync_dist=True, reduce_fx="max")  # the same in all processes
         self.total = self.weight = 0.0
+
+    def _sums(self) -> list[float]:
+        """Of all processes, which must all ask."""
+        sums = [float(self.total), float(self.weight)]
+        if self.trainer.world_size == 1:
+            return sums
+        both = torch.tensor(sums, dtype=torch.float64, device=self.trainer.strategy.root_device)
+        return self.trainer.strategy.reduce(both, reduce_op="sum").tolist()
 
 
 class TrainLoss(EpochMean):

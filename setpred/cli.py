@@ -21,7 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from setpred import checkpoint
+from setpred import checkpoint, processes
 from setpred.callbacks import DataWaiting, EpochLines, MetricsFile, TrainLoss
 from setpred.checkpoint import read_checkpoint
 from setpred.configuration import MODE, Parser, guarded, split_allow
@@ -132,16 +132,22 @@ class TrainCLI(LightningCLI):
         saving = checkpoint_callbacks(self.folder, self.model.monitor, self.model.mode, minutes=minutes)
         callbacks = [TrainLoss(), DataWaiting(), MetricsFile(self.folder / "metrics.csv"), *saving]
         callbacks += [EpochLines(), *([TQDMProgressBar(leave=False)] if terminal else [])]
+        given = self.config_init.trainer.callbacks or []
         arguments |= {
-            "callbacks": [*(self.config_init.trainer.callbacks or []), *callbacks],
+            "callbacks": [*given, *callbacks],
             "enable_progress_bar": terminal,
             "default_root_dir": str(self.folder),
-            "plugins": [*(self.config_init.trainer.plugins or []), WholeCheckpoints()],
+            "plugins": [*(self.config_init.trainer.plugins or []), WholeCheckpoints(), *processes.scheduler()],
             "logger": self._logger(),
         }
         if self.config.trainer.precision is None:
             arguments["precision"] = training_precision(self.config.trainer.accelerator)
-        return super().instantiate_trainer(**arguments)
+        trainer = super().instantiate_trainer(**arguments)
+        processes.check_started(trainer)
+        if trainer.world_size > 1 and self.config.trainer.strategy in ("auto", "ddp"):
+            arguments |= {"strategy": processes.STRATEGY, "callbacks": [*given, *callbacks]}
+            trainer = super().instantiate_trainer(**arguments)
+        return trainer
 
     def _logger(self) -> Any:
         """TensorBoard where it is installed, unless the configuration says otherwise; metrics.csv is always written."""
@@ -232,6 +238,7 @@ def quiet() -> None:
         ".*GPU available but not used.*",
         ".*callbacks used to create the checkpoint.*",  # resumed from one of other callbacks
         ".*The dirpath has changed.*",  # resumed from elsewhere: the best so far starts anew
+        ".*find_unused_parameters=True was specified.*",  # where all happen to be used
         ".*LeafSpec.*",  # of torch, on itself
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -338,7 +345,8 @@ def prepare(cli: TrainCLI, resume: Path | None) -> None:
 def fit(cli: TrainCLI, resume: Path | None) -> None:
     """Trains, and turns whatever stops it from outside into `Interrupted`."""
     try:
-        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=True)
+        with processes.together(cli.trainer):
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=True)
     except StopSignalError as stopped:
         raise Interrupted(cli.folder, stopped.number, saved=True) from stopped
     except SystemExit as stopped:  # how Lightning ends on a second Ctrl-C, and on signals before the first step

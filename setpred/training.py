@@ -15,7 +15,7 @@ from setpred.checkpoint import save_whole
 from setpred.errors import InputError
 from setpred.losses import HungarianLoss
 from setpred.matching import NotFiniteError
-from setpred.metrics import AveragePrecision
+from setpred.metrics import AveragePrecision, Mean
 from setpred.model import SetPredictor
 from setpred.nn import batch_norms, estimating_statistics
 from setpred.schedules import Constant, Schedule
@@ -88,6 +88,7 @@ class SetPrediction(pl.LightningModule):
         self.data_description: dict[str, Any] = {}  # the validation data's path, split and image size
         self.settings: dict[str, Any] = {}  # the other settings of the run, likewise; a resumed run is compared
         self.metric = AveragePrecision(schema=self.schema) if metric is None and self.schema is not None else metric
+        self.mean_loss = Mean()  # of a validation
         self.monitor = "val_loss" if self.metric is None else f"val_{self.metric.monitor}"
         self.mode = "min" if self.metric is None else self.metric.mode
 
@@ -101,6 +102,16 @@ class SetPrediction(pl.LightningModule):
 
     def on_train_start(self) -> None:
         self._note_norms()  # a run resumed at the end of an epoch validates first
+        self._count_batches()
+
+    def _count_batches(self) -> None:
+        """Where an epoch goes on with batches of another size, or shared by other processes, as many have gone by."""
+        loader, progress = self.trainer.train_dataloader, self.trainer.fit_loop.epoch_loop.batch_progress.current
+        behind = loader.behind(self.current_epoch) if hasattr(loader, "behind") else None
+        if behind is not None:
+            shift = behind - progress.ready
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(progress, name, getattr(progress, name) + shift)
 
     def _note_norms(self) -> None:
         """Which batch normalisations train: not those held fixed, in evaluation mode all along."""
@@ -140,11 +151,11 @@ class SetPrediction(pl.LightningModule):
         self._estimate_statistics()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        losses = self._score(batch)
-        self.log("val_loss", losses.mean(), batch_size=len(losses), sync_dist=True)
+        self._score(batch)
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict(self._scores(), sync_dist=True)
+        # every process has them of all images; of equal numbers the largest is exact, a mean is not
+        self.log_dict(self._scores(), sync_dist=True, reduce_fx="max")
 
     def validate(self, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """The same numbers as a validation by the trainer logs, at any moment and by themselves."""
@@ -153,8 +164,9 @@ class SetPrediction(pl.LightningModule):
         try:
             self._estimate_statistics()
             with torch.no_grad():
-                losses = [self._score({name: value.to(self.device) for name, value in b.items()}) for b in batches]
-            return {"val_loss": float(torch.cat(losses).mean())} | {n: float(v) for n, v in self._scores().items()}
+                for batch in batches:
+                    self._score({name: value.to(self.device) for name, value in batch.items()})
+            return {name: float(value) for name, value in self._scores().items()}
         finally:
             self.train(was_training)
 
@@ -166,20 +178,21 @@ class SetPrediction(pl.LightningModule):
         predicted = self.model(inputs, mask=batch.get("input_mask"), index=index, iterations=iterations)
         return self._losses(batch, predicted), predicted
 
-    def _score(self, batch: dict[str, Tensor]) -> Tensor:
-        """Loss of each example; the metric takes note of the predictions."""
+    def _score(self, batch: dict[str, Tensor]) -> None:
+        """Loss and metric take note of the predictions."""
         losses, predicted = self._predict(batch, index=batch["index"])
+        self.mean_loss.update(losses)
         if self.metric is not None:
             self.metric.update(predicted.float(), batch["elements"])
-        return losses
 
     def _scores(self) -> dict[str, Tensor]:
-        """What the metric says of all that it has seen, which it forgets."""
-        if self.metric is None:
-            return {}
-        scores = {f"val_{name}": value.float() for name, value in self.metric.compute().items()}
-        self.metric.reset()
-        return scores
+        """What they say of all that all processes have seen, which they forget."""
+        scores = {"loss": self.mean_loss.compute()}
+        self.mean_loss.reset()
+        if self.metric is not None:
+            scores |= self.metric.compute()
+            self.metric.reset()
+        return {f"val_{name}": value.float() for name, value in scores.items()}
 
     def _losses(self, batch: dict[str, Tensor], predicted: Tensor) -> Tensor:
         """Loss of each example, checked to be finite."""

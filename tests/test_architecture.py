@@ -15,7 +15,7 @@ FLOORS = {
     "inner": 1, "matching": 1, "rendering": 1,
     "aggregators": 2, "encoders": 2, "decoders": 2, "losses": 2, "metrics": 2, "data": 2,
     "model": 3, "visualise": 3, "passes": 3, "weights": 3, "torch_files": 3, "allowed": 3, "checkpoint": 4, "configuration": 4,
-    "training": 5, "callbacks": 5, "saving": 5, "evaluation": 5, "check": 5, "program": 5, "predict": 5,
+    "training": 5, "callbacks": 5, "processes": 5, "saving": 5, "evaluation": 5, "check": 5, "program": 5, "predict": 5,
     "release": 6, "cli": 6, "compare": 7,
 }  # fmt: skip
 ROOMS = {
@@ -23,7 +23,7 @@ ROOMS = {
     "h5py": {"data"},
     "sklearn": {"data"},
     "matplotlib": {"visualise"},
-    "lightning": {"data", "training", "callbacks", "saving", "configuration", "cli", "compare"},
+    "lightning": {"data", "training", "callbacks", "saving", "configuration", "processes", "cli", "compare"},
     "torchmetrics": {"metrics"},
     "torchvision": {"encoders"},
     "safetensors": {"weights"},

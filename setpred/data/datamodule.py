@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 import setpred
 from setpred.data.cache import Header
 from setpred.data.dataset import ClevrImages, SetFile, as_batch, open_data
-from setpred.data.order import EpochOrder, EpochPermutation, ResumableLoader
+from setpred.data.order import EpochPermutation, training_loader, validation_loader
 from setpred.data.rendered import render_records, rendered_header
 from setpred.data.workers import leave_signals_to_parent
 from setpred.errors import InputError
@@ -38,7 +38,7 @@ class SetDataModule(LightningDataModule):
         train_split, val_split: which split, where the data is a folder.
         image_size: side of the images; a file of another size is refused.
         set_size: size of the sets; the schema's largest unless given.
-        batch_size: training examples per step; the last, smaller batch of an epoch is left out.
+        batch_size: training examples per step and process; the last, smaller batch of an epoch is left out.
         eval_batch_size: validation examples at a time; as `batch_size` unless given.
         num_workers: processes that read; 0 is right for files in memory, and what a set in a GPU's memory gets.
         in_memory: keep a file's images in memory; None does so under 2 GB. "device" keeps them in the memory of the
@@ -95,11 +95,12 @@ class SetDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         assert self.train_data is not None, "setup('fit') comes first"
-        return self._train_loader(self.train_data, EpochPermutation(len(self.train_data), seed=self.seed or 0))
+        order = EpochPermutation(len(self.train_data), seed=self.seed or 0)
+        return training_loader(self.train_data, self.batch_size, order, self.trainer, **self._reading(self.train_data))
 
     def val_dataloader(self) -> DataLoader:
         assert self.val_data is not None, "setup comes first"
-        return DataLoader(self.val_data, self.eval_batch_size, **self._reading(self.val_data))
+        return validation_loader(self.val_data, self.eval_batch_size, self.trainer, **self._reading(self.val_data))
 
     def statistics_batches(self, images: int) -> Iterator[dict[str, Any]]:
         """The first training examples, at most so many, in whole batches: the same ones whenever it is asked."""
@@ -124,12 +125,6 @@ class SetDataModule(LightningDataModule):
                 "python -m setpred.data prepare, or leave in_memory out"
             )
         return data
-
-    def _train_loader(self, data: Dataset, order: EpochOrder) -> DataLoader:
-        if self.trainer is not None:
-            order.deal(self.trainer.world_size, self.trainer.global_rank)
-        # A last batch of another size would have noisier batch statistics and another step size.
-        return ResumableLoader(data, self.batch_size, sampler=order, drop_last=True, **self._reading(data))
 
     def _reading(self, data: Dataset) -> dict[str, Any]:
         """What the loaders have in common."""

@@ -1,4 +1,8 @@
-"""Which examples come when, for every process of a training, and going on in the middle of it."""
+"""Which examples come when, for every process of a training, and going on in the middle of it.
+
+`training_loader` and `validation_loader` make the loaders; `trainer` says how many processes there are and which of
+them this is (`world_size`, `global_rank`), None is one process.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
+
+from setpred.errors import InputError
 
 
 class EpochOrder(DistributedSampler[int], ABC):
@@ -64,6 +70,34 @@ class EpochRange(EpochOrder):
         return range(self.epoch * self.length, (self.epoch + 1) * self.length)
 
 
+class InOrder(DistributedSampler[int]):
+    """0, 1, ..., `length` - 1, of which each process has a block: every example exactly once, to validate on.
+
+    The blocks of all processes, one after the other, are the whole; their lengths differ by one at most. (Torch's and
+    Lightning's own dealing shows some examples twice where it does not go round evenly, and out of order.) So
+    processes may have one batch more than others. That is safe in a validation: only the first forward pass of
+    `DistributedDataParallel` after a training step waits for the others, and everyone has a first one.
+
+    Raises:
+        InputError: fewer examples than processes.
+    """
+
+    def __init__(self, length: int, *, processes: int, process: int) -> None:
+        super().__init__(range(length), num_replicas=processes, rank=process, shuffle=False)
+        if length < processes:
+            raise InputError(
+                f"expected at least one validation example for each of {processes} processes, got {length}; validate "
+                "on more, or use fewer processes"
+            )
+        self.block = range(length * process // processes, length * (process + 1) // processes)
+
+    def __len__(self) -> int:
+        return len(self.block)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.block)
+
+
 class ResumableLoader(DataLoader):
     """A loader of an `EpochOrder` that can go on within an epoch.
 
@@ -95,8 +129,47 @@ class ResumableLoader(DataLoader):
     def _epoch(self) -> int:
         return getattr(self.sampler, "epoch", 0)  # for `overfit_batches` Lightning puts a sampler of its own
 
+    def behind(self, epoch: int) -> int | None:
+        """How many batches of the epoch lie behind the place where it goes on within it; None if it does not."""
+        if self._resumed is None or self._resumed["epoch"] != epoch or not isinstance(self.sampler, EpochOrder):
+            return None
+        left = len(self.sampler) - math.ceil(self._resumed["examples"] / self.sampler.num_replicas)
+        return len(self) - max(0, left) // self.batch_size
+
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self._epoch, "examples": self._examples}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._resumed = state
+
+
+def training_loader(data: Dataset, batch_size: int, order: EpochOrder, trainer: Any, **reading: Any) -> ResumableLoader:
+    """This process's batches of `order`. The last, smaller batch is left out: it would have noisier batch statistics
+    and another step size.
+
+    Raises:
+        InputError: no whole batch for each process.
+    """
+    processes, process = _among(trainer)
+    if order.length < processes * batch_size:
+        raise InputError(
+            f"expected at least one batch of {batch_size} for each of {processes} processes, got {order.length} "
+            "training examples; use a smaller batch_size, fewer processes or more examples"
+        )
+    order.deal(processes, process)
+    return ResumableLoader(data, batch_size, sampler=order, drop_last=True, **reading)
+
+
+def validation_loader(data: Dataset, batch_size: int, trainer: Any, **reading: Any) -> DataLoader:
+    """All of `data` in order, of which each process has a part.
+
+    Raises:
+        InputError: fewer examples than processes.
+    """
+    processes, process = _among(trainer)
+    sampler = InOrder(len(data), processes=processes, process=process) if processes > 1 else None
+    return DataLoader(data, batch_size, sampler=sampler, **reading)
+
+
+def _among(trainer: Any) -> tuple[int, int]:
+    return (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from setpred.data.datamodule import VALIDATION_SEED, InMemory, RenderedFile, SetDataModule
-from setpred.data.order import EpochRange
+from setpred.data.order import EpochRange, training_loader
 from setpred.errors import InputError
 from setpred.rendering.renderer import render
 from setpred.rendering.sampling import CONDITIONS, SceneRules, sample_scenes
@@ -155,7 +155,8 @@ class StreamedScenes(SetDataModule):
 
     def train_dataloader(self) -> DataLoader:
         assert self.train_data is not None, "setup comes first"
-        return self._train_loader(self.train_data, EpochRange(self.scenes_per_epoch))
+        order = EpochRange(self.scenes_per_epoch)
+        return training_loader(self.train_data, self.batch_size, order, self.trainer, **self._reading(self.train_data))
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int = 0) -> dict[str, Any]:
         """Draws the images of training scenes on the device that the batch is on: what a file would have given."""

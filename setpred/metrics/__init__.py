@@ -1,7 +1,7 @@
 """How good predictions are: average precision in two protocols and what lies behind it, errors and distances."""
 
 from setpred.metrics.attributes import attribute_report, match_by_position
-from setpred.metrics.averages import MeanMetric
+from setpred.metrics.averages import Mean, MeanMetric
 from setpred.metrics.classification import Accuracy
 from setpred.metrics.distances import SetDistances
 from setpred.metrics.gathered import AveragePrecision
@@ -21,6 +21,7 @@ __all__ = [
     "AbsoluteError",
     "Accuracy",
     "AveragePrecision",
+    "Mean",
     "MeanMetric",
     "NumberingAccuracy",
     "SetDistances",

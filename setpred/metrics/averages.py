@@ -7,6 +7,30 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
+class Mean(Metric):
+    """The mean of all numbers that were seen, in all processes: `update(values [count])`, `compute()` float64 `[]`.
+
+    However they were batched: Lightning's own mean over processes rounds the number of examples of each down where
+    they have not all as many.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", default=torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor) -> None:
+        self.total += values.detach().double().sum()
+        self.count += len(values)
+
+    def compute(self) -> Tensor:
+        """NaN where nothing was seen."""
+        return self.total / self.count
+
+
 class MeanMetric(Metric):
     """Means over all that was seen, however it was batched and in any order.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from setpred.data.dataset import Batch, as_batch
-from setpred.data.order import EpochPermutation, ResumableLoader
+from setpred.data.order import EpochPermutation, training_loader, validation_loader
 from setpred.errors import InputError
 
 SPLITS = ("train", "val")
@@ -48,7 +48,7 @@ class World(LightningDataModule, ABC):
 
     Args:
         train_sets, val_sets: how many.
-        batch_size: training examples per step; the last, smaller batch of an epoch is left out.
+        batch_size: training examples per step and process; the last, smaller batch of an epoch is left out.
         eval_batch_size: validation examples at a time; as `batch_size` unless given.
         worlds_seed: which examples; those of training and of validation are drawn apart.
         seed: of the order of the training examples; None takes the seed of the run, from the command line.
@@ -98,14 +98,11 @@ class World(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader:
         assert self.train_data is not None, "setup('fit') comes first"
         order = EpochPermutation(len(self.train_data), seed=self.seed or 0)
-        if self.trainer is not None:
-            order.deal(self.trainer.world_size, self.trainer.global_rank)
-        # a last batch of another size would have another step size
-        return ResumableLoader(self.train_data, self.batch_size, sampler=order, drop_last=True, collate_fn=as_batch)
+        return training_loader(self.train_data, self.batch_size, order, self.trainer, collate_fn=as_batch)
 
     def val_dataloader(self) -> DataLoader:
         assert self.val_data is not None, "setup comes first"
-        return DataLoader(self.val_data, self.eval_batch_size, collate_fn=as_batch)
+        return validation_loader(self.val_data, self.eval_batch_size, self.trainer, collate_fn=as_batch)
 
     def _made(self, split: str) -> Examples:
         rng = np.random.default_rng([self.worlds_seed, SPLITS.index(split)])
