@@ -16,7 +16,7 @@ from setpred.errors import InputError
 # width and length a model has no more numbers than can be counted
 LARGEST_SIZE = 2**16
 LARGEST_NUMBER = 2**63 - 1  # of a position, a count of steps or a seed; torch and HDF5 hold no larger ones
-MOST_VALUES = 1_000_000  # of a record; those of our largest checkpoints have a few thousand
+MOST_VALUES = 200_000  # of a record; those of our largest checkpoints have a few thousand
 DEEPEST = 64  # nesting of a record; our deepest configurations have 16 levels
 LARGEST_IMAGE = 4096  # pixels of a side that a model sees; those of CLEVR are trained on at 128
 SEEDS = ("seed",)  # keys of numbers that are no sizes
@@ -121,7 +121,7 @@ def parse_json(text: str | bytes, name: str) -> Any:
             text, object_pairs_hook=once, parse_int=whole_number, parse_float=real_number, parse_constant=real_number
         )
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{name} is not valid JSON ({error}); copy or make it again") from error
+        raise InputError(f"{name} is not valid JSON ({error})") from error
     for _ in leaves(document, name):
         pass
     return document

@@ -52,9 +52,9 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
     except InputError:
         raise
     except pickle.UnpicklingError as error:
-        raise InputError(f"{path} {_REFUSED} ({shown(reason(error))})") from error
+        raise InputError(f"{path} {_REFUSED} ({reason(error)[:200]})") from error
     except Exception as error:  # a stranger's bytes may fail anywhere in zipfile and torch
-        raise InputError(f"{damaged}: {shown(reason(error))}") from error
+        raise InputError(f"{damaged}: {reason(error)[:200]}") from error
     _check_values(content, stored, path)
     return content
 

@@ -76,7 +76,7 @@ def unpack(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, A
     except InputError:
         raise
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise InputError(f"{damaged}: {shown(reason(error))}") from error
+        raise InputError(f"{damaged}: {reason(error)[:200]}") from error
     if RECORD not in metadata:
         raise InputError(f"{path} is not a checkpoint of setpred: it lacks the record {RECORD!r} in its metadata")
     for name, value in tensors.items():

@@ -96,7 +96,7 @@ def open_set_file(path: str | os.PathLike[str]) -> h5py.File:
     except Exception as error:
         if not h5py.is_hdf5(path):
             raise InputError(f"{path} is not an HDF5 file; make one with python -m setpred.data") from error
-        raise InputError(f"{path} is cut short or damaged ({shown(reason(error))}); copy or make it again") from error
+        raise InputError(f"{path} is cut short or damaged ({reason(error)[:200]}); copy or make it again") from error
 
 
 def read_header(file: h5py.File, path: str | os.PathLike[str]) -> Header:
@@ -125,7 +125,7 @@ def read_header(file: h5py.File, path: str | os.PathLike[str]) -> Header:
 
 
 def _damaged(path: str | os.PathLike[str], error: Exception) -> InputError:
-    return InputError(f"{path} is damaged ({shown(reason(error))}); copy or make it again")
+    return InputError(f"{path} is damaged ({reason(error)[:200]}); copy or make it again")
 
 
 def _parse_header(file: h5py.File) -> Header:
@@ -193,9 +193,13 @@ def read_sets(file: h5py.File, header: Header, path: str | os.PathLike[str], ima
     except Exception as error:
         raise _damaged(path, error) from error
     check_rows(rows, header.schema, path)
-    if len(np.unique(rows.index)) < len(rows.index):
-        raise InputError(f"{path} is damaged: two of its images have one number; copy or make it again")
+    _check_apart(rows.index, path)
     return rows
+
+
+def _check_apart(index: np.ndarray, path: str | os.PathLike[str]) -> None:
+    if len(np.unique(index)) < len(index):  # one image would count twice
+        raise InputError(f"{path} is damaged: two of its images have one number; copy or make it again")
 
 
 def check_rows(rows: Rows, schema: ElementSchema, path: str | os.PathLike[str]) -> None:
@@ -255,12 +259,14 @@ def verify(path: str | os.PathLike[str]) -> Header:
     """
     with open_set_file(path) as file:
         header = read_header(file, path)
-        checksum, present = Checksum(header), 0
+        checksum, present, numbers = Checksum(header), 0, []
         try:
             for images, elements, camera, index in read_rows(file):
                 checksum.update(images, elements, camera, index)
                 check_rows(Rows(elements, camera, index), header.schema, path)
                 present += int(header.schema.values(elements, PRESENCE).sum())
+                numbers.append(index)
+            _check_apart(np.concatenate(numbers), path)
             objects, digest = _attribute(file, "objects", int), _attribute(file, "sha256", str)
         except InputError:
             raise
