@@ -1,12 +1,21 @@
 """Orders of examples: what an epoch has, dealt to processes, and going on within it."""
 
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from torch.utils.data import BatchSampler
 
-from setpred.data.order import EpochPermutation, EpochRange, ResumableLoader
+from setpred.data.order import (
+    EpochPermutation,
+    EpochRange,
+    InOrder,
+    ResumableLoader,
+    training_loader,
+    validation_loader,
+)
+from setpred.errors import InputError
 
 ORDERS = [lambda length: EpochPermutation(length, seed=3), EpochRange]
 
@@ -98,3 +107,39 @@ def test_going_on_with_other_batches_neither_repeats_nor_leaves_out(make, size, 
     skipped = -8 % processes  # so that it goes round evenly
     full = (30 // processes * processes - 8 - skipped) // (size * processes) * size * processes
     assert sorted(shown) == sorted(rest[skipped : skipped + full])
+
+
+@pytest.mark.parametrize(("length", "processes"), [(1, 1), (13, 2), (12, 2), (13, 5), (5, 5), (64, 7)])
+def test_blocks_are_the_whole_in_order_and_as_even_as_can_be(length, processes):
+    blocks = [InOrder(length, processes=processes, process=process) for process in range(processes)]
+    assert list(chain(*blocks)) == list(range(length))
+    lengths = {len(block) for block in blocks}
+    assert max(lengths) - min(lengths) <= 1
+    assert [len(block) for block in blocks] == [len(list(block)) for block in blocks]
+
+
+def test_each_process_has_something_to_do_or_there_is_a_sentence():
+    def among(processes):
+        return SimpleNamespace(world_size=processes, global_rank=0)
+
+    data, order = np.arange(7), EpochRange(7)
+    assert len(training_loader(data, 3, order, among(2))) == 1
+    with pytest.raises(InputError, match="at least one batch of 4 for each of 2 processes, got 7 training examples"):
+        training_loader(data, 4, order, among(2))
+    assert len(validation_loader(data, 4, among(7))) == 1
+    with pytest.raises(InputError, match="at least one validation example for each of 8 processes, got 7"):
+        validation_loader(data, 4, among(8))
+
+
+@pytest.mark.parametrize(("size", "processes"), [(2, 1), (8, 1), (3, 2), (2, 5), (4, 2), (30, 1)])
+def test_batches_behind_and_ahead_are_those_of_the_epoch(size, processes):
+    order = EpochRange(30)
+    order.deal(processes, 0)
+    loader = ResumableLoader(np.arange(60), size, sampler=order, drop_last=True)
+    order.set_epoch(1)
+    assert loader.behind(1) is None
+    loader.load_state_dict({"epoch": 1, "examples": 8})
+    assert loader.behind(0) is None
+    behind = loader.behind(1)
+    assert behind + len(list(loader)) == len(loader)
+    assert loader.behind(1) is None

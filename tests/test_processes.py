@@ -1,0 +1,354 @@
+"""Two processes that train together (gloo, on the CPU): the numbers of one, every image once, one who writes."""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+from setpred import processes
+from setpred.cli import build, train
+from setpred.errors import InputError
+from setpred.metrics import AveragePrecision
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 120  # seconds that a training may take before it counts as hanging
+SCENES, VAL, BATCH = 24, 13, 4  # of an epoch, of a validation (which do not go round evenly), of a step and process
+MIDDLE = 4  # the step after which a checkpoint is kept: the first one of the second epoch
+WATCHED = "SETPRED_TEST_WATCHED"  # in the environment of processes whose writing is noted
+
+CONFIG = f"""
+model:
+  encoder: {{class_path: test_processes.Pixels, init_args: {{latent_dim: 8}}}}
+  decoder:
+    class_path: setpred.decoders.IDSPN
+    init_args:
+      set_size: 4
+      objective:
+        class_path: setpred.inner.EquilibriumMatching
+        init_args:
+          set_encoder:
+            class_path: setpred.aggregators.SetEncoder
+            init_args:
+              hidden_dim: 8
+              aggregator:
+                class_path: setpred.aggregators.EquilibriumAggregation
+                init_args:
+                  in_dim: 8
+                  prior: {{class_path: setpred.aggregators.FSPool, init_args: {{in_dim: 8, set_size: 4}}}}
+                  potential:
+                    class_path: setpred.aggregators.ResidualPotential
+                    init_args: {{in_dim: 8, state_dim: 8, widths: [8, 8]}}
+      descent: {{class_path: setpred.inner.GradientDescent, init_args: {{iterations: 3, momentum: 0.9}}}}
+      start: {{class_path: setpred.decoders.LearnedStart, init_args: {{set_size: 4, set_dim: 19}}}}
+  weight_decay: 0.1
+data:
+  class_path: setpred.data.streamed.StreamedScenes
+  init_args:
+    scenes_per_epoch: {SCENES}
+    val_images: {VAL}
+    image_size: 16
+    objects: [3, 4]
+    set_size: 4
+    batch_size: {BATCH}
+    eval_batch_size: 1
+    workers: 1
+trainer: {{max_epochs: 2, accelerator: cpu, precision: 32-true, deterministic: true}}
+"""
+
+
+class Pixels(nn.Module):
+    """Image to latent vector without batch normalisation, whose statistics are those of a process."""
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__()
+        self.image_size, self.latent_dim = 16, latent_dim
+        self.linear = nn.Linear(3 * 16, latent_dim)
+        self.register_buffer("scale", torch.ones(()))  # which the processes keep equal
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.scale * self.linear(nn.functional.avg_pool2d(image, 4).flatten(1))
+
+
+class Recorder(pl.Callback):
+    """Notes what this process sees, does and writes; `fail` is (process, step, how)."""
+
+    def __init__(self, folder: str, fail: tuple[int, int, str] | None = None) -> None:
+        self.folder, self.fail = Path(folder), fail
+        self.seen: dict[str, list] = {"steps": [], "losses": [], "gradients": [], "validated": [], "scores": []}
+        self.written: list[tuple[str, str]] = []
+        if WATCHED in os.environ:
+            sys.addaudithook(self._audit)
+
+    def _audit(self, event: str, arguments: tuple) -> None:
+        if event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            self.written.append((event, str(arguments[0])))
+        elif event == "os.rename":
+            self.written.append((event, str(arguments[1])))
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.seen["steps"].append(batch["index"].tolist())
+        last = Path(trainer.default_root_dir) / "last.ckpt"
+        if trainer.global_step == MIDDLE and trainer.is_global_zero and last.exists() and WATCHED in os.environ:
+            shutil.copy(last, self.folder / "middle.ckpt")
+        if self.fail is not None and tuple(self.fail[:2]) == (trainer.global_rank, trainer.global_step):
+            self._fail(batch)
+
+    def _fail(self, batch):
+        how = self.fail[2]
+        if how == "raise":
+            raise RuntimeError("on purpose")
+        if how == "file":
+            raise InputError("data.h5 is damaged; copy or make it again")
+        if how == "nan":
+            batch["elements"].fill_(float("nan"))
+        else:
+            os.kill(os.getpid(), getattr(signal, how))
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.seen["losses"].append(float(outputs["loss"]))
+
+    def on_before_optimizer_step(self, trainer, module, optimizer):
+        named = module.named_parameters()
+        self.seen["gradients"].append({name: value.grad.clone() for name, value in named if value.grad is not None})
+
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+        self.seen["validated"].append(batch["index"].tolist())
+
+    def on_validation_epoch_end(self, trainer, module):
+        self.seen["scores"].append((torch.cat(module.metric.predicted), torch.cat(module.metric.target)))
+
+    def on_train_end(self, trainer, module):
+        weights = {name: value.detach().clone() for name, value in module.state_dict().items()}
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        content = self.seen | {"weights": weights, "metrics": metrics, "written": self.written}
+        torch.save(content, self.folder / f"seen-{trainer.global_rank}-of-{trainer.world_size}.pt")
+
+
+def command(folder: Path, data: Path, *options: str, fail: tuple[int, int, str] | None = None) -> list[str]:
+    """The options of train.py for a run in `folder`, which the recorder watches."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(CONFIG)
+    recorder = {"class_path": "test_processes.Recorder", "init_args": {"folder": str(folder)}}
+    if fail is not None:
+        recorder["init_args"]["fail"] = list(fail)
+    watched = yaml.safe_dump([recorder], default_flow_style=True, width=10_000).strip()
+    return [
+        *("--config", str(folder / "config.yaml"), "--runs", str(folder / "runs"), "--name", "run"),
+        *("--model.encoder=test_processes.Pixels", "--model.encoder.init_args.latent_dim=8"),
+        *(f"--trainer.callbacks={watched}", f"--data.init_args.folder={data}", "--trainer.logger=false"),
+        *options,
+    ]
+
+
+def launch(options: list[str], *, torchrun: bool = False) -> subprocess.CompletedProcess[str]:
+    """Runs train.py with two processes; a hang ends after `LIMIT`, with the whole group."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if torchrun else []
+    environment = {name: value for name, value in os.environ.items() if "RANK" not in name and "MASTER" not in name}
+    environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", WATCHED: "1"}
+    many = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    started = subprocess.Popen(
+        [sys.executable, *launcher, str(ROOT / "train.py"), *options, *many],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        printed, complained = started.communicate(timeout=LIMIT)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+    return subprocess.CompletedProcess(started.args, started.returncode, printed, complained)
+
+
+def seen(folder: Path, processes: int = 2) -> list[dict]:
+    """What the recorders of all processes noted."""
+    return [torch.load(folder / f"seen-{rank}-of-{processes}.pt") for rank in range(processes)]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "runs" / "run" / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest difference, against the largest number."""
+    assert ours.keys() == theirs.keys()
+    flat = [torch.cat([part[name].flatten() for name in part]) for part in (ours, theirs)]
+    return float((flat[0] - flat[1]).abs().max() / flat[1].abs().max())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """One process with the doubled batch."""
+    train(command(folder / "alone", folder / "data", f"--data.init_args.batch_size={2 * BATCH}"))
+    return seen(folder / "alone", 1)[0]
+
+
+@pytest.fixture(scope="module")
+def printed(folder, alone):
+    """What two processes print."""
+    ended = launch(command(folder / "two", folder / "data", "--save_minutes=0"))
+    assert ended.returncode == 0, ended.stderr
+    return ended
+
+
+@pytest.fixture(scope="module")
+def two(folder, printed):
+    return seen(folder / "two")
+
+
+def test_streamed_scenes_differ_by_process_and_are_together_those_of_one(alone, two):
+    for ours, *theirs in zip(alone["steps"], *(each["steps"] for each in two), strict=True):
+        assert [number for pair in zip(*theirs, strict=True) for number in pair] == ours
+    assert list(chain(*alone["steps"])) == list(range(2 * SCENES))
+
+
+def test_gradients_are_those_of_one_process_with_the_doubled_batch(alone, two):
+    """In float32, where sums are taken in another order; one parameter of the start is without a gradient."""
+    for ours, theirs, expected in zip(two[0]["gradients"], two[1]["gradients"], alone["gradients"], strict=True):
+        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+        assert apart(ours, expected) < 1e-5
+    assert apart(two[0]["gradients"][0], alone["gradients"][0]) < 1e-6
+    assert "model.decoder.start.initial" not in alone["gradients"][0]
+
+
+def test_weights_stay_those_of_one_process(alone, two):
+    assert all(torch.equal(value, two[1]["weights"][name]) for name, value in two[0]["weights"].items())
+    assert apart(two[0]["weights"], alone["weights"]) < 1e-5
+
+
+def test_every_image_is_validated_once_and_the_scores_are_those_of_one_process(alone, two):
+    """In their order too; one process has a batch more than the other."""
+    assert [len(each["validated"]) for each in two] == [2 * 6, 2 * 7]
+    for epoch in range(2):
+        first, second = (
+            each["validated"][epoch * batches :][:batches] for each, batches in zip(two, (6, 7), strict=True)
+        )
+        assert list(chain(*first, *second)) == list(range(VAL))
+    for epoch, (predicted, target) in enumerate(alone["scores"]):
+        parts = [each["scores"][epoch] for each in two]
+        together = [torch.cat(halves) for halves in zip(*parts, strict=True)]
+        torch.testing.assert_close(together[0], predicted, rtol=1e-4, atol=1e-5)
+        assert torch.equal(together[1], target)
+    metric = AveragePrecision()
+    metric.update(*together)
+    for name, value in metric.compute().items():
+        assert two[0]["metrics"][f"val_{name}"] == float(value.float())
+
+
+def test_what_is_logged_is_the_same_in_all_processes_and_in_one(alone, two):
+    own = {"loss"}  # of the latest step
+    for name, value in two[0]["metrics"].items():
+        assert name in own or value == two[1]["metrics"][name]
+        if name.startswith(("val_", "train_")):
+            assert value == pytest.approx(alone["metrics"][name], rel=1e-5)
+    assert 0 < two[0]["metrics"]["data_waiting"] < 1
+
+
+def test_process_0_alone_writes(folder, two):
+    """Beside what the recorder itself writes; each file aside, then under its name."""
+    runs = folder / "two" / "runs"
+    written = [[(event, path) for event, path in each["written"] if str(runs) in path] for each in two]
+    assert written[1] == []
+    opened = [path for event, path in written[0] if event == "open"]
+    assert all(path == str(runs / ".run.lock") or ".partial-" in path for path in opened)
+    final = [Path(path).name for event, path in written[0] if event == "os.rename"]
+    assert {path.name for path in (runs / "run").iterdir()} == set(final)
+    assert set(final) == {"config.yaml", "metrics.csv", "best.ckpt", "last.ckpt"}
+    assert final.count("config.yaml") == 1
+    assert final.count("metrics.csv") == len(rows(folder / "two")) == 2
+    assert {path.name for path in runs.iterdir()} - {".run.lock"} == {"run"}
+
+
+def test_process_0_alone_prints(printed):
+    lines = printed.stdout.splitlines()
+    assert len(lines) == len(set(lines)) == 3
+    assert [line[:8] for line in lines] == ["epoch 0:", "epoch 1:", "checkpoi"]
+    assert printed.stderr == ""
+
+
+def test_one_process_goes_on_within_the_epoch_of_two(folder, two):
+    """With batches of another size: the scenes that come next, a validation at the end, and means over all."""
+    resumed = folder / "resumed"
+    options = ["--resume", str(folder / "two" / "middle.ckpt"), "--data.init_args.batch_size=3"]
+    train(command(resumed, folder / "data", *options))
+    (after,) = seen(resumed, 1)
+    first = SCENES + 2 * BATCH
+    assert after["steps"] == [list(range(start, start + 3)) for start in range(first, first + 15, 3)]
+    assert list(chain(*after["validated"])) == list(range(VAL))
+    (row,) = rows(resumed)
+    assert row["epoch"] == "1"
+    assert row["val_loss"] != ""
+    before = BATCH * sum(each["losses"][MIDDLE - 1] for each in two)
+    assert float(row["train_loss"]) == pytest.approx((before + 3 * sum(after["losses"])) / (2 * BATCH + 15), rel=1e-5)
+
+
+def test_an_error_of_one_process_ends_both_with_a_sentence(folder, alone):
+    ended = launch(command(folder / "failed", folder / "data", fail=(1, 1, "file")))
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines() == [
+        "error: process 1 of 2: data.h5 is damaged; copy or make it again",
+        "error: process 0 of 2: another process of this training has ended; its own message says why",
+    ]
+
+
+def test_a_process_ends_with_its_parent_wherever_it_waits(tmp_path):
+    watch = inspect.getsource(processes._end_with_parent)
+    child = (
+        f"from __future__ import annotations\nimport os, threading, time\n{watch}\n_end_with_parent()\ntime.sleep(60)"
+    )
+    (tmp_path / "child.py").write_text(child)
+    parent = f"import subprocess, sys; print(subprocess.Popen([sys.executable, {str(tmp_path / 'child.py')!r}]).pid)"
+    started = subprocess.run([sys.executable, "-c", parent + "; import time; time.sleep(1)"], capture_output=True)
+    pid, deadline = int(started.stdout), time.monotonic() + 20
+    try:
+        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not Path(f"/proc/{pid}").exists()
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_torchrun_and_the_trainer_count_the_same_processes():
+    trainer, elastic = SimpleNamespace(world_size=1), {"TORCHELASTIC_RUN_ID": "x"}
+    processes.check_started(trainer, {"WORLD_SIZE": "2"})  # as Lightning's own launcher leaves it
+    processes.check_started(trainer, elastic | {"WORLD_SIZE": "1"})
+    with pytest.raises(InputError, match="torchrun has started 2 processes, but the training is for 1; give --trainer"):
+        processes.check_started(trainer, elastic | {"WORLD_SIZE": "2"})
+
+
+def test_lightning_does_not_requeue_the_jobs_of_slurm(tmp_path, monkeypatch):
+    for name in ("NTASKS", "NTASKS_PER_NODE", "NNODES"):
+        monkeypatch.setenv(f"SLURM_{name}", "1")
+    for name in ("PROCID", "LOCALID", "NODEID"):
+        monkeypatch.setenv(f"SLURM_{name}", "0")
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    cli = build(command(tmp_path, tmp_path))
+    environment = cli.trainer._accelerator_connector.cluster_environment
+    assert isinstance(environment, processes.SLURMEnvironment)
+    assert not environment.auto_requeue
