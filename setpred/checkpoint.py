@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from setpred import weights
+from setpred import losses, weights
 from setpred.allowed import allowed_classes
 from setpred.errors import InputError
 from setpred.files import write_atomically
@@ -173,13 +173,19 @@ def load_checkpoint(path: str | os.PathLike[str], *, allow: Iterable[str] = ()) 
     record, model = content[KEY], rebuilt(content, path, allow=allow)
     data = record.get("data")
     try:
+        schema = None if record["schema"] is None else ElementSchema.from_dict(record["schema"])
+        image_size = None if model.takes_sets else _whole(data["image_size"], 1, LARGEST_IMAGE)
+        for part, name, said in ((model.encoder, "image_size", image_size), (model.decoder, "set_dim", schema)):
+            said = getattr(said, name, said)
+            if None not in (said, has := getattr(part, name, None)) and has != said:
+                raise ValueError(f"its {name} is {said}, but {type(part).__name__} has {has}")
         return Checkpoint(
             model=model.eval(),
-            schema=None if record["schema"] is None else ElementSchema.from_dict(record["schema"]),
+            schema=schema,
             seed=_whole(record["seed"]),
             epoch=_whole(content["epoch"]),
             step=_whole(content["global_step"]),
-            image_size=None if model.takes_sets else _whole(data["image_size"], 1, LARGEST_IMAGE),
+            image_size=image_size,
             data={key: _name(value) if key in ("path", "split") else value for key, value in data.items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -218,7 +224,8 @@ def _model(
         with _few_parts(path):
             parts = {name: build(config[name], classes) for name in ("encoder", "decoder")}
             for name, part in parts.items():
-                if not isinstance(part, nn.Module) or (name == "decoder" and not hasattr(part, "refine")):
+                is_decoder = hasattr(part, "refine")
+                if not isinstance(part, nn.Module) or is_decoder != (name == "decoder") or _is_loss(part):
                     raise InputError(f"{path}: its {name} is {shown(config[name])}, which is none")
             return SetPredictor(**parts)
 
@@ -233,6 +240,10 @@ def _model(
     model = make()
     model.load_state_dict(_fitting(model, state, path) if given is None else given)
     return model
+
+
+def _is_loss(part: nn.Module) -> bool:
+    return type(part).__module__.startswith(losses.__name__ + ".")
 
 
 @contextmanager

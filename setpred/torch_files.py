@@ -83,8 +83,8 @@ def _check_pickle(steps: bytes, path: str | os.PathLike[str]) -> None:
     """Before the pickle is run: it names nothing but what is `NEEDED`, and is not long."""
     tuples = 0
     for count, (step, argument, _) in enumerate(pickletools.genops(steps)):
-        if step.name == "STACK_GLOBAL" or (step.name in ("GLOBAL", "INST") and not NEEDED.fullmatch(argument)):
-            raise InputError(f"{path} {_REFUSED} (it asks for {shown(argument or 'a name that it makes')})")
+        if step.name == "GLOBAL" and not NEEDED.fullmatch(argument):  # torch knows no other step that names something
+            raise InputError(f"{path} {_REFUSED} (it asks for {shown(argument)})")
         tuples += step.name.startswith("TUPLE")
         if count > MOST_STEPS or tuples > MOST_TUPLES:
             raise InputError(f"{path} builds more values than any checkpoint of ours has; do not trust it")

@@ -208,6 +208,8 @@ def named(data: bytes, entries: dict[str, bytes]) -> dict[str, bytes]:
         lambda: Calls(torch.Tensor, 10**12),
         lambda: {1, 2},
         lambda: torch.float32,
+        lambda: torch.FloatStorage,
+        lambda: OrderedDict,
     ],
 )
 @pytest.mark.filterwarnings("ignore")  # torch's, of quantised tensors
@@ -334,6 +336,7 @@ def with_change(content: dict[str, Any], keys: tuple[Any, ...], value: Any) -> d
     return changed
 
 
+FIELD = {"name": "a", "size": 1, "classes": [], "scale": 1.0}
 MODEL_AT = (KEY, "model")
 EVIL = {"class_path": "os.system", "init_args": {"command": "touch canary"}}
 STRIDED = {"class_path": "setpred.encoders.SlotTrunk", "init_args": {"width": 1, "strides": [1] * 500}}
@@ -370,7 +373,11 @@ RECORDS = [
     ((*MODEL_AT, "encoder"), None, "its encoder is None, which is none"),
     ((*MODEL_AT, "decoder"), MODEL["encoder"], "its decoder is .*, which is none"),
     ((*MODEL_AT, "encoder"), STRIDED | {"class_path": "torch.nn.ReLU", "init_args": {}}, "do not fit"),
+    ((*MODEL_AT, "encoder"), MODEL["decoder"], "its encoder is .*, which is none"),
+    ((*MODEL_AT, "encoder"), {"class_path": "setpred.losses.HungarianLoss"}, "its encoder is .*, which is none"),
     # the rest of the record
+    ((KEY, "data", "image_size"), 32, "its image_size is 32, but SmallCNN has 16"),
+    ((KEY, "schema", "fields"), [FIELD | {"size": 3}], "its set_dim is 4, but IDSPN has"),
     ((KEY, "version"), "x" * 10**6, "has checkpoint format"),
     ((KEY, "seed"), "1", "its record is damaged"),
     ((KEY, "seed"), True, "its record is damaged"),
@@ -606,9 +613,6 @@ def number(name: str, at: Any, value: Any) -> Callable[[h5py.File], Any]:
 
 def described(**changes: Any) -> Callable[[h5py.File], Any]:
     return attribute(schema=json.dumps(CLEVR.to_dict() | changes))
-
-
-FIELD = {"name": "a", "size": 1, "classes": [], "scale": 1.0}
 
 
 @pytest.mark.parametrize(
