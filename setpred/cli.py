@@ -306,7 +306,7 @@ def train(arguments: list[str] | None = None) -> Path:
         if cli.trainer.is_global_zero:
             prepare(cli, resume)
         if resume is not None and cli.trainer.max_epochs not in (None, -1):
-            done = read_checkpoint(resume)["epoch"] + 1
+            done = read_checkpoint(resume)["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
             if done >= cli.trainer.max_epochs:
                 cli.say(f"nothing left to train: {resume} has {done} epochs of {cli.trainer.max_epochs}")
         fit(cli, resume)
