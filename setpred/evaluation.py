@@ -63,7 +63,7 @@ def predict(
     see `setpred.passes`.
     """
     device = torch.device(device)
-    model = model.to(device).eval()
+    model = model.to(device, memory_format=torch.channels_last).eval()  # as `setpred.predict` has it: one rounding
     loader = DataLoader(data, batch_size=batch_size, num_workers=workers, collate_fn=as_batch)
     predicted, target = [], []
     for batch in progress(loader, total=len(loader), description=f"predicting {len(data)} images, batches"):

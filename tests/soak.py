@@ -11,7 +11,7 @@ from statistics import median
 MEGABYTE = 2**20
 MEMORY = 24 * MEGABYTE  # the resident set may grow by so much from the first third to the last: malloc's unrest
 WORKERS_MEMORY = 16 * MEGABYTE  # likewise of all workers together
-FILES = 4  # batches under way between processes are open files
+FILES = 8  # batches under way between processes are open files
 SLOWER = 1.3  # processor time of a step: caches are shared with whoever else works on the machine
 COLLAPSE = 4.0  # time of a step by the clock: on a busy machine it only tells a collapse
 

@@ -1,0 +1,299 @@
+"""The same answer: a prediction is that of the image and its index, however it is batched, read, ordered or threaded.
+
+All of it holds bit by bit for the released models, whose descents tell: they turn a rounding of 1e-7 into another set
+for a few images in a hundred. It holds since every pass has one shape; see `setpred.passes`.
+"""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny import CONFIG, run
+from torch.utils.data import Subset
+
+from setpred.checkpoint import load_checkpoint
+from setpred.data.dataset import SetFile
+from setpred.data.pictures import find_images
+from setpred.data.rendered import render_file
+from setpred.evaluation import PROTOCOLS, evaluate, predict, report
+from setpred.metrics import AveragePrecision
+from setpred.passes import PASS, predict_in_passes, whole_pass
+from setpred.predict import predict as predict_files
+from setpred.predict import run as predict_command
+from setpred.schema import CLEVR
+
+ROOT = Path(__file__).resolve().parents[1]
+RELEASED = {"quickstart": (3, 6), "slots-cpu": (3, 10)}  # and how many objects their scenes have
+FEW, MANY = 20, 300  # scenes: in the ordinary suite, and in the slow one
+slow = pytest.mark.slow
+SIZES = [pytest.param(FEW, id="few"), pytest.param(MANY, id="many", marks=slow)]
+
+
+@pytest.fixture(scope="module", params=RELEASED)
+def model(request):
+    path = ROOT / "checkpoints" / f"{request.param}.safetensors"
+    loaded = load_checkpoint(path)
+    loaded.model.name = request.param
+    return loaded.model
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def scenes(request, model, tmp_path_factory):
+    """Unseen scenes of the model's kind."""
+    path = tmp_path_factory.mktemp("scenes") / "scenes.h5"
+    render_file(path, images=request.param, image_size=64, objects=RELEASED[model.name], seed=2024)
+    return SetFile(path)
+
+
+@pytest.fixture(scope="module")
+def expected(model, scenes):
+    return predict(model, scenes, batch_size=256)
+
+
+def numbers(result, name=""):
+    """All numbers of a report, by name."""
+    if isinstance(result, dict | list):
+        items = result.items() if isinstance(result, dict) else enumerate(result)
+        return {inner: number for key, value in items for inner, number in numbers(value, f"{name}/{key}").items()}
+    return {name: result} if isinstance(result, int | float) else {}
+
+
+def assert_same_reports(ours, theirs, *, within=1e-6):
+    for protocol in PROTOCOLS:
+        mine, its = (numbers(report(each, CLEVR, protocol)) for each in (ours, theirs))
+        assert len(its) > 100
+        assert mine == pytest.approx(its, abs=within, rel=0, nan_ok=True)
+
+
+def test_the_scenes_tell_good_predictions_from_bad_ones(expected):
+    """An equality of zeros would say little."""
+    ap = report(expected, CLEVR, "dataset")["ap"]
+    assert 0.3 < ap["inf"] < 1
+    assert ap["0.0625"] < ap["0.25"] < ap["inf"]
+
+
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=slow), 7, pytest.param(PASS, marks=slow), 100])
+def test_batches_do_not_matter(model, scenes, expected, batch_size):
+    found = predict(model, scenes, batch_size=batch_size)
+    assert torch.equal(found.predicted, expected.predicted)
+    assert torch.equal(found.target, expected.target)
+    assert_same_reports(found, expected, within=0)
+
+
+def test_an_image_alone_is_predicted_as_among_others(model, scenes, expected):
+    for number in (0, FEW - 1):
+        found = predict(model, Subset(scenes, [number]), batch_size=1)
+        assert torch.equal(found.predicted[0], expected.predicted[number])
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader")
+def test_workers_do_not_matter(model, scenes, expected):
+    found = predict(model, scenes, batch_size=16, workers=2)
+    assert torch.equal(found.predicted, expected.predicted)
+    assert torch.equal(found.target, expected.target)
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=slow)])
+def test_order_does_not_matter(model, scenes, expected, seed):
+    """The index of an image travels with it, and with it the start of its descent."""
+    order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(seed))
+    found = predict(model, Subset(scenes, order.tolist()), batch_size=50)
+    assert torch.equal(found.predicted, expected.predicted[order])
+    assert_same_reports(found, expected)  # in the order that they came
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_the_metric_does_not_see_order_or_batches(expected, name):
+    predicted, target = expected
+    whole = None
+    for seed in range(3):
+        for size in (256, 7, 1):
+            order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed))
+            metric = AveragePrecision(PROTOCOLS[name])
+            for some in order.split(size):
+                metric.update(predicted[some], target[some])
+            found = {key: float(value) for key, value in metric.compute().items()}
+            whole = whole or found
+            assert found == pytest.approx(whole, abs=1e-6)
+
+
+def test_threads_do_not_matter(model, scenes, expected):
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert torch.equal(predict(model, scenes, batch_size=PASS).predicted, expected.predicted)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_fills_a_pass_up_is_the_last_one_in_the_same_layout():
+    images = torch.randint(0, 256, (5, 4, 4, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    filled = whole_pass(images)
+    assert filled.shape == (PASS, 3, 4, 4)
+    assert filled.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(filled[:5], images)
+    assert torch.equal(filled[5:], images[4:].expand(PASS - 5, -1, -1, -1))
+    assert whole_pass(filled) is filled
+
+
+def test_every_pass_has_one_shape():
+    seen = []
+
+    def model(images, *, index, iterations):
+        assert not torch.is_grad_enabled()
+        seen.append((len(images), len(index)))
+        return index[:, None, None] * torch.ones(1, 2, 3)
+
+    for count in (1, PASS, PASS + 1, 3 * PASS):
+        found = predict_in_passes(model, torch.zeros(count, 3, 4, 4), index=torch.arange(count))
+        assert found[:, 0, 0].tolist() == list(range(count))
+    assert set(seen) == {(PASS, PASS)}
+    assert len(seen) == 1 + 1 + 2 + 3
+
+
+# --- the commands -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(model, scenes, tmp_path_factory):
+    """The scenes as PNG files, written last one first: a folder's own order is not that of the names."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in reversed(range(len(scenes))):
+        Image.fromarray(scenes[number]["image"].permute(1, 2, 0).numpy()).save(folder / f"{number:04d}.png")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader")
+@pytest.mark.parametrize("protocol", ["dataset", pytest.param("per-image", marks=slow)])
+def test_evaluate_writes_the_same_file(model, scenes, tmp_path, protocol):
+    out = tmp_path / "out.json"
+    options = [str(ROOT / "checkpoints" / f"{model.name}.safetensors"), "--data", str(scenes.path), "--json", str(out)]
+    written = set()
+    for changed in (["--batch-size", "256"], ["--batch-size", "7"], ["--workers", "2"]):
+        evaluate([*options, "--protocol", protocol, *changed])
+        written.add(out.read_text())
+    assert len(written) == 1
+
+
+def test_predict_writes_the_same_file(model, folder, tmp_path):
+    """Whatever the batches and the threads that decode."""
+    checkpoint = ROOT / "checkpoints" / f"{model.name}.safetensors"
+    written = set()
+    for batch_size, threads in ((256, 1), (7, 4)):
+        out = tmp_path / "out.json"
+        options = ["--batch-size", str(batch_size), "--threads", str(threads), "--device", "cpu"]
+        predict_command([str(checkpoint), str(folder), "--out", str(out), *options])
+        written.add(out.read_text())
+    assert len(written) == 1
+
+
+def test_predict_says_what_evaluation_says(model, folder, expected):
+    """Of the same pixels at the same positions."""
+    paths = find_images([folder])
+    found = torch.stack([elements for _, elements in predict_files(model, paths, image_size=64)])
+    assert torch.equal(found, expected.predicted)
+
+
+def test_files_named_in_another_order_have_the_starts_of_their_positions(model, scenes, folder):
+    paths = find_images([folder])[::-1]
+    images = scenes.__getitems__(range(len(scenes)))["image"].flip(0)
+    found = torch.stack([elements for _, elements in predict_files(model, paths, image_size=64, batch_size=11)])
+    assert torch.equal(found, predict_in_passes(model, images, index=torch.arange(len(paths))))
+
+
+# --- other arithmetic: equal up to rounding, and that is not equal for every image ---------------------------
+
+
+def compare(ours, theirs):
+    """Largest difference of each image, falling AP differences by threshold."""
+    difference = (ours.predicted - theirs.predicted).abs().flatten(1).amax(1)
+    scores = [report(each, CLEVR, "dataset")["ap"] for each in (ours, theirs)]
+    return difference, {name: abs(score - scores[1][name]) for name, score in scores[0].items()}
+
+
+@slow
+def test_the_compiled_descent_is_the_plain_one_but_where_rounding_decides(model, scenes, expected):
+    if not hasattr(model.decoder, "compiled"):
+        pytest.skip(f"{model.name} has no descent on an objective that could be compiled")
+    model.decoder.compiled = True
+    try:
+        difference, scores = compare(predict(model, scenes), expected)
+    finally:
+        model.decoder.compiled = False
+    assert difference.median() < 1e-5
+    assert (difference < 1e-3).double().mean() > 0.85
+    assert max(scores.values()) < 0.03
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU with the CPU, and there is no GPU here")
+def test_a_gpu_says_what_the_cpu_says(model, scenes, expected, monkeypatch):
+    """In full precision for nearly all images; with the encoder in bfloat16, as evaluation has it, by the score."""
+    _, scores = compare(predict(model, scenes, device="cuda"), expected)
+    with monkeypatch.context() as full:
+        full.setattr(torch.backends.cudnn, "allow_tf32", False)
+        full.setattr("setpred.passes.encoder_autocast", lambda device: torch.autocast(device.type, enabled=False))
+        difference, exact = compare(predict(model, scenes, device="cuda"), expected)
+    model.cpu()
+    assert difference.median() < 1e-4
+    assert (difference < 1e-2).double().mean() > 0.8
+    assert max(exact.values()) < 0.05
+    assert max(scores.values()) < 0.1
+
+
+# --- seeds --------------------------------------------------------------------------------------------------
+
+
+def told(folder):
+    """Weights of the last checkpoint, and the metrics but for times."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = [{k: v for k, v in row.items() if k not in ("seconds", "data_waiting")} for row in csv.DictReader(file)]
+    return torch.load(folder / "last.ckpt", weights_only=True)["state_dict"], rows
+
+
+def assert_equal_runs(ours, theirs):
+    (mine, my_rows), (its, its_rows) = told(ours), told(theirs)
+    assert mine.keys() == its.keys()
+    assert all(torch.equal(value, its[name]) for name, value in mine.items())
+    assert my_rows == its_rows
+
+
+def in_a_process_of_its_own(folder, data, *arguments):
+    (folder / "tiny.yaml").write_text(CONFIG)
+    command = [sys.executable, "-W", "ignore:This DataLoader", str(ROOT / "train.py")]
+    command += ["--config", str(folder / "tiny.yaml"), "--runs", str(folder), f"--data.init_args.folder={data}"]
+    # another order of sets and dictionaries' keys, too, where anything should depend on one
+    environment = os.environ | {"PYTHONHASHSEED": "7"}
+    subprocess.run([*command, *arguments], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+    return folder / "tiny"
+
+
+@slow
+def test_a_seed_is_one_run_in_another_process_with_workers_that_read_the_file(tmp_path, tiny_data):
+    here = run(tmp_path / "here", data=tiny_data)
+    (tmp_path / "there").mkdir()
+    options = ["--data.init_args.num_workers=2", "--data.init_args.in_memory=false"]
+    assert_equal_runs(in_a_process_of_its_own(tmp_path / "there", tiny_data, *options), here)
+
+
+@slow
+def test_streamed_scenes_of_a_seed_are_one_run_whatever_the_workers(tmp_path, tiny_data):
+    def training(name, *options):
+        (tmp_path / name).mkdir()
+        text = CONFIG.replace("datamodule.RenderedScenes", "streamed.StreamedScenes")
+        config = tmp_path / name / "streamed.yaml"
+        config.write_text(text.replace("train_images: 40", "scenes_per_epoch: 40"))
+        given = ["--config", str(config), "--runs", str(tmp_path / name), f"--data.init_args.folder={tiny_data}"]
+        command = [sys.executable, "-W", "ignore:This DataLoader", str(ROOT / "train.py"), *given, *options]
+        subprocess.run(command, cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+        return tmp_path / name / "streamed"
+
+    without = training("without")
+    assert_equal_runs(training("two", "--data.init_args.num_workers=2"), without)
+    other, _ = told(training("other", "--seed_everything=1"))
+    assert any(not torch.equal(value, other[name]) for name, value in told(without)[0].items())
