@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,7 +100,7 @@ class SetFile(SetImages):
     """A file made by `python -m setpred.data`.
 
     The sets are read at once, the images when asked for. The file is opened in each process that reads it and never
-    shared: HDF5 handles survive neither a fork nor a pickle.
+    shared: a forked process closes what it has inherited first, and handles are not pickled. Threads may share it.
 
     Args:
         image_size: what the images must have; None takes what the file has.
@@ -126,8 +127,7 @@ class SetFile(SetImages):
         self.path = Path(path).resolve()
         self._handle: h5py.File | None = None
         self._images: Tensor | None = None
-        self._pid: int | None = os.getpid()
-        self._owner = self._pid  # the process that may fill its memory with images
+        self._owner: int | None = os.getpid()  # the process that may fill its memory with images
         if images is not None and images < 1:
             raise InputError(f"expected at least 1 image, got {images}")
         with open_set_file(path) as file:
@@ -194,8 +194,9 @@ class SetFile(SetImages):
         return self._images.index_select(0, torch.from_numpy(index).to(self._images.device, non_blocking=True))
 
     def _stored(self, index: np.ndarray) -> np.ndarray:
-        if self._handle is None or self._pid != os.getpid():
-            self._handle, self._pid = open_set_file(self.path), os.getpid()
+        if self._handle is None:
+            self._handle = open_set_file(self.path)
+            _opened.add(self)
         try:
             return read_images(self._handle, index)
         except (OSError, RuntimeError) as error:
@@ -203,6 +204,22 @@ class SetFile(SetImages):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_handle": None, "_images": None, "_owner": None}
+
+
+_opened: weakref.WeakSet[SetFile] = weakref.WeakSet()
+
+
+def _close_inherited() -> None:
+    """In a forked process: HDF5 would take an inherited file for the one to open, and so share its place with the
+    other processes, who would move it under each other's reading where HDF5 was built without positioned reads."""
+    for data in list(_opened):
+        if data._handle is not None:
+            data._handle.close()
+            data._handle = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited)  # h5py sees to it that no thread is inside HDF5 then
 
 
 class ClevrImages(SetImages):
