@@ -15,12 +15,12 @@ NUMBERS_AT_ONCE = 2**22  # 16 MiB; where sets are large, less time than all at o
 
 
 class NotFiniteError(ArithmeticError):
-    """A NaN or infinity where numbers were expected; `samples` are the positions in the batch."""
+    """A NaN or infinity where numbers were expected; `place` says of what, `samples` are the positions in the batch."""
 
-    def __init__(self, what: str, samples: list[int]) -> None:
+    def __init__(self, place: str, samples: list[int]) -> None:
         shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
-        super().__init__(f"{what} is not finite" + (f" in samples {shown} of the batch" if samples else ""))
-        self.samples = samples
+        super().__init__(f"the {place} is not finite" + (f" in samples {shown} of the batch" if samples else ""))
+        self.place, self.samples = place, samples
 
 
 def check_pair(predicted: Tensor, target: Tensor) -> None:
@@ -106,7 +106,7 @@ def hungarian(cost: Tensor, predicted_mask: Tensor | None = None, target_mask: T
     finite = np.isfinite(costs)
     finite = (finite | ~(rows[:, :, None] & columns[:, None, :]) if masked else finite).all(axis=(1, 2))
     if not finite.all():
-        raise NotFiniteError("the matching cost", np.flatnonzero(~finite).tolist())
+        raise NotFiniteError("matching cost", np.flatnonzero(~finite).tolist())
     assignment = np.full(columns.shape, -1, dtype=np.int64)
     if not masked:
         for chosen, c in zip(assignment, costs, strict=True):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from setpred import checkpoint
-from setpred.checkpoint import save_whole
+from setpred import checkpoint, repro
+from setpred.diagnosis import Step, diagnose
 from setpred.errors import InputError
+from setpred.faults import Fault, listed, not_finite
+from setpred.guard import MOST_IN_A_ROW, MOST_REPEATS, MOST_REPROS, Guard, Policy, finite_norm, poison, trained
 from setpred.losses import HungarianLoss
 from setpred.matching import NotFiniteError
 from setpred.metrics import AveragePrecision, Mean
@@ -23,6 +24,7 @@ from setpred.schema import CLEVR, ElementSchema
 from setpred.sets import check_set
 
 SCHEMAS: dict[str, ElementSchema] = {CLEVR.name: CLEVR}
+COUNTED = "not_finite"  # where a checkpoint keeps what the guard has counted
 STATISTICS_IMAGES = 1024  # over which batch statistics for validation are taken
 
 
@@ -48,6 +50,8 @@ class SetPrediction(pl.LightningModule):
         weight_decay: decoupled, as in AdamW.
         schedule: of the learning rate; constant unless given.
         iterations_by_epoch: descent steps from given epochs on, e.g. `{0: 20, 50: 40}`; training only.
+        on_not_finite: what to do with a training step whose numbers break, see `setpred.guard.Guard`: stop; skip it;
+            or sanitise, that is take it without what is broken. A validation stops always.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class SetPrediction(pl.LightningModule):
         weight_decay: float = 0.0,
         schedule: Schedule | None = None,
         iterations_by_epoch: dict[int, int] | None = None,
+        on_not_finite: Policy = "stop",
     ) -> None:
         super().__init__()
         if schema is not None and schema not in SCHEMAS:
@@ -80,7 +85,11 @@ class SetPrediction(pl.LightningModule):
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.schedule = Constant() if schedule is None else schedule
         self.iterations_by_epoch = iterations_by_epoch
-        self._batch: dict[str, Tensor] = {}
+        self.guard = Guard(on_not_finite)
+        self._steps: list[Step] = []  # the batches of the present optimiser's step
+        self._lost: tuple[Fault, str] | None = None  # why one of them has no loss
+        self._stream = 0  # seed of the present batch
+        self._repros = 0
         self._trained_norms: list[nn.Module] = []  # of the encoder
         self._statistics_images: list[Tensor] | None = None
         self.seed = 0  # the command line sets it to seed_everything
@@ -123,13 +132,37 @@ class SetPrediction(pl.LightningModule):
             group["lr"] = self.learning_rate * self.schedule(self.global_step, self.current_epoch)
         # also seeds CUDA; 1_000_003 keeps the streams of neighbouring seeds apart
         stream = (self.seed * 1_000_003 + self.global_step) * 1_009 + batch_idx
-        torch.manual_seed((stream * 1_021 + self.global_rank) % 2**63)
+        self._stream = (stream * 1_021 + self.global_rank) % 2**63
+        torch.manual_seed(self._stream)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        self._batch = batch
         self._note_norms()
-        losses, _ = self._predict(batch, iterations=self.training_iterations())
-        return losses.mean()
+        self.guard.keep(self.buffers(), self.global_step)
+        losses = self._whole(Step(self.model, self.loss, batch, self._stream, self.training_iterations()))
+        return poison(self.parameters()) if losses is None else losses.mean()
+
+    def _whole(self, step: Step) -> Tensor | None:
+        """Losses of a training step, or of the samples that are whole; None if there are none."""
+        left_out = 0
+        for _ in range(1 + MOST_REPEATS):
+            try:
+                losses, _ = self._losses(step)
+            except NotFiniteError as error:
+                self.guard.restore(self.buffers())
+                fault = self._locate(step, Fault(error.place, error.samples, repeated=False))
+                sentence = self._report(step, fault)
+            else:
+                self.guard.counts["sanitised_samples"] += left_out
+                self._steps.append(step)
+                return losses
+            if self.guard.policy != "sanitise" or len(fault.samples) in (0, len(step.batch["elements"])):
+                break
+            self.say(f"{len(fault.samples)} samples are left out: {sentence}")
+            left_out += len(fault.samples)
+            step = step.without(fault.samples)
+            torch.manual_seed(self._stream)
+        self._lost = fault, sentence
+        return None
 
     @torch.no_grad()
     def _estimate_statistics(self) -> None:
@@ -170,17 +203,14 @@ class SetPrediction(pl.LightningModule):
         finally:
             self.train(was_training)
 
-    def _predict(
-        self, batch: dict[str, Tensor], *, index: Tensor | None = None, iterations: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Loss of each example and the predicted sets."""
-        inputs = batch["image"] if "image" in batch else batch["input"]
-        predicted = self.model(inputs, mask=batch.get("input_mask"), index=index, iterations=iterations)
-        return self._losses(batch, predicted), predicted
-
     def _score(self, batch: dict[str, Tensor]) -> None:
         """Loss and metric take note of the predictions."""
-        losses, predicted = self._predict(batch, index=batch["index"])
+        step = Step(self.model, self.loss, batch)
+        try:
+            losses, predicted = self._losses(step)
+        except NotFiniteError as error:
+            fault = self._locate(step, Fault(error.place, error.samples, repeated=False))
+            raise InputError(self._report(step, fault)) from error
         self.mean_loss.update(losses)
         if self.metric is not None:
             self.metric.update(predicted.float(), batch["elements"])
@@ -194,41 +224,44 @@ class SetPrediction(pl.LightningModule):
             self.metric.reset()
         return {f"val_{name}": value.float() for name, value in scores.items()}
 
-    def _losses(self, batch: dict[str, Tensor], predicted: Tensor) -> Tensor:
-        """Loss of each example, checked to be finite."""
-        check_set(batch["elements"], set_dim=None if self.schema is None else self.schema.set_dim)
-        try:
-            losses = self.loss(predicted.float(), batch["elements"])
-            # one number to the host each step, against hours of training on nothing
-            if not torch.isfinite(losses.detach().sum()):
-                raise NotFiniteError("the loss", (~torch.isfinite(losses)).nonzero().flatten().tolist())
-        except NotFiniteError as error:
-            raise self._stop(error, batch) from error
-        return losses
+    def _losses(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Loss of each example and the predicted sets; `NotFiniteError` unless they and all before them are finite."""
+        elements, inputs = step.batch["elements"], step.inputs()
+        check_set(elements, set_dim=None if self.schema is None else self.schema.set_dim)
+        predicted = step.predict()
+        losses = self.loss(predicted.float(), elements)
+        numbers = [losses, predicted, elements, *([inputs] if inputs.is_floating_point() else [])]
+        whole = [each.detach().isfinite().all() for each in numbers]
+        whole.append(finite_norm(trained(self).values(), largest=True))
+        # one number to the host each step, against hours of training on nothing
+        if not torch.stack(whole).all():
+            raise NotFiniteError("loss", (~losses.detach().isfinite()).nonzero().flatten().tolist())
+        return losses, predicted
 
-    def _stop(self, error: NotFiniteError, batch: dict[str, Tensor]) -> InputError:
-        """Saves all that repeats the failing step and says where it lies."""
-        index = batch["index"].tolist()
-        path = Path(self.trainer.default_root_dir) / f"repro-step-{self.global_step}.pt"
-        save_whole(
-            {
-                "error": str(error),
-                "step": self.global_step,
-                "epoch": self.current_epoch,
-                "training": self.training,
-                "samples": error.samples,
-                "batch": {name: value.cpu() for name, value in batch.items()},
-                "state_dict": self.state_dict(),
-                checkpoint.KEY: self.description(),
-            },
-            path,
-        )
-        return InputError(
-            f"step {self.global_step} (epoch {self.current_epoch}): {error}; "
-            f"data indices {[index[sample] for sample in error.samples[:8]]}. "
-            f"Model, batch and seed are saved in {path}. If the loss rose before, lower model.learning_rate or set "
-            "trainer.gradient_clip_val; if it came at once, look at these images and their elements"
-        )
+    def _locate(self, step: Step, seen: Fault) -> Fault:
+        """Where the fault arises, by a repeat of the step; what was seen of it, if a repeat does not show it."""
+        if self.trainer.world_size > 1 and any(isinstance(part, nn.SyncBatchNorm) for part in self.modules()):
+            return seen  # which would wait for the other processes
+        try:
+            with self.trainer.precision_plugin.forward_context():
+                return diagnose(step)[0] or seen
+        except torch.OutOfMemoryError:
+            return seen
+
+    def _report(self, step: Step, fault: Fault) -> str:
+        """The sentence for the user; saves all that repeats the step."""
+        text = f"step {self.global_step} (epoch {self.current_epoch}): {fault}"
+        if fault.samples and "index" in step.batch:
+            text += f"; data indices {listed([int(step.batch['index'][sample]) for sample in fault.samples])}"
+        if self._repros < MOST_REPROS:
+            self._repros += 1
+            text += f". {repro.save(self, step, fault)}"
+        return f"{text}. What to do: {fault.advice}"
+
+    def say(self, sentence: str) -> None:
+        """Prints a line, above the progress bar if there is one."""
+        bar = self.trainer.progress_bar_callback
+        bar.print(sentence) if bar is not None else print(sentence, flush=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(
@@ -236,15 +269,68 @@ class SetPrediction(pl.LightningModule):
         )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        if not torch.isfinite(nn.utils.get_total_norm(gradients)):
-            # before the weights take it in, so that the repro file holds the last good ones
-            error = NotFiniteError("the gradient", [])
-            raise self._stop(error, self._batch) from error
+        """Decides what becomes of a step, from its gradient, which all processes share."""
+        (steps, lost), self._steps, self._lost = (self._steps, self._lost), [], None
+        parameters = list(self.parameters())
+        if finite_norm(parameter.grad for parameter in parameters if parameter.grad is not None):
+            self.guard.in_a_row = 0
+            return
+        if lost is None:
+            if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+                return  # which lowers the scale of the loss and leaves the step out
+            lost = self._lost_gradient(steps)
+        fault, sentence = lost
+        if self.guard.policy == "sanitise" and self.guard.mend(parameters):
+            self.say(f"what of the gradient is not finite counts as zero: {sentence}")
+        elif self.guard.policy == "stop" or fault.place == "weights":
+            self.guard.restore(self.buffers())
+            raise InputError(sentence)  # before the weights take it in
+        elif self.guard.in_a_row >= MOST_IN_A_ROW:
+            raise InputError(f"{MOST_IN_A_ROW} steps in a row were skipped, and the next one breaks, too: {sentence}")
+        else:
+            self.guard.drop(parameters, self.buffers())
+            self.say(f"skipped ({self.guard.counts['skipped_batches']} so far): {sentence}")
+
+    def _lost_gradient(self, steps: Sequence[Step]) -> tuple[Fault, str]:
+        """Why the gradient is not finite, though every loss of this process is."""
+        broken = not_finite({name: p.grad for name, p in self.named_parameters() if p.grad is not None})
+        seen = fault = Fault("gradient", names=broken, repeated=False)
+        after = self.guard.restore(self.buffers())
+        for step in steps:
+            fault = self._locate(step, seen)
+            if fault.repeated:
+                break
+        if self.trainer.world_size > 1 and not fault.repeated and not self.trainer.is_global_zero:
+            where = f"step {self.global_step} (epoch {self.current_epoch})"
+            sentence = f"{where}: {seen}, by the batch of another process, which says more"
+        else:
+            sentence = self._report(step, fault)
+        for buffer, value in zip(self.buffers(), after, strict=True):
+            buffer.copy_(value)
+        return fault, sentence
 
     def on_save_checkpoint(self, content: dict[str, Any]) -> None:
         """Adds what evaluation needs to rebuild the model: plain types only."""
+        if broken := not_finite(trained(self)):
+            raise InputError(
+                f"step {self.global_step} (epoch {self.current_epoch}): {Fault('weights', names=broken)}, and are not "
+                f"saved: an earlier checkpoint stays. What to do: {Fault('weights').advice}"
+            )
         content[checkpoint.KEY] = self.description()
+        content[COUNTED] = self.not_finite_counts() | {"in_a_row": self.guard.in_a_row}
+
+    def on_load_checkpoint(self, content: dict[str, Any]) -> None:
+        self.guard.load(content.get(COUNTED, {}))
+        if self._trainer and not self.trainer.is_global_zero:
+            self.guard.counts["sanitised_samples"] = 0  # the first process has those of all
+
+    def not_finite_counts(self) -> dict[str, int]:
+        """What was skipped and sanitised since the training began, in all processes, which all have to ask."""
+        counts = dict(self.guard.counts)
+        if self._trainer and self.trainer.world_size > 1:
+            own = torch.tensor(counts["sanitised_samples"], device=self.device)
+            counts["sanitised_samples"] = int(self.trainer.strategy.reduce(own, reduce_op="sum"))
+        return counts
 
     def description(self) -> dict[str, Any]:
         """What rebuilds the model, in plain types; `setpred.checkpoint` reads it."""

@@ -364,11 +364,11 @@ class Broken(HungarianLoss):
         return losses
 
 
-@pytest.mark.parametrize("where", ["loss", "cost"])
+@pytest.mark.parametrize("where", ["loss", "prediction"])
 def test_nan_stops_with_step_samples_and_a_repro_file(where, tmp_path, tiny_data, monkeypatch):
     Broken.calls = 0
     loss = Broken()
-    if where == "cost":
+    if where == "prediction":
         from setpred.model import SetPredictor
 
         forward = SetPredictor.forward
@@ -384,14 +384,12 @@ def test_nan_stops_with_step_samples_and_a_repro_file(where, tmp_path, tiny_data
         monkeypatch.setattr(SetPredictor, "forward", poisoned)
         loss = HungarianLoss()
     monkeypatch.setattr("setpred.training.HungarianLoss", lambda: loss)
-    with pytest.raises(
-        InputError, match=r"step 6 \(epoch 1\): the (loss|matching cost) is not finite in samples 1 "
-    ) as e:
+    with pytest.raises(InputError, match=rf"step 6 \(epoch 1\): the {where} is not finite in samples 1 ") as e:
         run(tmp_path, data=tiny_data)
     repro = tmp_path / "tiny" / "repro-step-6.pt"
     assert str(repro) in str(e.value)
-    record = torch.load(repro, weights_only=True)
-    assert record["samples"] == [1]
+    record = torch.load(repro, weights_only=True)["repro"]
+    assert record["fault"]["samples"] == [1]
     assert record["batch"]["image"].shape == (8, 3, 16, 16)
     assert str(record["batch"]["index"].tolist()[1]) in str(e.value)
     # the epoch before is whole and can be gone on from

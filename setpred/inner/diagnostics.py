@@ -84,3 +84,19 @@ class Agreement(NamedTuple):
         length, wanted = gradient.norm(dim=1), reference.norm(dim=1)
         cosine = (gradient * reference).sum(1) / (length * wanted)
         return cls(cosine, (gradient - reference).norm(dim=1) / torch.where(wanted > 0, wanted, torch.nan))
+
+
+def residual_growth(norms: Tensor) -> Tensor:
+    """|R(Y_T)| / max(min_t |R(Y_t)|, |R(Y_0)| / 1000): how far above its least the residual ends, by example.
+
+    About 1 or less where a descent settles; large where it has passed its best and rises; infinite where numbers broke.
+    What lies a thousandth under the start counts as settled, so that rounding at an optimum is no rise.
+
+    Args:
+        norms: `[iterates, batch]`, of `residual_norms` -> `[batch]`.
+    """
+    finite = norms.isfinite()
+    least = torch.where(finite, norms, torch.inf).amin(0)
+    growth = norms[-1] / torch.maximum(least, torch.where(finite[0], norms[0], 0.0) / 1000)
+    at_optimum = norms[-1] == 0
+    return torch.where(at_optimum, 0.0, torch.where(growth.isfinite(), growth, torch.inf))

@@ -1,0 +1,593 @@
+"""Numbers that break: found where they do, repeated from a file, and stop, skip and sanitise do what they say."""
+
+from __future__ import annotations
+
+import csv
+from functools import partial
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from setpred import guard, training
+from setpred.allowed import allowed_classes
+from setpred.callbacks import MetricsFile, TrainLoss
+from setpred.checkpoint import build, read_checkpoint
+from setpred.errors import InputError
+from setpred.inner import GradientDescent
+from setpred.losses import HungarianLoss
+from setpred.matching import NotFiniteError
+from setpred.replay import main as replay
+from setpred.schema import CLEVR
+from setpred.training import SetPrediction
+from setpred.watch import NotFiniteCounts, ResidualGrowth
+
+BATCH, STEPS = 8, 3  # of an epoch
+BROKEN, SAMPLE = 4, 2  # the step and the sample of its batch that break
+MARK = 7.0  # in a target: the losses below break there
+
+CONFIG = {
+    "encoder": {
+        "class_path": "setpred.encoders.SmallCNN",
+        "init_args": {"image_size": 16, "latent_dim": 16, "width": 4},
+    },
+    "decoder": {
+        "class_path": "setpred.decoders.IDSPN",
+        "init_args": {
+            "set_size": 4,
+            "objective": {
+                "class_path": "setpred.inner.LatentMatching",
+                "init_args": {
+                    "set_encoder": {
+                        "class_path": "setpred.aggregators.SetEncoder",
+                        "init_args": {
+                            "hidden_dim": 16,
+                            "aggregator": {
+                                "class_path": "setpred.aggregators.FSPool",
+                                "init_args": {"in_dim": 16, "set_size": 4},
+                            },
+                        },
+                    }
+                },
+            },
+            "descent": {"class_path": "setpred.inner.GradientDescent", "init_args": {"iterations": 5, "momentum": 0.9}},
+        },
+    },
+}
+
+
+class SteepLoss(HungarianLoss):
+    """Finite, but without a gradient for marked samples."""
+
+    def forward(self, predicted, target):
+        losses = super().forward(predicted, target)
+        marked = (target[:, 0, 0] == MARK).nonzero().flatten()
+        return losses.index_add(0, marked, (predicted[marked] * 0).sum((1, 2)).sqrt())
+
+
+class OverflowingLoss(HungarianLoss):
+    """The matching cost of marked samples overflows."""
+
+    def forward(self, predicted, target):
+        marked = (target[:, 0, 0] == MARK).view(-1, 1, 1)
+        return super().forward(torch.where(marked, predicted * 1e38 * 1e38, predicted), target)
+
+
+class Images(pl.LightningDataModule):
+    """Images of floats, which can be broken, unlike those of bytes."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.examples = [
+            {
+                "image": torch.rand(3, 16, 16, generator=generator),
+                "elements": torch.rand(4, CLEVR.set_dim, generator=generator).round(decimals=1),
+                "index": torch.tensor(100 + i),
+            }
+            for i in range(STEPS * BATCH)
+        ]
+
+    def train_dataloader(self):
+        return DataLoader(self.examples, BATCH)
+
+    def val_dataloader(self):
+        return DataLoader(self.examples[:BATCH], BATCH)
+
+
+class At(pl.Callback):
+    """Does something to the batch or the model when the step begins, and something when the gradient is there."""
+
+    def __init__(self, begin=None, gradient=None, step=BROKEN):
+        self.begin, self.gradient, self.step = begin, gradient, step
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == self.step and self.begin:
+            self.buffers = [value.clone() for value in module.buffers()]
+            self.begin(module, batch)
+
+    def on_after_backward(self, trainer, module):
+        if trainer.global_step == self.step and self.gradient:
+            self.gradient(self, module)
+
+
+class Recorder(pl.Callback):
+    """What each step leaves: weights and buffers, the optimiser's numbers, the learning rate."""
+
+    def __init__(self):
+        self.after = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        (optimizer,) = trainer.optimizers
+        moments = [value.clone() for state in optimizer.state.values() for value in state.values()]
+        state = {name: value.clone() for name, value in module.state_dict().items()}
+        self.after.append((state, moments, optimizer.param_groups[0]["lr"]))
+
+
+def module_of(policy="stop", loss=None, descent=None):
+    torch.manual_seed(0)
+    config = {name: dict(part) for name, part in CONFIG.items()}
+    if descent:
+        arguments = config["decoder"]["init_args"]
+        config["decoder"]["init_args"] = arguments | {"descent": {**arguments["descent"], "init_args": descent}}
+    parts = {name: build(part, allowed_classes()) for name, part in config.items()}
+    module = SetPrediction(**parts, loss=loss and loss(), learning_rate=0.01, on_not_finite=policy)
+    module.model_config, module.seed = config, 5
+    module.settings = {"model": {"loss": loss and {"class_path": f"{__name__}.{loss.__name__}"}}}
+    return module
+
+
+def run(folder, *callbacks, policy="stop", epochs=2, resume=None, **changes):
+    """A training of 3 steps an epoch; returns module and `Recorder`, also of one that ended in an error, with it."""
+    module, recorder, error = module_of(policy, **changes), Recorder(), None
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        inference_mode=False,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+        callbacks=[*callbacks, recorder, TrainLoss(), NotFiniteCounts(), MetricsFile(folder / "metrics.csv")],
+    )
+    try:
+        trainer.fit(module, datamodule=Images(), ckpt_path=resume, weights_only=True)
+    except InputError as raised:
+        error = str(raised)
+    return module, recorder, error
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same(one, other):
+    return all(
+        torch.equal(a, b) for a, b in zip((*one[0].values(), *one[1]), (*other[0].values(), *other[1]), strict=True)
+    ) and (one[2] == other[2])
+
+
+def written(folder):
+    return sorted(path.name for path in folder.glob("repro*"))
+
+
+# --- what breaks ----------------------------------------------------------------------------------------------------
+
+
+def broken_image(module, batch, value=torch.nan):
+    batch["image"][SAMPLE, 1, 3, 3] = value
+
+
+def broken_target(module, batch, value=torch.nan):
+    batch["elements"][SAMPLE, 1, 0] = value
+
+
+def marked_target(module, batch):
+    batch["elements"][SAMPLE, 0, 0] = MARK
+
+
+def broken_weight(module, batch):
+    with torch.no_grad():
+        module.model.decoder.objective.set_encoder.aggregator.weight.view(-1)[3] = torch.nan
+
+
+def broken_statistics(module, batch):
+    next(value for name, value in module.named_buffers() if "running_mean" in name)[0] = torch.inf
+
+
+class BreakingDescent:
+    """Patches the descent's step: at iteration 3 of whole batches, in the step that is to break, a sample overflows."""
+
+    def __init__(self, monkeypatch):
+        self.now = False
+        step = GradientDescent.step
+
+        def patched(descent, state, gradient):
+            after = step(descent, state, gradient)
+            self.count = 1 if state.velocity is None else self.count + 1
+            if self.now and self.count == 3 and len(after.iterate) == BATCH:
+                after.iterate[SAMPLE, 0, 0] = torch.inf
+            return after
+
+        monkeypatch.setattr(GradientDescent, "step", patched)
+
+    def __call__(self, module, batch):
+        self.now = True
+
+    def on_train_batch_end(self):
+        self.now = False
+
+
+FAULTS = {
+    "image NaN": (broken_image, None, "the image is not finite in samples 2 ", "look at these images"),
+    "image infinite": (
+        partial(broken_image, value=torch.inf),
+        None,
+        "the image is not finite in samples 2 ",
+        "look at these images",
+    ),
+    "target NaN": (broken_target, None, "the target is not finite in samples 2 ", "look at the elements"),
+    "target infinite": (
+        partial(broken_target, value=-torch.inf),
+        None,
+        "the target is not finite in samples 2 ",
+        "look at the elements",
+    ),
+    "weight": (broken_weight, None, "the weights are not finite (model.decoder.objective.", "an earlier checkpoint"),
+    "cost": (marked_target, OverflowingLoss, "the matching cost is not finite in samples 2 ", "lower model.learning"),
+    "gradient": (marked_target, SteepLoss, "the gradient is not finite (of model.", "skip or sanitise"),
+    "descent": (None, None, "the inner descent is not finite from iteration 3 on in samples 2 ", "lower the learning"),
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run in which nothing breaks."""
+    folder = tmp_path_factory.mktemp("plain")
+    module, recorder, error = run(folder)
+    assert error is None
+    assert len(recorder.after) == 2 * STEPS
+    return module, recorder, rows(folder)
+
+
+def begin_of(name, monkeypatch):
+    begin, loss, *said = FAULTS[name]
+    return (BreakingDescent(monkeypatch) if name == "descent" else begin), loss, said
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_stops_is_located_and_repeated_from_its_file(name, tmp_path, plain, monkeypatch, capsys):
+    """With the weights of the last good step, and the same again by the command."""
+    begin, loss, (said, advice) = begin_of(name, monkeypatch)
+    module, recorder, error = run(tmp_path, At(begin), loss=loss)
+    assert error.startswith(f"step {BROKEN} (epoch 1): {said}")
+    assert advice in error
+    if name not in ("weight",):
+        assert f"data indices {100 + BATCH + SAMPLE}" in error
+        assert all(torch.equal(v, plain[1].after[BROKEN - 1][0][k]) for k, v in module.state_dict().items())
+    assert len(recorder.after) == BROKEN
+    assert all(same(ours, theirs) for ours, theirs in zip(recorder.after, plain[1].after, strict=False))
+    path = tmp_path / f"repro-step-{BROKEN}.pt"
+    assert str(path) in error
+    capsys.readouterr()
+    assert replay([str(path), "--device", "cpu", "--allow", f"{__name__}.{loss.__name__ if loss else 'At'}"]) == 0
+    printed = capsys.readouterr().out
+    assert "NOT FINITE" in printed
+    assert f"reproduced: {said}" in printed
+    if name == "descent":
+        assert "(norm of the iterate " in error
+        assert "and of the residual " in error
+        assert "inner descent, iterate 2" in printed
+        begin.now = False  # as on a machine where the descent does not break
+        assert replay([str(path), "--device", "cpu"]) == 1
+        assert "not reproduced: in the training the inner descent" in capsys.readouterr().out
+
+
+def test_a_descent_that_diverges_is_located(tmp_path):
+    """Without anything patched: every sample, in the first step, as the file repeats."""
+    descent = {"iterations": 8, "learning_rate": 1e14}
+    _, recorder, error = run(tmp_path, descent=descent)
+    assert not recorder.after
+    assert "the inner descent is not finite from iteration 4 on in samples 0, 1, 2, 3, 4, 5, 6, 7 of" in error
+    assert "lower the learning_rate or momentum of the decoder's descent" in error
+    assert replay([str(tmp_path / "repro-step-0.pt"), "--device", "cpu"]) == 0
+
+
+def nothing(at, module):
+    """The step does nothing."""
+    for parameter in module.parameters():
+        parameter.grad = None
+    for buffer, before in zip(module.buffers(), at.buffers, strict=True):
+        buffer.copy_(before)
+
+
+@pytest.fixture(scope="module")
+def without_step(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("without-step")
+    return run(folder, At(lambda module, batch: None, nothing))[1], rows(folder)
+
+
+@pytest.mark.parametrize("name", [name for name in FAULTS if name != "weight"])
+def test_a_skipped_step_is_one_that_did_nothing(name, tmp_path, plain, without_step, monkeypatch, capsys):
+    """Bit by bit: weights, momentum, running statistics, learning rates, validations; it is counted and said."""
+    begin, loss, (said, _) = begin_of(name, monkeypatch)
+    ending = [Ending(begin)] if name == "descent" else []
+    _, recorder, error = run(tmp_path, At(begin), *ending, policy="skip", loss=loss)
+    assert error is None
+    twin, table = without_step
+    assert same(recorder.after[BROKEN - 1], plain[1].after[BROKEN - 1])
+    assert not same(recorder.after[BROKEN], plain[1].after[BROKEN])
+    assert all(same(ours, theirs) for ours, theirs in zip(recorder.after, twin.after, strict=True))
+    ours = rows(tmp_path)
+    assert [row["skipped_batches"] for row in ours] == ["0.0", "1.0"]
+    assert [row["val_loss"] for row in ours] == [row["val_loss"] for row in table]
+    assert ours[0]["train_loss"] == table[0]["train_loss"]
+    assert written(tmp_path) == [f"repro-step-{BROKEN}.pt"]
+    assert f"skipped (1 so far): step {BROKEN} (epoch 1): {said}" in capsys.readouterr().out
+
+
+class Ending(pl.Callback):
+    def __init__(self, fault):
+        self.fault = fault
+
+    def on_train_batch_end(self, *_):
+        self.fault.now = False
+
+
+def rest(module, batch):
+    """The samples that are whole."""
+    kept = [sample for sample in range(BATCH) if sample != SAMPLE]
+    for name, value in batch.items():
+        batch[name] = value[kept]
+
+
+@pytest.fixture(scope="module")
+def of_the_rest(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("of-the-rest"), At(rest))[1]
+
+
+@pytest.mark.parametrize("name", ["image NaN", "image infinite", "target NaN", "cost", "descent"])
+def test_a_sanitised_step_is_one_on_the_other_samples(name, tmp_path, of_the_rest, monkeypatch, capsys):
+    begin, loss, (said, _) = begin_of(name, monkeypatch)
+    ending = [Ending(begin)] if name == "descent" else []
+    _, recorder, error = run(tmp_path, At(begin), *ending, policy="sanitise", loss=loss)
+    assert error is None
+    assert all(same(ours, theirs) for ours, theirs in zip(recorder.after, of_the_rest.after, strict=True))
+    last = rows(tmp_path)[-1]
+    assert (last["sanitised_samples"], last["skipped_batches"]) == ("1.0", "0.0")
+    assert f"1 samples are left out: step {BROKEN} (epoch 1): {said}" in capsys.readouterr().out
+
+
+def gradient_entry(value, at, module):
+    next(module.parameters()).grad[0] = value
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
+def test_entries_of_a_gradient_that_are_not_finite_count_as_zero(value, tmp_path, capsys):
+    """Those too large to be squared, too: the optimiser would keep an infinite moment for ever."""
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    _, recorder, error = run(tmp_path / "a", At(gradient=partial(gradient_entry, value)), policy="sanitise")
+    _, twin, _ = run(tmp_path / "b", At(gradient=partial(gradient_entry, 0.0)))
+    assert error is None
+    assert all(same(ours, theirs) for ours, theirs in zip(recorder.after, twin.after, strict=True))
+    assert rows(tmp_path / "a")[-1]["sanitised_gradients"] == "1.0"
+    # put there from outside, no repeat of the step shows it
+    assert replay([str(tmp_path / "a" / f"repro-step-{BROKEN}.pt"), "--device", "cpu"]) == 1
+    assert "here all is finite" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["image", "gradient"])
+def test_where_sanitising_leaves_nothing_the_step_is_skipped(name, tmp_path, without_step):
+    def all_images(module, batch):
+        batch["image"][:] = torch.nan
+
+    def all_entries(at, module):
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.fill_(torch.nan)
+
+    at = At(all_images) if name == "image" else At(lambda module, batch: None, all_entries)
+    _, recorder, error = run(tmp_path, at, policy="sanitise")
+    assert error is None
+    assert all(same(ours, theirs) for ours, theirs in zip(recorder.after, without_step[0].after, strict=True))
+    last = rows(tmp_path)[-1]
+    assert (last["skipped_batches"], last["sanitised_samples"], last["sanitised_gradients"]) == ("1.0", "0.0", "0.0")
+
+
+@pytest.mark.parametrize("policy", ["skip", "sanitise"])
+@pytest.mark.parametrize("begin", [broken_weight, broken_statistics])
+def test_broken_weights_stop_under_every_policy(policy, begin, tmp_path):
+    _, recorder, error = run(tmp_path, At(begin), policy=policy)
+    if begin is broken_statistics:  # no training step looks at them, the validation does
+        assert "the weights are not finite (model.encoder." in error
+        return
+    assert error.startswith(f"step {BROKEN} (epoch 1): the weights are not finite (model.decoder")
+    assert len(recorder.after) == BROKEN
+
+
+@pytest.mark.parametrize("policy", ["skip", "sanitise"])
+def test_too_many_skipped_in_a_row_stop(policy, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "MOST_IN_A_ROW", 2)
+
+    class All(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if trainer.global_step not in (0, 3):
+                batch["image"][:] = torch.nan
+
+    _, recorder, error = run(tmp_path, All(), policy=policy, epochs=3)
+    assert error.startswith("2 steps in a row were skipped, and the next one breaks, too: step 6 (epoch 2): the image")
+    assert len(recorder.after) == 6
+    assert len(written(tmp_path)) == guard.MOST_REPROS
+    assert [row["skipped_batches"] for row in rows(tmp_path)] == ["2.0", "4.0"]
+
+
+def test_what_was_counted_survives_a_resume(tmp_path):
+    class Saving(pl.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    _, whole, _ = run(tmp_path, At(broken_image, step=1), At(broken_image), Saving(), policy="skip")
+    assert [row["skipped_batches"] for row in rows(tmp_path)] == ["1.0", "2.0"]
+    (tmp_path / "metrics.csv").rename(tmp_path / "whole.csv")
+    assert read_checkpoint(tmp_path / "0.ckpt")["not_finite"]["skipped_batches"] == 1
+    _, resumed, error = run(tmp_path, At(broken_image), policy="skip", resume=tmp_path / "0.ckpt")
+    assert error is None
+    assert same(resumed.after[-1], whole.after[-1])
+    assert [row["skipped_batches"] for row in rows(tmp_path)] == ["2.0"]
+
+
+def test_several_batches_of_a_step_are_skipped_together(tmp_path, plain):
+    """With accumulated gradients, the running statistics are those before the first of them."""
+    module, recorder, seen = module_of("skip"), Recorder(), []
+
+    class Breaking(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            seen.append(next(v.clone() for n, v in module.named_buffers() if "running_mean" in n))
+            if batch_idx == 1:
+                batch["image"][SAMPLE] = torch.nan
+
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accumulate_grad_batches=2,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        inference_mode=False,
+        default_root_dir=tmp_path,
+        limit_val_batches=0,
+        callbacks=[Breaking(), recorder],
+    )
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    trainer.fit(module, datamodule=Images())
+    assert all(torch.equal(value, before[name]) for name, value in recorder.after[1][0].items())
+    assert not torch.equal(seen[1], seen[0])
+    assert trainer.global_step == 2
+    assert not all(torch.equal(value, before[name]) for name, value in recorder.after[2][0].items())
+
+
+# --- validation, checkpoints, files ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_validation_stops_always(policy, tmp_path):
+    class Validation(pl.Callback):
+        def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
+            broken_image(module, batch)
+
+    _, recorder, error = run(tmp_path, Validation(), policy=policy)
+    assert error.startswith(
+        f"step {STEPS} (epoch 0): the image is not finite in samples 2 of the batch; data indices 102"
+    )
+    assert len(recorder.after) == STEPS
+    assert replay([str(tmp_path / f"repro-step-{STEPS}.pt"), "--device", "cpu"]) == 0
+
+
+def test_broken_weights_are_not_saved(tmp_path):
+    """An earlier checkpoint stays."""
+
+    class Saving(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.global_step == 2:
+                broken_weight(module, batch)
+            trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    _, _, error = run(tmp_path, Saving())
+    assert error.startswith("step 2 (epoch 0): the weights are not finite (model.decoder")
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 1
+
+
+def test_the_file_of_another_process_has_its_rank(tmp_path, monkeypatch):
+    """And is repeated with that process's seed."""
+    monkeypatch.setattr(SetPrediction, "global_rank", 1)
+    monkeypatch.setattr(pl.Trainer, "world_size", 2)
+    monkeypatch.setattr(SetPrediction, "not_finite_counts", lambda self: dict(self.guard.counts))
+    _, _, error = run(tmp_path, At(broken_image))
+    path = tmp_path / f"repro-step-{BROKEN}-rank-1.pt"
+    assert str(path) in error
+    content = torch.load(path, weights_only=True)["repro"]
+    assert (content["rank"], content["processes"]) == (1, 2)
+    assert content["seed"] == (((5 * 1_000_003 + BROKEN) * 1_009 + 1) * 1_021 + 1) % 2**63
+    assert replay([str(path), "--device", "cpu"]) == 0
+
+
+def test_a_full_disk_does_not_end_a_training_that_goes_on(tmp_path, monkeypatch, capsys):
+    def full(content, path):
+        raise InputError(f"cannot write {path}: the disk is full")
+
+    monkeypatch.setattr("setpred.repro.save_whole", full)
+    _, _, error = run(tmp_path, At(broken_image), policy="skip")
+    assert error is None
+    assert "could not be saved: cannot write" in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_repeated_is_an_error_in_one_sentence(tmp_path, capsys):
+    run(tmp_path, At(marked_target), loss=SteepLoss)
+    path = tmp_path / f"repro-step-{BROKEN}.pt"
+    content = torch.load(path, weights_only=True)
+
+    def refused(change, *options):
+        changed = torch.load(path, weights_only=True)
+        change(changed)
+        torch.save(changed, tmp_path / "changed.pt")
+        capsys.readouterr()
+        assert replay([str(tmp_path / "changed.pt"), "--device", "cpu", *options]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        return error
+
+    allow = ("--allow", f"{__name__}.SteepLoss")
+    assert "--allow" in refused(lambda c: None)
+    assert "is a checkpoint, expected a repro-step" in refused(lambda c: c.pop("repro"), *allow)
+    assert "written at precision 'bf16-true'" in refused(lambda c: c["repro"].update(precision="bf16-true"), *allow)
+    for damage in ("batch", "seed", "fault", "evaluating"):
+        assert "is damaged" in refused(lambda c, damage=damage: c["repro"].pop(damage), *allow)
+    assert "cannot be repeated" in refused(lambda c: c["repro"]["batch"].update(image=torch.zeros(3)), *allow)
+    assert "does not say how" in refused(lambda c: c["setpred"].update(model=None), *allow)
+    assert content["repro"]["fault"]["place"] == "gradient"
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(InputError, match="on_not_finite: expected one of stop, skip, sanitise, got 'ignore'"):
+        module_of("ignore")
+
+
+def test_the_error_of_a_loss_names_its_place():
+    error = NotFiniteError("matching cost", [1])
+    assert (str(error), error.place) == ("the matching cost is not finite in samples 1 of the batch", "matching cost")
+
+
+# --- descents that diverge ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [1.0, 3e3])
+def test_a_descent_that_diverges_is_told_at_validation(rate, tmp_path, capsys):
+    """Once an epoch, in one number and a sentence; training and validation are as without."""
+    results = []
+    for watched in (True, False):
+        folder = tmp_path / str(watched)
+        folder.mkdir()
+        watching = [ResidualGrowth()] if watched else []
+        module, recorder, error = run(folder, *watching, descent={"iterations": 6, "learning_rate": rate})
+        assert error is None
+        results.append((recorder.after, [row["val_loss"] for row in rows(folder)]))
+    assert all(same(ours, theirs) for ours, theirs in zip(results[0][0], results[1][0], strict=True))
+    assert results[0][1] == results[1][1]
+    printed = capsys.readouterr().out
+    growth = [float(row["val_residual_growth"]) for row in rows(tmp_path / "True")]
+    if rate == 1.0:
+        assert max(growth) < 2
+        assert "diverges" not in printed
+    else:
+        assert min(growth) > 3
+        for epoch in (0, 1):
+            assert printed.count(f"epoch {epoch}: the inner descent diverges: its residual ends") == 1
+        assert "lower the learning_rate (3e+03) or momentum (0) of model.decoder" in printed
+    assert isinstance(module.model.decoder, nn.Module)
