@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -28,6 +29,7 @@ from torch import nn
 from setpred import CLEVR, InputError, torch_files, weights
 from setpred import checkpoint as checkpoints
 from setpred.checkpoint import KEY, VERSION, build, load_checkpoint, read_checkpoint
+from setpred.data import cache
 from setpred.data.cache import Header, Record, open_set_file, read_header, verify
 from setpred.data.clevr import ClevrFolder, load_image
 from setpred.data.dataset import SetFile
@@ -634,7 +636,7 @@ def described(**changes: Any) -> Callable[[h5py.File], Any]:
         (linked("index", np.dtype("<i8")), "damaged"),
         (lambda file: (file.pop("index"), file.create_group("index")), "damaged"),
         (claims(10**8), "images takes 19200000000 bytes, of which it has 0"),
-        (claims(1000), "images takes 192000 bytes, of which it has 0"),
+        (claims(10), "images takes 1920 bytes, of which it has 0"),  # fewer than the file has
         (attribute(images=10**9), "it claims 1000000000 images"),
         (attribute(images=-1), "it claims -1 images"),
         (attribute(image_size=10**6), "it claims 3 images of side 1000000"),
@@ -673,6 +675,19 @@ def test_prepared_files_hold_what_they_say(change, words, made, tmp_path):
     for use in (SetFile, verify):
         with refused(words):
             use(path)
+
+
+def test_a_data_set_is_no_larger_than_its_file(made, tmp_path):
+    """Many chunks may lie at one place of the file."""
+    (tmp_path / "a.h5").write_bytes(made)
+    with open_set_file(tmp_path / "a.h5") as file:
+
+        class Small:
+            id = SimpleNamespace(get_filesize=lambda: 575)
+            get, __getitem__ = file.get, lambda self, name: file[name]
+
+        with refused("images takes 576 bytes, of which it has 576, in a file of 575"):
+            cache._check_stored(Small(), "images", (3, 8, 8, 3), np.dtype("u1"), "a.h5")
 
 
 def test_a_file_whose_images_are_holes_is_read(tmp_path):
