@@ -1,0 +1,393 @@
+"""The command line of train.py."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse.typing import NonNegativeFloat
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from setpred import checkpoint, processes
+from setpred.callbacks import DataWaiting, EpochLines, MetricsFile, TrainLoss
+from setpred.checkpoint import read_checkpoint
+from setpred.configuration import MODE, Parser, guarded, require_room, split_allow
+from setpred.data.worlds import World
+from setpred.errors import InputError
+from setpred.files import locked, make_folder, remove_leftovers, write_atomically, writing
+from setpred.precision import training_precision
+from setpred.saving import StopSignalError, WholeCheckpoints, checkpoint_callbacks
+from setpred.training import SetPrediction
+from setpred.watch import NotFiniteCounts, ResidualGrowth
+
+QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
+CHECKPOINTS = Path("checkpoints")
+PATIENCE = 15.0  # seconds; the data loader's processes of a training that was killed take five to notice
+
+
+class TrainCLI(LightningCLI):
+    """LightningCLI with a run folder and `--resume`.
+
+    What is in force, the later over the earlier: defaults, `--config` files in order, other options. A resumed run
+    takes weights, optimiser state and position from the checkpoint, and all settings from there too; the model must
+    be the same, and other settings that have changed are said.
+    """
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--name", type=str | None, default=None, help="run name; the configuration's unless given")
+        parser.add_argument(
+            "--resume",
+            type=str | None,
+            default=None,
+            help="'last', or the path of a checkpoint, to go on from; 'auto' is 'last' if there is one, else a new run",
+        )
+        parser.add_argument(
+            "--save_minutes",
+            type=NonNegativeFloat,
+            default=10.0,
+            help="last.ckpt is written at least so often within an epoch, besides its end; 0: after every step",
+        )
+        parser.add_argument("--runs", type=str, default=str(CHECKPOINTS), help="folder that holds the runs")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.runs) / self.config.name
+
+    def resume_path(self) -> Path | None:
+        """The checkpoint to go on from, checked to be readable and of the same model."""
+        if self.config.resume is None:
+            return None
+        found = self._newest_whole() if self.config.resume in ("last", "auto") else Path(self.config.resume)
+        if found is None:
+            return None
+        content = read_checkpoint(found)
+        if "optimizer_states" not in content:
+            raise InputError(f"{found} holds weights only and cannot be resumed; resume from the .ckpt it was made of")
+        saved = content[checkpoint.KEY]
+        models = (without(config, "compile") for config in (saved.get("model"), self.model.model_config))
+        if saved.get("model") and (changes := differences(*models)):
+            raise InputError(
+                f"{found} is of another model than asked for: {'; '.join(changes[:5])}; "
+                "resume with the configuration it was trained with"
+            )
+        if changes := differences(saved.get("settings") or {}, self.model.settings):
+            self.say("resumed with other settings: " + "; ".join(changes))
+        return found
+
+    def _newest_whole(self) -> Path | None:
+        """last.ckpt, or best.ckpt if a fault of the disk has damaged it; None if there is none and that is well."""
+        last, best = self.folder / "last.ckpt", self.folder / "best.ckpt"
+        if not last.exists():
+            if self.config.resume == "auto":
+                return None
+            raise InputError(f"nothing to resume: no {last}; start without --resume, or give the run's --name")
+        try:
+            read_checkpoint(last)
+        except InputError as error:
+            if not best.exists():
+                raise
+            self.say(f"{error}; going on from {best}, which is older")
+            return best
+        return last
+
+    def say(self, sentence: str) -> None:
+        """Prints it, once for all processes."""
+        if self.trainer.is_global_zero:
+            print(sentence, flush=True)
+
+    def before_instantiate_classes(self) -> None:
+        if self.config.name is None:
+            configs = self.config.config or []
+            self.config.name = Path(str(configs[-1])).stem if configs else "run"
+
+    def instantiate_classes(self) -> None:
+        require_room(plain(self.config.model))
+        try:
+            super().instantiate_classes()
+        except Exception as error:  # whatever a part makes of its arguments
+            raise InputError(f"the configuration cannot be built: {str(error) or type(error).__name__}") from error
+
+    def instantiate_trainer(self, **arguments: Any) -> pl.Trainer:
+        model = plain(self.config.model)
+        self.model.model_config = {part: model.pop(part) for part in ("encoder", "decoder")}
+        self.model.settings = {"model": model, "data": plain(self.config.data), "seed": self.config.seed_everything}
+        self.model.seed = int(self.config.seed_everything or 0)
+        if getattr(self.datamodule, "seed", 0) is None:
+            self.datamodule.seed = self.model.seed
+        named = {"path": "val_path", "split": "val_split", "image_size": "image_size"}
+        self.model.data_description = {key: getattr(self.datamodule, name, None) for key, name in named.items()}
+        terminal = sys.stdout.isatty()  # where Lightning's bar goes
+        minutes = self.config.save_minutes
+        saving = checkpoint_callbacks(self.folder, self.model.monitor, self.model.mode, minutes=minutes)
+        measuring = [TrainLoss(), DataWaiting(), NotFiniteCounts(), ResidualGrowth()]
+        callbacks = [*measuring, MetricsFile(self.folder / "metrics.csv"), *saving]
+        callbacks += [EpochLines(), *([TQDMProgressBar(leave=False)] if terminal else [])]
+        given = self.config_init.trainer.callbacks or []
+        arguments |= {
+            "callbacks": [*given, *callbacks],
+            "enable_progress_bar": terminal,
+            "default_root_dir": str(self.folder),
+            "plugins": [*(self.config_init.trainer.plugins or []), WholeCheckpoints(), *processes.scheduler()],
+            "logger": self._logger(),
+        }
+        if self.config.trainer.precision is None:
+            arguments["precision"] = training_precision(self.config.trainer.accelerator)
+        trainer = super().instantiate_trainer(**arguments)
+        processes.check_started(trainer)
+        if trainer.world_size > 1 and self.config.trainer.strategy in ("auto", "ddp"):
+            arguments |= {"strategy": processes.STRATEGY, "callbacks": [*given, *callbacks]}
+            trainer = super().instantiate_trainer(**arguments)
+        return trainer
+
+    def _logger(self) -> Any:
+        """TensorBoard where it is installed, unless the configuration says otherwise; metrics.csv is always written."""
+        chosen = self.config_init.trainer.logger
+        if chosen is not None:
+            return chosen
+        if importlib.util.find_spec("tensorboard") is None:
+            return False
+        return TensorBoardLogger(self.config.runs, name=self.config.name, version="tensorboard")
+
+
+def check_fit(cli: TrainCLI) -> None:
+    """Model and data must speak of the same inputs and of sets of the same size."""
+    takes, gives = cli.model.model.takes_sets, isinstance(cli.datamodule, World)
+    if takes != gives:
+        kinds = ("images", "sets")
+        raise InputError(
+            f"the encoder {type(cli.model.model.encoder).__name__} takes {kinds[takes]}, the data "
+            f"{type(cli.datamodule).__name__} has {kinds[gives]}; give both of one kind"
+        )
+    if gives and cli.datamodule.input_dim != cli.model.model.encoder.in_dim:
+        raise InputError(
+            f"the encoder takes elements of {cli.model.model.encoder.in_dim} numbers, the data has elements of "
+            f"{cli.datamodule.input_dim}; give the encoder that set_dim"
+        )
+    sees, given = (getattr(part, "image_size", None) for part in (cli.model.model.encoder, cli.datamodule))
+    if None not in (sees, given) and sees != given:
+        raise InputError(
+            f"the encoder takes images of {sees}x{sees}, the data has {given}x{given}; give both the same image_size "
+            "(model.encoder.init_args.image_size and data.init_args.image_size)"
+        )
+    model_size = getattr(cli.model.model.decoder, "set_size", None)
+    data_size = getattr(getattr(cli.datamodule, "train_data", None), "set_size", model_size)
+    if model_size not in (None, data_size):
+        raise InputError(
+            f"the decoder predicts sets of {model_size}, the data has sets of {data_size}; give both the same "
+            "set_size (model.decoder.init_args.set_size and data.init_args.set_size)"
+        )
+
+
+def plain(value: Any) -> Any:
+    """A jsonargparse namespace as dictionaries and lists; a schema too, functions and classes as import paths."""
+    for as_dict in ("as_dict", "to_dict"):  # of a namespace, of a schema
+        if hasattr(value, as_dict) and not isinstance(value, type):
+            value = getattr(value, as_dict)()
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if hasattr(value, "__qualname__"):  # as jsonargparse leaves a default that is one
+        return f"{value.__module__}.{value.__qualname__}"
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Where two plain configurations differ, as "key: old against new"; an option newer than old is off if False."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [key for key in dict.fromkeys([*old, *new]) if key in old or new[key] is not False]
+        return [d for key in keys for d in differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
+    return [] if old == new else [f"{where}: {old} in the checkpoint against {new}"]
+
+
+def without(config: Any, key: str) -> Any:
+    """A plain configuration without this key anywhere: one that changes how fast a model is, not what it is."""
+    if isinstance(config, dict):
+        return {name: without(value, key) for name, value in config.items() if name != key}
+    return [without(item, key) for item in config] if isinstance(config, list) else config
+
+
+def set_aside(folder: Path) -> None:
+    """An earlier run of the same name is kept under another name, not overwritten."""
+    if not any(folder.glob("*.ckpt")):
+        return
+    number = 1
+    while (kept := folder.with_name(f"{folder.name}-before-{number}")).exists():
+        number += 1
+    folder.rename(kept)
+    print(f"an earlier run was in {folder}; it is kept in {kept} (use --resume last to go on with a run)", flush=True)
+
+
+def quiet() -> None:
+    """Drops Lightning's advertising and advice that does not apply here."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of Lightning's own calls
+    for message in (
+        ".*LightningCLI's args parameter.*",
+        ".*does not have many workers.*",
+        ".*Checkpoint directory.*exists and is not empty.*",
+        ".*GPU available but not used.*",
+        ".*callbacks used to create the checkpoint.*",  # resumed from one of other callbacks
+        ".*The dirpath has changed.*",  # resumed from elsewhere: the best so far starts anew
+        ".*find_unused_parameters=True was specified.*",  # where all happen to be used
+        ".*LeafSpec.*",  # of torch, on itself
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def default_config(arguments: list[str]) -> Path:
+    """What to run without `--config`: the configuration beside a checkpoint that is resumed, else the quickstart."""
+    look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    look.add_argument("--resume")
+    resumed = look.parse_known_args(arguments)[0].resume
+    beside = Path(resumed or "last").parent / "config.yaml"
+    return beside if resumed not in (None, "last", "auto") and beside.is_file() else QUICKSTART
+
+
+def build(arguments: list[str]) -> TrainCLI:
+    """Parses the options of train.py and builds model, data and trainer; the quickstart if no config is given.
+
+    Raises:
+        InputError: what cannot be built; a file that asks for classes which may not be named, see `guarded`.
+    """
+    allow, arguments = split_allow(arguments)
+    if not any(argument in ("-c", "--config") or argument.startswith("--config=") for argument in arguments):
+        arguments = ["--config", str(default_config(arguments)), *arguments]
+    quiet()
+    with guarded(arguments, allow):
+        return TrainCLI(
+            SetPrediction,
+            subclass_mode_data=True,
+            datamodule_class=pl.LightningDataModule,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            trainer_defaults={
+                "inference_mode": False,  # the inner descent needs gradients in validation too
+                "enable_model_summary": False,
+                "num_sanity_val_steps": 0,
+            },
+            run=False,
+            args=arguments,
+            parser_class=Parser,
+            parser_kwargs={
+                "description": "Train a set predictor; without --config, the quickstart on built-in scenes.",
+                "usage": "train.py [--config FILE] [--resume last] [--allow PACKAGE.CLASS] [options]   "
+                "(train.py --help lists them all)",
+                "parser_mode": MODE,
+                "allow_abbrev": False,  # a mistyped key is refused, not taken for a longer one
+            },
+        )
+
+
+def train(arguments: list[str] | None = None) -> Path:
+    """Runs train.py with these command line arguments (`sys.argv` unless given).
+
+    Returns:
+        The run's folder, with best.ckpt, last.ckpt, config.yaml and metrics.csv.
+
+    Raises:
+        InputError: bad configuration, data or checkpoint; a loss that is not finite; a disk that does not take files.
+    """
+    cli = build(sys.argv[1:] if arguments is None else arguments)
+    with ExitStack() as held:
+        if cli.trainer.is_global_zero:
+            held.enter_context(alone(cli.folder))
+        resume = cli.resume_path()
+        if cli.trainer.is_global_zero:
+            prepare(cli, resume)
+        if resume is not None and cli.trainer.max_epochs not in (None, -1):
+            done = read_checkpoint(resume)["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+            if done >= cli.trainer.max_epochs:
+                cli.say(f"nothing left to train: {resume} has {done} epochs of {cli.trainer.max_epochs}")
+        fit(cli, resume)
+    cli.say(f"checkpoints, configuration and metrics are in {cli.folder}")
+    return cli.folder
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """A run's folder for one training at a time: another one of its name would move it, or replace its checkpoints."""
+    lock = make_folder(folder.parent) / f".{folder.name}.lock"
+    with ExitStack() as held:
+        with writing(lock):
+            try:
+                held.enter_context(locked(lock, passing=True, patience=PATIENCE))
+            except InputError as error:
+                says = f"another training writes into {folder}; wait for its end, or give this one a --name"
+                raise InputError(says) from error
+        yield
+
+
+def prepare(cli: TrainCLI, resume: Path | None) -> None:
+    """Data and the run's folder; first what can fail for the user's reasons, so that an earlier run stays in place."""
+    cli.datamodule.prepare_data()
+    cli.datamodule.setup("fit")
+    check_fit(cli)
+    if resume is None or resume.resolve().parent != cli.folder.resolve():
+        set_aside(cli.folder)
+    make_folder(cli.folder)
+    remove_leftovers(cli.folder)
+    repeatable = cli.config.clone()
+    repeatable.resume = None
+    write_atomically(cli.folder / "config.yaml", cli.parser.dump(repeatable, skip_none=False))
+
+
+def fit(cli: TrainCLI, resume: Path | None) -> None:
+    """Trains, and turns whatever stops it from outside into `Interrupted`."""
+    try:
+        with processes.together(cli.trainer):
+            cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=True)
+    except StopSignalError as stopped:
+        raise Interrupted(cli.folder, stopped.number, saved=True) from stopped
+    except SystemExit as stopped:  # how Lightning ends on a second Ctrl-C, and on signals before the first step
+        raise Interrupted(cli.folder) from stopped
+    if cli.trainer.interrupted or cli.trainer.received_sigterm:
+        raise Interrupted(cli.folder)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was stopped by a signal.
+
+    Attributes: `status`, with which the program ends: 128 and the signal's number, as shells have it.
+    """
+
+    def __init__(self, folder: Path, number: int = signal.SIGINT, *, saved: bool = False) -> None:
+        last = folder / "last.ckpt"
+        name = signal.Signals(number).name
+        if saved:
+            says = f"stopped by {name}; {last} has all that was trained, go on from it with --resume last"
+        elif last.exists():
+            says = f"interrupted; {last} has what was trained until it was written, go on from it with --resume last"
+        else:
+            says = "interrupted before there was anything to save"
+        super().__init__(says)
+        self.status = 128 + number
+
+
+def main() -> int:
+    """train.py: errors a user can mend become one sentence and exit status 2."""
+    try:
+        train()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stopped:
+        if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0:
+            print(stopped, file=sys.stderr)
+        return stopped.status
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

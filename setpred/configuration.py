@@ -10,20 +10,24 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
+import torch
 import yaml
 from jsonargparse._common import parsing_settings  # to put back what is set; a test sees whether it is still there
 from lightning.pytorch.cli import LightningArgumentParser
+from torch import nn
 
 from setpred import metrics, plain_yaml
-from setpred.allowed import PART_MODULES, named, public, torch_modules
+from setpred.allowed import PART_MODULES, allowed_classes, named, public, torch_modules
+from setpred.checkpoint import build
 from setpred.data import worlds
 from setpred.errors import InputError
+from setpred.limits import check_sizes
 
 MODE = "plain-yaml"  # jsonargparse's name for a way to read values
 OTHERS = (  # of setpred, in modules that hold more than what a configuration is made of
@@ -49,6 +53,8 @@ LIGHTNING = {  # none loads a file; functions that some would call have to be on
     "plugins.environments": ("SLURMEnvironment",),
     "strategies": ("DDPStrategy",),
 }
+MOST_LINES, LONGEST_LINE = 30, 300  # of what is said of a value, which may be long
+BYTES_PER_NUMBER = 16  # of a model in training: itself, its gradient and Adam's two means
 DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")  # how jsonargparse says so
 # on the command line, by the custom that names of classes are capitalised; not a part of a file's path
 CLASS_PATH = re.compile(r"(?<![\w./-])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*\.[A-Z]\w*(?![\w./-])")
@@ -67,7 +73,11 @@ class Parser(LightningArgumentParser):
             if found := DENIED.search(str(error)):
                 raise RefusedPathError(found[1])
             error = error.__cause__ or error.__context__
-        super().error(message, ex)
+        super().error("\n".join(_short(line) for line in message.splitlines()[:MOST_LINES]), ex)
+
+
+def _short(line: str) -> str:
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 40]} ... {line[-35:]}"
 
 
 def allowed_paths() -> set[str]:
@@ -136,3 +146,29 @@ def guarded(arguments: Sequence[str], allow: Sequence[str] = ()) -> Iterator[Non
     finally:
         parsing_settings.update(before)
         jsonargparse.set_parsing_settings(config_read_mode_fsspec_enabled=True)  # as Lightning sets it
+
+
+def require_room(model: Mapping[str, Any]) -> None:
+    """Sees that a configured model could be trained in this machine's memory, before it is made.
+
+    Args:
+        model: class paths and arguments of `encoder` and `decoder`, in plain types. One with parts of the user's own
+            is not looked into.
+
+    Raises:
+        InputError: it could not, or sizes that cannot be meant.
+    """
+    parts = {name: model.get(name) for name in ("encoder", "decoder")}
+    check_sizes(parts, "the configuration's model")
+    try:
+        with torch.device("meta"):  # numbers without memory
+            built = [build(part, allowed_classes()) for part in parts.values()]
+    except InputError:  # what is wrong is said when it is built
+        return
+    numbers = sum(value.numel() for part in built if isinstance(part, nn.Module) for value in part.parameters())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if BYTES_PER_NUMBER * numbers > memory:
+        raise InputError(
+            f"the configuration asks for a model of {numbers:,} numbers; to train it takes "
+            f"{BYTES_PER_NUMBER * numbers / 1e9:.0f} GB of memory, this machine has {memory / 1e9:.0f} GB: make it smaller"
+        )

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 import yaml
 
 from setpred.errors import InputError
+from setpred.limits import require_regular, shown
 
 LARGEST = 1_000_000  # characters of a file; the longest configuration of a run has 5,000
-LONGEST = 10_000  # of one value: reading a number takes the square of its length
+LONGEST = 4096  # of one value, as of the longest path; reading a number takes the square of its length
 DEEPEST = 64  # lists and mappings within each other
-MOST = 20_000  # values, aliases counted as what they stand for
+MOST = 2000  # values, aliases counted as what they stand for; the configuration of a run has 150
 
 
 @dataclass
@@ -100,15 +101,19 @@ def load(text: str) -> object:
         raise yaml.YAMLError(f"a value cannot be read: {error}") from error
 
 
-def read(path: str | os.PathLike[str]) -> object:
-    """What a file says.
+def read(path: str | os.PathLike[str]) -> dict[str, object]:
+    """What a file of named values says.
 
     Raises:
-        InputError: it cannot be read, or is not what `load` takes.
+        InputError: it cannot be read, or is not what `load` takes, or not of named values.
     """
     try:
+        require_regular(path, advice="give the file of a configuration")
         with open(path, encoding="utf-8") as file:
-            return load(file.read(LARGEST + 1))
+            said = load(file.read(LARGEST + 1))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         why = " ".join((getattr(error, "strerror", None) or str(error)).split())
         raise InputError(f"{path}: expected a configuration in YAML that can be read, got: {why}") from error
+    if not isinstance(said, dict) or not all(isinstance(key, str) for key in said):
+        raise InputError(f"{path}: expected a configuration, with model: and data: in it, got {shown(said)}")
+    return said

@@ -238,15 +238,15 @@ TEXTS = {
     "a tag of a module": ("model: !!python/module:payload\n", "plain values"),
     "a harmless tag": ("name: !!binary aGE=\n", "plain values"),
     "a tag of the sort": ("name: !own x\n", "plain values"),
-    "billion laughs": (LAUGHS, "at most 20,000 values"),
+    "billion laughs": (LAUGHS, "at most 2,000 values"),
     "an alias in itself": ("model: &a {encoder: *a}\n", "in"),
     "merged into itself": ("model: &a {<<: *a}\n", "in"),
     "deep": ("model: " + "[" * 5000 + "]" * 5000, "within each other"),
     "deeper": ("model: " + "{a: " * 100_000 + "}" * 100_000, "within each other"),
     "long": ("name: x\n# " + "y" * plain_yaml.LARGEST, "at most 1,000,000 characters"),
-    "many": ("name: [" + "1, " * 50_000 + "]", "at most 20,000 values"),
-    "a long number": ("name: 1" + ":59" * 20_000, "at most 10,000 characters"),
-    "a number of many digits": ("name: [" + "9" * 9_000 + "]", "cannot be read"),
+    "many": ("name: [" + "1, " * 50_000 + "]", "at most 2,000 values"),
+    "a long number": ("name: 1" + ":59" * 20_000, "at most 4,096 characters"),
+    "a number of many digits": ("name: [" + "9" * 4_400 + "]", "cannot be read"),
     "twice": (CONFIG + "trainer: {max_epochs: 1}\n", "'trainer' stands twice"),
     "no text": (b"\xff\xfe\x00\x00name: x", "expected a configuration in YAML"),
     "nothing": (b"\0" * 100, "expected a configuration in YAML"),
@@ -268,13 +268,48 @@ def test_yaml_is_plain_and_small(text, said, canary, tmp_path):
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("text", [LAUGHS, "[" * 5000, "!!python/name:payload.run"])
-def test_files_that_values_point_to_are_plain_and_small_too(text, canary, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (LAUGHS, "values, aliases counted"),
+        ("[" * 5000, "within each other"),
+        ("!!python/name:payload.run", "plain values"),
+        ("class_path: payload.Encoder\nclass_path: setpred.encoders.SmallCNN\n", "stands twice"),
+    ],
+)
+def test_files_that_values_point_to_are_plain_and_small_too(text, said, canary, tmp_path, capsys):
     (tmp_path / "part.yaml").write_text(text)
-    with pytest.raises((InputError, SystemExit)):
+    with pytest.raises(SystemExit):
         build(["--config", str(config(tmp_path, model__encoder=str(tmp_path / "part.yaml")))])
     assert not canary.exists()
-    assert len(capsys.readouterr().err) < 20_000
+    assert said in (error := capsys.readouterr().err)
+    assert len(error) < 10_000
+
+
+@pytest.mark.parametrize("value", ["x" * 4000, ["x" * 40] * 400])
+def test_what_is_said_of_a_long_value_is_short(value, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        build(["--config", str(config(tmp_path, data=value))])
+    assert len(capsys.readouterr().err) < 10_000
+
+
+@pytest.mark.parametrize("text", ["", "x", "- x", "7", "7: x", "null"])
+def test_a_configuration_has_named_values(text, tmp_path):
+    path = tmp_path / "none.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=r"none\.yaml: expected a configuration, with model: and data: in it"):
+        build(["--config", str(path)])
+
+
+def test_a_model_that_no_machine_holds_is_not_made(tmp_path):
+    for width, said in (
+        (2**16, "GB of memory; this machine has"),
+        (2**40, "cannot be meant"),
+        (-16, "cannot be built"),
+    ):
+        encoder = spec("setpred.encoders.SmallCNN", image_size=16, latent_dim=2**16 - 1, width=width)
+        with pytest.raises(InputError, match=said):
+            build(["--config", str(config(tmp_path, model__encoder=encoder))])
 
 
 def test_aliases_that_stand_for_little_are_taken(tmp_path):
