@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from setpred.checkpoint import Checkpoint, load_checkpoint
 from setpred.data.dataset import SetImages, as_batch, open_data
 from setpred.errors import InputError
+from setpred.faults import listed
 from setpred.files import write_atomically
 from setpred.metrics import (
     attribute_report,
@@ -61,6 +62,9 @@ def predict(
 
     A prediction depends on the image and its index alone, not on `batch_size`, `workers` or what else is evaluated:
     see `setpred.passes`.
+
+    Raises:
+        InputError: predictions that are not finite, naming the images.
     """
     device = torch.device(device)
     model = model.to(device, memory_format=torch.channels_last).eval()  # as `setpred.predict` has it: one rounding
@@ -68,7 +72,14 @@ def predict(
     predicted, target = [], []
     for batch in progress(loader, total=len(loader), description=f"predicting {len(data)} images, batches"):
         images, index = batch["image"].to(device, non_blocking=True), batch["index"].to(device)
-        predicted.append(predict_in_passes(model, images, index=index, iterations=iterations))
+        elements = predict_in_passes(model, images, index=index, iterations=iterations)
+        if not elements.isfinite().all():
+            broken = batch["index"][~elements.isfinite().flatten(1).all(1)].tolist()
+            raise InputError(
+                f"the model predicts numbers that are not finite for images {listed(broken)} of the data; use another "
+                "checkpoint, or fewer --iterations where its descent diverges"
+            )
+        predicted.append(elements)
         target.append(batch["elements"])
     return Predictions(torch.cat(predicted), torch.cat(target))
 

@@ -60,7 +60,8 @@ def predict(
     Args:
         image_size: of the model; images of any size are resized to its square, see `load_image`.
         threads: that decode; see `decoded`.
-        skip_broken: broken images are yielded with what is wrong with them, instead of raising that.
+        skip_broken: broken images, and those with predictions that are not finite, are yielded with what is wrong with
+            them, instead of raising that.
 
     Raises:
         InputError: an image that is missing, damaged or none; predictions that are not finite.
@@ -79,7 +80,12 @@ def predict(
             for _, (name, image) in batch:
                 prediction = image if isinstance(image, InputError) else next(elements)
                 if isinstance(prediction, Tensor) and not prediction.isfinite().all():
-                    raise InputError(f"{name}: the model predicts numbers that are not finite; use another checkpoint")
+                    prediction = InputError(
+                        f"{name}: the model predicts numbers that are not finite; use another checkpoint, or fewer "
+                        "--iterations where its descent diverges"
+                    )
+                    if not skip_broken:
+                        raise prediction
                 yield Prediction(name, prediction)
 
 

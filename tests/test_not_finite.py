@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import csv
+import json
 from functools import partial
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from setpred import guard, training
+from setpred import evaluation, guard, predict, training
 from setpred.allowed import allowed_classes
 from setpred.callbacks import MetricsFile, TrainLoss
 from setpred.checkpoint import build, read_checkpoint
 from setpred.errors import InputError
 from setpred.inner import GradientDescent
+from setpred.inner.diagnostics import residual_growth
 from setpred.losses import HungarianLoss
 from setpred.matching import NotFiniteError
 from setpred.replay import main as replay
@@ -591,3 +594,55 @@ def test_a_descent_that_diverges_is_told_at_validation(rate, tmp_path, capsys):
             assert printed.count(f"epoch {epoch}: the inner descent diverges: its residual ends") == 1
         assert "lower the learning_rate (3e+03) or momentum (0) of model.decoder" in printed
     assert isinstance(module.model.decoder, nn.Module)
+
+
+def test_the_growth_of_a_residual():
+    """1 where it falls to the end, the factor to the least where it rises; rounding at an optimum is no rise."""
+    norms = torch.tensor(
+        [
+            [1.0, 1.0, 1.0, 1.0, 1.0, 0.0, torch.nan],
+            [0.5, 0.1, 9.0, 1e-9, torch.inf, 0.0, torch.nan],
+            [0.2, 0.4, 90.0, 5e-9, 2.0, 0.0, torch.nan],
+        ]
+    )
+    expected = torch.tensor([1.0, 4.0, 90.0, 5e-6, 2.0, 0.0, torch.inf])
+    torch.testing.assert_close(residual_growth(norms), expected)
+    assert residual_growth(torch.tensor([[1.0], [torch.nan]])).tolist() == [torch.inf]
+
+
+# --- predictions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def breaks_at_1(monkeypatch):
+    """The prediction of the second image is not finite."""
+
+    def broken(model, images, *, index, iterations=None):
+        found = torch.zeros(len(images), 4, CLEVR.set_dim)
+        found[index == 1, 2, 3] = torch.nan
+        return found
+
+    monkeypatch.setattr("setpred.evaluation.predict_in_passes", broken)
+    monkeypatch.setattr("setpred.predict.predict_in_passes", broken)
+
+
+@pytest.mark.usefixtures("breaks_at_1")
+def test_an_evaluation_names_the_images_whose_predictions_are_not_finite(monkeypatch):
+    monkeypatch.setattr("setpred.evaluation.as_batch", torch.utils.data.default_collate)
+    examples = [example | {"index": torch.tensor(i)} for i, example in enumerate(Images().examples)]
+    with pytest.raises(InputError, match="numbers that are not finite for images 1 of the data"):
+        evaluation.predict(nn.Identity(), examples)
+
+
+@pytest.mark.usefixtures("breaks_at_1")
+def test_a_prediction_that_is_not_finite_is_said_of_its_image_and_reaches_no_file(tmp_path, capsys):
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (16, 16)).save(tmp_path / f"{name}.png")
+    paths = [str(tmp_path / f"{name}.png") for name in ("a", "b", "c")]
+    with pytest.raises(InputError, match=r"b\.png: the model predicts numbers that are not finite"):
+        list(predict.predict(nn.Identity(), paths, image_size=16))
+    found = predict.predict(nn.Identity(), paths, image_size=16, skip_broken=True)
+    tally = predict.write_predictions(tmp_path / "out.json", found, lambda elements: elements.tolist())
+    assert (tally.predicted, tally.skipped) == (2, 1)
+    assert [each["image"] for each in json.loads((tmp_path / "out.json").read_text())] == [paths[0], paths[2]]
+    assert "skipped: " in capsys.readouterr().err
