@@ -246,7 +246,8 @@ TEXTS = {
     "long": ("name: x\n# " + "y" * plain_yaml.LARGEST, "at most 1,000,000 characters"),
     "many": ("name: [" + "1, " * 50_000 + "]", "at most 2,000 values"),
     "a long number": ("name: 1" + ":59" * 20_000, "at most 4,096 characters"),
-    "a number of many digits": ("name: [" + "9" * 4_400 + "]", "cannot be read"),
+    "a number of many digits": ("name: [" + "9" * 4_400 + "]", "at most 4,096 characters"),
+    "a day that is none": ("name: 2026-99-99", "cannot be read"),
     "twice": (CONFIG + "trainer: {max_epochs: 1}\n", "'trainer' stands twice"),
     "no text": (b"\xff\xfe\x00\x00name: x", "expected a configuration in YAML"),
     "nothing": (b"\0" * 100, "expected a configuration in YAML"),
@@ -303,7 +304,7 @@ def test_a_configuration_has_named_values(text, tmp_path):
 
 def test_a_model_that_no_machine_holds_is_not_made(tmp_path):
     for width, said in (
-        (2**16, "GB of memory; this machine has"),
+        (2**16, "GB of memory, this machine has"),
         (2**40, "cannot be meant"),
         (-16, "cannot be built"),
     ):
