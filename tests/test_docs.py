@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 from setpred import aggregators, decoders, encoders, inner, losses
+from setpred.cli import build
 from setpred.data import worlds
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = (ROOT / "docs" / "parts.md").read_text()
 RESULTS = (ROOT / "docs" / "results.md").read_text()
+SCALING = (ROOT / "docs" / "scaling.md").read_text()
 NOT_PARTS = {"Aggregator", "SetDecoder", "SetLoss", "World", "Examples"}  # what the parts are made of
 NOT_PARTS |= {"Differentiation", "LinearSolver", "Projection", "Problem", "State"}
 
@@ -47,3 +49,21 @@ def test_named_configurations_are_there(text):
             paths = [stem]
         for path in paths:
             assert (ROOT / "configs" / path).exists(), f"configs/{path} is named and is not there"
+
+
+def test_what_is_sent_on_paper_follows_from_the_parameters():
+    for name in ("clevr", "clevr_fspool"):
+        options = ["--config", str(ROOT / "configs" / f"{name}.yaml"), "--trainer.logger=false"]
+        parameters = sum(part.numel() for part in build([*options, "--resume=auto"]).model.parameters())
+        sent = [2 * (among - 1) / among * 4 * parameters / 1e6 for among in (2, 8, 64)]
+        row = f"| `{name}.yaml` | {parameters:,} | {4 * parameters / 1e6:.2f} MB |"
+        assert row + "".join(f" {megabytes:.1f} MB |" for megabytes in sent) in SCALING
+
+
+def test_the_share_that_is_left_follows_from_the_times():
+    for step in (32, 8):
+        shares = [
+            step / (step + megabytes / rate)
+            for megabytes, rate in ((82.5, 450), (82.5, 12.5), (92.8, 50), (92.8, 12.5))
+        ]
+        assert f"| T = {step} ms |" + "".join(f" {100 * share:.1f} % |" for share in shares) in SCALING
