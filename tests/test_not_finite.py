@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import socket
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
@@ -142,12 +147,14 @@ def module_of(policy="stop", loss=None, descent=None):
     return module
 
 
-def run(folder, *callbacks, policy="stop", epochs=2, resume=None, **changes):
+def run(folder, *callbacks, policy="stop", epochs=2, resume=None, processes=1, **changes):
     """A training of 3 steps an epoch; returns module and `Recorder`, also of one that ended in an error, with it."""
     module, recorder, error = module_of(policy, **changes), Recorder(), None
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
+        devices=processes,
+        strategy="ddp_find_unused_parameters_true" if processes > 1 else "auto",
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -646,3 +653,94 @@ def test_a_prediction_that_is_not_finite_is_said_of_its_image_and_reaches_no_fil
     assert (tally.predicted, tally.skipped) == (2, 1)
     assert [each["image"] for each in json.loads((tmp_path / "out.json").read_text())] == [paths[0], paths[2]]
     assert "skipped: " in capsys.readouterr().err
+
+
+# --- two processes --------------------------------------------------------------------------------------------------
+
+SHARED = 2  # the step that breaks, in process 1 alone; 2 steps an epoch
+
+
+def in_two_processes(folder: Path, port: str) -> None:
+    """Forks two processes that train together, one training after the other, and saves what each has seen."""
+    environment = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    children = []
+    for rank in range(2):
+        if child := os.fork():
+            children.append(child)
+            continue
+        os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        status = 1
+        try:
+            torch.save({name: train(folder / name, rank) for name, train in TRAININGS.items()}, folder / f"{rank}.pt")
+            status = 0
+        finally:
+            os._exit(status)
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+
+
+def training_of_two(begin=None, gradient=None, *, both=False, **changes):
+    """A training in two processes, of which only the second breaks."""
+
+    def train(folder, rank):
+        at = [At(begin, gradient, SHARED)] if rank == 1 or both else []
+        module, recorder, error = run(folder, *at, processes=2, **changes)
+        return recorder.after, error, module.not_finite_counts(), module.guard.counts
+
+    return train
+
+
+TRAININGS = {
+    "nothing": training_of_two(lambda module, batch: None, nothing, both=True),
+    "rest": training_of_two(rest),
+    "stop": training_of_two(broken_image),
+    "skip": training_of_two(broken_image, policy="skip"),
+    "skip gradient": training_of_two(marked_target, loss=SteepLoss, policy="skip"),
+    "sanitise": training_of_two(broken_image, policy="sanitise"),
+    "sanitise gradient": training_of_two(marked_target, loss=SteepLoss, policy="sanitise"),
+}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    script = f"import pathlib, {__name__} as tests; tests.in_two_processes(pathlib.Path({str(folder)!r}), {port!r})"
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+def test_two_processes_take_the_same_decision(two):
+    """And each step leaves the same weights in both; `rest` and `nothing` are trainings where nothing breaks."""
+    folder, seen = two
+    for name, twin in {"skip": "nothing", "skip gradient": "nothing", "sanitise": "rest"}.items():
+        for rank in range(2):
+            after, error, _, _ = seen[rank][name]
+            assert error is None
+            assert len(after) == 4
+            assert all(same(ours, theirs) for ours, theirs in zip(after, seen[rank][twin][0], strict=True)), name
+    mended = [seen[rank]["sanitise gradient"] for rank in range(2)]
+    parameters = [name for name, _ in module_of().named_parameters()]
+    assert all(torch.equal(mended[0][0][-1][0][name], mended[1][0][-1][0][name]) for name in parameters)
+    assert [(each[1], each[2]["sanitised_gradients"]) for each in mended] == [(None, 1), (None, 1)]
+    # sanitised samples are those of all processes, skipped batches are skipped in all
+    assert [seen[rank]["sanitise"][2]["sanitised_samples"] for rank in range(2)] == [1, 1]
+    assert [seen[rank]["sanitise"][3]["sanitised_samples"] for rank in range(2)] == [0, 1]
+    assert [seen[rank]["skip"][2]["skipped_batches"] for rank in range(2)] == [1, 1]
+    assert rows(folder / "sanitise")[-1]["sanitised_samples"] == "1.0"
+
+
+def test_both_processes_stop_and_the_one_that_broke_says_where(two):
+    folder, seen = two
+    first, second = (seen[rank]["stop"] for rank in range(2))
+    assert [len(each[0]) for each in (first, second)] == [SHARED, SHARED]
+    assert "the gradient is not finite" in first[1]
+    assert f"step {SHARED} (epoch 1): the image is not finite in samples 2 of the batch" in second[1]
+    assert f"repro-step-{SHARED}-rank-1.pt" in second[1]
+    for name in ("stop", "skip", "skip gradient", "sanitise"):
+        path = folder / name / f"repro-step-{SHARED}-rank-1.pt"
+        assert replay([str(path), "--device", "cpu", "--allow", f"{__name__}.SteepLoss"]) == 0
