@@ -166,9 +166,9 @@ def require_room(model: Mapping[str, Any]) -> None:
     except InputError:  # what is wrong is said when it is built
         return
     numbers = sum(value.numel() for part in built if isinstance(part, nn.Module) for value in part.parameters())
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if BYTES_PER_NUMBER * numbers > memory:
+    needed, memory = BYTES_PER_NUMBER * numbers, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
         raise InputError(
-            f"the configuration asks for a model of {numbers:,} numbers; to train it takes "
-            f"{BYTES_PER_NUMBER * numbers / 1e9:.0f} GB of memory, this machine has {memory / 1e9:.0f} GB: make it smaller"
+            f"the configuration asks for a model of {numbers:,} numbers; to train it takes {needed / 1e9:.0f} GB of "
+            f"memory, this machine has {memory / 1e9:.0f} GB: make it smaller"
         )
