@@ -384,7 +384,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Interrupted as stopped:
-        if int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0:
+        if processes.number() == 0:
             print(stopped, file=sys.stderr)
         return stopped.status
     except KeyboardInterrupt:

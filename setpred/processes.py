@@ -44,6 +44,11 @@ def check_started(trainer: pl.Trainer, environment: Mapping[str, str] = os.envir
         )
 
 
+def number(environment: Mapping[str, str] = os.environ) -> int:
+    """Which of all processes this is, as their starter says; 0 where there are no others."""
+    return int(next((environment[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in environment), 0))
+
+
 @contextmanager
 def together(trainer: pl.Trainer) -> Iterator[None]:
     """Within, what ends one process ends all, each with a sentence, and no one waits for who is gone.
