@@ -31,7 +31,8 @@ class Guard:
     that are not finite, and `MOST_IN_A_ROW` skipped steps in a row, stop under every policy. With many processes all
     of them take the same decision, from the gradient that they share: a process without a loss gives `poison`.
 
-    Attributes: `counts` since the training began, of this process; `in_a_row`, the steps skipped last.
+    Attributes: `counts` since the training began, of this process; `in_a_row`, the steps skipped last; `files`, how
+    many that repeat a step were written.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -39,7 +40,7 @@ class Guard:
             raise InputError(f"on_not_finite: expected one of {', '.join(get_args(Policy))}, got {policy!r}")
         self.policy = policy
         self.counts = dict.fromkeys(COUNTS, 0)
-        self.in_a_row = 0
+        self.in_a_row = self.files = 0
         self._kept: list[Tensor] = []
         self._step: int | None = None
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from setpred import checkpoint, repro
-from setpred.diagnosis import Step, diagnose
+from setpred import checkpoint
+from setpred.diagnosis import Step
 from setpred.errors import InputError
-from setpred.faults import Fault, listed, not_finite
-from setpred.guard import MOST_IN_A_ROW, MOST_REPEATS, MOST_REPROS, Guard, Policy, finite_norm, poison, trained
+from setpred.faults import Fault, not_finite
+from setpred.guard import MOST_IN_A_ROW, MOST_REPEATS, Guard, Policy, finite_norm, poison, trained
 from setpred.losses import HungarianLoss
 from setpred.matching import NotFiniteError
 from setpred.metrics import AveragePrecision, Mean
 from setpred.model import SetPredictor
 from setpred.nn import batch_norms, estimating_statistics
+from setpred.reports import report, report_gradient
 from setpred.schedules import Constant, Schedule
 from setpred.schema import CLEVR, ElementSchema
 from setpred.sets import check_set
@@ -89,7 +90,6 @@ class SetPrediction(pl.LightningModule):
         self._steps: list[Step] = []  # the batches of the present optimiser's step
         self._lost: tuple[Fault, str] | None = None  # why one of them has no loss
         self._stream = 0  # seed of the present batch
-        self._repros = 0
         self._trained_norms: list[nn.Module] = []  # of the encoder
         self._statistics_images: list[Tensor] | None = None
         self.seed = 0  # the command line sets it to seed_everything
@@ -149,8 +149,7 @@ class SetPrediction(pl.LightningModule):
                 losses, _ = self._losses(step)
             except NotFiniteError as error:
                 self.guard.restore(self.buffers())
-                fault = self._locate(step, Fault(error.place, error.samples, repeated=False))
-                sentence = self._report(step, fault)
+                fault, sentence = report(self, step, Fault(error.place, error.samples, repeated=False))
             else:
                 self.guard.counts["sanitised_samples"] += left_out
                 self._steps.append(step)
@@ -172,7 +171,10 @@ class SetPrediction(pl.LightningModule):
             return
         if self._statistics_images is None:  # kept, for streamed ones have to be drawn
             batches = data.statistics_batches(STATISTICS_IMAGES)
-            self._statistics_images = [self.trainer.strategy.batch_to_device(batch)["image"] for batch in batches]
+            images = (self.trainer.strategy.batch_to_device(batch)["image"] for batch in batches)
+            # one that is not finite, which a training may skip, would be in all of them
+            whole = (some[some.isfinite().flatten(1).all(1)] if some.is_floating_point() else some for some in images)
+            self._statistics_images = [some for some in whole if len(some)]
         with self.trainer.precision_plugin.forward_context(), estimating_statistics(self._trained_norms):
             for images in self._statistics_images:
                 self.model.encode(images)
@@ -209,8 +211,8 @@ class SetPrediction(pl.LightningModule):
         try:
             losses, predicted = self._losses(step)
         except NotFiniteError as error:
-            fault = self._locate(step, Fault(error.place, error.samples, repeated=False))
-            raise InputError(self._report(step, fault)) from error
+            _, sentence = report(self, step, Fault(error.place, error.samples, repeated=False))
+            raise InputError(sentence) from error
         self.mean_loss.update(losses)
         if self.metric is not None:
             self.metric.update(predicted.float(), batch["elements"])
@@ -238,26 +240,6 @@ class SetPrediction(pl.LightningModule):
             raise NotFiniteError("loss", (~losses.detach().isfinite()).nonzero().flatten().tolist())
         return losses, predicted
 
-    def _locate(self, step: Step, seen: Fault) -> Fault:
-        """Where the fault arises, by a repeat of the step; what was seen of it, if a repeat does not show it."""
-        if self.trainer.world_size > 1 and any(isinstance(part, nn.SyncBatchNorm) for part in self.modules()):
-            return seen  # which would wait for the other processes
-        try:
-            with self.trainer.precision_plugin.forward_context():
-                return diagnose(step)[0] or seen
-        except torch.OutOfMemoryError:
-            return seen
-
-    def _report(self, step: Step, fault: Fault) -> str:
-        """The sentence for the user; saves all that repeats the step."""
-        text = f"step {self.global_step} (epoch {self.current_epoch}): {fault}"
-        if fault.samples and "index" in step.batch:
-            text += f"; data indices {listed([int(step.batch['index'][sample]) for sample in fault.samples])}"
-        if self._repros < MOST_REPROS:
-            self._repros += 1
-            text += f". {repro.save(self, step, fault)}"
-        return f"{text}. What to do: {fault.advice}"
-
     def say(self, sentence: str) -> None:
         """Prints a line, above the progress bar if there is one."""
         bar = self.trainer.progress_bar_callback
@@ -278,7 +260,7 @@ class SetPrediction(pl.LightningModule):
         if lost is None:
             if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
                 return  # which lowers the scale of the loss and leaves the step out
-            lost = self._lost_gradient(steps)
+            lost = report_gradient(self, steps)
         fault, sentence = lost
         if self.guard.policy == "sanitise" and self.guard.mend(parameters):
             self.say(f"what of the gradient is not finite counts as zero: {sentence}")
@@ -290,24 +272,6 @@ class SetPrediction(pl.LightningModule):
         else:
             self.guard.drop(parameters, self.buffers())
             self.say(f"skipped ({self.guard.counts['skipped_batches']} so far): {sentence}")
-
-    def _lost_gradient(self, steps: Sequence[Step]) -> tuple[Fault, str]:
-        """Why the gradient is not finite, though every loss of this process is."""
-        broken = not_finite({name: p.grad for name, p in self.named_parameters() if p.grad is not None})
-        seen = fault = Fault("gradient", names=broken, repeated=False)
-        after = self.guard.restore(self.buffers())
-        for step in steps:
-            fault = self._locate(step, seen)
-            if fault.repeated:
-                break
-        if self.trainer.world_size > 1 and not fault.repeated and not self.trainer.is_global_zero:
-            where = f"step {self.global_step} (epoch {self.current_epoch})"
-            sentence = f"{where}: {seen}, by the batch of another process, which says more"
-        else:
-            sentence = self._report(step, fault)
-        for buffer, value in zip(self.buffers(), after, strict=True):
-            buffer.copy_(value)
-        return fault, sentence
 
     def on_save_checkpoint(self, content: dict[str, Any]) -> None:
         """Adds what evaluation needs to rebuild the model: plain types only."""

@@ -18,7 +18,7 @@ FLOORS = {
     "model": 3, "visualise": 3, "passes": 3, "weights": 3, "torch_files": 3, "allowed": 3,
     "checkpoint": 4, "configuration": 4, "diagnosis": 4,
     "training": 5, "callbacks": 5, "processes": 5, "saving": 5, "evaluation": 5, "check": 5, "program": 5, "predict": 5,
-    "repro": 5, "watch": 5, "release": 6, "replay": 6, "cli": 6, "compare": 7,
+    "repro": 5, "reports": 5, "watch": 5, "release": 6, "replay": 6, "cli": 6, "compare": 7,
 }  # fmt: skip
 ROOMS = {
     "scipy": {"matching"},

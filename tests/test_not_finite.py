@@ -83,6 +83,13 @@ class OverflowingLoss(HungarianLoss):
         return super().forward(torch.where(marked, predicted * 1e38 * 1e38, predicted), target)
 
 
+class ForgivingLoss(nn.Module):
+    """Finite, whatever it is given."""
+
+    def forward(self, predicted, target):
+        return (predicted.nan_to_num(0, 0, 0) - target.nan_to_num(0, 0, 0)).square().mean((1, 2))
+
+
 class Images(pl.LightningDataModule):
     """Images of floats, which can be broken, unlike those of bytes."""
 
@@ -298,6 +305,26 @@ def test_a_fault_stops_is_located_and_repeated_from_its_file(name, tmp_path, pla
         assert "not reproduced: in the training the inner descent" in capsys.readouterr().out
 
 
+def hidden_weight(module, batch):
+    module.model.decoder.spare = nn.Parameter(torch.tensor([1.0, torch.inf]))
+
+
+HIDDEN = {
+    "image": broken_image,
+    "target": broken_target,
+    "inner descent": None,
+    "weights": hidden_weight,
+}
+
+
+@pytest.mark.parametrize("place", HIDDEN)
+def test_what_the_loss_does_not_show_is_found(place, tmp_path, monkeypatch):
+    begin = HIDDEN[place] or BreakingDescent(monkeypatch)
+    _, recorder, error = run(tmp_path, At(begin), loss=ForgivingLoss)
+    assert error.startswith(f"step {BROKEN} (epoch 1): the {place} {'are' if place == 'weights' else 'is'} not finite")
+    assert len(recorder.after) == BROKEN
+
+
 def test_a_descent_that_diverges_is_located(tmp_path):
     """Without anything patched: every sample, in the first step, as the file repeats."""
     descent = {"iterations": 8, "learning_rate": 1e14}
@@ -387,6 +414,7 @@ def test_entries_of_a_gradient_that_are_not_finite_count_as_zero(value, tmp_path
     assert all(same(ours, theirs) for ours, theirs in zip(recorder.after, twin.after, strict=True))
     assert rows(tmp_path / "a")[-1]["sanitised_gradients"] == "1.0"
     # put there from outside, no repeat of the step shows it
+    assert "which a repeat of the step does not show" in capsys.readouterr().out
     assert replay([str(tmp_path / "a" / f"repro-step-{BROKEN}.pt"), "--device", "cpu"]) == 1
     assert "here all is finite" in capsys.readouterr().out
 
@@ -497,6 +525,24 @@ def test_a_validation_stops_always(policy, tmp_path):
     )
     assert len(recorder.after) == STEPS
     assert replay([str(tmp_path / f"repro-step-{STEPS}.pt"), "--device", "cpu"]) == 0
+
+
+class Estimated(Images):
+    """An image that is broken for good, also where the statistics for validation are taken."""
+
+    def __init__(self):
+        super().__init__()
+        self.examples[BATCH + SAMPLE]["image"][0, 0, 0] = torch.nan
+
+    def statistics_batches(self, images):
+        return self.train_dataloader()
+
+
+def test_a_broken_image_that_is_skipped_is_not_in_the_statistics_for_validation(tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.Images", Estimated)
+    assert run(tmp_path, policy="skip")[-1] is None
+    assert [row["skipped_batches"] for row in rows(tmp_path)] == ["1.0", "2.0"]
+    assert all(float(row["val_loss"]) < 10 for row in rows(tmp_path))
 
 
 def test_broken_weights_are_not_saved(tmp_path):
