@@ -322,12 +322,12 @@ def test_an_error_of_one_process_ends_both_with_a_sentence(folder, alone):
 
 def test_a_process_ends_with_its_parent_wherever_it_waits(tmp_path):
     watch = inspect.getsource(processes._end_with_parent)
-    child = (
-        f"from __future__ import annotations\nimport os, threading, time\n{watch}\n_end_with_parent()\ntime.sleep(60)"
-    )
-    (tmp_path / "child.py").write_text(child)
-    parent = f"import subprocess, sys; print(subprocess.Popen([sys.executable, {str(tmp_path / 'child.py')!r}]).pid)"
-    started = subprocess.run([sys.executable, "-c", parent + "; import time; time.sleep(1)"], capture_output=True)
+    lines = ("from __future__ import annotations", "import os, threading, time", watch, "_end_with_parent()")
+    (tmp_path / "child.py").write_text("\n".join((*lines, "time.sleep(60)")))
+    # which holds no end of a pipe that would be waited for
+    start = f"subprocess.Popen([sys.executable, {str(tmp_path / 'child.py')!r}], stdout=-3, stderr=-3)"
+    parent = f"import subprocess, sys, time; print({start}.pid, flush=True); time.sleep(3)"
+    started = subprocess.run([sys.executable, "-c", parent], capture_output=True, check=True)
     pid, deadline = int(started.stdout), time.monotonic() + 20
     try:
         while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
