@@ -152,7 +152,8 @@ class SetPrediction(pl.LightningModule):
                 fault, sentence = report(self, step, Fault(error.place, error.samples, repeated=False))
             else:
                 self.guard.counts["sanitised_samples"] += left_out
-                self._steps.append(step)
+                if self._trainer:  # else no optimiser's step would take them away
+                    self._steps.append(step)
                 return losses
             if self.guard.policy != "sanitise" or len(fault.samples) in (0, len(step.batch["elements"])):
                 break

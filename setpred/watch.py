@@ -53,7 +53,10 @@ class ResidualGrowth(pl.Callback):
             return
         few = {name: value[:WATCHED] for name, value in batch.items()}
         with trainer.precision_plugin.forward_context():
-            growth = growth_of_descent(Step(pl_module.model, pl_module.loss, few)).median()
+            norms = descent_norms(Step(pl_module.model, pl_module.loss, few))
+        if not norms[0].isfinite().all():
+            return  # broken before the descent, which the validation says itself
+        growth = residual_growth(norms).median()
         pl_module.log("val_residual_growth", growth.float(), batch_size=WATCHED, sync_dist=True)
         if growth > RISING and self.said != trainer.current_epoch and trainer.is_global_zero:
             self.said = trainer.current_epoch
@@ -72,8 +75,8 @@ def rising(decoder: IDSPN, growth: float) -> str:
 
 
 @torch.no_grad()
-def growth_of_descent(step: Step) -> Tensor:
-    """`residual_growth` of the decoder's descent on a batch, `[batch]`."""
+def descent_norms(step: Step) -> Tensor:
+    """|R(Y_t)| along the decoder's descent on a batch, `[iterates, batch]`, whichever iterate it keeps."""
     decoder: Any = step.model.decoder
     recorded, own = Recorded(Unrolled()), (decoder.differentiation, decoder.compiled)
     # as written: a batch of another size would be compiled anew
@@ -82,4 +85,4 @@ def growth_of_descent(step: Step) -> Tensor:
         step.predict()
     finally:
         decoder.differentiation, decoder.compiled = own
-    return residual_growth(residual_norms(recorded.energy, recorded.found, recorded.descent))
+    return residual_norms(recorded.energy, recorded.found, recorded.descent)

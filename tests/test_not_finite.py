@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from PIL import Image
+from tiny import CONFIG as TINY
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -22,6 +23,7 @@ from setpred import evaluation, guard, predict, training
 from setpred.allowed import allowed_classes
 from setpred.callbacks import MetricsFile, TrainLoss
 from setpred.checkpoint import build, read_checkpoint
+from setpred.cli import build as command_line
 from setpred.errors import InputError
 from setpred.inner import GradientDescent
 from setpred.inner.diagnostics import residual_growth
@@ -154,13 +156,14 @@ def module_of(policy="stop", loss=None, descent=None):
     return module
 
 
-def run(folder, *callbacks, policy="stop", epochs=2, resume=None, processes=1, **changes):
+def run(folder, *callbacks, policy="stop", epochs=2, resume=None, processes=1, precision="32-true", **changes):
     """A training of 3 steps an epoch; returns module and `Recorder`, also of one that ended in an error, with it."""
     module, recorder, error = module_of(policy, **changes), Recorder(), None
     trainer = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
         devices=processes,
+        precision=precision,
         strategy="ddp_find_unused_parameters_true" if processes > 1 else "auto",
         logger=False,
         enable_progress_bar=False,
@@ -514,7 +517,7 @@ def test_several_batches_of_a_step_are_skipped_together(tmp_path, plain):
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_a_validation_stops_always(policy, tmp_path):
+def test_a_validation_stops_always(policy, tmp_path, capsys):
     class Validation(pl.Callback):
         def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
             broken_image(module, batch)
@@ -524,6 +527,7 @@ def test_a_validation_stops_always(policy, tmp_path):
         f"step {STEPS} (epoch 0): the image is not finite in samples 2 of the batch; data indices 102"
     )
     assert len(recorder.after) == STEPS
+    assert "diverges" not in capsys.readouterr().out  # it is not the descent
     assert replay([str(tmp_path / f"repro-step-{STEPS}.pt"), "--device", "cpu"]) == 0
 
 
@@ -573,6 +577,14 @@ def test_the_file_of_another_process_has_its_rank(tmp_path, monkeypatch):
     assert replay([str(path), "--device", "cpu"]) == 0
 
 
+def test_a_step_in_half_precision_is_repeated_in_it(tmp_path, capsys):
+    _, _, error = run(tmp_path, At(broken_target), precision="bf16-mixed")
+    assert "the target is not finite in samples 2" in error
+    capsys.readouterr()
+    assert replay([str(tmp_path / f"repro-step-{BROKEN}.pt"), "--device", "cpu"]) == 0
+    assert "bf16-mixed, 8 samples, written on cpu" in capsys.readouterr().out
+
+
 def test_a_full_disk_does_not_end_a_training_that_goes_on(tmp_path, monkeypatch, capsys):
     def full(content, path):
         raise InputError(f"cannot write {path}: the disk is full")
@@ -613,6 +625,16 @@ def test_a_file_that_cannot_be_repeated_is_an_error_in_one_sentence(tmp_path, ca
 def test_an_unknown_policy_is_refused():
     with pytest.raises(InputError, match="on_not_finite: expected one of stop, skip, sanitise, got 'ignore'"):
         module_of("ignore")
+
+
+def test_the_command_line_takes_the_policy(tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    options = ["--config", str(tmp_path / "tiny.yaml"), "--runs", str(tmp_path), "--trainer.logger=false"]
+    cli = command_line([*options, "--model.on_not_finite=skip"])
+    assert cli.model.guard.policy == "skip"
+    assert cli.model.settings["model"]["on_not_finite"] == "skip"
+    measuring = [type(each) for each in cli.trainer.callbacks]
+    assert max(measuring.index(each) for each in (NotFiniteCounts, ResidualGrowth)) < measuring.index(MetricsFile)
 
 
 def test_the_error_of_a_loss_names_its_place():
