@@ -6,11 +6,9 @@ import argparse
 import importlib.util
 import logging
 import os
-import signal
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +24,17 @@ from setpred.checkpoint import read_checkpoint
 from setpred.configuration import MODE, Parser, guarded, require_room, split_allow
 from setpred.data.worlds import World
 from setpred.errors import InputError
-from setpred.files import locked, make_folder, remove_leftovers, write_atomically, writing
+from setpred.files import make_folder, remove_leftovers, write_atomically
 from setpred.precision import training_precision
+from setpred.run_folder import Interrupted, alone, newest_whole, set_aside
 from setpred.saving import StopSignalError, WholeCheckpoints, checkpoint_callbacks
+from setpred.settings import differences, plain, without
 from setpred.training import SetPrediction
 from setpred.watch import NotFiniteCounts, ResidualGrowth
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 CHECKPOINTS = Path("checkpoints")
-PATIENCE = 15.0  # seconds; the data loader's processes of a training that was killed take five to notice
+NEWEST = ("last", "auto")  # what --resume takes besides a path
 
 
 class TrainCLI(LightningCLI):
@@ -69,9 +69,9 @@ class TrainCLI(LightningCLI):
         """The checkpoint to go on from, checked to be readable and of the same model."""
         if self.config.resume is None:
             return None
-        found = self._newest_whole() if self.config.resume in ("last", "auto") else Path(self.config.resume)
-        if found is None:
+        if self.config.resume == "auto" and not (self.folder / "last.ckpt").exists():
             return None
+        found = newest_whole(self.folder, self.say) if self.config.resume in NEWEST else Path(self.config.resume)
         content = read_checkpoint(found)
         if "optimizer_states" not in content:
             raise InputError(f"{found} holds weights only and cannot be resumed; resume from the .ckpt it was made of")
@@ -85,22 +85,6 @@ class TrainCLI(LightningCLI):
         if changes := differences(saved.get("settings") or {}, self.model.settings):
             self.say("resumed with other settings: " + "; ".join(changes))
         return found
-
-    def _newest_whole(self) -> Path | None:
-        """last.ckpt, or best.ckpt if a fault of the disk has damaged it; None if there is none and that is well."""
-        last, best = self.folder / "last.ckpt", self.folder / "best.ckpt"
-        if not last.exists():
-            if self.config.resume == "auto":
-                return None
-            raise InputError(f"nothing to resume: no {last}; start without --resume, or give the run's --name")
-        try:
-            read_checkpoint(last)
-        except InputError as error:
-            if not best.exists():
-                raise
-            self.say(f"{error}; going on from {best}, which is older")
-            return best
-        return last
 
     def say(self, sentence: str) -> None:
         """Prints it, once for all processes."""
@@ -190,44 +174,6 @@ def check_fit(cli: TrainCLI) -> None:
         )
 
 
-def plain(value: Any) -> Any:
-    """A jsonargparse namespace as dictionaries and lists; a schema too, functions and classes as import paths."""
-    for as_dict in ("as_dict", "to_dict"):  # of a namespace, of a schema
-        if hasattr(value, as_dict) and not isinstance(value, type):
-            value = getattr(value, as_dict)()
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if hasattr(value, "__qualname__"):  # as jsonargparse leaves a default that is one
-        return f"{value.__module__}.{value.__qualname__}"
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """Where two plain configurations differ, as "key: old against new"; an option newer than old is off if False."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [key for key in dict.fromkeys([*old, *new]) if key in old or new[key] is not False]
-        return [d for key in keys for d in differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
-    return [] if old == new else [f"{where}: {old} in the checkpoint against {new}"]
-
-
-def without(config: Any, key: str) -> Any:
-    """A plain configuration without this key anywhere: one that changes how fast a model is, not what it is."""
-    if isinstance(config, dict):
-        return {name: without(value, key) for name, value in config.items() if name != key}
-    return [without(item, key) for item in config] if isinstance(config, list) else config
-
-
-def set_aside(folder: Path) -> None:
-    """An earlier run of the same name is kept under another name, not overwritten."""
-    if not any(folder.glob("*.ckpt")):
-        return
-    number = 1
-    while (kept := folder.with_name(f"{folder.name}-before-{number}")).exists():
-        number += 1
-    folder.rename(kept)
-    print(f"an earlier run was in {folder}; it is kept in {kept} (use --resume last to go on with a run)", flush=True)
-
-
 def quiet() -> None:
     """Drops Lightning's advertising and advice that does not apply here."""
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -252,7 +198,7 @@ def default_config(arguments: list[str]) -> Path:
     look.add_argument("--resume")
     resumed = look.parse_known_args(arguments)[0].resume
     beside = Path(resumed or "last").parent / "config.yaml"
-    return beside if resumed not in (None, "last", "auto") and beside.is_file() else QUICKSTART
+    return beside if resumed not in (None, *NEWEST) and beside.is_file() else QUICKSTART
 
 
 def build(arguments: list[str]) -> TrainCLI:
@@ -316,20 +262,6 @@ def train(arguments: list[str] | None = None) -> Path:
     return cli.folder
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """A run's folder for one training at a time: another one of its name would move it, or replace its checkpoints."""
-    lock = make_folder(folder.parent) / f".{folder.name}.lock"
-    with ExitStack() as held:
-        with writing(lock):
-            try:
-                held.enter_context(locked(lock, passing=True, patience=PATIENCE))
-            except InputError as error:
-                says = f"another training writes into {folder}; wait for its end, or give this one a --name"
-                raise InputError(says) from error
-        yield
-
-
 def prepare(cli: TrainCLI, resume: Path | None) -> None:
     """Data and the run's folder; first what can fail for the user's reasons, so that an earlier run stays in place."""
     cli.datamodule.prepare_data()
@@ -355,25 +287,6 @@ def fit(cli: TrainCLI, resume: Path | None) -> None:
         raise Interrupted(cli.folder) from stopped
     if cli.trainer.interrupted or cli.trainer.received_sigterm:
         raise Interrupted(cli.folder)
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was stopped by a signal.
-
-    Attributes: `status`, with which the program ends: 128 and the signal's number, as shells have it.
-    """
-
-    def __init__(self, folder: Path, number: int = signal.SIGINT, *, saved: bool = False) -> None:
-        last = folder / "last.ckpt"
-        name = signal.Signals(number).name
-        if saved:
-            says = f"stopped by {name}; {last} has all that was trained, go on from it with --resume last"
-        elif last.exists():
-            says = f"interrupted; {last} has what was trained until it was written, go on from it with --resume last"
-        else:
-            says = "interrupted before there was anything to save"
-        super().__init__(says)
-        self.status = 128 + number
 
 
 def main() -> int:

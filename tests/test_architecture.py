@@ -12,12 +12,13 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # a module may import modules of a lower number, and its own folder
 FLOORS = {
     "errors": 0, "files": 0, "limits": 0, "progress": 0, "precision": 0, "schema": 0, "sets": 0, "nn": 0,
-    "schedules": 0, "plain_yaml": 0,
+    "schedules": 0, "settings": 0, "plain_yaml": 0,
     "inner": 1, "matching": 1, "rendering": 1, "faults": 1, "guard": 1,
     "aggregators": 2, "encoders": 2, "decoders": 2, "losses": 2, "metrics": 2, "data": 2,
     "model": 3, "visualise": 3, "passes": 3, "weights": 3, "torch_files": 3, "allowed": 3,
     "checkpoint": 4, "configuration": 4, "diagnosis": 4,
-    "training": 5, "callbacks": 5, "processes": 5, "saving": 5, "evaluation": 5, "check": 5, "program": 5, "predict": 5,
+    "training": 5, "callbacks": 5, "processes": 5, "saving": 5, "run_folder": 5,
+    "evaluation": 5, "check": 5, "program": 5, "predict": 5,
     "repro": 5, "reports": 5, "watch": 5, "release": 6, "replay": 6, "cli": 6, "compare": 7,
 }  # fmt: skip
 ROOMS = {

@@ -13,8 +13,8 @@ from forked import Trainings
 from tiny import CONFIG
 
 from setpred.checkpoint import read_checkpoint
-from setpred.cli import alone
 from setpred.errors import InputError
+from setpred.run_folder import alone
 
 STREAMED = CONFIG.replace("datamodule.RenderedScenes", "streamed.StreamedScenes").replace(
     "train_images: 40", "scenes_per_epoch: 44"
@@ -206,7 +206,7 @@ def test_a_signal_to_the_whole_group_saves_first(streams):
 
 def test_two_trainings_do_not_share_a_folder(tmp_path, monkeypatch):
     """The second one would move the first one's folder away under it."""
-    monkeypatch.setattr("setpred.cli.PATIENCE", 0.2)
+    monkeypatch.setattr("setpred.run_folder.PATIENCE", 0.2)
     with alone(tmp_path / "run"):
         with (
             pytest.raises(InputError, match=r"another training writes into .*run; wait for its end"),
