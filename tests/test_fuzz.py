@@ -29,11 +29,14 @@ from PIL import Image
 from reading import Reader
 from tiny import CONFIG, untrained
 
-from setpred import weights
+from setpred import InputError, weights
+from setpred.checkpoint import KEY, load_checkpoint
 from setpred.data.rendered import render_file
+from setpred.decoders.starts import GaussianStart, LearnedStart, RandomStart
 from setpred.release import export
 
-FEW, MANY = 40, 500  # of each kind
+FEW, MANY = 45, 500  # of each kind
+MEMORY = re.compile(r"(cannot|can.t|not enough|unable to|bad.)\W*alloc|out of memory|MemoryError", re.IGNORECASE)
 OBJECT = {"color": "red", "shape": "cube", "material": "metal", "size": "large", "rotation": 30.0}
 
 
@@ -196,6 +199,14 @@ def damaged_config(draw, whole: Path, folder: Path) -> tuple[Path, bool]:
     return path, False
 
 
+def changed(draw, content: dict) -> dict:
+    """What a checkpoint holds with anything of it changed, or what its model is made of alone."""
+    if draw(st.booleans()):
+        return m.mutate_tree(content, draw(m.tree_mutations))
+    model = m.mutate_tree(content[KEY]["model"], draw(m.tree_mutations))
+    return content | {KEY: content[KEY] | {"model": model}}
+
+
 def damaged_checkpoint(draw, whole: Path, folder: Path) -> tuple[Path, bool]:
     if not (folder / "seen.png").exists():
         shutil.copy(whole / "seen.png", folder)
@@ -214,10 +225,10 @@ def damaged_checkpoint(draw, whole: Path, folder: Path) -> tuple[Path, bool]:
     try:
         if path.suffix == weights.SUFFIX:
             tensors, record = weights.unpack(whole / "model.safetensors")
-            path.write_bytes(weights.pack(tensors, m.mutate_tree(record, draw(m.tree_mutations))))
+            path.write_bytes(weights.pack(tensors, changed(draw, record)))
         else:
             content = torch.load(whole / "model.ckpt", weights_only=True)
-            torch.save(m.mutate_tree(dict(content), draw(m.tree_mutations)), path)
+            torch.save(changed(draw, dict(content)), path)
     except (TypeError, ValueError, RecursionError, AttributeError, UnicodeEncodeError):
         path.write_bytes(original[: len(original) // 3])  # such a file cannot be written
     return path, False
@@ -249,7 +260,7 @@ def judge(said: dict, original: dict, *, checksum: bool) -> str:
         assert len(sentence) < 5000, sentence[:5000]
         assert "Traceback" not in sentence
         # a configuration may ask for a model of any size that the machine holds; a file with data has its own
-        memory = None if said["kind"] == "config" else re.search(r"alloc|out of memory|MemoryError", sentence)
+        memory = None if said["kind"] == "config" else MEMORY.search(sentence)
         assert memory is None, f"took much memory: {sentence}"
         return "refused"
     same = said["content"] == original["content"]
@@ -293,3 +304,39 @@ def test_many_damaged_files_are_refused_or_whole(kind, reader, whole, tmp_path, 
     with capsys.disabled():
         print(f"\n{kind}: {sum(found.values())} files, " + ", ".join(f"{n} {name}" for name, n in found.items()))
     assert found.total() >= MANY
+
+
+# --- found so, and mended -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [RandomStart, LearnedStart, GaussianStart])
+@pytest.mark.parametrize("size", [(0, 19), (-4, 19), (4, 0)])
+def test_sets_of_no_elements_are_refused_where_they_are_asked_for(start, size):
+    """A checkpoint with set_size -4 fitted its weights, and the first prediction failed without a sentence."""
+    with pytest.raises(InputError, match="expected sets of at least 1 element"):
+        start(*size)
+
+
+def test_a_checkpoint_of_sets_of_no_elements_is_refused(whole, tmp_path):
+    tensors, record = weights.unpack(whole / "model.safetensors")
+    record[KEY]["model"]["decoder"]["init_args"]["set_size"] = -4
+    path = tmp_path / "negative.safetensors"
+    path.write_bytes(weights.pack(tensors, record))
+    with pytest.raises(InputError, match="at least 1 element"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("latent_dim: 16", "latent_dim: -16"),  # torch's own error went through
+        ("batch_size: 2", f"batch_size: {'9' * 4000}"),  # what was said had the value in it, many times
+        ("set_size: 4", f"set_size: {list(range(1900))}"),
+    ],
+)
+def test_configurations_that_were_not_refused_with_a_sentence(old, new, whole, tmp_path, reader):
+    path = tmp_path / "config.yaml"
+    text = (whole / "config.yaml").read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    assert judge(reader("config", path) | {"kind": "config"}, {"content": ""}, checksum=False) == "refused"

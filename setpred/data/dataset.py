@@ -102,6 +102,9 @@ class SetFile(SetImages):
     The sets are read at once, the images when asked for. The file is opened in each process that reads it and never
     shared: a forked process closes what it has inherited first, and handles are not pickled. Threads may share it.
 
+    The layout and every set are checked on opening; the checksum, which needs all images, by `python -m setpred.data
+    verify` alone. So pixels that a disk has changed, or numbers that still are those of a set, are noticed there.
+
     Args:
         image_size: what the images must have; None takes what the file has.
         set_size: size of the sets; None takes the schema's largest.

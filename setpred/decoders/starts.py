@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from setpred.errors import InputError
+
 
 def gaussian(shape: Sequence[int], batch: int, index: Tensor | None, *, seed: int, device: torch.device) -> Tensor:
     """N(0, 1) of `[batch, *shape]`: fresh numbers, or with `index [batch]` those of (seed, index) alone.
@@ -23,6 +25,12 @@ def gaussian(shape: Sequence[int], batch: int, index: Tensor | None, *, seed: in
     return torch.stack(draws).to(device)
 
 
+def _shape(set_size: int, set_dim: int) -> tuple[int, int]:
+    if set_size < 1 or set_dim < 1:
+        raise InputError(f"expected sets of at least 1 element of at least 1 number, got {set_size} of {set_dim}")
+    return set_size, set_dim
+
+
 class RandomStart(nn.Module):
     """Y₀ = scale · N(0, 1).
 
@@ -32,7 +40,7 @@ class RandomStart(nn.Module):
 
     def __init__(self, set_size: int, set_dim: int, *, scale: float = 0.1, seed: int = 0) -> None:
         super().__init__()
-        self.shape = (set_size, set_dim)
+        self.shape = _shape(set_size, set_dim)
         self.scale, self.seed = scale, seed
 
     def forward(self, features: Tensor, index: Tensor | None) -> Tensor:
@@ -49,7 +57,7 @@ class LearnedStart(nn.Module):
 
     def __init__(self, set_size: int, set_dim: int, *, scale: float = 0.1) -> None:
         super().__init__()
-        self.initial = nn.Parameter(scale * torch.randn(set_size, set_dim))
+        self.initial = nn.Parameter(scale * torch.randn(_shape(set_size, set_dim)))
 
     def forward(self, features: Tensor, index: Tensor | None) -> Tensor:
         """`[batch, set_size, set_dim]`."""
@@ -65,7 +73,7 @@ class GaussianStart(nn.Module):
 
     def __init__(self, set_size: int, set_dim: int, *, seed: int = 0) -> None:
         super().__init__()
-        self.shape, self.seed = (set_size, set_dim), seed
+        self.shape, self.seed = _shape(set_size, set_dim), seed
         bound = (6 / (1 + set_dim)) ** 0.5  # Glorot's, of a map from one number, as published
         self.mean = nn.Parameter(torch.empty(set_dim).uniform_(-bound, bound))
         self.log_deviation = nn.Parameter(torch.empty(set_dim).uniform_(-bound, bound))
