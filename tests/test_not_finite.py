@@ -24,6 +24,8 @@ from setpred.allowed import allowed_classes
 from setpred.callbacks import MetricsFile, TrainLoss
 from setpred.checkpoint import build, read_checkpoint
 from setpred.cli import build as command_line
+from setpred.decoders.starts import RandomStart
+from setpred.diagnosis import Step, diagnose
 from setpred.errors import InputError
 from setpred.inner import GradientDescent
 from setpred.inner.diagnostics import residual_growth
@@ -326,6 +328,31 @@ def test_what_the_loss_does_not_show_is_found(place, tmp_path, monkeypatch):
     _, recorder, error = run(tmp_path, At(begin), loss=ForgivingLoss)
     assert error.startswith(f"step {BROKEN} (epoch 1): the {place} {'are' if place == 'weights' else 'is'} not finite")
     assert len(recorder.after) == BROKEN
+
+
+class DrawnStart(RandomStart):
+    """Where the descent starts is broken in one sample, by chance."""
+
+    def forward(self, features, index):
+        start = super().forward(features, index)
+        return start.index_fill(0, start[:, 0, 0].argmax(), torch.inf)
+
+
+def test_what_is_random_is_repeated_too():
+    """And drawn on as if nothing had been repeated."""
+    module = module_of().train()
+    module.model.decoder.start = DrawnStart(4, CLEVR.set_dim)
+    batch = torch.utils.data.default_collate(Images().examples[:BATCH])
+    found = []
+    for seed in range(6):
+        torch.manual_seed(seed)
+        chosen = int(torch.randn(BATCH, 4, CLEVR.set_dim)[:, 0, 0].argmax())
+        before = torch.get_rng_state()
+        fault, _ = diagnose(Step(module.model, module.loss, batch, seed))
+        assert torch.equal(torch.get_rng_state(), before)
+        assert (fault.place, fault.iteration, fault.samples) == ("inner descent", 0, [chosen])
+        found.append(chosen)
+    assert len(set(found)) > 1
 
 
 def test_a_descent_that_diverges_is_located(tmp_path):
