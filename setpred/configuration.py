@@ -137,15 +137,24 @@ def guarded(arguments: Sequence[str], allow: Sequence[str] = ()) -> Iterator[Non
     try:
         yield
     except RefusedPathError as error:
-        naming = [path for path in files if str(error) in Path(path).read_text("utf-8")] or files
-        raise InputError(
-            f"{', '.join(naming) or 'the command line'} asks for {error}, which would run code of others: it is not "
-            "among the public parts of setpred, torch's layers and the few of Lightning's classes that a "
-            f"configuration may name; if you trust it, add --allow {error}"
-        ) from error
+        raise InputError(_refusal(str(error), files, arguments)) from error
     finally:
         parsing_settings.update(before)
         jsonargparse.set_parsing_settings(config_read_mode_fsspec_enabled=True)  # as Lightning sets it
+
+
+def _refusal(path: str, files: Sequence[str], arguments: Sequence[str]) -> str:
+    """What to say of a path that is not on the list; a typed one is, if it can be imported."""
+    if any(path in argument for argument in arguments):
+        return f"the command line asks for {path}, which is no class that is found; correct it, or add --allow {path}"
+    naming = ", ".join([file for file in files if path in Path(file).read_text("utf-8")] or files)
+    if path.startswith("setpred."):
+        return f"{naming} asks for {path}, which is none of setpred's public parts; correct it, or add --allow {path}"
+    return (
+        f"{naming} asks for {path}, which would run code of others: it is not among the public parts of setpred, "
+        "torch's layers and the few of Lightning's classes that a configuration may name; if you trust it, add "
+        f"--allow {path}"
+    )
 
 
 def require_room(model: Mapping[str, Any]) -> None:

@@ -201,6 +201,18 @@ def test_class_paths_on_the_command_line_are_the_users_own(canary, tmp_path):
         assert any(type(each).__name__ == "Watch" for each in cli.trainer.callbacks)
 
 
+@pytest.mark.parametrize("path", ["setpred.decoders.Nope", "payload.run", "no_such_package.Encoder"])
+def test_what_is_typed_and_is_no_class_is_said(path, canary, tmp_path):
+    with pytest.raises(InputError, match=f"the command line asks for {path}, which is no class.*--allow {path}"):
+        build(["--config", str(config(tmp_path)), f"--model.decoder.class_path={path}"])
+    assert not canary.exists()
+
+
+def test_a_slip_in_a_file_is_said(tmp_path):
+    with pytest.raises(InputError, match=r"hostile\.yaml asks for setpred\.decoders\.Nope, which is none of setpred's"):
+        build(["--config", str(config(tmp_path, model__decoder="setpred.decoders.Nope"))])
+
+
 def test_what_one_run_allows_the_next_does_not(canary, tmp_path):
     path = config(tmp_path, trainer__callbacks=["payload.Watch"])
     build(["--config", str(path), "--allow", "payload.Watch"])

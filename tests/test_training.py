@@ -322,7 +322,6 @@ def test_command_line_wins_over_the_configuration(tmp_path):
     [
         ("--trainer.max_epoch=3", "max_epoch"),
         ("--model.encoder.init_args.widht=3", "widht"),
-        ("--model.decoder.class_path=setpred.decoders.Nope", "Nope"),
         ("--learning_rate=1", "learning_rate"),
     ],
 )
