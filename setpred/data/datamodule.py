@@ -102,6 +102,19 @@ class SetDataModule(LightningDataModule):
         assert self.val_data is not None, "setup comes first"
         return validation_loader(self.val_data, self.eval_batch_size, self.trainer, **self._reading(self.val_data))
 
+    def teardown(self, stage: str | None = None) -> None:
+        self._end_workers()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self._end_workers()
+
+    def _end_workers(self) -> None:
+        """Of a training that is over: torch would end them with the program, too late for their temporary folders."""
+        for loader in () if self.trainer is None else (self.trainer.train_dataloader, self.trainer.val_dataloaders):
+            if (iterator := getattr(loader, "_iterator", None)) is not None:
+                loader._iterator = None
+                iterator._shutdown_workers()
+
     def statistics_batches(self, images: int) -> Iterator[dict[str, Any]]:
         """The first training examples, at most so many, in whole batches: the same ones whenever it is asked."""
         assert self.train_data is not None, "setup('fit') comes first"
