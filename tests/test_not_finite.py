@@ -550,7 +550,7 @@ def test_a_validation_stops_always(policy, tmp_path, capsys):
         def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0):
             batch["image"][1:4] = torch.nan
 
-    _, recorder, error = run(tmp_path, Validation(), policy=policy)
+    _, recorder, error = run(tmp_path, Validation(), ResidualGrowth(), policy=policy)
     assert error.startswith(
         f"step {STEPS} (epoch 0): the image is not finite in samples 1, 2, 3 of the batch; data indices 101, "
     )
