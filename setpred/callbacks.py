@@ -16,6 +16,7 @@ from setpred.aggregators import AttSets
 from setpred.errors import InputError
 from setpred.files import write_atomically
 
+VALIDATED = "val_"  # begins the names of what a validation measures
 STEP_LOSS = "loss"  # of the latest step, for the progress bar and loggers
 NOTABLE_WAITING = 0.05  # a smaller share is not worth a word on the screen; metrics.csv has it
 
@@ -31,21 +32,30 @@ class MetricsFile(pl.Callback):
         self.path = path
         self.rows: list[dict[str, Any]] = []
         self.start = time.monotonic()
+        self.validated: dict[str, float] = {}  # of the latest validation since the last row
 
-    def state_dict(self) -> dict[str, float]:
-        return {"seconds": time.monotonic() - self.start}
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": time.monotonic() - self.start, "validated": dict(self.validated)}
 
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.start = time.monotonic() - state_dict["seconds"]
+        self.validated = dict(state_dict.get("validated", {}))
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.start = time.monotonic()  # before the state of a resumed run comes
+        self.start, self.validated = time.monotonic(), {}  # before the state of a resumed run comes
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.rows = []
         if trainer.current_epoch > 0 and self.path.exists():
             with self.path.open(newline="") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < trainer.current_epoch]
+        # what was measured in this epoch before a resume, for who looks for the best
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.validated.items()})
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            metrics = trainer.callback_metrics.items()
+            self.validated = {name: float(value) for name, value in metrics if name.startswith(VALIDATED)}
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero or trainer.sanity_checking:
@@ -56,8 +66,11 @@ class MetricsFile(pl.Callback):
             "seconds": round(time.monotonic() - self.start, 1),
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
         }
-        metrics = sorted(trainer.callback_metrics.items())
-        row |= {name: float(value) for name, value in metrics if name != STEP_LOSS}
+        measured = {name: float(value) for name, value in trainer.callback_metrics.items() if name != STEP_LOSS}
+        # Lightning keeps the numbers of a validation, also for epochs that have none
+        measured = {name: value for name, value in measured.items() if not name.startswith(VALIDATED)}
+        row |= sorted((measured | self.validated).items())
+        self.validated = {}
         self.rows.append(row)
         names = list(dict.fromkeys(name for each in self.rows for name in each))
         text = io.StringIO()
@@ -159,6 +172,10 @@ class EpochLines(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.start = self.last = time.monotonic()
         self.first_step = trainer.global_step
+        self.validated = False
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.validated = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -175,7 +192,10 @@ class EpochLines(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            metrics = trainer.callback_metrics
+            # Lightning keeps the numbers of a validation, also for epochs that have none
+            kept = trainer.callback_metrics.items()
+            metrics = {name: value for name, value in kept if self.validated or not name.startswith(VALIDATED)}
+            self.validated = False
             scores = ", ".join(
                 f"{name} {float(metrics[name]):.4f}" for name in ("train_loss", "val_loss") if name in metrics
             )

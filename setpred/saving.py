@@ -30,7 +30,14 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Remembers the best score also when the run's folder was moved, where Lightning starts to count anew."""
+    """Remembers the best score also when the run's folder was moved, where Lightning starts to count anew.
+
+    Epochs without a validation before them are passed over in silence.
+    """
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.monitor in trainer.callback_metrics:
+            super().on_train_epoch_end(trainer, pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         here = Path(str(self.dirpath))
@@ -91,9 +98,10 @@ class LastCheckpoint(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         stepped, self.step = trainer.global_step != self.step, trainer.global_step
-        # Between the batches of one step gradients would be lost. After the last batch of an epoch Lightning would go
-        # on with the next one; the validation or the end of the epoch comes at once, and saves.
-        if not stepped or trainer.is_last_batch:
+        # Between the batches of one step gradients would be lost. After the last batch before a validation or the end
+        # of an epoch, Lightning would go on with the next one; they come at once, and save.
+        loop = trainer.fit_loop
+        if not stepped or trainer.is_last_batch or loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
             return
         number, due = self._agreed(trainer)
         if number or due:

@@ -27,12 +27,12 @@ TIMED = ("seconds", "data_waiting")  # of metrics.csv, which differ from run to 
 class Runs:
     """Trainings of one configuration on data rendered once."""
 
-    def __init__(self, folder: Path, data: Path, start: Trainings, kind: str) -> None:
+    def __init__(self, folder: Path, data: Path, start: Trainings, kind: str, *options: str) -> None:
         self.folder, self.start, self.kind = folder, start, kind
         config = folder / f"{kind}.yaml"
         config.write_text(CONFIGS[kind])
         self.arguments = ["--config", str(config), "--runs", str(folder), f"--trainer.max_epochs={EPOCHS}"]
-        self.arguments += [f"--data.init_args.folder={data}", "--data.init_args.eval_batch_size=6"]
+        self.arguments += [f"--data.init_args.folder={data}", "--data.init_args.eval_batch_size=6", *options]
         self.numbers = itertools.count()
         self.whole = self.fresh()
         assert self.train(self.whole) == 0, start.log.read_text()
@@ -170,6 +170,27 @@ def test_ctrl_c_saves_first(files):
     assert read_checkpoint(run / "last.ckpt")["global_step"] == 7
     assert files.train(run, "--resume=last") == 0
     files.check(run)
+
+
+VALIDATED = {  # by which option, and in which validation steps a signal comes
+    "seldom": ("--trainer.check_val_every_n_epoch=2", (1, 2)),
+    "often": ("--trainer.val_check_interval=2", (1, 4, 5)),
+}
+
+
+@pytest.mark.parametrize("when", VALIDATED)
+def test_a_signal_saves_first_whenever_there_are_validations(when, tmp_path, tiny_data, start):
+    """Also in an epoch that has none, and in one that goes on after it."""
+    option, steps = VALIDATED[when]
+    runs = Runs(tmp_path, tiny_data, start, "file", option)
+    validated = [row["val_ap"] != "" for row in table(runs.whole)]
+    assert validated == ([False, True, False] if when == "seldom" else [True] * EPOCHS)
+    for call, number in [("training_step", 4), ("training_step", 5), *(("validation_step", step) for step in steps)]:
+        run = runs.fresh()
+        kill = {"call": call, "number": number, "signal": signal.SIGTERM}
+        assert runs.train(run, kill=kill) == 128 + signal.SIGTERM
+        assert runs.train(run, "--resume=last") == 0, start.log.read_text()[-3000:]
+        runs.check(run)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])

@@ -185,7 +185,7 @@ def launch(options: list[str], *, torchrun: bool = False) -> subprocess.Complete
 
 def seen(folder: Path, processes: int = 2) -> list[dict]:
     """What the recorders of all processes noted."""
-    return [torch.load(folder / f"seen-{rank}-of-{processes}.pt") for rank in range(processes)]
+    return [torch.load(folder / f"seen-{rank}-of-{processes}.pt", weights_only=True) for rank in range(processes)]
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
