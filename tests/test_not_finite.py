@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import lightning.pytorch as pl
 import pytest
@@ -366,6 +368,10 @@ def test_a_descent_that_diverges_is_located(tmp_path):
     assert replay([str(tmp_path / "repro-step-0.pt"), "--device", "cpu"]) == 0
 
 
+def untouched(module, batch):
+    """Nothing is broken."""
+
+
 def nothing(at, module):
     """The step does nothing."""
     for parameter in module.parameters():
@@ -377,7 +383,7 @@ def nothing(at, module):
 @pytest.fixture(scope="module")
 def without_step(tmp_path_factory):
     folder = tmp_path_factory.mktemp("without-step")
-    return run(folder, At(lambda module, batch: None, nothing))[1], rows(folder)
+    return run(folder, At(untouched, nothing))[1], rows(folder)
 
 
 @pytest.mark.parametrize("name", [name for name in FAULTS if name != "weight"])
@@ -460,7 +466,7 @@ def test_where_sanitising_leaves_nothing_the_step_is_skipped(name, tmp_path, wit
             if parameter.grad is not None:
                 parameter.grad.fill_(torch.nan)
 
-    at = At(all_images) if name == "image" else At(lambda module, batch: None, all_entries)
+    at = At(all_images) if name == "image" else At(untouched, all_entries)
     _, recorder, error = run(tmp_path, at, policy="sanitise")
     assert error is None
     assert all(same(ours, theirs) for ours, theirs in zip(recorder.after, without_step[0].after, strict=True))
@@ -539,6 +545,49 @@ def test_several_batches_of_a_step_are_skipped_together(tmp_path, plain):
     assert not torch.equal(seen[1], seen[0])
     assert trainer.global_step == 2
     assert not all(torch.equal(value, before[name]) for name, value in recorder.after[2][0].items())
+
+
+@pytest.mark.slow
+def test_faults_at_random(tmp_path, plain, monkeypatch):
+    """Any kind at any step in any sample: located and repeated, skipped or sanitised, as by hand; 120 of them."""
+    twins = {}
+
+    def twin(step, sample, *what):
+        if (what, step, sample) not in twins:
+            folder = tmp_path / f"twin-{len(twins)}"
+            folder.mkdir()
+            twins[what, step, sample] = run(folder, At(*what, step=step))[1].after
+        return twins[what, step, sample]
+
+    generator = random.Random(0)
+    kinds = [name for name in FAULTS if name != "weight"]
+    for trial in range(120):
+        name, policy = kinds[trial % len(kinds)], get_args(guard.Policy)[trial // len(kinds) % 3]
+        step, sample = generator.randrange(2 * STEPS), generator.randrange(BATCH)
+        monkeypatch.setattr(f"{__name__}.SAMPLE", sample)
+        with pytest.MonkeyPatch.context() as patched:
+            begin, loss, (said, _) = begin_of(name, patched)
+            folder = tmp_path / str(trial)
+            folder.mkdir()
+            ending = [Ending(begin)] if name == "descent" and policy != "stop" else []
+            _, recorder, error = run(folder, At(begin, step=step), *ending, policy=policy, loss=loss)
+            content = torch.load(folder / f"repro-step-{step}.pt", weights_only=True)["repro"]
+            assert content["fault"]["samples"] == [sample], (trial, name, policy)
+            if policy == "stop":
+                assert said.replace("samples 2 ", f"samples {sample} ") in error
+                expected = plain[1].after[:step]
+            else:
+                assert error is None
+                if ending:
+                    begin.now = True
+                whole = policy == "sanitise" and name != "gradient"
+                expected = twin(step, sample, rest) if whole else twin(step, None, untouched, nothing)
+            allow = ["--allow", f"{__name__}.{loss.__name__ if loss else 'At'}"]
+            assert replay([str(folder / f"repro-step-{step}.pt"), "--device", "cpu", *allow]) == 0
+        if policy == "sanitise" and name == "gradient":
+            expected = plain[1].after[:step]  # what comes then has no twin
+        assert all(same(ours, theirs) for ours, theirs in zip(recorder.after, expected, strict=False)), (trial, name)
+        assert len(recorder.after) == (step if policy == "stop" else 2 * STEPS)
 
 
 # --- validation, checkpoints, files ---------------------------------------------------------------------------------
@@ -786,7 +835,7 @@ def training_of_two(begin=None, gradient=None, *, both=False, **changes):
 
 
 TRAININGS = {
-    "nothing": training_of_two(lambda module, batch: None, nothing, both=True),
+    "nothing": training_of_two(untouched, nothing, both=True),
     "rest": training_of_two(rest),
     "stop": training_of_two(broken_image),
     "skip": training_of_two(broken_image, policy="skip"),
