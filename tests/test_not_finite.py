@@ -856,7 +856,7 @@ def two(tmp_path_factory):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def test_two_processes_take_the_same_decision(two):
