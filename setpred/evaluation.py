@@ -43,10 +43,14 @@ PROTOCOL_MEANING = {
 
 
 class Predictions(NamedTuple):
-    """Predicted and real sets of a data set, on the CPU: `[images, set_size, set_dim]`, set sizes may differ."""
+    """Predicted and real sets of a data set, on the CPU: `[images, set_size, set_dim]`, set sizes may differ.
+
+    index: `[images]`, of the images.
+    """
 
     predicted: Tensor
     target: Tensor
+    index: Tensor
 
 
 def predict(
@@ -69,7 +73,7 @@ def predict(
     device = torch.device(device)
     model = model.to(device, memory_format=torch.channels_last).eval()  # as `setpred.predict` has it: one rounding
     loader = DataLoader(data, batch_size=batch_size, num_workers=workers, collate_fn=as_batch)
-    predicted, target = [], []
+    predicted, target, indices = [], [], []
     for batch in progress(loader, total=len(loader), description=f"predicting {len(data)} images, batches"):
         images, index = batch["image"].to(device, non_blocking=True), batch["index"].to(device)
         elements = predict_in_passes(model, images, index=index, iterations=iterations)
@@ -81,16 +85,19 @@ def predict(
             )
         predicted.append(elements)
         target.append(batch["elements"])
-    return Predictions(torch.cat(predicted), torch.cat(target))
+        indices.append(batch["index"])
+    return Predictions(*map(torch.cat, (predicted, target, indices)))
 
 
 def report(predictions: Predictions, schema: ElementSchema, protocol: str) -> dict[str, Any]:
     """AP by threshold, attribute accuracies and distance errors, in plain types.
 
     Real objects beyond the number of slots count as missed in the AP; "attributes" leaves them out and
-    "without_slot" counts them.
+    "without_slot" counts them. The order in which the images came does not matter: AP ranks equally confident
+    predictions by image, and these are taken by their index.
     """
-    predicted, target = predictions
+    order = predictions.index.argsort(stable=True)
+    predicted, target = predictions.predicted[order], predictions.target[order]
     scores = PROTOCOLS[protocol](predicted, target, schema=schema)
     assignment = match_by_position(predicted, target, schema=schema)
     without = presence_mask(target) & (assignment < 0)
