@@ -119,6 +119,7 @@ class SetPredictor(nn.Module):
         beside: dict[str, Any] = {"index": index, "iterations": iterations}
         if getattr(self.decoder, "conditional", False):
             beside["condition"] = inputs
-        if mask is not None and getattr(self.decoder, "token_dim", None) is not None:
+        takes_tokens = getattr(self.decoder, "token_dim", None) is not None
+        if mask is not None and takes_tokens and not getattr(self.decoder, "masks_elements", False):
             beside["mask"] = mask
         return beside

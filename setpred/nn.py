@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from setpred.errors import InputError
+
 
 class MLP(nn.Sequential):
     """Linear layers with ReLU between: `widths[0] -> widths[1] -> ... -> widths[-1]`, last one linear."""
@@ -25,6 +27,18 @@ class MLP(nn.Sequential):
 def softplus_inverse(value: float) -> float:
     """x with softplus(x) = value, so that a positive parameter starts at the value that was asked for."""
     return value + math.log(-math.expm1(-value))  # log(eˣ - 1), without overflow
+
+
+def diagonal(first: Sequence[float], size: int) -> Tensor:
+    """The diagonal `[size]` that begins with the numbers `first` and goes on with ones.
+
+    Raises:
+        InputError: more than `size` numbers, or one that is not positive and finite.
+    """
+    numbers = torch.tensor([float(number) for number in first])
+    if len(numbers) > size or not bool(((numbers > 0) & numbers.isfinite()).all()):
+        raise InputError(f"expected at most {size} positive numbers, got {list(first)}; shorten or correct the list")
+    return torch.cat([numbers, torch.ones(size - len(numbers))])
 
 
 class Positive(nn.Module):

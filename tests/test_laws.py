@@ -20,7 +20,7 @@ from torch import nn
 
 from setpred import aggregators, decoders, inner, losses
 from setpred.aggregators import FSPool, LearnableMonoid, SetEncoder, SumPool
-from setpred.decoders import DETR, IDSPN, SinePosition, SinkhornAttention, SlotAttention, SlotMixture
+from setpred.decoders import DETR, IDSPN, GreedyVotes, SinePosition, SinkhornAttention, SlotAttention, SlotMixture
 from setpred.inner import (
     Conditioned,
     ConjugateGradient,
@@ -30,11 +30,13 @@ from setpred.inner import (
     Implicit,
     LatentMatching,
     Neumann,
+    OfTokens,
     Problem,
     Proximity,
     Simplex,
     Sum,
     Unrolled,
+    VotingEnergy,
 )
 
 BATCH, SIZE, DIM, LATENT = 4, 4, 3, 8
@@ -101,7 +103,11 @@ def test_every_aggregator_is_in_the_family():
 def test_every_decoder_is_in_a_family():
     family = built(test_decoders.DECODERS, test_numbering.DECODERS)
     assert public(decoders, decoders.SetDecoder, but={"SetDecoder"}) == names(family)
-    others = [decoder_of(LatentMatching(encoder_of(DIM))), DETR(SinePosition(), dim=8, token_dim=4)]
+    others = [
+        decoder_of(LatentMatching(encoder_of(DIM))),
+        DETR(SinePosition(), dim=8, token_dim=4),
+        GreedyVotes(SIZE, DIM),
+    ]
     assert public(decoders, nn.Module, but={"SetDecoder"}) <= modules(family + others)
 
 
@@ -187,6 +193,13 @@ OBJECTIVES = {
     "proximity": lambda: Proximity(weight=0.3),
     "conditioned": lambda: Conditioned(LatentMatching(encoder_of(DIM + 2))),
     "sum": lambda: Sum([LatentMatching(encoder_of(DIM)), Proximity()]),
+    "voting": lambda: VotingEnergy(set_dim=DIM, precise=2, weights=(2.0, 1.5)),
+    "voting and latent matching": lambda: Sum(
+        [
+            VotingEnergy(set_dim=DIM, precise=2),
+            OfTokens(LatentMatching(encoder_of(DIM)), SetEncoder(FSPool(LATENT), set_dim=DIM + 3, hidden_dim=8)),
+        ]
+    ),
 }
 every_objective = pytest.mark.parametrize("make", OBJECTIVES.values(), ids=OBJECTIVES)
 
@@ -194,8 +207,12 @@ every_objective = pytest.mark.parametrize("make", OBJECTIVES.values(), ids=OBJEC
 def objective_problem(make, batch=BATCH):
     """An objective, elements, and what is given beside them."""
     torch.manual_seed(0)
-    given = Problem(normal(batch, LATENT), normal(batch, SIZE, DIM, seed=2), condition=normal(batch, SIZE, 2, seed=3))
-    return make().double(), normal(batch, SIZE, DIM, seed=4), given
+    objective = make().double()
+    latent = normal(batch, LATENT)
+    if any(hasattr(part, "token_dim") for part in objective.modules()):  # votes, precisions and a mass
+        latent = torch.cat([normal(batch, 5, DIM), normal(batch, 5, 3, seed=6).sigmoid()], dim=-1)
+    given = Problem(latent, normal(batch, SIZE, DIM, seed=2), condition=normal(batch, SIZE, 2, seed=3))
+    return objective, normal(batch, SIZE, DIM, seed=4), given
 
 
 @every_objective
@@ -298,7 +315,8 @@ def test_an_unrolled_descent_has_the_gradients_of_its_value(make):
     value().backward()
     for tensors in ([leaf], [parameter for parameter in decoder.parameters() if parameter.grad is not None]):
         directions = [normal(*tensor.shape, seed=i) for i, tensor in enumerate(tensors)]
-        expected = sum((tensor.grad * way).sum() for tensor, way in zip(tensors, directions, strict=True))
+        products = [(tensor.grad * way).sum() for tensor, way in zip(tensors, directions, strict=True)]
+        expected = sum(products, start=torch.zeros((), dtype=torch.float64))
         values = []
         for step in (1e-6, -2e-6):
             with torch.no_grad():

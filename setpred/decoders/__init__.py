@@ -6,6 +6,7 @@ from setpred.decoders.deep_sets import DeepSets
 from setpred.decoders.detr import DETR, SinePosition
 from setpred.decoders.element_bilstm import ElementBiLSTM
 from setpred.decoders.element_transformer import ElementTransformer
+from setpred.decoders.greedy_votes import GreedyVotes
 from setpred.decoders.idspn import IDSPN
 from setpred.decoders.mesh import MESH
 from setpred.decoders.mlp import MLPDecoder
@@ -26,6 +27,7 @@ __all__ = [
     "ElementBiLSTM",
     "ElementTransformer",
     "GaussianStart",
+    "GreedyVotes",
     "LearnedStart",
     "MLPDecoder",
     "RandomPositions",

@@ -33,8 +33,10 @@ class IDSPN(nn.Module):
             step's gradient.
 
     Raises:
-        InputError: `compile` with `Implicit(best=True)`.
+        InputError: `compile` with `Implicit(best=True)`; parts of the objective that read tokens of different lengths.
     """
+
+    masks_elements = True  # `mask` speaks of the predicted elements, not of tokens
 
     def __init__(
         self,
@@ -59,6 +61,13 @@ class IDSPN(nn.Module):
         self.set_size, self.set_dim = set_size, set_dim
         self.start = RandomStart(set_size, set_dim) if start is None else start
         self.compiled = compile
+        # tokens where a part of the objective reads them, else a vector
+        read = {part.token_dim for part in objective.modules() if getattr(part, "token_dim", None) is not None}
+        if len(read) > 1:
+            raise InputError(
+                f"the parts of the objective read tokens of {sorted(read)} numbers; give them one token_dim"
+            )
+        self.token_dim = next(iter(read), None)
         # anywhere inside: `Sum` may hold it
         self.conditional = any(getattr(part, "conditional", False) for part in objective.modules())
 
@@ -95,7 +104,7 @@ class IDSPN(nn.Module):
         """The predicted sets.
 
         Args:
-            latent: z `[batch, latent_dim]`.
+            latent: z `[batch, latent_dim]`, or tokens `[batch, tokens, token_dim]` for objectives that read them.
             index: `[batch]` int, which examples these are: fixes a random start. None draws afresh.
             iterations: number of descent steps; the descent's own unless given.
             mask: which elements exist, `[batch, set_size]` bool.

@@ -25,7 +25,8 @@ def gaussian(shape: Sequence[int], batch: int, index: Tensor | None, *, seed: in
     return torch.stack(draws).to(device)
 
 
-def _shape(set_size: int, set_dim: int) -> tuple[int, int]:
+def checked_shape(set_size: int, set_dim: int) -> tuple[int, int]:
+    """(set_size, set_dim); raises `InputError` unless both are at least 1."""
     if set_size < 1 or set_dim < 1:
         raise InputError(f"expected sets of at least 1 element of at least 1 number, got {set_size} of {set_dim}")
     return set_size, set_dim
@@ -40,7 +41,7 @@ class RandomStart(nn.Module):
 
     def __init__(self, set_size: int, set_dim: int, *, scale: float = 0.1, seed: int = 0) -> None:
         super().__init__()
-        self.shape = _shape(set_size, set_dim)
+        self.shape = checked_shape(set_size, set_dim)
         self.scale, self.seed = scale, seed
 
     def forward(self, features: Tensor, index: Tensor | None) -> Tensor:
@@ -57,7 +58,7 @@ class LearnedStart(nn.Module):
 
     def __init__(self, set_size: int, set_dim: int, *, scale: float = 0.1) -> None:
         super().__init__()
-        self.initial = nn.Parameter(scale * torch.randn(_shape(set_size, set_dim)))
+        self.initial = nn.Parameter(scale * torch.randn(checked_shape(set_size, set_dim)))
 
     def forward(self, features: Tensor, index: Tensor | None) -> Tensor:
         """`[batch, set_size, set_dim]`."""
@@ -73,7 +74,7 @@ class GaussianStart(nn.Module):
 
     def __init__(self, set_size: int, set_dim: int, *, seed: int = 0) -> None:
         super().__init__()
-        self.shape, self.seed = _shape(set_size, set_dim), seed
+        self.shape, self.seed = checked_shape(set_size, set_dim), seed
         bound = (6 / (1 + set_dim)) ** 0.5  # Glorot's, of a map from one number, as published
         self.mean = nn.Parameter(torch.empty(set_dim).uniform_(-bound, bound))
         self.log_deviation = nn.Parameter(torch.empty(set_dim).uniform_(-bound, bound))

@@ -6,28 +6,33 @@ import torchvision.models as zoo
 from torch import Tensor, nn
 
 TRUNKS = {18: zoo.resnet18, 34: zoo.resnet34, 50: zoo.resnet50}
-STRIDE = 32  # of the trunk; the head halves once more
+STRIDE = 32  # of the whole trunk; the head halves once more
 
 
 class ResNetTrunk(nn.Sequential):
     """Image to a map: a ResNet from scratch, without its pooling and classifier.
 
-    `[batch, 3, image_size, image_size]` -> `[batch, channels, image_size / 32, image_size / 32]`; 512 channels, 2048
-    at depth 50.
+    `[batch, 3, image_size, image_size]` -> `[batch, channels, side, side]`, side = image_size / 2^(stages + 1). All
+    four stages give 512 channels, 2048 at depth 50; each stage less twice the side and half the channels.
 
     Args:
         depth: 18, 34 or 50.
-        image_size: side of the square image, a multiple of 32.
+        image_size: side of the square image, a multiple of 2^(stages + 1).
+        stages: 1 to 4, the first ones of the network. Two leave 16 x 16 positions of a 128x128 image, for decoders
+            that read tokens.
     """
 
-    def __init__(self, *, depth: int = 18, image_size: int = 128) -> None:
-        if depth not in TRUNKS:
-            raise ValueError(f"expected ResNet depth {', '.join(map(str, TRUNKS))}, got {depth}")
-        if image_size % STRIDE or image_size < STRIDE:
-            raise ValueError(f"expected image_size a multiple of {STRIDE}, got {image_size}")
+    def __init__(self, *, depth: int = 18, image_size: int = 128, stages: int = 4) -> None:
+        if depth not in TRUNKS or stages not in range(1, 5):
+            raise ValueError(
+                f"expected ResNet depth {', '.join(map(str, TRUNKS))} and 1 to 4 stages, got {depth} and {stages}"
+            )
+        stride = 2 ** (stages + 1)
+        if image_size % stride or image_size < stride:
+            raise ValueError(f"expected image_size a multiple of {stride}, got {image_size}")
         resnet = TRUNKS[depth](weights=None)
-        super().__init__(*list(resnet.children())[:-2])
-        self.image_size, self.channels = image_size, resnet.fc.in_features
+        super().__init__(*list(resnet.children())[: 4 + stages])  # after the stem of four
+        self.image_size, self.channels = image_size, resnet.fc.in_features >> (4 - stages)
 
 
 class ResNet(nn.Module):

@@ -18,6 +18,14 @@ def position_grid(height: int, width: int, *, device: torch.device | None = None
     return torch.cat([grid, 1 - grid], dim=-1)
 
 
+def token_rows(features: Tensor) -> Tensor:
+    """A map `[batch, channels, height, width]` as tokens `[batch, height * width, channels]`, row by row.
+
+    No copy of a map that is channels-last in memory.
+    """
+    return features.permute(0, 2, 3, 1).flatten(1, 2)
+
+
 class Tokens(nn.Module):
     """Image to tokens: each position of the trunk's map is one, row by row.
 
@@ -34,7 +42,7 @@ class Tokens(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """`[batch, 3, image_size, image_size]` in [0, 1] -> `[batch, height * width, token_dim]`."""
-        return self.trunk(image).flatten(2).mT
+        return token_rows(self.trunk(image))
 
 
 class PositionedTokens(nn.Module):
@@ -46,19 +54,23 @@ class PositionedTokens(nn.Module):
 
     Args:
         trunk: image to map `[batch, channels, height, width]`, with `channels` and `image_size`; such as `SmallTrunk`.
-        token_dim: length of a token, and width of the MLP's hidden layer.
+        token_dim: length of a token, and width of the MLP's hidden layer. None leaves out norm and MLP, for readers
+            that begin with their own, such as `Votes`: token_p = f_p + W e_p + b, of `trunk.channels` numbers.
     """
 
-    def __init__(self, trunk: nn.Module, *, token_dim: int = 64) -> None:
+    def __init__(self, trunk: nn.Module, *, token_dim: int | None = 64) -> None:
         super().__init__()
         self.trunk = trunk
-        self.image_size, self.token_dim = trunk.image_size, token_dim
+        self.image_size, self.token_dim = trunk.image_size, trunk.channels if token_dim is None else token_dim
         self.position = nn.Linear(4, trunk.channels)
-        self.norm = nn.LayerNorm(trunk.channels)
-        self.network = MLP(trunk.channels, token_dim, token_dim)
+        if token_dim is None:
+            self.norm = self.network = nn.Identity()
+        else:
+            self.norm = nn.LayerNorm(trunk.channels)
+            self.network = MLP(trunk.channels, token_dim, token_dim)
 
     def forward(self, image: Tensor) -> Tensor:
         """`[batch, 3, image_size, image_size]` in [0, 1] -> `[batch, height * width, token_dim]`."""
         features = self.trunk(image)
         grid = position_grid(*features.shape[2:], device=image.device)
-        return self.network(self.norm(features.flatten(2).mT + self.position(grid)))
+        return self.network(self.norm(token_rows(features) + self.position(grid)))

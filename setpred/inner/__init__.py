@@ -3,8 +3,9 @@
 from setpred.inner.descent import GradientDescent, State, clip_norm
 from setpred.inner.differentiation import Differentiation, Implicit, Unrolled, inner_gradient, minimise
 from setpred.inner.linear_solvers import ConjugateGradient, Exact, Identity, LinearSolver, Neumann
-from setpred.inner.objectives import Conditioned, EquilibriumMatching, LatentMatching, Problem, Proximity, Sum
+from setpred.inner.objectives import Conditioned, EquilibriumMatching, LatentMatching, OfTokens, Problem, Proximity, Sum
 from setpred.inner.projections import Projection, Simplex, simplex
+from setpred.inner.voting import VotingEnergy
 
 __all__ = [
     "Conditioned",
@@ -18,6 +19,7 @@ __all__ = [
     "LatentMatching",
     "LinearSolver",
     "Neumann",
+    "OfTokens",
     "Problem",
     "Projection",
     "Proximity",
@@ -25,6 +27,7 @@ __all__ = [
     "State",
     "Sum",
     "Unrolled",
+    "VotingEnergy",
     "clip_norm",
     "inner_gradient",
     "minimise",

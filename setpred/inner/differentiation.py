@@ -193,7 +193,9 @@ class Implicit(Differentiation):
             return value
         # a node of its own, so that the hook below refers to nodes before it and no reference cycle arises
         carrier = -residual
-        if not isinstance(self.solver, Identity):
+        if isinstance(self.solver, Identity):  # the Hessian replaced by the descent's metric
+            carrier = -descent.natural(residual)
+        else:
 
             def operator(vector: Tensor) -> Tensor:
                 (product,) = torch.autograd.grad(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 class Problem:
     """What is given while a set is being found.
 
-    latent: z `[batch, latent_dim]`; initial: Y₀ `[batch, set_size, set_dim]`; mask: which elements exist,
-    `[batch, set_size]` bool or None for all; condition: an input set `[batch, set_size, any]`, or None.
+    latent: z `[batch, latent_dim]`, or tokens `[batch, tokens, token_dim]`; initial: Y₀ `[batch, set_size, set_dim]`;
+    mask: which elements exist, `[batch, set_size]` bool or None for all; condition: an input set
+    `[batch, set_size, any]`, or None.
     """
 
     latent: Tensor
@@ -95,6 +96,26 @@ class Sum(nn.Module):
     def forward(self, elements: Tensor, problem: Problem) -> Tensor:
         """`[batch]`."""
         return torch.stack([objective(elements, problem) for objective in self.objectives]).sum(0)
+
+
+class OfTokens(nn.Module):
+    """L(Y; X) = L'(Y; z) with z = aggregator(X): an objective of a vector, where the features are tokens.
+
+    In a `Sum` it stands beside objectives that read the tokens themselves, such as `VotingEnergy`.
+
+    Args:
+        objective: L', such as `LatentMatching`.
+        aggregator: tokens `[batch, tokens, token_dim]` to z `[batch, latent_dim]`.
+    """
+
+    def __init__(self, objective: nn.Module, aggregator: nn.Module) -> None:
+        super().__init__()
+        self.objective, self.aggregator = objective, aggregator
+        self.token_dim = aggregator.in_dim
+
+    def forward(self, elements: Tensor, problem: Problem) -> Tensor:
+        """`[batch]`."""
+        return self.objective(elements, replace(problem, latent=self.aggregator(problem.latent)))
 
 
 class Conditioned(nn.Module):

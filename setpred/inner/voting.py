@@ -1,0 +1,120 @@
+"""The voting energy: elements compete for the votes of an image's tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from setpred.errors import InputError
+from setpred.inner.objectives import Problem
+from setpred.nn import diagonal
+from setpred.schema import CLEVR
+
+
+class Ballot(NamedTuple):
+    """The votes of a batch of tokens, taken apart.
+
+    votes: v `[batch, tokens, set_dim]`, the element each token believes it belongs to; precisions: p
+    `[batch, tokens, set_dim]`, how sure it is of each number, 1 for numbers without one; masses: m
+    `[batch, tokens]`, how much it has to say.
+    """
+
+    votes: Tensor
+    precisions: Tensor
+    masses: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor, set_dim: int) -> Ballot:
+        """From `features [batch, tokens, set_dim + precise + 1]`: votes, precisions of the first numbers, mass.
+
+        Raises:
+            ValueError: another shape.
+        """
+        precise = features.shape[-1] - set_dim - 1
+        if features.ndim != 3 or not 0 <= precise <= set_dim:
+            raise ValueError(
+                f"expected votes [batch, tokens, {set_dim} + precise + 1] with 0 <= precise <= {set_dim}, "
+                f"got {list(features.shape)}"
+            )
+        votes, precisions, masses = features.split([set_dim, precise, 1], dim=-1)
+        rest = torch.ones_like(votes[..., precise:])
+        return cls(votes, torch.cat([precisions, rest], dim=-1), masses.squeeze(-1))
+
+
+class VotingEnergy(nn.Module):
+    """E(Y; X) = λ/2 Σ_i |y_i - r_i|²_B - Σ_n m_n log Σ_i exp(-½ |y_i - v_n|²_{B p_n}).
+
+    Each token n of the image has a vote v_n, precisions p_n and a mass m_n (`setpred.encoders.Votes`); the predicted
+    elements y_i compete for the votes. B = diag(b) is fixed and |a|²_W = Σ_d W_d a_d². The gradient is
+
+        ∂E/∂y_i = λ B (y_i - r_i) + Σ_n m_n a_in B p_n (y_i - v_n),   a_in = softmax_i(-½ |y_i - v_n|²_{B p_n})
+
+    so a_in says which tokens support which element (`supports`), a segmentation of the image into objects.
+
+    This is equilibrium aggregation (Bartunov et al., UAI 2022; `setpred.aggregators.EquilibriumAggregation`) of the
+    tokens whose state is the multiset Y itself, with the prior r and the potential F(x_n, Y) = -m_n log Σ_i exp(…).
+    It is an objective of iDSPN (Zhang et al., ICLR 2022) that reads tokens in place of one vector. Votes for object
+    centres are Hough voting (VoteNet; Qi et al., ICCV 2019). r is the start of the descent (`Problem.initial`), which
+    tells equal elements apart by what the image shows; see `setpred.decoders.GreedyVotes`.
+
+    b is not learned: its implicit gradient has no optimum, and a b that grows makes the competition hard.
+
+    Args:
+        set_dim: numbers of an element.
+        precise: for how many of the first numbers of an element the tokens give precisions.
+        weights: b of the first numbers of an element, 1 for all others.
+        prior_weight: λ.
+    """
+
+    def __init__(
+        self,
+        *,
+        set_dim: int = CLEVR.set_dim,
+        precise: int = 0,
+        weights: Sequence[float] = (),
+        prior_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= precise <= set_dim or not prior_weight >= 0:
+            raise InputError(
+                f"expected 0 <= precise <= {set_dim} and prior_weight >= 0, got {precise} and {prior_weight}"
+            )
+        self.set_dim, self.prior_weight = set_dim, prior_weight
+        self.token_dim = set_dim + precise + 1
+        self.register_buffer("weights", diagonal(weights, set_dim), persistent=False)
+
+    def forward(self, elements: Tensor, problem: Problem) -> Tensor:
+        """`[batch]`."""
+        apart = elements - problem.initial
+        if problem.mask is not None:
+            apart = apart.masked_fill(~problem.mask.unsqueeze(-1), 0.0)  # before the square: NaN has no slope of 0
+        pull = (self.weights * apart.square()).sum((1, 2))
+        return 0.5 * self.prior_weight * pull + self.potentials(elements, problem).sum(-1)
+
+    def potentials(self, elements: Tensor, problem: Problem) -> Tensor:
+        """F(x_n, Y) = -m_n log Σ_i exp(-½ |y_i - v_n|²_{B p_n}) `[batch, tokens]`."""
+        ballot = Ballot.of(problem.latent, self.set_dim)
+        potentials = -ballot.masses * self._logits(elements, ballot, problem.mask).logsumexp(1)
+        # no element, no competition
+        return potentials if problem.mask is None else potentials * problem.mask.any(1, keepdim=True)
+
+    def supports(self, elements: Tensor, problem: Problem) -> Tensor:
+        """m_n a_in `[batch, set_size, tokens]`: how much of each token's mass supports each element."""
+        ballot = Ballot.of(problem.latent, self.set_dim)
+        supports = self._logits(elements, ballot, problem.mask).softmax(1) * ballot.masses.unsqueeze(1)
+        return supports if problem.mask is None else supports * problem.mask.unsqueeze(-1)
+
+    def _logits(self, elements: Tensor, ballot: Ballot, mask: Tensor | None) -> Tensor:
+        """-½ |y_i - v_n|²_{B p_n} `[batch, set_size, tokens]`, by matrix products."""
+        metric = self.weights * ballot.precisions
+        if mask is not None:  # an absent element may hold anything
+            elements = elements.masked_fill(~mask.unsqueeze(-1), 0.0)
+        cross = elements @ (metric * ballot.votes).mT - 0.5 * (elements.square() @ metric.mT)
+        logits = cross - 0.5 * (metric * ballot.votes.square()).sum(-1).unsqueeze(1)
+        if mask is None:
+            return logits
+        absent = ~mask & mask.any(1, keepdim=True)  # finite in a set without elements, whose softmax has no meaning
+        return logits.masked_fill(absent.unsqueeze(-1), -torch.inf)

@@ -1,0 +1,250 @@
+"""Laws of the voting energy, of the start that the votes choose, and of the descent in a metric."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from setpred.aggregators import Aggregator, EquilibriumAggregation
+from setpred.decoders import IDSPN, GreedyVotes
+from setpred.encoders import Elements, PositionedTokens, ResidualTrunk, Votes
+from setpred.errors import InputError
+from setpred.inner import GradientDescent, Identity, Implicit, Problem, Unrolled, VotingEnergy, minimise
+from setpred.inner.voting import Ballot
+from setpred.model import SetPredictor
+
+BATCH, TOKENS, SIZE, DIM, PRECISE = 3, 12, 4, 3, 2
+WEIGHTS = (4.0, 4.0)
+
+
+def features_of(*, batch=BATCH, tokens=TOKENS, dim=DIM, precise=PRECISE, seed=0, centres=None, spread=0.1):
+    """Votes in clusters around centres `[objects, dim]`, with precisions near 1 and masses near 0.9."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    centres = 2 * noise(SIZE, dim) if centres is None else torch.as_tensor(centres, dtype=torch.float64)
+    votes = centres[torch.arange(tokens) % len(centres)] + spread * noise(batch, tokens, dim)
+    precisions, masses = (0.3 * noise(batch, tokens, precise)).exp(), (2 + 0.3 * noise(batch, tokens, 1)).sigmoid()
+    return torch.cat([votes, precisions, masses], dim=-1)
+
+
+def energy_of(**numbers):
+    return VotingEnergy(**{"set_dim": DIM, "precise": PRECISE, "weights": WEIGHTS, **numbers}).double()
+
+
+def start_of(size=SIZE, weights=WEIGHTS):
+    return GreedyVotes(size, DIM, weights=weights).double()
+
+
+def decoder_of(iterations=300, differentiation=None, size=SIZE):
+    descent = GradientDescent(iterations=iterations, learning_rate=0.1, momentum=0.5, metric=WEIGHTS)
+    return IDSPN(energy_of(), descent, differentiation, set_size=size, set_dim=DIM, start=start_of(size)).double()
+
+
+def close(actual, expected, **tolerance):
+    torch.testing.assert_close(actual, expected, **{"rtol": 1e-9, "atol": 1e-9, **tolerance})
+
+
+def slowly(elements, features, initial):
+    """The energy of one example, term by term as in the definition."""
+    ballot = Ballot.of(features.unsqueeze(0), DIM)
+    weights = torch.tensor([*WEIGHTS, 1.0], dtype=torch.float64)
+    value = 0.5 * (weights * (elements - initial) ** 2).sum()
+    for vote, precision, mass in zip(ballot.votes[0], ballot.precisions[0], ballot.masses[0], strict=True):
+        inside = sum(torch.exp(-0.5 * (weights * precision * (row - vote) ** 2).sum()) for row in elements)
+        value = value - mass * torch.log(inside)
+    return value
+
+
+def test_the_energy_is_its_definition():
+    features, elements = features_of(), features_of(tokens=SIZE, seed=1)[..., :DIM]
+    initial = features_of(tokens=SIZE, seed=2)[..., :DIM]
+    expected = torch.stack([slowly(*one) for one in zip(elements, features, initial, strict=True)])
+    close(energy_of()(elements, Problem(features, initial)), expected)
+
+
+def test_its_gradient_is_the_formula_and_its_supports_share_out_the_masses():
+    features, elements = features_of(), features_of(tokens=SIZE, seed=1)[..., :DIM].requires_grad_()
+    problem = Problem(features, features_of(tokens=SIZE, seed=2)[..., :DIM])
+    energy = energy_of(prior_weight=0.7)
+    (gradient,) = torch.autograd.grad(energy(elements, problem).sum(), elements)
+    ballot, supports = Ballot.of(features, DIM), energy.supports(elements, problem)
+    close(supports.sum(1), ballot.masses)
+    pulls = ballot.precisions.unsqueeze(1) * (elements.unsqueeze(2) - ballot.votes.unsqueeze(1))
+    expected = 0.7 * (elements - problem.initial) + (supports.unsqueeze(-1) * pulls).sum(2)
+    close(gradient, energy.weights * expected)
+
+
+def test_it_is_equilibrium_aggregation_whose_state_is_the_multiset():
+    """The same energy and the same equilibrium, with the tokens as elements and the start as the prior."""
+    features = features_of()
+    energy, start = energy_of(weights=()), start_of(weights=())
+
+    class Prior(Aggregator):
+        def aggregate(self, elements, mask):
+            return start(elements).flatten(1)
+
+    class Potential(nn.Module):
+        def forward(self, elements, state):
+            return energy.potentials(state.unflatten(-1, (SIZE, DIM)), Problem(elements, None))
+
+    descent = GradientDescent(iterations=50, learning_rate=0.1, momentum=0.5)
+    prior = Prior(features.shape[-1], SIZE * DIM)
+    # the aggregation takes the mean over the tokens, the energy their sum
+    aggregation = EquilibriumAggregation(
+        features.shape[-1], potential=Potential(), prior=prior, descent=descent, gain=TOKENS
+    ).double()
+    state = features_of(tokens=SIZE, seed=1)[..., :DIM]
+    problem = Problem(features, start(features))
+    close(aggregation.energy(features, state.flatten(1), None, prior(features)), energy(state, problem), rtol=1e-7)
+    decoder = IDSPN(energy, descent, Unrolled(), set_size=SIZE, set_dim=DIM, start=start).double()
+    close(aggregation(features).unflatten(-1, (SIZE, DIM)), decoder(features), rtol=1e-6, atol=1e-7)
+
+
+def test_the_descent_ends_in_the_least_energy_that_brute_force_finds():
+    """Two elements of one number: every pair of points of a fine grid."""
+    features = features_of(batch=2, tokens=9, dim=1, precise=1, centres=[[-1.0], [1.5]], spread=0.3)
+    energy, start = energy_of(set_dim=1, precise=1, weights=(4.0,)), GreedyVotes(2, 1, weights=(4.0,)).double()
+    descent = GradientDescent(iterations=400, learning_rate=0.05, momentum=0.5, metric=(4.0,))
+    decoder = IDSPN(energy, descent, set_size=2, set_dim=1, start=start).double()
+    found, initial = decoder(features).detach(), start(features)
+    line = torch.linspace(-2.5, 2.5, 401, dtype=torch.float64)
+    pairs = torch.cartesian_prod(line, line).unsqueeze(-1)
+    for row in range(2):
+        given = Problem(*(part[row : row + 1].expand(len(pairs), -1, -1) for part in (features, initial)))
+        energies = energy(pairs, given)
+        best = pairs[energies.argmin()].flatten()
+        close(found[row].flatten().sort().values, best.sort().values, rtol=0, atol=0.02)
+        own = energy(found[row : row + 1], Problem(features[row : row + 1], initial[row : row + 1]))
+        assert float(own) <= float(energies.min()) + 1e-9
+
+
+def test_equal_tokens_are_one_of_their_masses_together():
+    features, elements = features_of(tokens=4), features_of(tokens=SIZE, seed=1)[..., :DIM]
+    heavy = torch.cat([features[..., :-1], 3 * features[..., -1:]], dim=-1)
+    initial = torch.zeros_like(elements)
+    close(
+        energy_of()(elements, Problem(features.repeat(1, 3, 1), initial)),
+        energy_of()(elements, Problem(heavy, initial)),
+    )
+
+
+@pytest.mark.parametrize("differentiation", [Implicit(), Unrolled(last=3), Unrolled()], ids=type)
+def test_the_answer_depends_on_the_tokens_of_its_image_alone_in_any_order(differentiation):
+    decoder, features = decoder_of(8, differentiation), features_of()
+    expected = decoder(features)
+    close(decoder(features[:, torch.randperm(TOKENS)]), expected)
+    for row in range(BATCH):
+        close(decoder(features[row : row + 1]), expected[row : row + 1])
+    assert torch.equal(decoder(features), expected)
+
+
+def test_greedy_votes_pick_what_is_there_and_leave_the_rest_at_zero():
+    """Clusters without spread: their centres, heaviest first; then nothing."""
+    centres = torch.tensor([[2.0, -1.0, 1.0], [-2.0, 2.0, 1.0], [0.0, 0.5, -1.0]], dtype=torch.float64)
+    features = features_of(batch=1, tokens=9, centres=centres, spread=0.0)
+    features[..., -1] = torch.tensor([0.7, 0.9, 0.8] * 3)
+    picks = start_of(5)(features)[0]
+    close(picks[:3], centres[[1, 2, 0]], rtol=0, atol=2e-3)
+    close(picks[3:], torch.zeros(2, DIM, dtype=torch.float64), rtol=0, atol=5e-2)
+
+
+def test_absent_tokens_have_no_vote():
+    torch.manual_seed(0)
+    encoder = Votes(Elements(set_dim=5), set_dim=DIM, precise=PRECISE, hidden_dim=8).double()
+    model = SetPredictor(encoder, decoder_of(8)).eval()
+    inputs = torch.randn(1, 7, 5, dtype=torch.float64)
+    padded = torch.cat([inputs, torch.full((1, 2, 5), 3.0, dtype=torch.float64)], dim=1)
+    mask = torch.tensor([[True] * 7 + [False] * 2])
+    close(model(padded, mask=mask), model(inputs))
+
+
+def test_a_set_of_no_elements_has_no_energy_and_no_support():
+    features, elements = features_of(), features_of(tokens=SIZE, seed=1)[..., :DIM].requires_grad_()
+    problem = Problem(features, torch.zeros_like(elements), torch.zeros(BATCH, SIZE, dtype=torch.bool))
+    energy = energy_of()(elements, problem)
+    energy.sum().backward()
+    assert (energy == 0).all()
+    assert (elements.grad == 0).all()
+    assert (energy_of().supports(elements, problem) == 0).all()
+
+
+def test_a_metric_is_a_descent_in_scaled_coordinates():
+    """s = √M y: iterates, and the gradients of `Implicit` with the identity, are the same."""
+    features, metric = features_of(), torch.tensor([*WEIGHTS, 1.0], dtype=torch.float64)
+    initial = start_of()(features)
+    results = []
+    for scale in (torch.ones_like(metric), metric.sqrt()):
+        leaf = features.clone().requires_grad_()
+        problem, plain = Problem(leaf, initial), bool((scale == 1).all())
+        descent = GradientDescent(
+            iterations=5, learning_rate=0.1, momentum=0.5, metric=metric.tolist() if plain else None
+        )
+        found = minimise(
+            lambda s, problem=problem, scale=scale: energy_of()(s / scale, problem),
+            initial * scale,
+            descent=descent,
+            differentiation=Implicit(Identity()),
+        )
+        (found / scale).pow(3).sum().backward()
+        results.append((found / scale, leaf.grad))
+    for mine, theirs in itertools.pairwise(results):
+        close(mine[0], theirs[0])
+        close(mine[1], theirs[1])
+
+
+def image_model(*, compile=False):
+    torch.manual_seed(0)
+    trunk = ResidualTrunk(image_size=16, widths=(4, 8), blocks=1)
+    encoder = Votes(PositionedTokens(trunk, token_dim=None), set_dim=DIM, precise=PRECISE, hidden_dim=8)
+    descent = GradientDescent(iterations=6, learning_rate=0.1, momentum=0.5, metric=WEIGHTS)
+    energy = VotingEnergy(set_dim=DIM, precise=PRECISE, weights=WEIGHTS)
+    start = GreedyVotes(SIZE, DIM, weights=WEIGHTS)
+    return SetPredictor(encoder, IDSPN(energy, descent, set_size=SIZE, set_dim=DIM, start=start, compile=compile))
+
+
+def test_it_trains_from_images_in_half_precision_and_compiled():
+    images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    model, fast = image_model(), image_model(compile=True)
+    torch.testing.assert_close(fast(images), model(images), rtol=1e-4, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(images)
+    assert found.dtype == torch.float32  # no coordinate is rounded to eight bits
+    found.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_residual_block_starts_as_the_identity_and_every_block_counts():
+    torch.manual_seed(0)
+    trunk = ResidualTrunk(image_size=16, widths=(4, 8), blocks=2).eval()
+    images = torch.rand(2, 3, 16, 16)
+    halving = nn.Sequential(*list(trunk)[:2])
+    torch.testing.assert_close(trunk(images), halving(images))
+    assert trunk(images).shape == (2, 8, 4, 4)
+    nn.init.ones_(trunk[-1].second[1].weight)
+    assert not torch.allclose(trunk(images), halving(images))
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: VotingEnergy(set_dim=3, precise=4), "precise"),
+        (lambda: VotingEnergy(set_dim=3, weights=[1.0, -1.0]), "positive"),
+        (lambda: VotingEnergy(set_dim=1, weights=[1.0, 1.0]), "at most 1"),
+        (lambda: GradientDescent(iterations=1, metric=[0.0]), "positive"),
+        (lambda: GreedyVotes(0, 3), "at least 1 element"),
+    ],
+)
+def test_bad_numbers_get_a_clear_error(build, words):
+    with pytest.raises(InputError, match=words):
+        build()
+
+
+def test_features_of_another_length_get_a_clear_error():
+    problem = Problem(torch.zeros(1, 4, DIM), torch.zeros(1, SIZE, DIM))
+    with pytest.raises(ValueError, match="expected votes"):
+        energy_of()(torch.zeros(1, SIZE, DIM), replace(problem))
