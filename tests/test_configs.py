@@ -10,7 +10,7 @@ from tiny import untrained
 from setpred import checkpoint
 from setpred.cli import build, check_fit
 from setpred.decoders import IDSPN
-from setpred.encoders import SmallTrunk
+from setpred.encoders import ResidualTrunk
 from setpred.inner import Unrolled
 from setpred.schema import CLEVR, ElementSchema
 from setpred.settings import plain
@@ -29,10 +29,11 @@ def built(path, *options):
 
 
 def test_the_promised_configurations_are_there():
-    promised = {"quickstart", "clevr", "clevr_fspool", "clevr_dspn", "rendered", "streamed"}
+    promised = {"quickstart", "clevr", "clevr_fspool", "clevr_equilibrium", "clevr_dspn", "rendered", "streamed"}
+    promised |= {"voting_128"}
     assert {path.stem for path in EVERY} >= promised
     rivals = {f"slot_attention{kind}" for kind in ("", "_implicit", "_sinkhorn", "_mesh")} | {"slot_mixture", "detr"}
-    rivals |= {"idspn_equilibrium", "idspn_fspool", "dspn", "seq2set", "mlp", "bilstm", "transformer"}
+    rivals |= {"idspn_voting", "idspn_equilibrium", "idspn_fspool", "dspn", "seq2set", "mlp", "bilstm", "transformer"}
     assert {path.stem for path in COMPARED} >= rivals
 
 
@@ -82,15 +83,18 @@ def test_the_compared_have_the_same_data_trunk_and_budget(path):
     assert config["data"] == first["data"]
     assert config["trainer"]["max_epochs"] == first["trainer"]["max_epochs"]
     assert config["model"]["schedule"]["init_args"]["total_steps"] == 6250
-    trunks = [part for part in built(path).model.modules() if isinstance(part, SmallTrunk)]
-    assert [(trunk.channels, trunk.image_size) for trunk in trunks] == [(64, 64)]
+    trunks = [part for part in built(path).model.modules() if isinstance(part, ResidualTrunk)]
+    assert [(trunk.channels, trunk.image_size) for trunk in trunks] == [(48, 64)]
+    assert len(trunks[0]) == 4
 
 
-def test_the_compared_equilibrium_is_the_quickstart_but_for_width_and_batch():
+def test_the_compared_voting_is_the_quickstart_but_for_its_batch_and_epochs():
     quickstart, compared = (
-        yaml.safe_load((CONFIGS / name).read_text()) for name in ("quickstart.yaml", "compare/idspn_equilibrium.yaml")
+        yaml.safe_load((CONFIGS / name).read_text()) for name in ("quickstart.yaml", "compare/idspn_voting.yaml")
     )
-    quickstart["model"]["encoder"]["init_args"]["width"] = 16
+    data, epochs = quickstart["data"]["init_args"], quickstart["trainer"]["max_epochs"]
+    steps = data["train_images"] // data["batch_size"] * epochs
+    assert quickstart["model"]["schedule"]["init_args"]["total_steps"] == steps
     quickstart["model"]["schedule"]["init_args"]["total_steps"] = 6250
     quickstart["data"]["init_args"]["batch_size"] = 32
     quickstart["trainer"]["max_epochs"] = 10
