@@ -177,7 +177,8 @@ def sinkhorn(
 
     which is P_ij = a_i b_j exp((f_i + g_j - C_ij) / ε), with f and g made to fit in turns (Cuturi, NeurIPS 2013).
     The last turn is g's: column sums are exact, row sums as good as the iterations. Differentiable through all of
-    them. A temperature small against the costs needs many of them.
+    them. A temperature small against the costs needs many of them. The scalings a exp(f / ε) and b exp(g / ε) start at
+    1, as in Cuturi's algorithm and in the released MESH; with unequal masses and few iterations the start shows.
 
     Args:
         cost: C `[batch, n, m]`, finite.
@@ -202,7 +203,10 @@ def sinkhorn(
     if a.shape != (batch, n) or b.shape != (batch, m):
         raise ValueError(f"expected masses {[batch, n]} and {[batch, m]}, got {list(a.shape)} and {list(b.shape)}")
     log_a, log_b = log_mass(a), log_mass(b)
-    f, g = (torch.zeros_like(a), torch.zeros_like(b)) if start is None else (start.rows, start.columns)
+    if start is None:
+        f, g = (-epsilon * log.masked_fill(log == -torch.inf, 0.0) for log in (log_a, log_b))
+    else:
+        f, g = start.rows, start.columns
     for _ in range(iterations):
         f = soft_minimum(cost, g, log_b, epsilon)
         g = soft_minimum(cost.mT, f, log_a, epsilon)

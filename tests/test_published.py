@@ -1,0 +1,82 @@
+"""Published definitions: numbers that the authors' code gives, and slow twins of what their papers define."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from setpred.matching import sinkhorn
+
+# a problem of 4 tokens and 3 slots, with more than one unit of mass on a token and on a slot
+COST = [[[0.2, 1.1, 0.7], [1.4, 0.3, 0.9], [0.6, 0.8, 0.1], [1.0, 0.5, 1.3]]]
+TOKEN_MASS, SLOT_MASS = [[1.6, 0.4, 0.3, 0.7]], [[1.7, 0.8, 0.5]]
+
+
+def problem(*tensors):
+    """As float64 that takes gradients."""
+    return [torch.tensor(tensor, dtype=torch.float64, requires_grad=True) for tensor in tensors]
+
+
+def close(actual, expected, tolerance=1e-12):
+    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=torch.float64), rtol=tolerance, atol=tolerance)
+
+
+def upstream(values):
+    """Weights for a sum of values."""
+    return torch.linspace(-1, 1, values.numel(), dtype=values.dtype).cos().view_as(values) - 0.8
+
+
+def slopes(values, *tensors):
+    """Gradients of the sum; zeros for a tensor that it does not depend on."""
+    return torch.autograd.grad(values.sum(), tensors, retain_graph=True, allow_unused=True, materialize_grads=True)
+
+
+def random_problem(seed, tokens=6, slots=3, examples=4):
+    """Costs and masses of equal sum, on average one unit a slot."""
+    generator = torch.Generator().manual_seed(seed)
+    cost = torch.rand(examples, tokens, slots, dtype=torch.float64, generator=generator)
+    scores = (torch.randn(examples, n, dtype=torch.float64, generator=generator) for n in (tokens, slots))
+    return [tensor.requires_grad_() for tensor in (cost, *(slots * score.softmax(-1) for score in scores))]
+
+
+# --- Sinkhorn (Cuturi, NeurIPS 2013; as in the released MESH) ---------------------------------------------------------
+
+
+def scaled(cost, a, b, iterations, right=None):
+    """P = diag(u) K diag(v) of one example, K = exp(-C), from v = 1; and v."""
+    kernel, left, right = (-cost).exp(), torch.ones_like(a), torch.ones_like(b) if right is None else right
+    for _ in range(iterations):
+        left = a / (kernel @ right)
+        right = b / (kernel.mT @ left)
+    return left[:, None] * kernel * right, right
+
+
+def test_sinkhorn_after_few_iterations_is_the_published_plan():
+    cost, a, b = problem(COST, TOKEN_MASS, SLOT_MASS)
+    after_two = [
+        [1.11314955734, 0.2473361152085, 0.2496158975927],
+        [0.1214328849357, 0.1993697636337, 0.07402007455043],
+        [0.1456525375043, 0.06517157396123, 0.08878329531773],
+        [0.3197650202197, 0.2881225471966, 0.08758073253913],
+    ]
+    close(sinkhorn(cost, a, b, epsilon=1.0, iterations=2).plan.detach(), [after_two])
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 5])
+def test_sinkhorn_starts_at_scalings_of_one(iterations):
+    """Plan and gradients of every number of iterations, at any temperature; the masses of the start have none."""
+    cost, a, b = random_problem(0)
+    weights = upstream(cost)
+    found = sinkhorn(cost, a, b, epsilon=0.5, iterations=iterations).plan
+    expected = torch.stack([scaled(*of, iterations)[0] for of in zip(cost / 0.5, a, b, strict=True)])
+    close(found, expected)
+    for mine, theirs in zip(slopes(found * weights, cost, a, b), slopes(expected * weights, cost, a, b), strict=True):
+        close(mine, theirs)
+
+
+def test_slots_without_mass_are_as_absent_from_the_start():
+    cost, a, b = random_problem(1)
+    there = torch.tensor([0, 2])
+    b = (b * torch.tensor([1.0, 0.0, 1.0])).detach()
+    alone = sinkhorn(cost[..., there], a, b[:, there], epsilon=1.0, iterations=1).plan
+    close(sinkhorn(cost, a, b, epsilon=1.0, iterations=1).plan[..., there], alone)
