@@ -126,7 +126,8 @@ def _on_host(
     cost: Tensor, predicted_mask: Tensor | None, target_mask: Tensor | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Costs and both masks, in one transfer."""
-    costs, (batch, n, m) = cost.detach().float(), cost.shape
+    # float64 keeps its precision and range; numpy has no half precision that scipy would take
+    costs, (batch, n, m) = cost.detach().to(torch.promote_types(cost.dtype, torch.float32)), cost.shape
     if predicted_mask is None and target_mask is None:
         return costs.cpu().numpy(), np.ones((batch, n), dtype=bool), np.ones((batch, m), dtype=bool)
     rows = costs.new_ones(batch, n) if predicted_mask is None else predicted_mask

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from setpred.matching import sinkhorn
+from setpred.matching import hungarian, sinkhorn
 
 # a problem of 4 tokens and 3 slots, with more than one unit of mass on a token and on a slot
 COST = [[[0.2, 1.1, 0.7], [1.4, 0.3, 0.9], [0.6, 0.8, 0.1], [1.0, 0.5, 1.3]]]
@@ -80,3 +80,17 @@ def test_slots_without_mass_are_as_absent_from_the_start():
     b = (b * torch.tensor([1.0, 0.0, 1.0])).detach()
     alone = sinkhorn(cost[..., there], a, b[:, there], epsilon=1.0, iterations=1).plan
     close(sinkhorn(cost, a, b, epsilon=1.0, iterations=1).plan[..., there], alone)
+
+
+# --- the Hungarian algorithm ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize(
+    "cost", [[[1.0, 1.0 + 1e-12], [1.0, 1.0]], [[1e39, 2e39], [3e39, 1e39]]], ids=["fine", "large"]
+)
+def test_hungarian_keeps_the_precision_and_range_of_float64(cost, masked):
+    """argmin_π Σ_j C_π(j),j: the identity, by differences and at sizes that float32 does not have."""
+    masks = [torch.ones(1, 2, dtype=torch.bool)] * 2 if masked else []
+    for order in ([0, 1], [1, 0]):
+        assert hungarian(torch.tensor([cost], dtype=torch.float64)[:, order], *masks).tolist() == [order]
