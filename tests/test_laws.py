@@ -330,9 +330,9 @@ def test_an_unrolled_descent_has_the_gradients_of_its_value(make):
 
 
 CONVEX = {
-    "latent matching": lambda: Sum([LatentMatching(encoder_of(DIM)), Proximity(weight=3.0)]),
-    "equilibrium matching": lambda: Sum([equilibrium_of(DIM), Proximity(weight=3.0)]),
-    "conditioned": lambda: Sum([Conditioned(LatentMatching(encoder_of(DIM + 2))), Proximity(weight=3.0)]),
+    "latent matching": lambda: Sum([LatentMatching(encoder_of(DIM)), Proximity(weight=3.0 * SIZE)]),
+    "equilibrium matching": lambda: Sum([equilibrium_of(DIM), Proximity(weight=3.0 * SIZE)]),
+    "conditioned": lambda: Sum([Conditioned(LatentMatching(encoder_of(DIM + 2))), Proximity(weight=3.0 * SIZE)]),
 }
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from setpred.inner import Problem, Proximity
 from setpred.matching import hungarian, sinkhorn
 
 # a problem of 4 tokens and 3 slots, with more than one unit of mass on a token and on a slot
@@ -94,3 +97,18 @@ def test_hungarian_keeps_the_precision_and_range_of_float64(cost, masked):
     masks = [torch.ones(1, 2, dtype=torch.bool)] * 2 if masked else []
     for order in ([0, 1], [1, 0]):
         assert hungarian(torch.tensor([cost], dtype=torch.float64)[:, order], *masks).tolist() == [order]
+
+
+# --- iDSPN's regulariser ----------------------------------------------------------------------------------------------
+
+
+def test_proximity_is_the_published_regulariser():
+    """0.1 · ½ mean_id (Y_id - Y₀_id)², by hand: squares of 1, 4, 0, 9, 1 and 1 make 0.05 · 16 / 6."""
+    initial, elements = problem([[[0.0, 1.0], [2.0, 3.0], [4.0, 5.0]]], [[[1.0, 3.0], [2.0, 0.0], [5.0, 4.0]]])
+    given = Problem(latent=initial[:, 0], initial=initial)
+    close(Proximity()(elements, given), [0.05 * 16 / 6])
+    close(slopes(Proximity()(elements, given), elements)[0], 0.1 * (elements - initial) / 6)
+    # padded sets are what they are alone
+    mask = torch.tensor([[True, True, False]])
+    close(Proximity()(elements, replace(given, mask=mask)), [0.05 * 14 / 4])
+    close(Proximity()(elements, replace(given, mask=~mask.new_ones(1, 3))), [0.0])

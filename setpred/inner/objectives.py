@@ -69,9 +69,10 @@ class EquilibriumMatching(nn.Module):
 
 
 class Proximity(nn.Module):
-    """L(Y) = weight · ½ Σ_i mean_d (Y_id - Y₀_id)²: stay near the start, so that the optimum is unique.
+    """L(Y) = weight · ½ mean_id (Y_id - Y₀_id)²: stay near the start, so that the optimum is unique.
 
-    The mean is over the numbers of an element, the sum over elements.
+    The mean is over the present elements and their numbers; a set without any has L = 0. This is the regulariser of the
+    released iDSPN, whose weight is 0.1 (Zhang et al., ICLR 2022).
     """
 
     def __init__(self, *, weight: float = 0.1) -> None:
@@ -81,9 +82,10 @@ class Proximity(nn.Module):
     def forward(self, elements: Tensor, problem: Problem) -> Tensor:
         """`[batch]`."""
         apart = elements - problem.initial
-        if problem.mask is not None:
-            apart = apart.masked_fill(~problem.mask.unsqueeze(-1), 0.0)  # before the square: NaN has no slope of 0
-        return self.weight * 0.5 * apart.square().mean(-1).sum(-1)
+        if problem.mask is None:
+            return self.weight * 0.5 * apart.square().mean((1, 2))
+        apart = apart.masked_fill(~problem.mask.unsqueeze(-1), 0.0)  # before the square: NaN has no slope of 0
+        return self.weight * 0.5 * apart.square().mean(-1).sum(-1) / problem.mask.sum(-1).clamp(min=1)
 
 
 class Sum(nn.Module):
