@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from setpred.decoders import MESH
+from setpred.decoders.mesh import entropy
 from setpred.inner import Problem, Proximity
 from setpred.matching import hungarian, sinkhorn
 
@@ -83,6 +86,29 @@ def test_slots_without_mass_are_as_absent_from_the_start():
     b = (b * torch.tensor([1.0, 0.0, 1.0])).detach()
     alone = sinkhorn(cost[..., there], a, b[:, there], epsilon=1.0, iterations=1).plan
     close(sinkhorn(cost, a, b, epsilon=1.0, iterations=1).plan[..., there], alone)
+
+
+# --- MESH (Zhang et al., ICML 2023; davzha/MESH) ----------------------------------------------------------------------
+
+
+def test_mesh_sees_no_entropy_where_more_than_a_unit_is_carried():
+    (plan,) = problem([[[0.5, 1.5], [0.1, 2.5]]])
+    half, tenth = 0.5 * math.log(2), 0.1 * math.log(10)
+    close(entropy(plan), [half + tenth])
+    close(slopes(entropy(plan), plan)[0], [[[math.log(2) - 1, 0.0], [math.log(10) - 1, 0.0]]])
+
+
+def test_mesh_takes_whole_steps_down_a_flat_entropy():
+    """Published: a gradient of the mean entropy counts as one of norm 1 from a norm of 1e-12 on."""
+    cost, a, b = problem([[[0.0, 17.0], [17.0, 0.0]]], [[1.0, 1.0]], [[1.0, 1.0]])
+
+    def transport(cost, start):
+        return sinkhorn(cost, a, b, epsilon=1.0, iterations=5, start=start)
+
+    (slope,) = slopes(entropy(transport(cost, None).plan) / 4, cost)
+    assert 1e-12 < slope.norm() < 2e-6
+    changed, _ = MESH(noise=0.0, iterations=1, step_size=8.0)(cost, transport, None)
+    close((cost - changed).detach(), 8 * slope / slope.norm(), tolerance=1e-6)
 
 
 # --- the Hungarian algorithm ------------------------------------------------------------------------------------------

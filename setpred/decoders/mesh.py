@@ -12,12 +12,16 @@ from setpred.inner import GradientDescent, minimise
 from setpred.inner.differentiation import Differentiation, Unrolled
 from setpred.matching import Transport
 
-FLAT = 1e-6  # the norm of a gradient under which steps get shorter than asked for
+FLAT = 1e-12  # published: the norm of ∇ mean_ij H_ij under which steps get shorter than asked for
 
 
 def entropy(plan: Tensor) -> Tensor:
-    """H(P) = -Σ_ij P_ij log P_ij of each plan `[batch, n, m]`."""
-    return torch.special.entr(plan.clamp(min=1e-20)).sum((1, 2))
+    """H(P) = -Σ_ij p_ij log p_ij with p = min(P, 1), of each plan `[batch, n, m]`.
+
+    Above 1 terms are negative and fall without end as mass gathers on single pairs. There, as in the released code,
+    neither value nor gradient sees the plan.
+    """
+    return torch.special.entr(plan.clamp(min=1e-20, max=1.0)).sum((1, 2))
 
 
 class MESH(nn.Module):
@@ -77,7 +81,7 @@ class MESH(nn.Module):
         def energy(costs: Tensor) -> Tensor:
             nonlocal latest
             latest = transport(costs, latest)
-            return entropy(latest.plan)
+            return entropy(latest.plan) / latest.plan.shape[1:].numel()
 
         if self.differentiation is not None:
             return minimise(energy, cost, descent=self.descent, differentiation=self.differentiation), latest
