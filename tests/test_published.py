@@ -91,6 +91,11 @@ def test_slots_without_mass_are_as_absent_from_the_start():
 # --- MESH (Zhang et al., ICML 2023; davzha/MESH) ----------------------------------------------------------------------
 
 
+def transport_of(a, b):
+    """Plans from costs and a start, by the released number of iterations."""
+    return lambda cost, start: sinkhorn(cost, a, b, epsilon=1.0, iterations=5, start=start)
+
+
 def test_mesh_sees_no_entropy_where_more_than_a_unit_is_carried():
     (plan,) = problem([[[0.5, 1.5], [0.1, 2.5]]])
     half, tenth = 0.5 * math.log(2), 0.1 * math.log(10)
@@ -101,14 +106,69 @@ def test_mesh_sees_no_entropy_where_more_than_a_unit_is_carried():
 def test_mesh_takes_whole_steps_down_a_flat_entropy():
     """Published: a gradient of the mean entropy counts as one of norm 1 from a norm of 1e-12 on."""
     cost, a, b = problem([[[0.0, 17.0], [17.0, 0.0]]], [[1.0, 1.0]], [[1.0, 1.0]])
-
-    def transport(cost, start):
-        return sinkhorn(cost, a, b, epsilon=1.0, iterations=5, start=start)
-
+    transport = transport_of(a, b)
     (slope,) = slopes(entropy(transport(cost, None).plan) / 4, cost)
     assert 1e-12 < slope.norm() < 2e-6
     changed, _ = MESH(noise=0.0, iterations=1, step_size=8.0)(cost, transport, None)
     close((cost - changed).detach(), 8 * slope / slope.norm(), tolerance=1e-6)
+
+
+def published_mesh(cost, a, b, iterations, step_size):
+    """The plan of one example after the descent, by plain autograd.
+
+    Gradients of the entropy are constants; the scalings that one plan hands to the next are not.
+    """
+    right = None
+    for _ in range(iterations):
+        plan, right = scaled(cost, a, b, 5, right)
+        terms = [-p * p.log() for p in plan.flatten() if p < 1]
+        (slope,) = torch.autograd.grad(sum(terms), cost, retain_graph=True)
+        cost = cost - step_size * slope / slope.norm()
+    return scaled(cost, a, b, 5, right)[0]
+
+
+def mesh_plan(cost, a, b, **numbers):
+    """The plan of ours."""
+    transport = transport_of(a, b)
+    return transport(*MESH(noise=0.0, **numbers)(cost, transport, None)).plan
+
+
+def test_mesh_has_the_plan_and_the_gradients_of_the_released_code():
+    cost, a, b = problem(COST, TOKEN_MASS, SLOT_MASS)
+    weights = torch.tensor([[[1.0, -2, 3], [0.5, 1, -1], [2, 0, 1], [-1, 2, 0.5]]], dtype=torch.float64)
+    plan = mesh_plan(cost, a, b)  # 4 steps of 8
+    released = [
+        [1.065645216507, 1.78616653088e-06, 0.4999957728883],
+        [0.0003933263053659, 0.4169131950352, 4.165340352458e-06],
+        [0.3005408086699, 4.477585982085e-09, 8.230378542618e-09],
+        [0.3334206485182, 0.3830850143207, 5.354096285624e-08],
+    ]
+    of_cost = [
+        [-0.004627660595212, 0.0009208086785336, 0.003706851916678],
+        [-0.002237512358951, 0.002924853094589, -0.0006873407356379],
+        [0.0004041873556681, 0.0003285434286507, -0.0007327307843186],
+        [0.006460999824457, -0.004174222102775, -0.002286777721682],
+    ]
+    close(plan.detach(), [released])
+    found = slopes(weights * plan, cost, a, b)
+    close(found[0], [of_cost])
+    close(found[1], [[1.014625119955, -2.679385733644, 2.314725462467, -1.780090767444]])
+    close(found[2], [[0.1685284303518, 3.868926082619, 1.269852980913]])
+
+
+@pytest.mark.parametrize(("iterations", "step_size"), [(1, 8.0), (4, 1.0), (4, 8.0)])
+def test_mesh_is_its_definition_unrolled(iterations, step_size):
+    cost, a, b = random_problem(2)
+    found = mesh_plan(cost, a, b, iterations=iterations, step_size=step_size)
+    each = zip(cost, a, b, strict=True)
+    expected = torch.stack([published_mesh(*of, iterations, step_size) for of in each])
+    assert expected.max() > 1
+    weights = upstream(cost)
+    close(found, expected)
+    for mine, theirs in zip(slopes(weights * found, cost, a, b), slopes(weights * expected, cost, a, b), strict=True):
+        close(mine, theirs)
+    with torch.no_grad():
+        close(mesh_plan(cost, a, b, iterations=iterations, step_size=step_size), expected)
 
 
 # --- the Hungarian algorithm ------------------------------------------------------------------------------------------

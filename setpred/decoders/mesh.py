@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from setpred.decoders.starts import gaussian
-from setpred.inner import GradientDescent, minimise
+from setpred.inner import GradientDescent, State, inner_gradient, minimise
 from setpred.inner.differentiation import Differentiation, Unrolled
 from setpred.matching import Transport
 
@@ -34,7 +34,8 @@ class MESH(nn.Module):
     the attention becomes exclusively multiset-equivariant, where a softmax keeps equal slots equal.
 
     One descent of `setpred.inner` with its gradient clipped to a tiny norm is the descent with a normalised gradient.
-    Each plan starts from the potentials of the one before, as in the released code.
+    Each plan starts from the potentials of the one before, as in the released code; so does the plan of the result, and
+    gradients pass through all of them.
 
     Args:
         iterations: of the descent.
@@ -42,8 +43,8 @@ class MESH(nn.Module):
         noise: standard deviation of what is added to the costs, the same in all refinements of the slots; in evaluation
             a function of (seed, example) alone.
         differentiation: how gradients pass; `Unrolled()` is exact. None takes ∂C_T/∂C₀ = I, the steps being constants,
-            as the released code does: it builds no graph of the entropy's gradient. (Not `Implicit`: it gives the
-            start of a descent no gradient, and here the start is all there is.)
+            as the released code does: it builds no graph of the entropy's gradient, only of the potentials. (Not
+            `Implicit`: it gives the start of a descent no gradient, and here the start is all there is.)
         seed: of the noise.
     """
 
@@ -77,14 +78,21 @@ class MESH(nn.Module):
             noise = gaussian(shape, draws, index, seed=self.seed, device=cost.device).view_as(cost)
             cost = cost + self.noise * noise.to(cost.dtype)
         latest: Transport | None = None
+        kept = torch.is_grad_enabled()
 
         def energy(costs: Tensor) -> Tensor:
             nonlocal latest
-            latest = transport(costs, latest)
-            return entropy(latest.plan) / latest.plan.shape[1:].numel()
+            found = transport(costs, latest)
+            latest = found if kept else Transport(*(x.detach() for x in found))
+            return entropy(found.plan) / found.plan.shape[1:].numel()
 
-        if self.differentiation is not None:
-            return minimise(energy, cost, descent=self.descent, differentiation=self.differentiation), latest
-        with torch.no_grad():
-            found = minimise(energy, cost.detach(), descent=self.descent, differentiation=Unrolled())
-        return cost + (found - cost).detach(), None if latest is None else Transport(*(x.detach() for x in latest))
+        if self.differentiation is not None or not kept:
+            differentiation = Unrolled() if self.differentiation is None else self.differentiation
+            return minimise(energy, cost, descent=self.descent, differentiation=differentiation), latest
+        state = State(cost)
+        for _ in range(self.descent.iterations):
+            iterate = state.iterate.view_as(cost)  # a node of its own, after the potentials it starts from
+            iterate = iterate if iterate.requires_grad else iterate.requires_grad_()
+            gradient = inner_gradient(energy, iterate, create_graph=False, retain_graph=True)
+            state = self.descent.step(state._replace(iterate=iterate), gradient)
+        return state.iterate, latest

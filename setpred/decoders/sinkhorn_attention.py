@@ -18,7 +18,8 @@ class SinkhornAttention(nn.Module):
     Both marginals are learned, a = n softmax_s(α(k_s)) and b = n softmax_i(β(q_i)), so that n slots have one unit each
     on average; the weights are P transposed. In place of `SlotSoftmax` in Slot Attention this is SA-SH, and with `mesh`
     SA-MESH (Zhang et al., ICML 2023). The released code takes the marginals from slots and tokens before the
-    projections to q and k; here they come after, so that every head has its own.
+    projections to q and k; here they come after, so that every head has its own. Its MESH transports at τ = 1 whatever
+    the τ of the weights; here τ is one, and published is 1.
 
     Sums over tokens are b exactly, sums over slots a as far as the iterations go.
 

@@ -15,15 +15,18 @@ from setpred.inner.linear_solvers import Identity, LinearSolver
 Energy = Callable[[Tensor], Tensor]
 
 
-def inner_gradient(energy: Energy, iterate: Tensor, *, create_graph: bool) -> Tensor:
+def inner_gradient(energy: Energy, iterate: Tensor, *, create_graph: bool, retain_graph: bool | None = None) -> Tensor:
     """∇L at `iterate`, which must require gradients. Also under `torch.no_grad`, and in full precision always.
 
-    The sum over the batch keeps each example's gradient independent of the others.
+    The sum over the batch keeps each example's gradient independent of the others. `retain_graph` is for an energy that
+    keeps a part of what it computes; as `create_graph` unless given.
     """
     refuse_inference_mode()
     # half precision breaks the descent: the steps near the optimum are lost in rounding
     with torch.enable_grad(), torch.autocast(iterate.device.type, enabled=False):
-        (gradient,) = torch.autograd.grad(energy(iterate).sum(), iterate, create_graph=create_graph)
+        (gradient,) = torch.autograd.grad(
+            energy(iterate).sum(), iterate, create_graph=create_graph, retain_graph=retain_graph
+        )
     return gradient
 
 
