@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from setpred.decoders import MESH
 from setpred.decoders.mesh import entropy
 from setpred.inner import Problem, Proximity
 from setpred.matching import hungarian, sinkhorn
+
+CONFIGS = Path(__file__).parents[1] / "configs"
 
 # a problem of 4 tokens and 3 slots, with more than one unit of mass on a token and on a slot
 COST = [[[0.2, 1.1, 0.7], [1.4, 0.3, 0.9], [0.6, 0.8, 0.1], [1.0, 0.5, 1.3]]]
@@ -185,7 +189,7 @@ def test_hungarian_keeps_the_precision_and_range_of_float64(cost, masked):
         assert hungarian(torch.tensor([cost], dtype=torch.float64)[:, order], *masks).tolist() == [order]
 
 
-# --- iDSPN's regulariser ----------------------------------------------------------------------------------------------
+# --- iDSPN and DSPN (davzha/multiset-equivariance) --------------------------------------------------------------------
 
 
 def test_proximity_is_the_published_regulariser():
@@ -198,3 +202,13 @@ def test_proximity_is_the_published_regulariser():
     mask = torch.tensor([[True, True, False]])
     close(Proximity()(elements, replace(given, mask=mask)), [0.05 * 14 / 4])
     close(Proximity()(elements, replace(given, mask=~mask.new_ones(1, 3))), [0.0])
+
+
+def test_dspn_on_clevr_is_idspn_with_momentum_one_half_and_without_a_clip():
+    """The authors' only CLEVR script of DSPN: 40 steps, 20 in the first half, as of iDSPN; its clip is not read."""
+    idspn, dspn = (yaml.safe_load((CONFIGS / f"clevr_{name}.yaml").read_text()) for name in ("fspool", "dspn"))
+    arguments = idspn["model"]["decoder"]["init_args"]
+    arguments["descent"]["init_args"] = {"iterations": 40, "learning_rate": 1.0, "momentum": 0.5}
+    arguments["differentiation"] = {"class_path": "setpred.inner.Unrolled"}
+    assert dspn == idspn
+    assert dspn["model"]["iterations_by_epoch"] == {0: 20, 50: 40}
