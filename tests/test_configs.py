@@ -62,6 +62,7 @@ def test_builds_and_takes_a_step(path):
         classes = checkpoint.allowed_classes()
         rebuilt = checkpoint.SetPredictor(*(checkpoint.build(record[part], classes) for part in ("encoder", "decoder")))
         rebuilt.load_state_dict(predictor.state_dict())
+        rebuilt.to(memory_format=torch.channels_last)  # the trained one's: a start that picks the largest sees rounding
         index = torch.arange(2)
         with torch.no_grad():
             torch.testing.assert_close(rebuilt.eval()(images, index=index), predictor.eval()(images, index=index))
@@ -88,7 +89,7 @@ def test_the_compared_have_the_same_data_trunk_and_budget(path):
     assert len(trunks[0]) == 4
 
 
-def test_the_compared_voting_is_the_quickstart_but_for_its_batch_and_epochs():
+def test_the_compared_voting_is_the_quickstart_but_for_its_length():
     quickstart, compared = (
         yaml.safe_load((CONFIGS / name).read_text()) for name in ("quickstart.yaml", "compare/idspn_voting.yaml")
     )
@@ -96,7 +97,6 @@ def test_the_compared_voting_is_the_quickstart_but_for_its_batch_and_epochs():
     steps = data["train_images"] // data["batch_size"] * epochs
     assert quickstart["model"]["schedule"]["init_args"]["total_steps"] == steps
     quickstart["model"]["schedule"]["init_args"]["total_steps"] = 6250
-    quickstart["data"]["init_args"]["batch_size"] = 32
     quickstart["trainer"]["max_epochs"] = 10
     assert quickstart == compared
 
