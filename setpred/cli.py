@@ -29,7 +29,7 @@ from setpred.precision import training_precision
 from setpred.run_folder import Interrupted, alone, newest_whole, set_aside
 from setpred.saving import StopSignalError, WholeCheckpoints, checkpoint_callbacks
 from setpred.settings import differences, plain, without
-from setpred.training import SetPrediction
+from setpred.training import HASTY_IMAGES, STATISTICS_IMAGES, SetPrediction
 from setpred.watch import NotFiniteCounts, ResidualGrowth
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
@@ -57,7 +57,9 @@ class TrainCLI(LightningCLI):
             "--save_minutes",
             type=NonNegativeFloat,
             default=10.0,
-            help="last.ckpt is written at least so often within an epoch, besides its end; 0: after every step",
+            help="last.ckpt is written at least so often within an epoch, besides its end. Each time the encoder also "
+            f"sees {STATISTICS_IMAGES} images, to estimate batch statistics. 0: after every step, each time over "
+            f"{HASTY_IMAGES} images, 1.4 times the quickstart's time",
         )
         parser.add_argument("--runs", type=str, default=str(CHECKPOINTS), help="folder that holds the runs")
 

@@ -73,6 +73,18 @@ def batch_norms(module: nn.Module) -> list[_BatchNorm]:
 
 
 @contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within, the module and all its parts are in evaluation mode; afterwards each part is in the mode it was in."""
+    before = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
+
+
+@contextmanager
 def estimating_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
     """Within, their running statistics are the mean over the forward passes; at least one must be made.
 

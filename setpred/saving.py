@@ -69,6 +69,9 @@ class LastCheckpoint(Checkpoint):
     `StopSignalError` raised; during a validation at once, for nothing was trained since it began. A second Ctrl-C does
     not wait. With many processes a signal to any of them stops all, at the same step.
 
+    The batch statistics in it are those of its weights. Two kinds of saves take them over `HASTY_IMAGES`: those after
+    every step, and the first one on a signal within an epoch, which a second one over all `STATISTICS_IMAGES` follows.
+
     Args:
         path: of the checkpoint; an earlier one stays until the new one is whole.
         minutes: between two saves within an epoch; 0 saves after every step.
@@ -105,8 +108,13 @@ class LastCheckpoint(Checkpoint):
             return
         number, due = self._agreed(trainer)
         if number or due:
-            self._save(trainer)
+            pl_module.hasty = bool(number) or self.minutes == 0
+            try:
+                self._save(trainer)
+            finally:
+                pl_module.hasty = False
         if number:
+            self._save(trainer)
             raise StopSignalError(number)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -18,7 +18,7 @@ from setpred.losses import HungarianLoss
 from setpred.matching import NotFiniteError
 from setpred.metrics import AveragePrecision, Mean
 from setpred.model import SetPredictor
-from setpred.nn import batch_norms, estimating_statistics
+from setpred.nn import batch_norms, estimating_statistics, evaluating
 from setpred.reports import report, report_gradient
 from setpred.schedules import Constant, Schedule
 from setpred.schema import CLEVR, ElementSchema
@@ -26,7 +26,8 @@ from setpred.sets import check_set
 
 SCHEMAS: dict[str, ElementSchema] = {CLEVR.name: CLEVR}
 COUNTED = "not_finite"  # where a checkpoint keeps what the guard has counted
-STATISTICS_IMAGES = 1024  # over which batch statistics for validation are taken
+STATISTICS_IMAGES = 1024  # training images for the batch statistics of validations and checkpoints
+HASTY_IMAGES = 128  # of checkpoints that must cost little
 
 
 class SetPrediction(pl.LightningModule):
@@ -35,8 +36,9 @@ class SetPrediction(pl.LightningModule):
     Batches are dictionaries with `image` uint8 `[batch, 3, H, W]`, or `input` `[batch, n, in_dim]` and perhaps
     `input_mask` bool `[batch, n]`; the target `elements [batch, set_size, set_dim]`; and `index [batch]`. The
     randomness of a training step is a function of (seed, step) alone, so that a resumed run repeats the undisturbed
-    one. Before each validation the encoder's statistics of batch normalisation are estimated anew, over the first
-    training images, if the data module has `statistics_batches`; see `setpred.nn.estimating_statistics`. Logs
+    one. If the data module has `statistics_batches`, the encoder's statistics of batch normalisation are estimated for
+    the present weights, over the first training images, before each validation and for each checkpoint; see
+    `setpred.nn.estimating_statistics`. Training does not read them, so it is the same however often that is done. Logs
     `val_loss` and `val_<name>` of every number of the metric; `setpred.callbacks.TrainLoss` logs `train_loss`.
 
     Args:
@@ -92,6 +94,8 @@ class SetPrediction(pl.LightningModule):
         self._stream = 0  # seed of the present batch
         self._trained_norms: list[nn.Module] = []  # of the encoder
         self._statistics_images: list[Tensor] | None = None
+        self._estimated: list[Tensor] = []  # the encoder's weights and the statistics that were estimated for them
+        self.hasty = False  # whether the next statistics are estimated over fewer images
         self.seed = 0  # the command line sets it to seed_everything
         self.model_config: dict[str, Any] | None = None  # encoder and decoder as plain types, for checkpoints
         self.data_description: dict[str, Any] = {}  # the validation data's path, split and image size
@@ -166,7 +170,10 @@ class SetPrediction(pl.LightningModule):
 
     @torch.no_grad()
     def _estimate_statistics(self) -> None:
-        """While training: the batch statistics of the present weights, over the same images in every process."""
+        """Estimate the batch statistics of the present weights while training, over the same images in every process.
+
+        Skipped if they are there already. All processes must call it at the same step.
+        """
         data = self._trainer and getattr(self.trainer, "datamodule", None)
         if not self._trained_norms or not hasattr(data, "statistics_batches") or self.trainer.state.fn != "fit":
             return
@@ -176,12 +183,25 @@ class SetPrediction(pl.LightningModule):
             # one that is not finite, which a training may skip, would be in all of them
             whole = (some[some.isfinite().flatten(1).all(1)] if some.is_floating_point() else some for some in images)
             self._statistics_images = [some for some in whole if len(some)]
-        with self.trainer.precision_plugin.forward_context(), estimating_statistics(self._trained_norms):
-            for images in self._statistics_images:
+        chosen = self._statistics_images
+        if self.hasty:
+            chosen = chosen[: max(1, HASTY_IMAGES // max(map(len, chosen), default=1))]
+        # compared by value: callbacks may have set weights or statistics, too
+        sought = [torch.tensor(len(chosen)), *self.model.encoder.state_dict().values()]
+        if len(sought) == len(self._estimated) and all(map(torch.equal, sought, self._estimated)):
+            return
+        with (
+            self.trainer.precision_plugin.forward_context(),
+            evaluating(self.model.encoder),
+            estimating_statistics(self._trained_norms),
+        ):
+            for images in chosen:
                 self.model.encode(images)
+        self._estimated = [value.clone() for value in sought]
 
     def on_fit_end(self) -> None:
-        self._statistics_images = None
+        # a checkpoint that is written later, perhaps from another device, has what was estimated last
+        self._statistics_images, self._estimated, self._trained_norms = None, [], []
 
     def on_validation_start(self) -> None:
         self._estimate_statistics()
@@ -195,16 +215,11 @@ class SetPrediction(pl.LightningModule):
 
     def validate(self, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """The same numbers as a validation by the trainer logs, at any moment and by themselves."""
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self), torch.no_grad():
             self._estimate_statistics()
-            with torch.no_grad():
-                for batch in batches:
-                    self._score({name: value.to(self.device) for name, value in batch.items()})
+            for batch in batches:
+                self._score({name: value.to(self.device) for name, value in batch.items()})
             return {name: float(value) for name, value in self._scores().items()}
-        finally:
-            self.train(was_training)
 
     def _score(self, batch: dict[str, Tensor]) -> None:
         """Loss and metric take note of the predictions."""
@@ -275,12 +290,16 @@ class SetPrediction(pl.LightningModule):
             self.say(f"skipped ({self.guard.counts['skipped_batches']} so far): {sentence}")
 
     def on_save_checkpoint(self, content: dict[str, Any]) -> None:
-        """Adds what evaluation needs to rebuild the model: plain types only."""
+        """Adds batch statistics of the weights, and what evaluation needs to rebuild the model: plain types only."""
+        self._estimate_statistics()
         if broken := not_finite(trained(self)):
             raise InputError(
                 f"step {self.global_step} (epoch {self.current_epoch}): {Fault('weights', names=broken)}, and are not "
                 f"saved: an earlier checkpoint stays. What to do: {Fault('weights').advice}"
             )
+        # Lightning has taken the weights before, perhaps as copies
+        state = content["state_dict"]
+        state |= {name: value.detach() for name, value in self.named_buffers() if name in state}
         content[checkpoint.KEY] = self.description()
         content[COUNTED] = self.not_finite_counts() | {"in_a_row": self.guard.in_a_row}
 

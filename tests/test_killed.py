@@ -13,8 +13,11 @@ import torch
 from forked import Trainings
 from tiny import CONFIG
 
-from setpred.checkpoint import read_checkpoint
+from setpred.checkpoint import load_checkpoint, read_checkpoint
+from setpred.cli import build
 from setpred.errors import InputError
+from setpred.nn import batch_norms, estimating_statistics
+from setpred.release import export
 from setpred.run_folder import alone
 
 STREAMED = CONFIG.replace("datamodule.RenderedScenes", "streamed.StreamedScenes").replace(
@@ -175,6 +178,31 @@ def test_ctrl_c_saves_first(files):
     assert read_checkpoint(run / "last.ckpt")["global_step"] == 7
     assert files.train(run, "--resume=last") == 0
     files.check(run)
+
+
+@pytest.mark.parametrize("options", [(), ("--save_minutes=0",)], ids=["signal", "kill"])
+def test_what_is_left_within_an_epoch_has_the_statistics_of_its_weights(runs, options, tmp_path):
+    """Not running averages, which trail behind at this learning rate; a release has them, too."""
+    run, sent = runs.fresh(), signal.SIGKILL if options else signal.SIGTERM
+    kill = {"call": "training_step", "number": 8, "signal": sent}
+    runs.train(run, "--model.learning_rate=0.05", *options, kill=kill)
+    assert read_checkpoint(run / "last.ckpt")["global_step"] == (7 if options else 8)
+    export(run / "last.ckpt", tmp_path / "last.safetensors")
+    data = build([*runs.arguments, "--name", run.name]).datamodule
+    data.setup("fit")
+    batches = [data.on_after_batch_transfer(batch, 0) for batch in data.statistics_batches(1024)]
+    assert len(batches) == 5
+    for path in (run / "last.ckpt", tmp_path / "last.safetensors"):
+        model = load_checkpoint(path).model
+        saved = [norm.running_var.clone() for norm in batch_norms(model.encoder)]
+        predicted = model(batches[0]["image"])
+        if path.suffix == ".ckpt":  # a release has its weights in half precision
+            with torch.no_grad(), estimating_statistics(batch_norms(model.encoder)):
+                for batch in batches:
+                    model.encode(batch["image"])
+            torch.testing.assert_close(predicted, model(batches[0]["image"]))
+            weights = saved
+    assert all(map(torch.equal, saved, weights))
 
 
 VALIDATED = {  # by which option, and in which validation steps a signal comes

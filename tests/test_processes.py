@@ -431,7 +431,7 @@ def test_files_batch_normalisation_and_random_starts_train_in_two_processes(tmp_
     """The tiny training of the other tests: processes agree, though batches and draws are their own."""
     (tmp_path / "tiny.yaml").write_text(CONFIG_TINY)
     options = ["--config", str(tmp_path / "tiny.yaml"), "--runs", str(tmp_path / "runs"), "--name", "run"]
-    options += [f"--data.init_args.folder={tiny_data}", "--data.init_args.num_workers=1"]
+    options += [f"--data.init_args.folder={tiny_data}", "--data.init_args.num_workers=1", "--save_minutes=0"]
     recorder = {"class_path": "test_processes.Recorder", "init_args": {"folder": str(tmp_path)}}
     options += [f"--trainer.callbacks={yaml.safe_dump([recorder], default_flow_style=True, width=10_000).strip()}"]
     ended = launch(options)
@@ -442,6 +442,8 @@ def test_files_batch_normalisation_and_random_starts_train_in_two_processes(tmp_
     assert set(ours["weights"]) == set(theirs["weights"])
     for name, value in ours["weights"].items():
         assert torch.equal(value, theirs["weights"][name]), name
+    saved = torch.load(tmp_path / "runs" / "run" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, ours["weights"][name]) for name, value in saved.items())
     assert {n: v for n, v in ours["metrics"].items() if n != "loss"} == {
         n: v for n, v in theirs["metrics"].items() if n != "loss"
     }

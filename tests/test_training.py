@@ -109,16 +109,34 @@ def test_validation_at_any_moment_is_that_of_the_trainer(tmp_path, tiny_data):
 
 
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode")
-def test_statistics_that_are_held_fixed_stay(tmp_path, tiny_data):
-    """Of a part that its owner keeps in evaluation mode while training."""
+def test_a_save_disturbs_nothing_and_statistics_that_are_held_fixed_stay(tmp_path, tiny_data):
+    """Those of a part that its owner keeps in evaluation mode while training."""
+    estimated = []
+
+    class Saving(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            before = torch.get_rng_state(), [part.training for part in module.modules()]
+            for _ in range(2):
+                trainer.save_checkpoint(tmp_path / "step.ckpt")
+            assert torch.equal(torch.get_rng_state(), before[0])
+            assert [part.training for part in module.modules()] == before[1]
+
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     options = ["--config", str(tmp_path / "tiny.yaml"), "--runs", str(tmp_path), "--trainer.max_epochs", "1"]
     cli = build([*options, f"--data.init_args.folder={tiny_data}", "--trainer.logger", "false"])
-    cli.model.model.encoder.trunk.eval()
+    encoder = cli.model.model.encoder
+    first, *_, last = batch_norms(encoder)
+    encoder.trunk.eval()
+    last.register_forward_hook(lambda *_: estimated.append(last.training and not encoder.training))
+    cli.trainer.callbacks.append(Saving())
     cli.trainer.fit(cli.model, datamodule=cli.datamodule)
-    first, *_, last = batch_norms(cli.model.model.encoder)
+    saved = load_checkpoint(cli.folder / "last.ckpt").model.encoder
+    for each in (encoder, saved):
+        assert torch.equal(batch_norms(each)[0].running_mean, first.running_mean)
+        assert not torch.equal(batch_norms(each)[-1].running_mean, torch.zeros_like(last.running_mean))
     assert torch.equal(first.running_mean, torch.zeros(4))
-    assert not torch.equal(last.running_mean, torch.zeros_like(last.running_mean))
+    # five batches for each of five steps, though each is saved twice or more, and one is validated, too
+    assert sum(estimated) == 5 * 5
 
 
 def test_a_run_writes_what_it_promises(finished):
