@@ -26,6 +26,7 @@ from setpred.schema import ElementSchema
 from setpred.torch_files import read_torch_file
 
 KEY = "setpred"  # where a checkpoint keeps what rebuilds its model
+TRAINED = "trained_weights"  # where it keeps them if its "state_dict" has averages, see `setpred.callbacks.EMA`
 VERSION = 1
 MOST_PARTS = 20_000  # layers and tensors of a model; the deepest of our configurations has some hundred
 MOST_BESIDE = 2**24  # numbers that a model holds beside its weights, such as grids of positions
@@ -143,7 +144,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, finite: bool = True) -> dic
             "use the setpred that wrote it"
         )
     if finite:
-        trained = {name: content.get(name) for name in ("state_dict", "optimizer_states")}
+        trained = {name: content.get(name) for name in ("state_dict", TRAINED, "optimizer_states")}
         for keys, value in leaves(trained, str(path)):
             if isinstance(value, Tensor) and value.is_floating_point() and not value.isfinite().all():
                 raise InputError(

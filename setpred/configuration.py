@@ -31,7 +31,7 @@ from setpred.limits import check_sizes
 
 MODE = "plain-yaml"  # jsonargparse's name for a way to read values
 OTHERS = (  # of setpred, in modules that hold more than what a configuration is made of
-    "setpred.callbacks.FASet",
+    *(f"setpred.callbacks.{name}" for name in ("EMA", "FASet")),
     *(f"setpred.data.datamodule.{name}" for name in ("RenderedScenes", "SetDataModule")),
     "setpred.data.streamed.StreamedScenes",
     *(f"setpred.schedules.{name}" for name in ("Constant", "StepDecay", "WarmupCosine")),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -95,6 +96,7 @@ class SetPrediction(pl.LightningModule):
         self._trained_norms: list[nn.Module] = []  # of the encoder
         self._statistics_images: list[Tensor] | None = None
         self._estimated: list[Tensor] = []  # the encoder's weights and the statistics that were estimated for them
+        self.averaged: Callable[[], AbstractContextManager] = nullcontext  # within, the weights to validate and save
         self.hasty = False  # whether the next statistics are estimated over fewer images
         self.seed = 0  # the command line sets it to seed_everything
         self.model_config: dict[str, Any] | None = None  # encoder and decoder as plain types, for checkpoints
@@ -203,7 +205,7 @@ class SetPrediction(pl.LightningModule):
         # a checkpoint that is written later, perhaps from another device, has what was estimated last
         self._statistics_images, self._estimated, self._trained_norms = None, [], []
 
-    def on_validation_start(self) -> None:
+    def on_validation_epoch_start(self) -> None:
         self._estimate_statistics()
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -215,7 +217,7 @@ class SetPrediction(pl.LightningModule):
 
     def validate(self, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """The same numbers as a validation by the trainer logs, at any moment and by themselves."""
-        with evaluating(self), torch.no_grad():
+        with self.averaged(), evaluating(self), torch.no_grad():
             self._estimate_statistics()
             for batch in batches:
                 self._score({name: value.to(self.device) for name, value in batch.items()})
@@ -291,7 +293,8 @@ class SetPrediction(pl.LightningModule):
 
     def on_save_checkpoint(self, content: dict[str, Any]) -> None:
         """Adds batch statistics of the weights, and what evaluation needs to rebuild the model: plain types only."""
-        self._estimate_statistics()
+        with self.averaged():
+            self._estimate_statistics()
         if broken := not_finite(trained(self)):
             raise InputError(
                 f"step {self.global_step} (epoch {self.current_epoch}): {Fault('weights', names=broken)}, and are not "

@@ -13,7 +13,7 @@ import torch
 from forked import Trainings
 from tiny import CONFIG
 
-from setpred.checkpoint import load_checkpoint, read_checkpoint
+from setpred.checkpoint import TRAINED, load_checkpoint, read_checkpoint
 from setpred.cli import build
 from setpred.errors import InputError
 from setpred.nn import batch_norms, estimating_statistics
@@ -53,8 +53,8 @@ class Runs:
     def check(self, run: Path) -> None:
         """The run has ended as the undisturbed one."""
         ours, theirs = (read_checkpoint(each / "last.ckpt") for each in (run, self.whole))
-        for key in ("state_dict", "optimizer_states", "epoch", "global_step"):
-            assert same(ours[key], theirs[key]), key
+        for key in ("state_dict", TRAINED, "optimizer_states", "epoch", "global_step"):
+            assert same(ours.get(key), theirs.get(key)), key
         assert table(run) == table(self.whole)
         assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in self.whole.iterdir())
         best, wanted = (read_checkpoint(each / "best.ckpt") for each in (run, self.whole))
@@ -224,6 +224,27 @@ def test_a_signal_saves_first_whenever_there_are_validations(when, tmp_path, tin
         assert runs.train(run, kill=kill) == 128 + signal.SIGTERM
         assert runs.train(run, "--resume=last") == 0, start.log.read_text()[-3000:]
         runs.check(run)
+
+
+def test_a_run_with_averaged_weights_goes_on_exactly(tmp_path, tiny_data, start):
+    """Killed after a step, and stopped within an epoch and within a validation, which has the averages in place."""
+    averaging = '--trainer.callbacks=[{"class_path": "setpred.callbacks.EMA", "init_args": {"decay": 0.8}}]'
+    runs = Runs(tmp_path, tiny_data, start, "file", averaging)
+    run = runs.fresh()
+    for call, number, sent in [
+        ("training_step", 4, signal.SIGKILL),
+        ("training_step", 1, signal.SIGTERM),
+        ("validation_step", 2, signal.SIGTERM),
+        ("validation_step", 3, signal.SIGKILL),
+    ]:
+        kill = {"call": call, "number": number, "signal": sent}
+        status = runs.train(run, "--resume=auto", "--save_minutes=0", kill=kill)
+        assert status == (-sent if sent == signal.SIGKILL else 128 + sent), start.log.read_text()[-3000:]
+    content = read_checkpoint(run / "last.ckpt")
+    assert content["global_step"] == 10
+    assert not same(content["state_dict"], content[TRAINED])
+    assert runs.train(run, "--resume=auto") == 0, start.log.read_text()[-3000:]
+    runs.check(run)
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
