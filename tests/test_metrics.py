@@ -116,6 +116,14 @@ def test_a_far_prediction_keeps_the_object_from_others_only_per_image():
     assert average_precision_per_image(predicted, target, **arguments) == {1.0: 0.0}
 
 
+@pytest.mark.parametrize("place", [math.inf, -math.inf])
+@pytest.mark.parametrize("function", [average_precision, average_precision_per_image])
+def test_a_prediction_at_infinity_keeps_no_object_from_others(function, place):
+    target, predicted = numbers((0.0, 1.0)), numbers((place, 0.9), (0.1, 0.8))
+    scores = function(predicted, target, thresholds=(1.0, math.inf), schema=ONLY_NUMBERS)
+    assert list(scores.values()) == [0.5, 0.5]
+
+
 def test_the_threshold_is_strict_and_infinity_means_finite():
     target = numbers((0.0, 1.0))
     for place, expected in ((0.5, [0.0, 1.0]), (0.25, [1.0, 1.0]), (math.inf, [0.0, 0.0])):

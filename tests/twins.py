@@ -46,6 +46,7 @@ def average_precision_per_image_twin(predicted, target, thresholds, schema):
             for row in sorted(rows, key=lambda row: -float(row[-1])):
                 mine = _described(row, schema)
                 candidates = [(_distance_between(mine, o[1]), o[0], o) for o in left if o[1][0] == mine[0]]
+                candidates = [candidate for candidate in candidates if math.isfinite(candidate[0])]
                 if candidates:
                     distance, _, taken = min(candidates, key=lambda candidate: candidate[:2])
                     left.remove(taken)

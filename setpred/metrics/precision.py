@@ -87,9 +87,9 @@ def average_precision_per_image(
 
     Within an image the predictions are taken by presence, falling (equal ones by slot). Each takes the nearest
     real object with all its classes that none before it took, and that object is gone, even when the distance is
-    over every threshold; so there is a second choice, and one claim for all thresholds. Recall, precision and area
-    are those of `average_precision`, within the image. Images without real objects have no recall and are left
-    out of the mean. Arguments, result and errors as in `average_precision`.
+    over every threshold; so there is a second choice, and one claim for all thresholds. At an infinite distance
+    nothing is taken. Recall, precision and area are those of `average_precision`, within the image. Images without
+    real objects have no recall and are left out of the mean. Arguments, result and errors as in `average_precision`.
     """
     _check_thresholds(thresholds)
     check_pair(predicted, target, schema)
@@ -197,11 +197,8 @@ def _compare(predicted: Tensor, target: Tensor, schema: ElementSchema) -> tuple[
 
 def _nearest(distance: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
     """Distance to and index of the nearest candidate along the last axis, the first of equals; inf where none."""
-    # a candidate at an infinite distance still comes before what is no candidate
-    key = torch.where(candidate, distance.clamp(max=torch.finfo(distance.dtype).max), math.inf)
-    index = key.min(-1).indices[..., None]
-    found = candidate.gather(-1, index)
-    return torch.where(found, distance.gather(-1, index), math.inf)[..., 0], index[..., 0]
+    nearest = torch.where(candidate, distance, math.inf).min(-1)
+    return nearest.values, nearest.indices
 
 
 def _claim_in_turn(predicted: Tensor, target: Tensor, schema: ElementSchema) -> Tensor:
@@ -212,8 +209,8 @@ def _claim_in_turn(predicted: Tensor, target: Tensor, schema: ElementSchema) -> 
     claimed = torch.full_like(distance[..., 0], math.inf)
     for turn in range(distance.shape[1]):
         claimed[:, turn], index = _nearest(distance[:, turn], candidate[:, turn] & free)
-        index = index[:, None]
-        free.scatter_(1, index, free.gather(1, index) & ~candidate[:, turn].gather(1, index))
+        index, taken = index[:, None], claimed[:, turn, None].isfinite()
+        free.scatter_(1, index, free.gather(1, index) & ~taken)
     return claimed
 
 
