@@ -136,14 +136,14 @@ def parser() -> argparse.ArgumentParser:
         description="Write the objects that a model sees on images. The images may have any size: each is resized as a "
         "whole to the square that the model was trained on, as CLEVR's of 480x320 were; so one of another shape than "
         "3:2 is squeezed otherwise than the model knows, and is better cut to 3:2 before. Grey and transparent "
-        "images become RGB; turning marks of cameras (EXIF) are not followed.",
+        "images become RGB; photos are turned as the camera has noted (EXIF).",
     )
     options.add_argument("checkpoint", help="a .ckpt file written by train.py, or a release file")
     options.add_argument(
         "images",
         nargs="+",
         metavar="IMAGES",
-        help="image files, and folders with PNG and JPEG files (not in deeper ones)",
+        help="image files, and folders with such (not in deeper ones)",
     )
     options.add_argument(
         "--out",
@@ -186,7 +186,7 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
         raise InputError(f"--out {options.out}: expected the name of a file, but it is a folder; choose another name")
     if options.figures is not None and (options.figures == options.out or os.path.isfile(options.figures)):
         raise InputError(f"--figures {options.figures}: expected a folder, but it is a file; choose another name")
-    paths = find_images(options.images)
+    paths = find_images(options.images, lambda sentence: print(sentence, file=sys.stderr, flush=True))
     kept: list[Prediction] = []
 
     def noted() -> Iterator[Prediction]:

@@ -5,10 +5,10 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import EpsImagePlugin, Image
+from PIL import EpsImagePlugin, ExifTags, Image
 
 from setpred.data.clevr import load_image
-from setpred.data.image_files import FORMATS, MOST_PIXELS, open_image
+from setpred.data.image_files import FORMATS, MOST_PIXELS, SUFFIXES, TURNS, open_image
 from setpred.errors import InputError
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(canary) (w) file closefile\nshowpage\n"
@@ -39,6 +39,36 @@ def test_formats_of_pictures_are_read(kind, tmp_path):
     path = tmp_path / "picture"
     Image.fromarray(np.full((6, 9, 3), 200, dtype=np.uint8)).save(path, format=kind)
     assert abs(load_image(path, 8).astype(int) - 200).max() < 3
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_suffix_that_a_folder_is_searched_for_is_of_a_format_that_is_read(suffix):
+    assert Image.registered_extensions()[suffix] in FORMATS
+
+
+TURNED_BACK = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}  # the other turns undo themselves
+
+
+@pytest.mark.parametrize("orientation", [1, *TURNS, 9])
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("TIFF", {}), ("WEBP", {"lossless": True})])
+def test_a_turned_photo_is_read_upright(kind, options, orientation, tmp_path):
+    """As stored sideways by a camera that notes how it was held; of formats that keep every pixel."""
+    scene = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8))
+    scene.save(tmp_path / "upright", format=kind, **options)
+    stored = scene.transpose(TURNED_BACK.get(orientation, TURNS[orientation])) if orientation in TURNS else scene
+    note = Image.Exif()
+    note[ExifTags.Base.Orientation] = orientation
+    stored.save(tmp_path / "turned", format=kind, exif=note, **options)
+    np.testing.assert_array_equal(load_image(tmp_path / "turned", 8), load_image(tmp_path / "upright", 8))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # by Pillow
+def test_a_damaged_note_turns_nothing(tmp_path):
+    scene = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8))
+    scene.save(tmp_path / "plain.jpg")
+    for number, note in enumerate((b"", b"no note", b"MM\0*\0\0\0\x08\0\x01\x01\x12", b"II*\0\xff\xff\xff\xff")):
+        scene.save(tmp_path / f"{number}.jpg", exif=b"Exif\0\0" + note)
+        np.testing.assert_array_equal(load_image(tmp_path / f"{number}.jpg", 8), load_image(tmp_path / "plain.jpg", 8))
 
 
 @pytest.mark.parametrize(

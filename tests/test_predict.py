@@ -71,6 +71,18 @@ def test_folders_are_read_one_level_deep_and_sorted(folder):
     assert find_images([folder / "notes.txt", folder / "b.png"]) == [str(folder / "notes.txt"), str(folder / "b.png")]
 
 
+def test_pictures_of_every_format_are_found_and_what_is_left_out_is_said(tmp_path, capsys, checkpoint):
+    names = ["a.png", "b.webp", "c.tif", "d.BMP", "e.jfif", "f.jpe"]
+    for name in names:
+        Image.new("RGB", (20, 20), (90, 10, 50)).save(tmp_path / name, format="JPEG" if name > "e" else None)
+    assert [os.path.basename(path) for path in find_images([tmp_path], pytest.fail)] == names
+    for name in ("h.heic", "notes.txt", ".hidden"):
+        (tmp_path / name).write_text("no image")
+    run([str(checkpoint), str(tmp_path), "--out", str(tmp_path / "out" / "p.json")])
+    said, *_ = capsys.readouterr().err.splitlines()
+    assert said == f"{tmp_path}: left out 2 of its files, not named as images read here, such as 'h.heic'"
+
+
 def test_missing_and_empty_folders_are_sentences(folder, tmp_path):
     with pytest.raises(InputError, match=r"no image or folder of images at .*nowhere"):
         find_images([folder, tmp_path / "nowhere"])

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from setpred.data.image_files import BROKEN, FORMATS, open_image
+from setpred.data.image_files import BROKEN, FORMATS, open_image, upright
 from setpred.errors import InputError
 from setpred.limits import LARGEST_NUMBER, once, require_regular, shown
 from setpred.rendering.camera import fit_camera
@@ -165,7 +165,7 @@ class ClevrFolder:
 
 
 def load_image(path: Path, image_size: int, *, advice: str = "unpack CLEVR again") -> np.ndarray:
-    """A whole image as uint8 `[image_size, image_size, 3]`: RGB, resized bilinearly without a crop.
+    """A whole image as uint8 `[image_size, image_size, 3]`: RGB, upright by EXIF, resized bilinearly without a crop.
 
     Args:
         advice: what to do about an image that cannot be read, for the message.
@@ -182,8 +182,7 @@ def load_image(path: Path, image_size: int, *, advice: str = "unpack CLEVR again
                     f"the image {path} is grey with more than 8 bits a pixel (mode {image.mode}), expected 8 bits; "
                     "convert it to 8 bits first"
                 )
-            image.load()
-            resized = image.convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR)
+            resized = upright(image).convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR)
     except InputError:  # a ValueError, too
         raise
     except FileNotFoundError as error:
@@ -199,7 +198,7 @@ def _size_of(path: Path) -> tuple[int, int]:
     """Width and height; CLEVR's own where the image cannot be read, which is said when it is needed."""
     try:
         with open_image(path) as image:
-            return image.size
+            return upright(image).size
     except BROKEN:
         return PIXEL_SIZE
 

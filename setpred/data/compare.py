@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from setpred.data.clevr import ClevrFolder
-from setpred.data.image_files import BROKEN, open_image
+from setpred.data.image_files import BROKEN, open_image, upright
 from setpred.errors import InputError
 from setpred.files import make_folder, writing
 from setpred.rendering.camera import ASPECT
@@ -116,7 +116,7 @@ def scenes_with_images(
 def _picture(path: Path) -> np.ndarray:
     try:
         with open_image(path) as image:
-            return np.asarray(image.convert("RGB")).astype(np.float64)
+            return np.asarray(upright(image).convert("RGB")).astype(np.float64)
     except BROKEN as error:
         raise InputError(f"{path} is not an image, cut short or damaged ({error}); copy or make it again") from error
 

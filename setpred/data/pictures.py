@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,17 +13,20 @@ from pathlib import Path
 import numpy as np
 
 from setpred.data.clevr import load_image
+from setpred.data.image_files import SUFFIXES
 from setpred.data.workers import available_cores
 from setpred.errors import InputError
+from setpred.limits import shown
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
 MOST_THREADS = 16
 
 
-def find_images(sources: Iterable[str | os.PathLike[str]]) -> list[str]:
-    """Paths of images: each file of `sources` as it is, of each folder its PNG and JPEG files sorted by name.
+def find_images(
+    sources: Iterable[str | os.PathLike[str]], say: Callable[[str], None] = lambda sentence: None
+) -> list[str]:
+    """Paths of images: each file of `sources` as it is, of each folder those named as images, sorted by name.
 
-    Folders within folders and hidden files are left out.
+    Folders within folders and hidden files are left out, and so are files of other names, which `say` is told.
 
     Raises:
         InputError: no such file or folder, or a folder without an image.
@@ -35,13 +38,15 @@ def find_images(sources: Iterable[str | os.PathLike[str]]) -> list[str]:
             continue
         try:
             with os.scandir(source) as entries:
-                names = [entry.name for entry in entries if entry.name.lower().endswith(SUFFIXES) and entry.is_file()]
+                files = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", error)  # a ValueError of a NUL has none
             raise InputError(f"no image or folder of images at {source} ({why})") from error
-        names = sorted(name for name in names if not name.startswith("."))
+        names = sorted(name for name in files if name.lower().endswith(SUFFIXES))
         if not names:
             raise InputError(f"the folder {source} has no image; expected files named {', '.join(SUFFIXES)}")
+        if others := sorted(set(files).difference(names)):
+            say(f"{source}: left out {len(others)} of its files, not named as images read here, such as {shown(others[0])}")
         found += [os.path.join(source, name) for name in names]
     return found
 
