@@ -153,7 +153,9 @@ def parser() -> argparse.ArgumentParser:
         help="where to write; .jsonl gets an object a line, else JSON",
     )
     options.add_argument("--batch-size", type=int, default=64, help="images at a time; does not change the result")
-    options.add_argument("--threshold", type=float, default=0.5, help="least confidence of an object (default: 0.5)")
+    options.add_argument(
+        "--threshold", type=float, default=0.5, help="least confidence of an object, from 0 to 1 (default: 0.5)"
+    )
     options.add_argument("--iterations", type=int, help="descent steps; the model's own unless given")
     options.add_argument("--threads", type=int, help="that decode images; all cores, at most 16, unless given")
     options.add_argument("--skip-broken", action="store_true", help="leave broken images out instead of stopping")
@@ -177,6 +179,8 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
     for name, least in {"batch_size": 1, "iterations": 0, "threads": 1, "shown": 1}.items():
         if (value := getattr(options, name)) is not None and value < least:
             raise InputError(f"--{name.replace('_', '-')}: expected at least {least}, got {value}")
+    if not 0 <= options.threshold <= 1:
+        raise InputError(f"--threshold: expected a confidence between 0 and 1, got {options.threshold:g}")
     loaded = load_checkpoint(options.checkpoint, allow=options.allow)
     loaded.require_images(options.checkpoint)
     schema = loaded.schema

@@ -165,9 +165,9 @@ class ElementSchema:
     def decode(self, elements: Any, *, threshold: float = 0.5) -> list[dict[str, Any]]:
         """Elements `[set_size, set_dim]` to named objects, most confident first.
 
-        Elements whose presence is under `threshold` are left out. Each object maps field names to a class
-        name or a list of real values in the field's own units, and "confidence" to the presence clipped to
-        [0, 1]. Inverse of `encode` up to the order.
+        Each object maps field names to a class name or a list of real values in the field's own units, and
+        "confidence" to the presence clipped to [0, 1]; elements whose confidence is under `threshold` are left out.
+        Inverse of `encode` up to the order.
 
         >>> CLEVR.decode(CLEVR.encode([dict(coords=(3, 0, .75), material="metal", color="red", shape="cube",
         ...                                 size="large")]))[0]["color"]
@@ -181,13 +181,14 @@ class ElementSchema:
         presence = self.values(elements, PRESENCE)
         objects = []
         for index in np.argsort(-presence, kind="stable"):
-            if presence[index] < threshold:
+            confidence = np.clip(presence[index], 0.0, 1.0)
+            if confidence < threshold:
                 break
             obj: dict[str, Any] = {}
             for field in self.fields:
                 value = self.values(elements[index], field.name)
                 obj[field.name] = field.classes[int(value)] if field.categorical else [float(v) for v in value]
-            obj["confidence"] = float(np.clip(presence[index], 0.0, 1.0))
+            obj["confidence"] = float(confidence)
             objects.append(obj)
         return objects
 

@@ -20,7 +20,7 @@ from setpred.errors import InputError
 from setpred.predict import main, predict, run
 from setpred.schema import CLEVR
 
-EVERYTHING = "--threshold=-99"  # an untrained model is sure of nothing
+EVERYTHING = "--threshold=0"  # an untrained model is sure of nothing
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +156,17 @@ def test_objects_are_those_of_the_schema(checkpoint, model, folder, tmp_path, ca
     again = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [len(record["objects"]) for record in again] == [4] * 7
     assert [record["image"] for record in again] == paths
-    run([str(checkpoint), str(folder), "--out", str(out), "--threshold", "99"])
-    assert all(record["objects"] == [] for record in json.loads(out.read_text()))
+    run([str(checkpoint), str(folder), "--out", str(out), "--threshold", "1"])
+    sure = [obj for record in json.loads(out.read_text()) for obj in record["objects"]]
+    assert all(obj["confidence"] == 1 for obj in sure)
+
+
+@pytest.mark.parametrize("threshold", ["50", "-0.1", "nan", "inf"])
+def test_a_threshold_that_is_no_confidence_is_refused(checkpoint, folder, tmp_path, threshold):
+    out = tmp_path / "predictions.json"
+    with pytest.raises(InputError, match="--threshold: expected a confidence between 0 and 1, got "):
+        run([str(checkpoint), str(folder), "--out", str(out), f"--threshold={threshold}"])
+    assert not out.exists()
 
 
 def test_a_broken_image_stops_it_before_anything_is_written(checkpoint, broken, tmp_path):
