@@ -124,13 +124,14 @@ def ways_of(kind: str, sizes: Sizes, *, device: str = "cpu") -> dict[str, Callab
     objective = objective_of(kind, sizes).to(device)
     latent = torch.randn(sizes.batch, sizes.width, device=device, requires_grad=True)
     upstream = torch.randn(sizes.batch, sizes.set_size, sizes.set_dim, device=device)
-    index = torch.arange(sizes.batch, device=device)
     shape = {"set_size": sizes.set_size, "set_dim": sizes.set_dim}
     written, compiled = (
-        IDSPN(objective, GradientDescent(iterations=sizes.iterations, **NUMBERS), compile=compiles, **shape).to(device)
+        IDSPN(objective, GradientDescent(iterations=sizes.iterations, **NUMBERS), compile=compiles, **shape)
+        .to(device)
+        .eval()  # the same start for all
         for compiles in (False, True)
     )
-    initial = written.start(latent, index)
+    initial = written.start(latent)
 
     def both(find: Callable[[], Tensor]) -> list[Tensor]:
         elements = find()
@@ -141,8 +142,8 @@ def ways_of(kind: str, sizes: Sizes, *, device: str = "cpu") -> dict[str, Callab
     loss = partial(PLAIN[kind], objective, latent=latent)
     finders = {
         "plain": lambda: plain(loss, initial, iterations=sizes.iterations, **NUMBERS),
-        "written": lambda: written(latent, index=index),
-        "compiled": lambda: compiled(latent, index=index),
+        "written": lambda: written(latent),
+        "compiled": lambda: compiled(latent),
     }
     return {name: partial(both, find) for name, find in finders.items()}
 

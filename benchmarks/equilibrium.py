@@ -166,7 +166,7 @@ def scenes(form: str, seed: int, *, steps: int) -> dict[str, float]:
     seconds = time.perf_counter() - start
     model.eval()
     with torch.no_grad():
-        pairs = [(model(b["image"], index=b["index"]), b["elements"]) for b in data.val_dataloader()]
+        pairs = [(model(b["image"]), b["elements"]) for b in data.val_dataloader()]
     predicted, target = (torch.cat(part) for part in zip(*pairs, strict=True))
     scores = average_precision(predicted, target, thresholds=THRESHOLDS)
     return {f"AP_{t:g}": 100 * score for t, score in scores.items()} | {"ms_per_step": 1e3 * seconds / steps}

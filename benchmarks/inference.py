@@ -42,11 +42,11 @@ BATCH = 64
 @torch.no_grad()
 def plain(model: SetPredictor, paths: Iterable[str], image_size: int, device: str) -> Iterator[Tensor]:
     """Elements of each picture, one by one."""
-    for number, path in enumerate(paths):
+    for path in paths:
         picture = Image.open(path).convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR)
         image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
         with encoder_autocast(torch.device(device)):
-            elements = model(image.to(device), index=torch.tensor([number], device=device))
+            elements = model(image.to(device))
         yield elements[0].float().cpu()
 
 
@@ -88,7 +88,7 @@ def row(paths: list[str], device: str, turns: int) -> Row:
 
     def products() -> None:
         with torch.no_grad():
-            model(batch, index=torch.arange(BATCH, device=device))
+            model(batch)
 
     floor = len(paths) / BATCH * flops(products) / peak_flops(BATCH * 16, 256, device)
     rates = {name: len(paths) / statistics.median(values) for name, values in taken.items()}

@@ -76,7 +76,7 @@ def descent_of(way: str, sizes: decoder.Sizes) -> Callable[[int, int], Tensor]:
         if not way.endswith("plain"):
             return ours(latent, iterations=iterations)
         loss = partial(decoder.PLAIN["fspool"], objective, latent=latent)
-        return plain(loss, ours.start(latent, None), iterations=iterations, **decoder.NUMBERS)
+        return plain(loss, ours.start(latent), iterations=iterations, **decoder.NUMBERS)
 
     return find
 

@@ -86,7 +86,7 @@ def main() -> None:
     target = torch.from_numpy(np.stack([CLEVR.encode([o.as_dict() for o in s.objects], slots) for s in scenes]))
 
     def predicted(images: Tensor) -> Tensor:
-        return model(images.permute(0, 3, 1, 2), index=torch.arange(len(images))).float()
+        return model(images.permute(0, 3, 1, 2)).float()
 
     print(f"{len(scenes)} scenes of up to {slots} objects, images {side}x{side}; AP in %")
     print(f"{'distance under':44s}" + "".join(f"{threshold_name(threshold):>7s}" for threshold in THRESHOLDS))

@@ -243,7 +243,6 @@ def check(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         loss.to(device).double(),
         latent,
         batch["elements"].to(device).double(),
-        index=batch["index"].to(device),
         iterations=iterations,
         steps=options.steps,
         damping=options.damping,

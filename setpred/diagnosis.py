@@ -27,7 +27,7 @@ class Step:
     Args:
         model, loss: as they are trained.
         batch: see `setpred.training.SetPrediction`.
-        seed: of torch's generator when the step begins; None for a validation, which draws by index.
+        seed: of torch's generator when the step begins; None for a validation, which draws nothing.
         iterations: of the descent; the decoder's own unless given.
     """
 
@@ -43,9 +43,8 @@ class Step:
 
     def predict(self) -> Tensor:
         """The predicted sets `[batch, set_size, set_dim]`, from torch's generator as it stands."""
-        index = self.batch["index"] if self.seed is None else None
         mask = self.batch.get("input_mask")
-        return self.model(self.batch[self.input_name], mask=mask, index=index, iterations=self.iterations)
+        return self.model(self.batch[self.input_name], mask=mask, iterations=self.iterations)
 
     def inputs(self) -> Tensor:
         """Images or sets; zero where a set has no element, since padding may hold anything."""

@@ -64,8 +64,8 @@ def predict(
 ) -> Predictions:
     """Predicts every image of a data set, in order.
 
-    A prediction depends on the image and its index alone, not on `batch_size`, `workers` or what else is evaluated:
-    see `setpred.passes`.
+    A prediction depends on the image and the model alone, not on `batch_size`, `workers`, the order or what else is
+    evaluated: see `setpred.passes`.
 
     Raises:
         InputError: predictions that are not finite, naming the images.
@@ -75,8 +75,8 @@ def predict(
     loader = DataLoader(data, batch_size=batch_size, num_workers=workers, collate_fn=as_batch)
     predicted, target, indices = [], [], []
     for batch in progress(loader, total=len(loader), description=f"predicting {len(data)} images, batches"):
-        images, index = batch["image"].to(device, non_blocking=True), batch["index"].to(device)
-        elements = predict_in_passes(model, images, index=index, iterations=iterations)
+        images = batch["image"].to(device, non_blocking=True)
+        elements = predict_in_passes(model, images, iterations=iterations)
         if not elements.isfinite().all():
             broken = batch["index"][~elements.isfinite().flatten(1).all(1)].tolist()
             raise InputError(
@@ -151,11 +151,11 @@ def figures(
 ) -> list[Path]:
     """Writes the pictures of an evaluation, with the descent of the first `shown` images iterate by iterate."""
     first = data.__getitems__(range(min(shown, len(data))))
-    images, index = (whole_pass(first[name].to(device)) for name in ("image", "index"))  # as they were predicted
+    images = whole_pass(first["image"].to(device))  # as they were predicted
     with encoder_autocast(device):
         iterates = [
-            elements[: len(first["index"])].float().cpu()
-            for elements in loaded.model.refine(images, index=index, iterations=iterations)
+            elements[: len(first["image"])].float().cpu()
+            for elements in loaded.model.refine(images, iterations=iterations)
         ]
     return write_report(
         folder,

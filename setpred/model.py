@@ -80,43 +80,26 @@ class SetPredictor(nn.Module):
             raise ValueError(f"expected images of {wanted}x{wanted}, got {inputs.shape[3]}x{inputs.shape[2]}")
         return self.encoder(unit_images(inputs))
 
-    def forward(
-        self,
-        inputs: Tensor,
-        *,
-        mask: Tensor | None = None,
-        index: Tensor | None = None,
-        iterations: int | None = None,
-    ) -> Tensor:
+    def forward(self, inputs: Tensor, *, mask: Tensor | None = None, iterations: int | None = None) -> Tensor:
         """Predicted elements `[batch, set_size, set_dim]`.
+
+        In evaluation mode a prediction depends on the input and the model alone: what is random is a function of the
+        parts' seeds. In training it is drawn afresh.
 
         Args:
             inputs: images `[batch, 3, H, W]`, uint8 or float in [0, 1]; or sets `[batch, n, in_dim]`.
             mask: which elements of the input sets exist, bool `[batch, n]`; all unless given.
-            index: `[batch]` int, which examples these are; the start of the descent then depends on them
-                alone. Without it the start is random in training, and in evaluation that of examples 0, 1, ….
             iterations: overrides the decoder's number of steps.
         """
-        return self.decoder(self.encode(inputs, mask), **self._beside(inputs, mask, index, iterations))
+        return self.decoder(self.encode(inputs, mask), **self._beside(inputs, mask, iterations))
 
-    def refine(
-        self,
-        inputs: Tensor,
-        *,
-        mask: Tensor | None = None,
-        index: Tensor | None = None,
-        iterations: int | None = None,
-    ) -> Iterator[Tensor]:
+    def refine(self, inputs: Tensor, *, mask: Tensor | None = None, iterations: int | None = None) -> Iterator[Tensor]:
         """Yields every iterate of the prediction, the start first; arguments as in `forward`."""
-        return self.decoder.refine(self.encode(inputs, mask), **self._beside(inputs, mask, index, iterations))
+        return self.decoder.refine(self.encode(inputs, mask), **self._beside(inputs, mask, iterations))
 
-    def _beside(
-        self, inputs: Tensor, mask: Tensor | None, index: Tensor | None, iterations: int | None
-    ) -> dict[str, Any]:
+    def _beside(self, inputs: Tensor, mask: Tensor | None, iterations: int | None) -> dict[str, Any]:
         """What the decoder gets beside the features; of input sets only what it asks for."""
-        if index is None and not self.training:
-            index = torch.arange(inputs.shape[0])
-        beside: dict[str, Any] = {"index": index, "iterations": iterations}
+        beside: dict[str, Any] = {"iterations": iterations}
         if getattr(self.decoder, "conditional", False):
             beside["condition"] = inputs
         takes_tokens = getattr(self.decoder, "token_dim", None) is not None

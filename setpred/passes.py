@@ -11,7 +11,7 @@ from setpred.precision import encoder_autocast
 PASS = 64  # images; of 128 a pass takes four fifths of the time an image, of one alone ten times as much
 
 
-def predict_in_passes(model: SetPredictor, images: Tensor, *, index: Tensor, iterations: int | None = None) -> Tensor:
+def predict_in_passes(model: SetPredictor, images: Tensor, *, iterations: int | None = None) -> Tensor:
     """The predicted set of each image, whatever is predicted beside it.
 
     Libraries choose the routine of a matrix product by its size, and each rounds in its own way. One rounding, 1e-7,
@@ -21,7 +21,6 @@ def predict_in_passes(model: SetPredictor, images: Tensor, *, index: Tensor, ite
     Args:
         model: in evaluation mode.
         images: `[batch, 3, H, W]`, on the device of the model.
-        index: `[batch]` int, which examples these are.
         iterations: overrides the decoder's number of steps.
 
     Returns:
@@ -29,8 +28,8 @@ def predict_in_passes(model: SetPredictor, images: Tensor, *, index: Tensor, ite
     """
     found = []
     with torch.no_grad(), encoder_autocast(images.device):
-        for some, numbers in zip(images.split(PASS), index.split(PASS), strict=True):
-            elements = model(whole_pass(some), index=whole_pass(numbers), iterations=iterations)
+        for some in images.split(PASS):
+            elements = model(whole_pass(some), iterations=iterations)
             found.append(elements[: len(some)].float().cpu())
     return torch.cat(found)
 

@@ -53,9 +53,9 @@ def predict(
 ) -> Iterator[Prediction]:
     """Predicts images from files, in order, with memory for a few batches however many there are.
 
-    While the model works on a batch, threads decode the next one. A random start of the decoder is that of the
-    image's position in `paths`, and every pass through the model has the same shape (`setpred.passes`), so that
-    neither `batch_size` nor broken images change the prediction of another.
+    While the model works on a batch, threads decode the next one. Every pass through the model has the same shape
+    (`setpred.passes`): a prediction depends on the image and the model alone, not on `batch_size`, the order or what
+    else is predicted.
 
     Args:
         image_size: of the model; images of any size are resized to its square, see `load_image`.
@@ -70,14 +70,14 @@ def predict(
     model = model.to(device, memory_format=torch.channels_last).eval()  # the faster layout for convolutions
     names, files = itertools.tee(paths)
     with closing(decoded(files, image_size, ahead=2 * batch_size, threads=threads)) as images:
-        found = enumerate(zip(names, images, strict=True))
+        found = zip(names, images, strict=True)
         while batch := list(itertools.islice(found, batch_size)):
-            broken = [image for _, (_, image) in batch if isinstance(image, InputError)]
+            broken = [image for _, image in batch if isinstance(image, InputError)]
             if broken and not skip_broken:
                 raise broken[0]
-            whole = [(position, image) for position, (_, image) in batch if isinstance(image, np.ndarray)]
+            whole = [image for _, image in batch if isinstance(image, np.ndarray)]
             elements = iter(_elements(model, whole, iterations, device) if whole else ())
-            for _, (name, image) in batch:
+            for name, image in batch:
                 prediction = image if isinstance(image, InputError) else next(elements)
                 if isinstance(prediction, Tensor) and not prediction.isfinite().all():
                     prediction = InputError(
@@ -90,12 +90,11 @@ def predict(
 
 
 def _elements(
-    model: SetPredictor, batch: Sequence[tuple[int, np.ndarray]], iterations: int | None, device: torch.device
+    model: SetPredictor, images: Sequence[np.ndarray], iterations: int | None, device: torch.device
 ) -> Tensor:
-    """Elements `[batch, set_size, set_dim]` of images with their positions."""
-    positions, images = zip(*batch, strict=True)
+    """Elements `[batch, set_size, set_dim]` of images."""
     inputs = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(device)  # in memory channels-last already
-    return predict_in_passes(model, inputs, index=torch.tensor(positions, device=device), iterations=iterations)
+    return predict_in_passes(model, inputs, iterations=iterations)
 
 
 @dataclass

@@ -130,8 +130,8 @@ def parser() -> argparse.ArgumentParser:
         "--export",
         type=Path,
         metavar="NAME.pt2",
-        help="write the model as a program of torch.export, too or instead: uint8 images [batch, 3, size, size] to "
-        "elements, without setpred",
+        help="write the model as a program of torch.export, too or instead: images [batch, 3, size, size], uint8 or "
+        "float32 in [0, 1], to elements, without setpred",
     )
     options.add_argument(
         "--megabytes", type=float, default=MEGABYTES, help=f"the largest file to write (default: {MEGABYTES:g})"

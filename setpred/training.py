@@ -35,12 +35,13 @@ class SetPrediction(pl.LightningModule):
     """Trains a `SetPredictor` by a set loss and validates it by average precision, or by another metric.
 
     Batches are dictionaries with `image` uint8 `[batch, 3, H, W]`, or `input` `[batch, n, in_dim]` and perhaps
-    `input_mask` bool `[batch, n]`; the target `elements [batch, set_size, set_dim]`; and `index [batch]`. The
-    randomness of a training step is a function of (seed, step) alone, so that a resumed run repeats the undisturbed
-    one. If the data module has `statistics_batches`, the encoder's statistics of batch normalisation are estimated for
-    the present weights, over the first training images, before each validation and for each checkpoint; see
-    `setpred.nn.estimating_statistics`. Training does not read them, so it is the same however often that is done. Logs
-    `val_loss` and `val_<name>` of every number of the metric; `setpred.callbacks.TrainLoss` logs `train_loss`.
+    `input_mask` bool `[batch, n]`; the target `elements [batch, set_size, set_dim]`; and perhaps `index [batch]`,
+    by which messages name the examples. The randomness of a training step is a function of (seed, step) alone, so that
+    a resumed run repeats the undisturbed one. If the data module has `statistics_batches`, the encoder's statistics of
+    batch normalisation are estimated for the present weights, over the first training images, before each validation
+    and for each checkpoint; see `setpred.nn.estimating_statistics`. Training does not read them, so it is the same
+    however often that is done. Logs `val_loss` and `val_<name>` of every number of the metric;
+    `setpred.callbacks.TrainLoss` logs `train_loss`.
 
     Args:
         encoder: image, or set, to features.

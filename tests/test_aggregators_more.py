@@ -65,7 +65,7 @@ def test_every_aggregator_works_in_a_decoder(build, separates):
     objective = LatentMatching(encoder)
     decoder = IDSPN(objective, GradientDescent(iterations=3, clip=1.0), Implicit(), set_size=SIZE, set_dim=4)
     latent = torch.linspace(-1, 1, encoder.out_dim, dtype=torch.float64).expand(2, -1)
-    decoder(latent, index=torch.arange(2)).square().sum().backward()
+    decoder(latent).square().sum().backward()
     for name, parameter in encoder.named_parameters():
         assert torch.isfinite(parameter.grad).all(), name
         assert parameter.grad.abs().max() > 0, name
@@ -552,7 +552,7 @@ def test_a_subset_is_found_by_descent_on_its_memberships():
         set_size=4,
         set_dim=1,
     )
-    found = decoder(latent, index=torch.arange(4), condition=features).detach()
+    found = decoder(latent, condition=features).detach()
     assert ((found > 0.5) == (wanted > 0.5)).all()
 
 

@@ -160,7 +160,7 @@ def test_ways_are_the_same_after_all_iterations():
 
 
 def decoders(objective, descent, differentiation=None, **arguments):
-    return [IDSPN(objective, descent, differentiation, compile=c, **arguments).double() for c in (False, True)]
+    return [IDSPN(objective, descent, differentiation, compile=c, **arguments).double().eval() for c in (False, True)]
 
 
 VARIANTS = {
@@ -188,11 +188,11 @@ def test_compiled_descents_are_those_that_are_written(variant):
     latent = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     found = []
     for decoder in decoders(objective, descent, variant.get("differentiation"), set_size=4, set_dim=3):
-        elements = decoder(latent, index=torch.arange(3), mask=mask, condition=condition)
+        elements = decoder(latent, mask=mask, condition=condition)
         parameters = [latent, *decoder.parameters()]
         gradients = torch.autograd.grad(elements.square().sum(), parameters, allow_unused=True, materialize_grads=True)
         with torch.no_grad():
-            predicted = decoder(latent, index=torch.arange(3), mask=mask, condition=condition)
+            predicted = decoder(latent, mask=mask, condition=condition)
         found.append((elements, *gradients, predicted))
     assert_same(found[1], found[0], tolerance=1e-11)
 
@@ -246,10 +246,10 @@ def test_many_batch_sizes_and_both_modes_are_compiled(recwarn):
     shape = {"set_size": SMALL.set_size, "set_dim": SMALL.set_dim}
     plain, other = decoders(objective, GradientDescent(iterations=2, momentum=0.9), **shape)
     for batch in range(1, 12):
-        latent, index = torch.randn(batch, SMALL.width, dtype=torch.float64), torch.arange(batch)
-        assert_same(other(latent, index=index), plain(latent, index=index), tolerance=1e-11)
+        latent = torch.randn(batch, SMALL.width, dtype=torch.float64)
+        assert_same(other(latent), plain(latent), tolerance=1e-11)
         with torch.no_grad():
-            assert_same(other(latent, index=index), plain(latent, index=index), tolerance=1e-11)
+            assert_same(other(latent), plain(latent), tolerance=1e-11)
     assert not [warning for warning in recwarn if "uncompiled" in str(warning.message)]
 
 
@@ -268,9 +268,9 @@ class Untraceable(nn.Module):
 def test_what_cannot_be_compiled_goes_on_uncompiled_after_one_warning(recwarn):
     latent = torch.randn(2, 3, dtype=torch.float64)
     plain, other = decoders(Untraceable(), GradientDescent(iterations=3, learning_rate=0.1), set_size=4, set_dim=3)
-    expected = plain(latent, index=torch.arange(2))
+    expected = plain(latent)
     for _ in range(2):
-        torch.testing.assert_close(other(latent, index=torch.arange(2)), expected)
+        torch.testing.assert_close(other(latent), expected)
     (warning,) = recwarn
     assert "uncompiled" in str(warning.message)
 

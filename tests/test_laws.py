@@ -65,7 +65,7 @@ class Given(nn.Module):
         super().__init__()
         self.given = start
 
-    def forward(self, features, index):
+    def forward(self, features):
         return self.given
 
 
@@ -267,12 +267,12 @@ def test_the_gradients_of_an_objective_and_of_its_gradient_are_those_of_finite_d
 
 def decoder_of(objective, differentiation=None, **numbers):
     descent = GradientDescent(**{"iterations": 6, "momentum": 0.9, "clip": 2.0} | numbers)
-    return IDSPN(objective, descent, differentiation, set_size=SIZE, set_dim=DIM).double()
+    return IDSPN(objective, descent, differentiation, set_size=SIZE, set_dim=DIM).double().eval()
 
 
 def refined(decoder, problem, mask=None):
     condition = problem.condition if decoder.conditional else None
-    return decoder.refine(problem.latent, index=torch.arange(len(problem.latent)), mask=mask, condition=condition)
+    return decoder.refine(problem.latent, mask=mask, condition=condition)
 
 
 def solved(decoder, problem, mask=None):
@@ -379,9 +379,8 @@ def test_a_start_outside_of_what_is_allowed_is_projected():
     """As published: the first gradient is already taken on the simplex."""
     objective, _, problem = objective_problem(OBJECTIVES["latent matching"])
     decoder = decoder_of(objective, projection=Simplex())
-    index = torch.arange(BATCH)
-    first, *_ = decoder.refine(problem.latent, index=index)
-    close(first, inner.simplex(decoder.start(problem.latent, index).double()))
+    first, *_ = decoder.refine(problem.latent)
+    close(first, inner.simplex(decoder.start(problem.latent).double()))
 
 
 # --- implicit slots -------------------------------------------------------------------------------------------------
@@ -401,12 +400,12 @@ def test_implicit_slots_have_the_gradients_of_unrolled_ones_where_they_have_conv
 
     def gradients(gradient_steps, iterations=80):
         torch.manual_seed(0)
-        decoder = make(iterations=iterations, gradient_steps=gradient_steps).double()
+        decoder = make(iterations=iterations, gradient_steps=gradient_steps).double().eval()
         with torch.no_grad():
             for parameter in decoder.parameters():
                 parameter *= 0.7  # a contraction
         decoder.head = nn.Linear(decoder.head[0].in_features, 2).double()
-        *_, before, last = decoder.refine(tokens, index=torch.arange(2))
+        *_, before, last = decoder.refine(tokens)
         close(before, last, rtol=0, atol=1e-12)
         (upstream * last).sum().backward()
         return torch.cat([p.grad.flatten() for n, p in decoder.named_parameters() if not n.startswith("start")])

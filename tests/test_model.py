@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from setpred.aggregators import FSPool, SetEncoder
-from setpred.decoders import IDSPN, LearnedStart, RandomStart
+from setpred.decoders import IDSPN, GaussianStart, LearnedStart, RandomStart
 from setpred.encoders import ResNet, SmallCNN
 from setpred.inner import GradientDescent, Implicit, LatentMatching, Problem, Unrolled
 from setpred.model import SetPredictor
@@ -65,14 +65,13 @@ def test_encoders_refuse_sizes_they_cannot_have(build):
 
 
 def test_refine_yields_every_iterate_and_forward_the_last():
-    model, latent = decoder(), torch.randn(3, LATENT)
-    index = torch.tensor([4, 0, 9])
-    iterates = list(model.refine(latent, index=index))
+    model, latent = decoder().eval(), torch.randn(3, LATENT)
+    iterates = list(model.refine(latent))
     assert len(iterates) == 6
-    torch.testing.assert_close(iterates[0], model.start(latent, index))
-    torch.testing.assert_close(model(latent, index=index), iterates[-1])
-    torch.testing.assert_close(model(latent, index=index, iterations=3), iterates[3])
-    longer = list(model.refine(latent, index=index, iterations=8))
+    torch.testing.assert_close(iterates[0], model.start(latent))
+    torch.testing.assert_close(model(latent), iterates[-1])
+    torch.testing.assert_close(model(latent, iterations=3), iterates[3])
+    longer = list(model.refine(latent, iterations=8))
     torch.testing.assert_close(torch.stack(longer[:6]), torch.stack(iterates))
 
 
@@ -80,19 +79,19 @@ def test_the_descent_lowers_the_objective():
     model = decoder()
     with torch.no_grad():
         latent = model.objective.set_encoder(torch.randn(3, SIZE, model.set_dim))  # of a set, so zero can be reached
-        iterates = list(model.refine(latent, index=torch.arange(3), iterations=60))
+        iterates = list(model.refine(latent, iterations=60))
         losses = [model.objective(elements, Problem(latent, iterates[0])).mean().item() for elements in iterates]
     assert losses[-1] < 0.2 * losses[0]
 
 
 def test_dspn_and_idspn_predict_the_same_and_differ_in_gradients_only():
-    latent, index = torch.randn(3, LATENT), torch.arange(3)
+    latent = torch.randn(3, LATENT)
     gradients = []
     values = []
     for differentiation in (Unrolled(), Implicit()):
-        model = decoder(differentiation)
+        model = decoder(differentiation).eval()
         leaf = latent.clone().requires_grad_()
-        values.append(model(leaf, index=index))
+        values.append(model(leaf))
         values[-1].square().sum().backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(values[0], values[1])
@@ -100,17 +99,29 @@ def test_dspn_and_idspn_predict_the_same_and_differ_in_gradients_only():
     assert all(gradient.abs().max() > 0 for gradient in gradients)
 
 
-def test_a_random_start_depends_on_seed_and_index_alone():
-    latent = torch.zeros(4, LATENT)
-    start = RandomStart(SIZE, 19, scale=0.1, seed=3)
-    together = start(latent, torch.tensor([5, 7, 5, 0]))
-    torch.testing.assert_close(together[0], together[2])
-    torch.testing.assert_close(start(latent[:1], torch.tensor([7]))[0], together[1])
-    assert not torch.allclose(together[0], together[1])
-    assert not torch.allclose(RandomStart(SIZE, 19, seed=4)(latent[:1], torch.tensor([5])), together[:1])
-    many = start(torch.zeros(500, LATENT), torch.arange(500))
-    assert many.std().item() == pytest.approx(0.1, rel=0.05)
-    assert not torch.allclose(start(latent, None), start(latent, None))
+@pytest.mark.parametrize("kind", [RandomStart, GaussianStart])
+def test_a_random_start_depends_on_the_seed_alone_in_evaluation_and_is_fresh_in_training(kind):
+    latent, start = torch.randn(4, LATENT), kind(SIZE, 19, seed=3)
+    fresh = start(latent)
+    assert not torch.allclose(fresh[0], fresh[1])
+    assert not torch.allclose(fresh, start(latent))
+    start.eval()
+    torch.manual_seed(0)
+    fixed = start(latent)
+    torch.manual_seed(1)
+    assert torch.equal(start(torch.randn(4, LATENT)), fixed)
+    assert torch.equal(start(latent[:1]).expand(4, -1, -1), fixed)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(start(latent), fixed)
+    start.seed = 4
+    assert not torch.allclose(start(latent), fixed)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_numbers_of_a_random_start_are_normal(training):
+    draws = RandomStart(100, 50, scale=0.1).train(training)(torch.zeros(2, LATENT))
+    assert draws.std().item() == pytest.approx(0.1, rel=0.05)
+    assert draws.mean().item() == pytest.approx(0, abs=0.005)
 
 
 def test_a_learned_start_learns():
@@ -122,11 +133,11 @@ def test_a_learned_start_learns():
 def test_evaluation_does_not_depend_on_batch_size_or_order():
     model = predictor().eval()
     with torch.no_grad():
-        everything = model(images(), index=torch.arange(7))
+        everything = model(images())
         torch.testing.assert_close(model(images()), everything)
-        one_by_one = torch.cat([model(images()[i : i + 1], index=torch.tensor([i])) for i in range(7)])
+        one_by_one = torch.cat([model(images()[i : i + 1]) for i in range(7)])
         order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
-        shuffled = model(images()[order], index=order)
+        shuffled = model(images()[order])
     torch.testing.assert_close(one_by_one, everything, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(shuffled, everything[order], rtol=1e-5, atol=1e-6)
 
@@ -155,8 +166,8 @@ def test_the_descent_stays_in_full_precision_under_autocast():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         latent = model.encode(images())
         assert latent.dtype == torch.bfloat16
-        mixed = model.decoder(latent, index=torch.arange(7))
+        mixed = model.decoder(latent)
     with torch.no_grad():
-        full = model.decoder(latent.float(), index=torch.arange(7))
+        full = model.decoder(latent.float())
     assert mixed.dtype == torch.float32
     torch.testing.assert_close(mixed, full, rtol=0, atol=0)

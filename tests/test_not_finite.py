@@ -335,8 +335,8 @@ def test_what_the_loss_does_not_show_is_found(place, tmp_path, monkeypatch):
 class DrawnStart(RandomStart):
     """Where the descent starts is broken in one sample, by chance."""
 
-    def forward(self, features, index):
-        start = super().forward(features, index)
+    def forward(self, features):
+        start = super().forward(features)
         return start.index_fill(0, start[:, 0, 0].argmax(), torch.inf)
 
 
@@ -769,9 +769,9 @@ def test_the_growth_of_a_residual():
 def breaks_at_1(monkeypatch):
     """The prediction of the second image is not finite."""
 
-    def broken(model, images, *, index, iterations=None):
+    def broken(model, images, *, iterations=None):
         found = torch.zeros(len(images), 4, CLEVR.set_dim)
-        found[index == 1, 2, 3] = torch.nan
+        found[1, 2, 3] = torch.nan
         return found
 
     monkeypatch.setattr("setpred.evaluation.predict_in_passes", broken)

@@ -307,22 +307,21 @@ def build(name, seed=0):
 @every
 def test_there_is_an_element_for_each_token(name):
     decoder, given = build(name), normal(3, SIZE, DIM)
-    index = torch.arange(3)
-    elements = decoder(given, index=index)
+    elements = decoder(given)
     assert elements.shape == (3, SIZE, OUT)
     assert decoder.set_size is None
-    close(decoder(given[1:2], index=index[1:2]), elements[1:2])
-    assert decoder(given[:, :2], index=index).shape == (3, 2, OUT)
+    close(decoder(given[1:2]), elements[1:2])
+    assert decoder(given[:, :2]).shape == (3, 2, OUT)
 
 
 @every
 def test_gradients_of_decoders_by_finite_differences(name):
-    decoder, given, index = build(name), normal(2, 4, DIM), torch.arange(2)
+    decoder, given = build(name), normal(2, 4, DIM)
     mask = torch.arange(4) < torch.tensor([[4], [3]])
     weights = normal(2, 4, OUT, seed=2) * mask.unsqueeze(-1)
 
     def value(tokens):
-        return (decoder(tokens, index=index, mask=mask) * weights).sum()
+        return (decoder(tokens, mask=mask) * weights).sum()
 
     leaf = given.clone().requires_grad_()
     value(leaf).backward()
@@ -333,18 +332,18 @@ def test_gradients_of_decoders_by_finite_differences(name):
 @every
 def test_padding_of_tokens_has_no_influence(name):
     """Wherever it stands and whatever it holds."""
-    decoder, given, index = build(name), normal(2, SIZE, DIM), torch.arange(2)
+    decoder, given = build(name), normal(2, SIZE, DIM)
     mask = torch.tensor([[True, False, True, True, False, True], [True] * SIZE])
-    expected = decoder(given, index=index, mask=mask)
+    expected = decoder(given, mask=mask)
     noise = given.masked_fill(~mask.unsqueeze(-1), torch.nan).requires_grad_()
-    found = decoder(noise, index=index, mask=mask)
+    found = decoder(noise, mask=mask)
     close(found[mask], expected[mask])
     found[mask].square().sum().backward()
     assert torch.isfinite(noise.grad).all()
     assert (noise.grad[~mask] == 0).all()
     assert all(torch.isfinite(parameter.grad).all() for parameter in decoder.parameters())
     # a full mask is none
-    close(decoder(given, index=index, mask=torch.ones_like(mask)), decoder(given, index=index))
+    close(decoder(given, mask=torch.ones_like(mask)), decoder(given))
     if not name.startswith("transformer, "):  # whose positions know of the gap
         close(found[0, mask[0]], decoder(given[:1, mask[0]])[0])
 
@@ -369,24 +368,28 @@ def test_decoders_with_an_order_are_not_equivariant_and_tell_equals_apart(name):
     assert min((elements[:, i] - elements[:, j]).norm() for i, j in itertools.combinations(range(SIZE), 2)) > 1e-4
 
 
-def test_random_positions_are_those_of_the_example_and_equivariant_in_distribution_only():
-    decoder, given, index = build("transformer, random"), normal(2, SIZE, DIM), torch.arange(2)
-    elements = decoder(given, index=index)
-    close(decoder(given, index=index), elements)
-    close(decoder(given[[1]], index=index[[1]]), elements[[1]])
-    assert not torch.allclose(decoder(given), decoder(given))
-    equal = decoder(given[:, :1].expand(-1, SIZE, -1), index=index)
+def test_random_positions_are_those_of_the_seed_and_equivariant_in_distribution_only():
+    decoder, given = build("transformer, random"), normal(2, SIZE, DIM)
+    elements = decoder(given)
+    close(decoder(given), elements)
+    close(decoder(given[[1]]), elements[[1]])
+    # padding behind the tokens changes none of their positions
+    mask = torch.arange(SIZE + 3).expand(2, -1) < SIZE
+    close(decoder(torch.cat([given, normal(2, 3, DIM)], 1), mask=mask)[:, :SIZE], elements)
+    assert not torch.allclose(decoder.train()(given), decoder(given))
+    decoder.eval()
+    equal = decoder(given[:, :1].expand(-1, SIZE, -1))
     assert min((equal[:, i] - equal[:, j]).norm() for i, j in itertools.combinations(range(SIZE), 2)) > 1e-4
     # permuted together with their noise, elements permute
     order = [3, 0, 5, 1, 4, 2]
-    noise = decoder.position(torch.zeros(2, SIZE, 4, dtype=torch.float64), index)[..., 4:]
+    noise = decoder.position(torch.zeros(2, SIZE, 4, dtype=torch.float64))[..., 4:]
 
     class Beside(nn.Module):
         def __init__(self, noise):
             super().__init__()
             self.noise = noise
 
-        def forward(self, rows, index):
+        def forward(self, rows):
             return torch.cat([rows, self.noise], dim=-1)
 
     decoder.position = Beside(noise)
@@ -401,20 +404,20 @@ def test_random_positions_have_a_learned_shift_and_scale():
         position.shift.fill_(3.0)
         position.log_scale.fill_(math.log(0.5))
     rows = torch.randn(200, 10, 4)
-    drawn = position(rows, torch.arange(200))
+    drawn = position(rows)
     assert torch.equal(drawn[..., :4], rows)
     torch.testing.assert_close(drawn[..., 4:].mean(), torch.tensor(3.0), rtol=0, atol=0.03)
     torch.testing.assert_close(drawn[..., 4:].std(), torch.tensor(0.5), rtol=0, atol=0.03)
 
 
 def test_sequence_positions_against_a_loop():
-    added = SequencePositions()(torch.zeros(1, 5, 6, dtype=torch.float64), None)[0]
+    added = SequencePositions()(torch.zeros(1, 5, 6, dtype=torch.float64))[0]
     for p in range(5):
         angles = [p / 10_000 ** (2 * j / 6) for j in range(3)]
         expected = [wave(angle) for angle in angles for wave in (math.sin, math.cos)]
         close(added[p], torch.tensor(expected, dtype=torch.float64))
     with pytest.raises(ValueError, match="even length"):
-        SequencePositions()(torch.zeros(1, 5, 3), None)
+        SequencePositions()(torch.zeros(1, 5, 3))
 
 
 def test_deep_sets_against_a_loop():
@@ -486,7 +489,7 @@ class Given(nn.Module):
         super().__init__()
         self.given = start
 
-    def forward(self, features, index):
+    def forward(self, features):
         return self.given
 
 
@@ -532,7 +535,7 @@ def test_idspn_permutes_with_its_input_and_its_start():
     given, _ = examples(4)
     latent, order = normal(4, 16), [3, 0, 5, 1, 4, 2]
     decoder = numberer(FSPool(16, set_size=SIZE))
-    start = decoder.start(latent, torch.arange(4))
+    start = decoder.start(latent)
     decoder.start = Given(start)
     elements = decoder(latent, condition=given)
     decoder.start = Given(start[:, order])

@@ -2,20 +2,24 @@
 
 import io
 import json
+import math
 
+import numpy as np
 import pytest
 import torch
 from tiny import untrained
 from torch import nn
 
+from setpred import program as programs
 from setpred.aggregators import FSPool, SetEncoder
 from setpred.checkpoint import Checkpoint, load_checkpoint
-from setpred.decoders import IDSPN, SlotAttention
+from setpred.data.rendered import render_records
+from setpred.decoders import IDSPN, MESH, GaussianStart, SinkhornAttention, SlotAttention, SlotMixture
 from setpred.encoders import PositionedTokens, SmallCNN, SmallTrunk
 from setpred.errors import InputError
 from setpred.inner import GradientDescent, LatentMatching
 from setpred.model import SetPredictor
-from setpred.program import SCHEMA_FILE, export_program
+from setpred.program import SCHEMA_FILE, _difference, export_program, unit
 from setpred.release import main
 from setpred.schema import CLEVR, ElementSchema
 
@@ -25,10 +29,14 @@ def of(encoder, decoder):
 
 
 def assert_same(program, model, batch):
-    images = torch.randint(256, (batch, 3, 16, 16), dtype=torch.uint8)
-    with torch.no_grad():
-        expected = model(images, index=torch.zeros(batch, dtype=torch.long))
-    torch.testing.assert_close(program(images), expected, rtol=0, atol=1e-5)
+    """Of scenes as bytes and as numbers in [0, 1]; the pixels of a batch that is black are bytes, too."""
+    scenes = np.stack([r.image for r in render_records(range(batch), seed=7, image_size=16, objects=(3, 6))])
+    images = torch.from_numpy(scenes).permute(0, 3, 1, 2)
+    for some in (images, (images > 128).byte()):
+        with torch.no_grad():
+            expected = model(some)
+        torch.testing.assert_close(program(some), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(program(some / 255), expected, rtol=0, atol=1e-5)
 
 
 def test_the_command_writes_a_program_of_the_model(tmp_path, capsys):
@@ -64,14 +72,14 @@ def test_it_refuses_in_a_sentence(tmp_path, capsys):
 class StartOfOnesOwn(nn.Module):
     """Takes something else than a start is given."""
 
-    def forward(self, features):
+    def forward(self, features, more):
         return features.new_zeros(features.shape[0], 4, CLEVR.set_dim)
 
 
 def test_a_start_that_takes_something_else_is_a_sentence(tmp_path):
     loaded = load_checkpoint(untrained(tmp_path))
     loaded.model.decoder.start = StartOfOnesOwn()
-    with pytest.raises(InputError, match=r"cannot export this model, with IDSPN: .*positional arguments"):
+    with pytest.raises(InputError, match=r"cannot export this model, with IDSPN: .*positional argument"):
         export_program(loaded)
 
 
@@ -84,9 +92,65 @@ def test_a_descent_without_momentum():
         assert_same(program, loaded.model, batch)
 
 
-def test_a_decoder_without_inner_gradients():
-    encoder = PositionedTokens(SmallTrunk(image_size=16, width=4), token_dim=8)
-    loaded = of(encoder, SlotAttention(set_size=4, token_dim=8, slot_dim=8, hidden_dim=8, iterations=2))
+class Read(nn.Module):
+    """A start that reads the features."""
+
+    def __init__(self, dim, length):
+        super().__init__()
+        self.read = nn.Linear(dim, 4 * length)
+
+    def forward(self, features):
+        rows = features if features.ndim == 2 else features.mean(1)
+        return self.read(rows).unflatten(-1, (4, -1))
+
+
+@pytest.mark.parametrize("start", [GaussianStart(4, CLEVR.set_dim, seed=3), Read(16, CLEVR.set_dim)])
+def test_a_descent_starts_as_in_the_model(start):
+    objective = LatentMatching(SetEncoder(FSPool(16, set_size=4), hidden_dim=16))
+    descent = GradientDescent(iterations=2, momentum=0.9)
+    loaded = of(SmallCNN(image_size=16, latent_dim=16, width=4), IDSPN(objective, descent, set_size=4, start=start))
+    program = torch.export.load(io.BytesIO(export_program(loaded))).module()
+    assert_same(program, loaded.model, 5)
+
+
+SLOTS = {"set_size": 4, "token_dim": 8, "slot_dim": 8, "hidden_dim": 8, "iterations": 2}
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        lambda: SlotAttention(**SLOTS),
+        lambda: SlotAttention(start=Read(8, 8), **SLOTS),
+        lambda: SlotAttention(SinkhornAttention(MESH(), dim=8, hidden_dim=8), **SLOTS),
+        lambda: SlotMixture(**SLOTS),
+    ],
+    ids=["slots", "slots that read", "slots by sharp transport", "mixture"],
+)
+def test_a_decoder_without_inner_gradients(decoder):
+    torch.manual_seed(0)
+    loaded = of(PositionedTokens(SmallTrunk(image_size=16, width=4), token_dim=8), decoder())
     program = torch.export.load(io.BytesIO(export_program(loaded))).module()
     for batch in (1, 5):
         assert_same(program, loaded.model, batch)
+
+
+def test_a_few_other_sets_are_rounding_and_many_are_another_function():
+    images = torch.arange(24, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
+
+    def model(images):
+        return unit(images)[:, 0, :, :1]
+
+    def other_below(pixel):
+        return lambda images: model(images) + (model(images) * 255 < pixel - 0.5)
+
+    assert _difference(model, model, images) == 0
+    assert _difference(model, other_below(2), images) == 0
+    assert _difference(model, other_below(6), images) == 1
+    assert math.isnan(_difference(model, lambda images: model(images) / 0 * 0, images))
+
+
+def test_a_program_of_another_function_is_refused(monkeypatch):
+    loaded = of(PositionedTokens(SmallTrunk(image_size=16, width=4), token_dim=8), SlotAttention(**SLOTS))
+    monkeypatch.setattr(programs, "unit", lambda images: images / 200)
+    with pytest.raises(InputError, match="the exported program differs from the model by"):
+        export_program(loaded)

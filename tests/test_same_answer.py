@@ -1,4 +1,4 @@
-"""The same answer: a prediction is that of the image and its index, however it is batched, read, ordered or threaded.
+"""The same answer: a prediction is that of the image and the model, however it is batched, read, ordered or threaded.
 
 All of it holds bit by bit for the released models, whose descents tell: they turn a rounding of 1e-7 into another set
 for a few images in a hundred. It holds since every pass has one shape; see `setpred.passes`.
@@ -16,12 +16,26 @@ from PIL import Image
 from tiny import CONFIG, run
 from torch.utils.data import Subset
 
+from setpred.aggregators import FSPool, SetEncoder
 from setpred.checkpoint import load_checkpoint
 from setpred.data.dataset import SetFile
 from setpred.data.pictures import find_images
 from setpred.data.rendered import render_file
+from setpred.decoders import (
+    IDSPN,
+    MESH,
+    GaussianStart,
+    RandomStart,
+    SinkhornAttention,
+    SlotAttention,
+    SlotMixture,
+    TransformerDecoder,
+)
+from setpred.encoders import PositionedTokens, SmallCNN, SmallTrunk
 from setpred.evaluation import PROTOCOLS, evaluate, predict, report
+from setpred.inner import GradientDescent, LatentMatching
 from setpred.metrics import AveragePrecision
+from setpred.model import SetPredictor
 from setpred.passes import PASS, predict_in_passes, whole_pass
 from setpred.predict import predict as predict_files
 from setpred.predict import run as predict_command
@@ -100,7 +114,6 @@ def test_workers_do_not_matter(model, scenes, expected):
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=slow)])
 def test_order_does_not_matter(model, scenes, expected, seed):
-    """The index of an image travels with it, and with it the start of its descent."""
     order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(seed))
     found = predict(model, Subset(scenes, order.tolist()), batch_size=50)
     assert torch.equal(found.predicted, expected.predicted[order])
@@ -146,15 +159,15 @@ def test_what_fills_a_pass_up_is_the_last_one_in_the_same_layout():
 def test_every_pass_has_one_shape():
     seen = []
 
-    def model(images, *, index, iterations):
+    def model(images, *, iterations):
         assert not torch.is_grad_enabled()
-        seen.append((len(images), len(index)))
-        return index[:, None, None] * torch.ones(1, 2, 3)
+        seen.append(len(images))
+        return images[:, 0, :1, :1] * torch.ones(1, 2, 3)
 
     for count in (1, PASS, PASS + 1, 3 * PASS):
-        found = predict_in_passes(model, torch.zeros(count, 3, 4, 4), index=torch.arange(count))
+        found = predict_in_passes(model, torch.arange(count)[:, None, None, None] * torch.ones(1, 3, 4, 4))
         assert found[:, 0, 0].tolist() == list(range(count))
-    assert set(seen) == {(PASS, PASS)}
+    assert set(seen) == {PASS}
     assert len(seen) == 1 + 1 + 2 + 3
 
 
@@ -195,17 +208,93 @@ def test_predict_writes_the_same_file(model, folder, tmp_path):
 
 
 def test_predict_says_what_evaluation_says(model, folder, expected):
-    """Of the same pixels at the same positions."""
+    """Of the same pixels."""
     paths = find_images([folder])
     found = torch.stack([elements for _, elements in predict_files(model, paths, image_size=64)])
     assert torch.equal(found, expected.predicted)
 
 
-def test_files_named_in_another_order_have_the_starts_of_their_positions(model, scenes, folder):
-    paths = find_images([folder])[::-1]
-    images = scenes.__getitems__(range(len(scenes)))["image"].flip(0)
-    found = torch.stack([elements for _, elements in predict_files(model, paths, image_size=64, batch_size=11)])
-    assert torch.equal(found, predict_in_passes(model, images, index=torch.arange(len(paths))))
+def test_files_in_another_order_or_alone_are_predicted_alike(model, folder, expected):
+    paths = find_images([folder])
+    turned = [elements for _, elements in predict_files(model, paths[::-1], image_size=64, batch_size=11)]
+    assert torch.equal(torch.stack(turned[::-1]), expected.predicted)
+    alone = next(predict_files(model, paths[-1:], image_size=64))
+    assert torch.equal(alone.elements, expected.predicted[-1])
+
+
+# --- every decoder with chance in it ------------------------------------------------------------------------
+
+
+def slots(**options):
+    return SlotAttention(set_size=4, token_dim=8, slot_dim=8, hidden_dim=8, **options)
+
+
+def sharp():
+    return SlotAttention(
+        SinkhornAttention(MESH(), dim=4, hidden_dim=8), heads=2, set_size=4, token_dim=8, slot_dim=8, hidden_dim=8
+    )
+
+
+def idspn(start):
+    objective = LatentMatching(SetEncoder(FSPool(8, set_size=4), hidden_dim=8))
+    return IDSPN(objective, GradientDescent(iterations=5, momentum=0.9), set_size=4, start=start)
+
+
+DRAWING = {
+    "iDSPN": lambda: idspn(None),
+    "iDSPN from a learned distribution": lambda: idspn(GaussianStart(4, CLEVR.set_dim)),
+    "Slot Attention": slots,
+    "Slot Attention, implicit": lambda: slots(gradient_steps=1),
+    "slot mixture": lambda: SlotMixture(set_size=4, token_dim=8, slot_dim=8, hidden_dim=8),
+    "Slot Attention with MESH": sharp,
+    "transformer of random codes": lambda: TransformerDecoder(
+        latent_dim=8, dim=8, heads=2, layers=1, hidden_dim=8, start=RandomStart(4, 8), set_size=4
+    ),
+}
+
+
+@pytest.fixture(params=DRAWING)
+def drawing(request):
+    """A small model of random weights, in evaluation mode."""
+    torch.manual_seed(0)
+    decoder = DRAWING[request.param]()
+    if getattr(decoder, "token_dim", None) is None:
+        encoder = SmallCNN(image_size=16, latent_dim=8, width=4)
+    else:
+        encoder = PositionedTokens(SmallTrunk(image_size=16, width=4), token_dim=8)
+    return SetPredictor(encoder, decoder).eval()
+
+
+def some_images(count=9):
+    return torch.randint(256, (count, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+
+
+def test_chance_knows_neither_order_nor_number_nor_the_generator(drawing):
+    """In passes, whose shape is fixed, to the last bit."""
+    images = some_images()
+    expected = predict_in_passes(drawing, images)
+    torch.manual_seed(5)
+    assert torch.equal(predict_in_passes(drawing, images.flip(0)).flip(0), expected)
+    assert torch.equal(predict_in_passes(drawing, images[4:5])[0], expected[4])
+    assert torch.equal(predict_in_passes(drawing, images[[2] * 70])[69], expected[2])
+    with torch.no_grad():  # in any batch, up to rounding
+        assert torch.allclose(torch.cat([drawing(image) for image in images.split(1)]), expected, atol=1e-4)
+
+
+def test_iterates_are_those_of_the_prediction_and_no_chance_is_left(drawing):
+    images = whole_pass(some_images())
+    with torch.no_grad():
+        *_, last = drawing.refine(images)
+        assert torch.equal(last, drawing(images))
+    assert not list(drawing.decoder.buffers())  # nothing that a checkpoint of before lacks
+
+
+def test_training_draws_afresh(drawing):
+    drawing.decoder.train()
+    with torch.no_grad():
+        first, second = (predict_in_passes(drawing, some_images()[[0, 0]]) for _ in range(2))
+    assert not torch.equal(first, second)
+    assert not torch.equal(first[0], first[1])
 
 
 # --- other arithmetic: equal up to rounding, and that is not equal for every image ---------------------------

@@ -511,10 +511,10 @@ def test_training_uses_the_iterations_of_the_epoch(tmp_path, tiny_data, monkeypa
 
     forward, asked = SetPredictor.forward, []
 
-    def spy(self, images, *, mask=None, index=None, iterations=None):
+    def spy(self, images, *, mask=None, iterations=None):
         if self.training:
             asked.append(iterations)
-        return forward(self, images, mask=mask, index=index, iterations=iterations)
+        return forward(self, images, mask=mask, iterations=iterations)
 
     monkeypatch.setattr(SetPredictor, "forward", spy)
     run(tmp_path, "--model.iterations_by_epoch={0: 1, 1: 2}", data=tiny_data)

@@ -140,12 +140,11 @@ def test_a_conditional_decoder_sees_the_input_beside_each_element():
     model = conditional().eval()
     sets = torch.eye(2)[torch.tensor([[0, 0, 1, 1], [1, 0, 1, 0]])]
     features = model.encode(sets)
-    index = torch.arange(2)
     assert model.decoder.conditional
-    expected = model.decoder(features, index=index, condition=sets)
-    assert torch.equal(model(sets, index=index), expected)
-    assert not torch.allclose(expected, model.decoder(features, index=index, condition=sets.flip(1)))
-    assert torch.equal(list(model.refine(sets, index=index))[-1], expected)
+    expected = model.decoder(features, condition=sets)
+    assert torch.equal(model(sets), expected)
+    assert not torch.allclose(expected, model.decoder(features, condition=sets.flip(1)))
+    assert torch.equal(list(model.refine(sets))[-1], expected)
 
 
 def test_padding_of_an_input_set_has_no_influence():
@@ -157,11 +156,10 @@ def test_padding_of_an_input_set_has_no_influence():
     sets = torch.randn(3, 5, 2)
     mask = torch.arange(5).expand(3, -1) < torch.tensor([[2], [5], [3]])
     for model in (vector.eval(), tokens.eval()):
-        index = torch.arange(3)
         clean, dirty = (sets.masked_fill(~mask.unsqueeze(-1), value) for value in (0.0, float("nan")))
-        assert torch.equal(model(clean, mask=mask, index=index), model(dirty, mask=mask, index=index))
-        alone = model(sets[:1, :2], index=index[:1])
-        torch.testing.assert_close(model(sets, mask=mask, index=index)[:1], alone)
+        assert torch.equal(model(clean, mask=mask), model(dirty, mask=mask))
+        alone = model(sets[:1, :2])
+        torch.testing.assert_close(model(sets, mask=mask)[:1], alone)
 
 
 class Mean(Metric):

@@ -15,7 +15,8 @@ class SetDecoder(nn.Module):
     `[batch, set_size, set_dim]`.
 
     Subclasses write `predictions`, a generator of which the last yield counts. Elements are raw numbers, presence
-    last, as those of `IDSPN`. Decoders run in float32 also under autocast, as the descents do.
+    last, as those of `IDSPN`. What is random is drawn afresh in training, and in evaluation fixed by the parts' seeds:
+    an answer depends on the features alone. Decoders run in float32 also under autocast, as the descents do.
 
     Args:
         set_size, set_dim: of the predicted sets; no set_size for decoders that say something of each token.
@@ -32,9 +33,7 @@ class SetDecoder(nn.Module):
         self.set_size, self.set_dim = set_size, set_dim
         self.token_dim, self.latent_dim = token_dim, latent_dim
 
-    def predictions(
-        self, features: Tensor, *, index: Tensor | None, iterations: int | None, mask: Tensor | None
-    ) -> Iterator[Tensor]:
+    def predictions(self, features: Tensor, *, iterations: int | None, mask: Tensor | None) -> Iterator[Tensor]:
         """Yields ever later predictions `[batch, set_size, set_dim]`; arguments as in `forward`, checked."""
         raise NotImplementedError
 
@@ -42,13 +41,12 @@ class SetDecoder(nn.Module):
         self,
         features: Tensor,
         *,
-        index: Tensor | None = None,
         iterations: int | None = None,
         mask: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Yields every prediction on the way, the last one as from `forward`."""
         features = self._checked(features, iterations, mask)
-        steps = self.predictions(features, index=index, iterations=iterations, mask=mask)
+        steps = self.predictions(features, iterations=iterations, mask=mask)
         while True:
             # not held across the yield, where it would reach the caller
             with torch.autocast(features.device.type, enabled=False):
@@ -61,7 +59,6 @@ class SetDecoder(nn.Module):
         self,
         features: Tensor,
         *,
-        index: Tensor | None = None,
         iterations: int | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
@@ -69,14 +66,13 @@ class SetDecoder(nn.Module):
 
         Args:
             features: `[batch, tokens, token_dim]`, or `[batch, latent_dim]`.
-            index: `[batch]` int, which examples these are: fixes what is random. None draws afresh.
             iterations: number of iterations; the decoder's own unless given.
             mask: which tokens there are, `[batch, tokens]` bool, at least one of each example; all unless given.
 
         Raises:
             InputError: `iterations` for a decoder that has none to choose.
         """
-        for elements in self.refine(features, index=index, iterations=iterations, mask=mask):  # noqa: B007
+        for elements in self.refine(features, iterations=iterations, mask=mask):  # noqa: B007
             pass
         return elements
 

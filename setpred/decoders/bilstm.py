@@ -38,8 +38,6 @@ class BiLSTMDecoder(SetDecoder):
         self.recurrent = nn.LSTM(hidden_dim, hidden_dim, layers, batch_first=True, bidirectional=True)
         self.head = nn.Linear(2 * hidden_dim, set_dim)
 
-    def predictions(
-        self, features: Tensor, *, index: Tensor | None, iterations: int | None, mask: Tensor | None
-    ) -> Iterator[Tensor]:
+    def predictions(self, features: Tensor, *, iterations: int | None, mask: Tensor | None) -> Iterator[Tensor]:
         steps = self.narrow(features).unsqueeze(1).expand(-1, self.set_size, -1)
         yield self.head(self.recurrent(steps)[0])

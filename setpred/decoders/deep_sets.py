@@ -51,9 +51,7 @@ class DeepSets(SetDecoder):
         widths = [token_dim, *[hidden_dim] * (layers - 1), set_dim]
         self.layers = nn.ModuleList(DeepSetsLayer(narrow, wide) for narrow, wide in itertools.pairwise(widths))
 
-    def predictions(
-        self, features: Tensor, *, index: Tensor | None, iterations: int | None, mask: Tensor | None
-    ) -> Iterator[Tensor]:
+    def predictions(self, features: Tensor, *, iterations: int | None, mask: Tensor | None) -> Iterator[Tensor]:
         rows = self.layers[0](features, mask)
         for layer in self.layers[1:]:
             rows = layer(rows.relu(), mask)

@@ -91,9 +91,7 @@ class DETR(SetDecoder):
         self.norm = nn.LayerNorm(dim)
         self.head = MLP(dim, dim, set_dim)
 
-    def predictions(
-        self, features: Tensor, *, index: Tensor | None, iterations: int | None, mask: Tensor | None
-    ) -> Iterator[Tensor]:
+    def predictions(self, features: Tensor, *, iterations: int | None, mask: Tensor | None) -> Iterator[Tensor]:
         tokens = self.narrow(features)
         yield from self.decode(tokens, self.position(tokens), mask)
 

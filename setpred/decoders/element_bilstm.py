@@ -30,9 +30,7 @@ class ElementBiLSTM(SetDecoder):
         self.recurrent = nn.LSTM(hidden_dim, hidden_dim, layers, batch_first=True, bidirectional=True)
         self.head = nn.Linear(2 * hidden_dim, set_dim)
 
-    def predictions(
-        self, features: Tensor, *, index: Tensor | None, iterations: int | None, mask: Tensor | None
-    ) -> Iterator[Tensor]:
+    def predictions(self, features: Tensor, *, iterations: int | None, mask: Tensor | None) -> Iterator[Tensor]:
         rows = self.first(features)
         yield self.head(self.recurrent(rows)[0] if mask is None else self._read(rows, mask))
 

@@ -21,8 +21,8 @@ class ElementTransformer(SetDecoder):
     `RandomPositions` that holds of their distribution only; with `SequencePositions` there is an order.
 
     Args:
-        position: rows `[batch, tokens, width]` and index to rows `[batch, tokens, dim]`, its `widening` being dim /
-            width; None leaves the rows as they are.
+        position: rows `[batch, tokens, width]` to rows `[batch, tokens, dim]`, its `widening` being dim / width; None
+            leaves the rows as they are.
         token_dim: length of a token.
         dim: width of the transformer.
         heads: of every attention.
@@ -60,12 +60,10 @@ class ElementTransformer(SetDecoder):
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
         self.head = nn.Linear(dim, set_dim)
 
-    def predictions(
-        self, features: Tensor, *, index: Tensor | None, iterations: int | None, mask: Tensor | None
-    ) -> Iterator[Tensor]:
+    def predictions(self, features: Tensor, *, iterations: int | None, mask: Tensor | None) -> Iterator[Tensor]:
         tokens, rows = self.source(features), self.first(features)
         if self.position is not None:
-            rows = self.position(rows, index)
+            rows = self.position(rows)
         for layer in self.encoder:
             tokens = layer(tokens, mask=mask)
         tokens = self.norms[0](tokens)

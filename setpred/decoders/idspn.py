@@ -26,7 +26,7 @@ class IDSPN(nn.Module):
         descent: how to iterate.
         differentiation: how gradients pass; `Implicit()` unless given.
         set_size, set_dim: of the predicted sets.
-        start: Y₀ from (latent, index); `RandomStart` unless given. The descent's projection, if any, is applied to it
+        start: Y₀ from the latent; `RandomStart` unless given. The descent's projection, if any, is applied to it
             first, as in the released iDSPN.
         compile: takes the steps that carry no gradients in compiled code: the same result in less time, after some
             seconds of compiling; see `setpred.inner.compiled`. Not with `Implicit(best=True)`, which looks at every
@@ -75,14 +75,13 @@ class IDSPN(nn.Module):
         self,
         latent: Tensor,
         *,
-        index: Tensor | None = None,
         iterations: int | None = None,
         mask: Tensor | None = None,
         condition: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Yields every iterate Y₀, …, Y_T `[batch, set_size, set_dim]`; see `forward`."""
         latent = latent.float() if latent.dtype in (torch.float16, torch.bfloat16) else latent
-        initial = self.descent.project(self.start(latent, index).to(latent.dtype))
+        initial = self.descent.project(self.start(latent).to(latent.dtype))
         problem = Problem(latent, initial, mask, condition)
 
         def energy(elements: Tensor) -> Tensor:
@@ -96,7 +95,6 @@ class IDSPN(nn.Module):
         self,
         latent: Tensor,
         *,
-        index: Tensor | None = None,
         iterations: int | None = None,
         mask: Tensor | None = None,
         condition: Tensor | None = None,
@@ -105,7 +103,6 @@ class IDSPN(nn.Module):
 
         Args:
             latent: z `[batch, latent_dim]`, or tokens `[batch, tokens, token_dim]` for objectives that read them.
-            index: `[batch]` int, which examples these are: fixes a random start. None draws afresh.
             iterations: number of descent steps; the descent's own unless given.
             mask: which elements exist, `[batch, set_size]` bool.
             condition: an input set `[batch, set_size, any]` for a `Conditioned` objective.
@@ -113,7 +110,7 @@ class IDSPN(nn.Module):
         Returns:
             `[batch, set_size, set_dim]`.
         """
-        refinement = self.refine(latent, index=index, iterations=iterations, mask=mask, condition=condition)
+        refinement = self.refine(latent, iterations=iterations, mask=mask, condition=condition)
         for elements in refinement:  # noqa: B007
             pass
         return elements

@@ -40,8 +40,8 @@ class MESH(nn.Module):
     Args:
         iterations: of the descent.
         step_size: η, the length of a step in the unit of the costs; of the whole matrix, not of an entry.
-        noise: standard deviation of what is added to the costs, the same in all refinements of the slots; in evaluation
-            a function of (seed, example) alone.
+        noise: standard deviation of what is added to the costs, the same in all refinements of the slots: in training
+            drawn afresh for each example, in evaluation one draw for all, a function of `seed` alone.
         differentiation: how gradients pass; `Unrolled()` is exact. None takes ∂C_T/∂C₀ = I, the steps being constants,
             as the released code does: it builds no graph of the entropy's gradient, only of the potentials. (Not
             `Implicit`: it gives the start of a descent no gradient, and here the start is all there is.)
@@ -62,21 +62,28 @@ class MESH(nn.Module):
         self.differentiation = differentiation
         self.noise, self.seed = noise, seed
 
+    def draw(self, keys: Tensor, slots: int) -> Tensor | None:
+        """noise · N(0, 1) `[batch, heads, tokens, slots]` for keys `[batch, heads, tokens, dim]`; None for no noise."""
+        if not self.noise:
+            return None
+        batch, heads, tokens = keys.shape[:3]
+        seed = None if self.training else self.seed
+        # tokens first: padding changes no other token's numbers
+        drawn = gaussian((tokens, heads, slots), batch, seed=seed, device=keys.device)
+        return self.noise * drawn.transpose(1, 2).to(keys.dtype)
+
     def forward(
-        self, cost: Tensor, transport: Callable[[Tensor, Transport | None], Transport], index: Tensor | None
+        self, cost: Tensor, transport: Callable[[Tensor, Transport | None], Transport], noise: Tensor | None
     ) -> tuple[Tensor, Transport | None]:
         """Changed costs, and potentials for the plan of these to start from.
 
         Args:
             cost: C `[batch * heads, tokens, slots]`.
             transport: (costs, where to start) -> plan.
-            index: `[batch]`, which examples these are; None draws the noise afresh.
+            noise: what is added to the costs, from `draw`; None adds nothing.
         """
-        if self.noise:
-            draws = 1 if index is None else len(index)
-            shape = (len(cost) // draws, *cost.shape[1:])
-            noise = gaussian(shape, draws, index, seed=self.seed, device=cost.device).view_as(cost)
-            cost = cost + self.noise * noise.to(cost.dtype)
+        if noise is not None:
+            cost = cost + noise.flatten(0, 1)
         latest: Transport | None = None
         kept = torch.is_grad_enabled()
 

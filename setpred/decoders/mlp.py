@@ -34,7 +34,5 @@ class MLPDecoder(SetDecoder):
         super().__init__(set_size=set_size, set_dim=set_dim, latent_dim=latent_dim)
         self.network = MLP(latent_dim, hidden_dim, hidden_dim, set_size * set_dim)
 
-    def predictions(
-        self, features: Tensor, *, index: Tensor | None, iterations: int | None, mask: Tensor | None
-    ) -> Iterator[Tensor]:
+    def predictions(self, features: Tensor, *, iterations: int | None, mask: Tensor | None) -> Iterator[Tensor]:
         yield self.network(features).unflatten(-1, (self.set_size, self.set_dim))

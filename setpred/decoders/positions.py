@@ -23,8 +23,8 @@ class SequencePositions(nn.Module):
         super().__init__()
         self.temperature = temperature
 
-    def forward(self, rows: Tensor, index: Tensor | None) -> Tensor:
-        """`[batch, rows, dim]` to the same, dim even; `index` is not read."""
+    def forward(self, rows: Tensor) -> Tensor:
+        """`[batch, rows, dim]` to the same, dim even."""
         count, dim = rows.shape[1:]
         if dim % 2:
             raise ValueError(f"expected rows of an even length, got {dim}")
@@ -37,7 +37,7 @@ class RandomPositions(nn.Module):
     """Puts chance beside each row: [x_i, α + exp(β) N(0, 1)], as many numbers again, with α and β learned.
 
     The "random PE" of the iDSPN paper, in the manner of Slot Attention's start: no order, yet equal rows differ.
-    Draws are those of `RandomStart`: fresh ones in training, in evaluation those of (seed, example).
+    Draws are those of `RandomStart`: fresh ones in training, in evaluation one for all examples, a function of `seed`.
     """
 
     widening = 2
@@ -47,7 +47,8 @@ class RandomPositions(nn.Module):
         self.seed = seed
         self.shift, self.log_scale = (nn.Parameter(torch.zeros(())) for _ in range(2))
 
-    def forward(self, rows: Tensor, index: Tensor | None) -> Tensor:
-        """`[batch, rows, dim]` -> `[batch, rows, 2 dim]`; index `[batch]`, which examples these are."""
-        noise = gaussian(rows.shape[1:], len(rows), index, seed=self.seed, device=rows.device).to(rows.dtype)
+    def forward(self, rows: Tensor) -> Tensor:
+        """`[batch, rows, dim]` -> `[batch, rows, 2 dim]`."""
+        seed = None if self.training else self.seed
+        noise = gaussian(rows.shape[1:], rows.shape[0], seed=seed, device=rows.device).to(rows.dtype)
         return torch.cat([rows, self.shift + self.log_scale.exp() * noise], dim=-1)

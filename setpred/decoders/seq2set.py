@@ -68,9 +68,7 @@ class Seq2Set(SetDecoder):
         self.recurrent = nn.GRUCell(embedding_dim + token_dim, hidden_dim)
         self.head = MLP(hidden_dim + token_dim + embedding_dim, hidden_dim, set_dim)
 
-    def predictions(
-        self, features: Tensor, *, index: Tensor | None, iterations: int | None, mask: Tensor | None
-    ) -> Iterator[Tensor]:
+    def predictions(self, features: Tensor, *, iterations: int | None, mask: Tensor | None) -> Iterator[Tensor]:
         tokens = self.norm(features)
         projected = self.attention.of_token(tokens)
         present = torch.ones_like(tokens[..., :1]) if mask is None else mask.unsqueeze(-1).to(tokens.dtype)

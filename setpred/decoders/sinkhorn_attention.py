@@ -48,7 +48,11 @@ class SinkhornAttention(nn.Module):
             nn.Sequential(*MLP(dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 1, bias=False)) for _ in range(2)
         )
 
-    def forward(self, queries: Tensor, keys: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
+    def draw(self, keys: Tensor, slots: int) -> Tensor | None:
+        """The random numbers of one prediction: those of `mesh`."""
+        return None if self.mesh is None else self.mesh.draw(keys, slots)
+
+    def forward(self, queries: Tensor, keys: Tensor, mask: Tensor | None, noise: Tensor | None) -> Tensor:
         """Weights `[batch, heads, slots, tokens]`; arguments as of `SlotSoftmax`."""
         batch, heads, slots, _ = queries.shape
         queries, keys = queries.flatten(0, 1), keys.flatten(0, 1)
@@ -64,5 +68,5 @@ class SinkhornAttention(nn.Module):
         # not through |k|² + |q|² - 2kq, whose rounding near zero the root would magnify
         cost, start = torch.cdist(keys, queries, compute_mode="donot_use_mm_for_euclid_dist"), None
         if self.mesh is not None:
-            cost, start = self.mesh(cost, transport, index)
+            cost, start = self.mesh(cost, transport, noise)
         return transport(cost, start).plan.mT.unflatten(0, (batch, heads))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from setpred.decoders.base import SetDecoder, refined
@@ -22,14 +21,18 @@ class SlotSoftmax(nn.Module):
     (Locatello et al., NeurIPS 2020.)
     """
 
-    def forward(self, queries: Tensor, keys: Tensor, mask: Tensor | None, index: Tensor | None) -> Tensor:
+    def draw(self, keys: Tensor, slots: int) -> Tensor | None:
+        """The random numbers of one prediction, the same in all its refinements: none here."""
+        return None
+
+    def forward(self, queries: Tensor, keys: Tensor, mask: Tensor | None, noise: Tensor | None) -> Tensor:
         """Weights `[batch, heads, slots, tokens]`, of sum 1 over tokens.
 
         Args:
             queries: `[batch, heads, slots, dim]`.
             keys: `[batch, heads, tokens, dim]`.
             mask: which tokens there are, `[batch, tokens]`.
-            index: which examples these are, for attentions that draw numbers.
+            noise: from `draw`; not read here.
         """
         scores = queries @ keys.mT / queries.shape[-1] ** 0.5
         shares = scores.softmax(dim=-2) + 1e-8  # a slot that wins nothing keeps a mean
@@ -58,7 +61,7 @@ class SlotAttention(SetDecoder):
         heads: of the attention; a divisor of `slot_dim`.
         iterations: default number T of refinements.
         gradient_steps: through how many of the last ones gradients pass; all, and to the start, unless given.
-        start: the first slots from (tokens, index); `GaussianStart` unless given.
+        start: the first slots from the tokens; `GaussianStart` unless given.
         set_size, set_dim: of the predicted sets; there are as many slots.
     """
 
@@ -95,19 +98,17 @@ class SlotAttention(SetDecoder):
         self.residual = nn.Sequential(nn.LayerNorm(slot_dim), MLP(slot_dim, hidden_dim, slot_dim))
         self.head = MLP(slot_dim, slot_dim, set_dim)
 
-    def predictions(
-        self, features: Tensor, *, index: Tensor | None, iterations: int | None, mask: Tensor | None
-    ) -> Iterator[Tensor]:
+    def predictions(self, features: Tensor, *, iterations: int | None, mask: Tensor | None) -> Iterator[Tensor]:
         tokens = self.norm_tokens(features)
         keys, values = self._by_head(self.key(tokens)), self._by_head(self.value(tokens))
 
-        start = self.start(features, index).to(features.dtype)
-        # what an attention draws it draws once for all refinements, as published, so that they break ties alike
-        drawn = torch.randint(2**31, (len(features),)) if index is None else index
+        start = self.start(features).to(features.dtype)
+        # drawn once for all refinements, as published, so that they break ties alike
+        noise = self.attention.draw(keys, start.shape[1])
 
         def step(slots: Tensor) -> Tensor:
             queries = self._by_head(self.query(self.norm_slots(slots)))
-            won = self.attention(queries, keys, mask, drawn) @ values
+            won = self.attention(queries, keys, mask, noise) @ values
             return self.update(slots, self.mix(won.transpose(1, 2).flatten(2)))
 
         steps = self.iterations if iterations is None else iterations

@@ -58,7 +58,7 @@ class SlotMixture(SetDecoder):
         hidden_dim: of the means' MLP; the head's is `slot_dim`.
         iterations: default number of refinements.
         gradient_steps: through how many of the last ones gradients pass; None is through all, and to the start.
-        start: the first [μ, log σ] `[batch, set_size, 2 slot_dim]` from (tokens, index); `GaussianStart` unless given.
+        start: the first [μ, log σ] `[batch, set_size, 2 slot_dim]` from the tokens; `GaussianStart` unless given.
         set_size, set_dim: of the predicted sets; there are as many slots.
     """
 
@@ -91,9 +91,7 @@ class SlotMixture(SetDecoder):
         self.residual = nn.Sequential(nn.LayerNorm(slot_dim), MLP(slot_dim, hidden_dim, slot_dim))
         self.head = MLP(2 * slot_dim, slot_dim, set_dim)
 
-    def predictions(
-        self, features: Tensor, *, index: Tensor | None, iterations: int | None, mask: Tensor | None
-    ) -> Iterator[Tensor]:
+    def predictions(self, features: Tensor, *, iterations: int | None, mask: Tensor | None) -> Iterator[Tensor]:
         tokens = self.norm_tokens(features)
         keys, values = self.key(tokens), self.value(tokens)
         # a weight of nothing for what is absent
@@ -104,7 +102,7 @@ class SlotMixture(SetDecoder):
         def step(state: Tensor) -> Tensor:
             return self._step(state, keys, values, log_present)
 
-        slots = self.start(features, index).to(features.dtype)
+        slots = self.start(features).to(features.dtype)
         # the state is [μ, log σ, log π]
         start = torch.cat([slots, torch.zeros_like(slots[..., :1])], dim=-1)
         steps = self.iterations if iterations is None else iterations

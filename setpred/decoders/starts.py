@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from setpred.errors import InputError
 
 
-def gaussian(shape: Sequence[int], batch: int, index: Tensor | None, *, seed: int, device: torch.device) -> Tensor:
-    """N(0, 1) of `[batch, *shape]`: fresh numbers, or with `index [batch]` those of (seed, index) alone.
+def gaussian(shape: Sequence[int], batch: int, *, seed: int | None, device: torch.device) -> Tensor:
+    """N(0, 1) of `[batch, *shape]`, float32.
 
-    So that in evaluation neither batch size nor order nor device changes a result.
+    Args:
+        seed: None draws afresh for each example, from torch's generator. A number fixes one draw for all examples, a
+            function of the number alone: neither order, batch size nor device changes a result.
     """
-    if index is None:
+    if seed is None:
         return torch.randn(batch, *shape, device=device)
-    generator = torch.Generator()  # on the CPU, so that every device gets the same numbers
-    draws = []
-    for i in index.tolist():
-        generator.manual_seed((seed * 1_000_003 + i) % 2**63)
-        draws.append(torch.randn(*shape, generator=generator))
-    return torch.stack(draws).to(device)
+    # by numpy: a constant to torch.export, and a longer draw begins with the shorter one, so that padding is no matter
+    drawn = np.random.default_rng(seed % 2**63).standard_normal([int(length) for length in shape], dtype=np.float32)
+    return torch.tensor(drawn, device=device).expand(batch, *shape)
 
 
 def checked_shape(set_size: int, set_dim: int) -> tuple[int, int]:
@@ -35,8 +35,8 @@ def checked_shape(set_size: int, set_dim: int) -> tuple[int, int]:
 class RandomStart(nn.Module):
     """Y₀ = scale · N(0, 1).
 
-    In training a fresh draw from torch's generator. In evaluation the draw of an example depends on `seed` and its
-    index alone, so that neither batch size nor order nor device changes a result.
+    In training a fresh draw for each example from torch's generator. In evaluation one draw for all examples, a
+    function of `seed` alone, so that a prediction depends on the image and the model alone.
     """
 
     def __init__(self, set_size: int, set_dim: int, *, scale: float = 0.1, seed: int = 0) -> None:
@@ -44,9 +44,10 @@ class RandomStart(nn.Module):
         self.shape = checked_shape(set_size, set_dim)
         self.scale, self.seed = scale, seed
 
-    def forward(self, features: Tensor, index: Tensor | None) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """`[batch, set_size, set_dim]`."""
-        return self.scale * gaussian(self.shape, len(features), index, seed=self.seed, device=features.device)
+        seed = None if self.training else self.seed
+        return self.scale * gaussian(self.shape, features.shape[0], seed=seed, device=features.device)
 
 
 class LearnedStart(nn.Module):
@@ -60,9 +61,9 @@ class LearnedStart(nn.Module):
         super().__init__()
         self.initial = nn.Parameter(scale * torch.randn(checked_shape(set_size, set_dim)))
 
-    def forward(self, features: Tensor, index: Tensor | None) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """`[batch, set_size, set_dim]`."""
-        return self.initial.expand(len(features), -1, -1)
+        return self.initial.expand(features.shape[0], -1, -1)
 
 
 class GaussianStart(nn.Module):
@@ -79,7 +80,8 @@ class GaussianStart(nn.Module):
         self.mean = nn.Parameter(torch.empty(set_dim).uniform_(-bound, bound))
         self.log_deviation = nn.Parameter(torch.empty(set_dim).uniform_(-bound, bound))
 
-    def forward(self, features: Tensor, index: Tensor | None) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """`[batch, set_size, set_dim]`."""
-        noise = gaussian(self.shape, len(features), index, seed=self.seed, device=features.device)
+        seed = None if self.training else self.seed
+        noise = gaussian(self.shape, features.shape[0], seed=seed, device=features.device)
         return self.mean + self.log_deviation.exp() * noise

@@ -28,7 +28,7 @@ class TransformerDecoder(SetDecoder):
         layers: how many.
         hidden_dim: of the layers' networks.
         dropout: in training.
-        start: the codes `[batch, set_size, dim]` from (z, index); `LearnedStart` of scale 1 unless given.
+        start: the codes `[batch, set_size, dim]` from z; `LearnedStart` of scale 1 unless given.
         set_size, set_dim: of the predicted sets.
     """
 
@@ -53,10 +53,8 @@ class TransformerDecoder(SetDecoder):
         )
         self.head = MLP(dim, dim, set_dim)
 
-    def predictions(
-        self, features: Tensor, *, index: Tensor | None, iterations: int | None, mask: Tensor | None
-    ) -> Iterator[Tensor]:
-        rows = self.widen(features).unsqueeze(1) + self.start(features, index).to(features.dtype)
+    def predictions(self, features: Tensor, *, iterations: int | None, mask: Tensor | None) -> Iterator[Tensor]:
+        rows = self.widen(features).unsqueeze(1) + self.start(features).to(features.dtype)
         for layer in self.layers:
             rows = layer(rows)
         yield self.head(rows)

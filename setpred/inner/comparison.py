@@ -36,7 +36,6 @@ def compare_gradients(
     latent: Tensor,
     target: Tensor,
     *,
-    index: Tensor | None = None,
     iterations: int | None = None,
     steps: Sequence[int] = (1, 5, 10),
     damping: float = 0.0,
@@ -49,12 +48,13 @@ def compare_gradients(
     eigenvalue is taken. The Neumann series has the step 1 / largest eigenvalue.
 
     Args:
-        decoder: latent to set, with its `differentiation` as an attribute, called as `IDSPN` is. Give it in double
-            precision: solving with nearly singular matrices needs that.
+        decoder: latent to set, with its `differentiation` as an attribute, called as `IDSPN` is. Give it in
+            evaluation mode, where every call starts from the same sets, and in double precision: solving with nearly
+            singular matrices needs that.
         loss: of predicted and target sets, per example.
         latent: z `[batch, latent_dim]`.
         target: `[batch, set_size, set_dim]`.
-        index, iterations: of the decoder; its own number of descent steps unless given.
+        iterations: of the decoder; its own number of descent steps unless given.
         steps: the numbers of steps to try where there is a choice.
         damping: for conjugate gradient and exact.
 
@@ -66,6 +66,7 @@ def compare_gradients(
         summed over the batch).
 
     Raises:
+        ValueError: a decoder in training mode.
         InputError: a decoder without an inner problem, no descent steps, sets too large, a Hessian that stays singular.
     """
     own = getattr(decoder, "differentiation", None)
@@ -73,19 +74,21 @@ def compare_gradients(
         raise InputError(
             f"a decoder with an inner problem was expected, such as IDSPN; {type(decoder).__name__} has none to check"
         )
+    if decoder.training:
+        raise ValueError("expected a decoder in evaluation mode, got one in training mode; call decoder.eval()")
     recorded = Recorded(own)
     parameters = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
 
     def gradient(differentiation: Differentiation) -> list[Tensor | None]:
         recorded.differentiation = differentiation
         leaf = latent.detach().requires_grad_()
-        losses = loss(decoder(leaf, index=index, iterations=iterations), target)
+        losses = loss(decoder(leaf, iterations=iterations), target)
         return list(torch.autograd.grad(losses.sum(), [leaf, *parameters], allow_unused=True))
 
     decoder.differentiation = recorded
     try:
         with torch.no_grad():
-            decoder(latent, index=index, iterations=iterations)
+            decoder(latent, iterations=iterations)
         iterates, taken = recorded.found, len(recorded.found) - 1
         if taken < 1:
             raise InputError("expected at least 1 descent step, got 0; there is nothing to differentiate")
