@@ -46,7 +46,7 @@ def find_images(
         if not names:
             raise InputError(f"the folder {source} has no image; expected files named {', '.join(SUFFIXES)}")
         if others := sorted(set(files).difference(names)):
-            say(f"{source}: left out {len(others)} of its files, not named as images read here, such as {shown(others[0])}")
+            say(f"{source}: skipped {len(others)} files that are not named as images, such as {shown(others[0])}")
         found += [os.path.join(source, name) for name in names]
     return found
 

@@ -43,7 +43,7 @@ class GreedyVotes(nn.Module):
         self.register_buffer("weights", diagonal(weights, set_dim), persistent=False)
 
     @torch.no_grad()
-    def forward(self, features: Tensor, index: Tensor | None = None) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """Votes `[batch, tokens, set_dim + precise + 1]` -> `[batch, set_size, set_dim]`."""
         votes, precisions, masses = Ballot.of(features, self.set_dim)
         scaled = votes * self.weights.sqrt()
