@@ -80,7 +80,7 @@ def test_pictures_of_every_format_are_found_and_what_is_left_out_is_said(tmp_pat
         (tmp_path / name).write_text("no image")
     run([str(checkpoint), str(tmp_path), "--out", str(tmp_path / "out" / "p.json")])
     said, *_ = capsys.readouterr().err.splitlines()
-    assert said == f"{tmp_path}: left out 2 of its files, not named as images read here, such as 'h.heic'"
+    assert said == f"{tmp_path}: skipped 2 files that are not named as images, such as 'h.heic'"
 
 
 def test_missing_and_empty_folders_are_sentences(folder, tmp_path):
