@@ -52,7 +52,7 @@ def test_named_configurations_are_there(text):
 
 
 def test_what_is_sent_on_paper_follows_from_the_parameters():
-    for name in ("clevr", "clevr_fspool"):
+    for name in ("clevr", "clevr_equilibrium", "clevr_fspool"):
         options = ["--config", str(ROOT / "configs" / f"{name}.yaml"), "--trainer.logger=false"]
         parameters = sum(part.numel() for part in build([*options, "--resume=auto"]).model.parameters())
         sent = [2 * (among - 1) / among * 4 * parameters / 1e6 for among in (2, 8, 64)]
