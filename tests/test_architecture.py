@@ -1,8 +1,10 @@
 """The tree keeps its shape: imports go down, heavy libraries stay in their rooms, sizes stand in the schema."""
 
 import ast
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,3 +83,20 @@ def test_every_public_part_is_documented():
         assert list(module.__all__) == expected
         for name in module.__all__:
             assert getattr(module, name).__doc__, f"{module.__name__}.{name} has no docstring"
+
+
+def test_warnings_of_our_lines_are_errors_and_those_of_libraries_are_not():
+    def warn(module, category=UserWarning):
+        warnings.warn_explicit("a warning", category, "a.py", 1, module)
+
+    packages = [*SOURCES, *(ROOT / "benchmarks").glob("*.py")]
+    ours = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in packages]
+    for module in ("setpred", *ours, *(path.stem for path in (ROOT / "tests").glob("*.py"))):
+        with pytest.raises(UserWarning):
+            warn(module)
+    with pytest.raises(RuntimeWarning):
+        np.ones(1) / np.zeros(1)
+    with warnings.catch_warnings(record=True):
+        for module in ("torch.nn", "lightning.pytorch.setpred", "setpred_of_others"):
+            warn(module)
+        warn("setpred", DeprecationWarning)  # a library's next release may announce something of what we call

@@ -75,7 +75,6 @@ def fit(
     return model.shown, trainer
 
 
-@pytest.mark.filterwarnings("ignore")  # Lightning warns about workers, logging and its own use of torch
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(files, tmp_path, workers):
     whole, trainer = fit(files, 3, num_workers=workers, every=1, folder=tmp_path)
@@ -157,7 +156,6 @@ def test_a_rendering_that_fails_is_reported(tmp_path):
         RenderedScenes(**SCENES, folder=str(tmp_path / "data")).prepare_data()
 
 
-@pytest.mark.filterwarnings("ignore")  # jsonargparse renames its methods from version to version
 @pytest.mark.parametrize(
     ("cls", "options"),
     [
@@ -171,7 +169,7 @@ def test_a_configuration_builds_them(cls, options):
     config = parser.parse_string(
         yaml.safe_dump({"data": {"class_path": f"{cls.__module__}.{cls.__name__}", "init_args": options}})
     )
-    built = parser.instantiate_classes(config).data
+    built = parser.instantiate(config).data
     assert isinstance(built, cls)
     assert built.image_size == 32
     assert built.seed == options.get("seed")  # None: the seed of the run

@@ -105,7 +105,6 @@ class Watch(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-@pytest.mark.filterwarnings("ignore")  # Lightning warns about workers, logging and its own use of torch
 def test_a_training_sees_the_same_also_after_a_resume(files, tmp_path):
     def fit(in_memory, *, checkpoint=None):
         watch = Watch()
@@ -153,7 +152,6 @@ def test_a_folder_is_refused(tmp_path):
         data.setup("validate")
 
 
-@pytest.mark.filterwarnings("ignore")  # jsonargparse renames its methods from version to version
 @pytest.mark.parametrize("value", ["device", True, False, None])
 @pytest.mark.parametrize("cls", [SetDataModule, RenderedScenes, StreamedScenes])
 def test_a_configuration_says_where(cls, value):
@@ -161,5 +159,5 @@ def test_a_configuration_says_where(cls, value):
     parser.add_subclass_arguments(cls, "data")
     options = {"in_memory": value} | ({"train": None, "val": "b.h5"} if cls is SetDataModule else {})
     text = yaml.safe_dump({"data": {"class_path": f"{cls.__module__}.{cls.__name__}", "init_args": options}})
-    built = parser.instantiate_classes(parser.parse_string(text)).data
+    built = parser.instantiate(parser.parse_string(text)).data
     assert built.in_memory is value or built.in_memory == value == "device"

@@ -197,7 +197,6 @@ def fit(folder, epochs, *, checkpoint=None, save_to=None, **options):
     return model.shown
 
 
-@pytest.mark.filterwarnings("ignore")  # Lightning warns about workers, logging and its own use of torch
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_resumed_run_goes_on_with_the_next_scenes(folder, tmp_path, workers):
     whole = fit(folder, 3, num_workers=workers, save_to=tmp_path)

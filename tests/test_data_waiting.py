@@ -92,7 +92,6 @@ def loader(clock: Clock, seconds: float) -> ResumableLoader:
     return ResumableLoader(Numbers(clock, seconds), 2, sampler=EpochPermutation(8, seed=0), drop_last=True)
 
 
-@pytest.mark.filterwarnings("ignore")  # Lightning warns about workers and few batches
 @pytest.mark.parametrize(("reading", "step", "share"), [(3, 2, 0.75), (1, 6, 0.25), (0, 1, 0.0), (1, 0, 1.0)])
 def test_the_share_is_that_of_reading(tmp_path, capsys, clock, reading, step, share):
     """Batches of two: 2 reading / (2 reading + step)."""
@@ -101,7 +100,6 @@ def test_the_share_is_that_of_reading(tmp_path, capsys, clock, reading, step, sh
     assert ("of the training waits for data)" in capsys.readouterr().out) == (share > 0)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_validation_is_neither_waiting_nor_training(tmp_path, clock):
     """A slow one changes nothing, between epochs or within one."""
     val = DataLoader(torch.zeros(2))
@@ -110,7 +108,6 @@ def test_validation_is_neither_waiting_nor_training(tmp_path, clock):
         assert [float(value) for value in found] == pytest.approx([0.75, 0.75])
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_a_loader_that_does_not_tell_is_not_timed(tmp_path, clock):
     assert shares(tmp_path, Model(clock, step=1), DataLoader(Numbers(clock, 1), 2)) == [None, None]
 

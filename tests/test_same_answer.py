@@ -105,7 +105,6 @@ def test_an_image_alone_is_predicted_as_among_others(model, scenes, expected):
         assert torch.equal(found.predicted[0], expected.predicted[number])
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader")
 def test_workers_do_not_matter(model, scenes, expected):
     found = predict(model, scenes, batch_size=16, workers=2)
     assert torch.equal(found.predicted, expected.predicted)
@@ -183,7 +182,6 @@ def folder(model, scenes, tmp_path_factory):
     return folder
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader")
 @pytest.mark.parametrize("protocol", ["dataset", pytest.param("per-image", marks=slow)])
 def test_evaluate_writes_the_same_file(model, scenes, tmp_path, protocol):
     out = tmp_path / "out.json"

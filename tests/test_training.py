@@ -57,7 +57,6 @@ def test_checkpoints_have_statistics_of_their_own_weights(finished, tiny_data):
     torch.testing.assert_close(norm.running_var, maps.var(2).mean(0))
 
 
-@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
 def test_a_resume_within_an_epoch_ends_in_the_same_weights(finished, tmp_path, tiny_data):
     """And in the same statistics and validation."""
     saving = {"dirpath": str(tmp_path / "steps"), "filename": "{step}", "every_n_train_steps": 1, "save_top_k": -1}
@@ -108,7 +107,6 @@ def test_validation_at_any_moment_is_that_of_the_trainer(tmp_path, tiny_data):
     assert len(found) == 1
 
 
-@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
 def test_a_save_disturbs_nothing_and_statistics_that_are_held_fixed_stay(tmp_path, tiny_data):
     """Those of a part that its owner keeps in evaluation mode while training."""
     estimated = []
