@@ -55,7 +55,8 @@ LIGHTNING = {  # none loads a file; functions that some would call have to be on
 }
 MOST_LINES, LONGEST_LINE = 30, 300  # of what is said of a value, which may be long
 BYTES_PER_NUMBER = 16  # of a model in training: itself, its gradient and Adam's two means
-DENIED = re.compile(r"Importing '([\w.]+)' is not allowed")  # how jsonargparse says so
+# in the line where jsonargparse says so: a path, and after it the setting that would allow it; its words may change
+DENIED = re.compile(r"'([\w.]+)'.*import_path_allowlist")
 # on the command line, by the custom that names of classes are capitalised; not a part of a file's path
 CLASS_PATH = re.compile(r"(?<![\w./-])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*\.[A-Z]\w*(?![\w./-])")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import yaml
@@ -39,7 +38,7 @@ def check(text: str) -> None:
         raise yaml.YAMLError(f"expected a configuration of at most {LARGEST:,} characters, got more")
     sizes: dict[str, int] = {}  # values that an alias stands for, by its anchor
     levels: list[_Open] = []
-    for event in _events(text):
+    for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         if getattr(event, "tag", None) is not None:
             raise yaml.YAMLError(f"expected plain values, got the tag {event.tag!r}; leave it out")
         if isinstance(event, yaml.CollectionStartEvent):
@@ -67,13 +66,6 @@ def check(text: str) -> None:
             _put(levels[-1], event, values)
 
 
-def _events(text: str) -> Iterator[yaml.Event]:
-    try:
-        yield from yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except UnicodeEncodeError as error:  # half of a pair of characters
-        raise yaml.YAMLError(f"expected text, got {error.object[error.start : error.end]!r}") from error
-
-
 def _put(inside: _Open, event: yaml.Event, values: int) -> None:
     """Counts a value, which may be a key, to what it is in."""
     inside.values += values
@@ -94,10 +86,10 @@ def load(text: str) -> object:
     Raises:
         yaml.YAMLError: see `check`; values that cannot be read.
     """
-    check(text)
     try:
+        check(text)
         return yaml.safe_load(text)
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:  # also half of a pair of characters
         raise yaml.YAMLError(f"a value cannot be read: {error}") from error
 
 

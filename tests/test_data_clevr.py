@@ -129,7 +129,7 @@ def test_broken_json(folder):
     with pytest.raises(InputError, match=r"not valid JSON: .* at character \d+ of 200"):
         ClevrFolder(folder, "val")
     scenes.write_bytes(b'{"info": "\xff"}')
-    with pytest.raises(InputError, match=r"not valid JSON .*utf-8"):
+    with pytest.raises(InputError, match="is not valid JSON"):
         ClevrFolder(folder, "val")
     for other in ("[]", "{}", '{"scenes": []}', '{"scenes": 3}', "3"):
         scenes.write_text(other)

@@ -210,7 +210,6 @@ def test_a_whole_descent_is_one_graph(kind):
         torch.testing.assert_close(traced(decoder)(latent), decoder(latent), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # which torch.compile looks at
 @pytest.mark.parametrize("differentiation", [Implicit(), Unrolled(last=2)], ids=["implicit", "truncated"])
 def test_gradients_of_who_compiles_the_model(differentiation):
     """Those of the model as it is written: steps that carry no gradients carry none in one graph either."""
@@ -271,8 +270,7 @@ def test_what_cannot_be_compiled_goes_on_uncompiled_after_one_warning(recwarn):
     expected = plain(latent)
     for _ in range(2):
         torch.testing.assert_close(other(latent), expected)
-    (warning,) = recwarn
-    assert "uncompiled" in str(warning.message)
+    assert len([warning for warning in recwarn if "uncompiled" in str(warning.message)]) == 1
 
 
 def test_what_is_wrong_with_a_problem_is_said_and_compiling_is_not_to_blame(quickly_compiled):

@@ -79,7 +79,7 @@ class StartOfOnesOwn(nn.Module):
 def test_a_start_that_takes_something_else_is_a_sentence(tmp_path):
     loaded = load_checkpoint(untrained(tmp_path))
     loaded.model.decoder.start = StartOfOnesOwn()
-    with pytest.raises(InputError, match=r"cannot export this model, with IDSPN: .*positional argument"):
+    with pytest.raises(InputError, match=r"cannot export this model, with IDSPN: "):
         export_program(loaded)
 
 
