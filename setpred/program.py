@@ -62,7 +62,8 @@ class DescentProgram(nn.Module):
             return after.iterate, torch.zeros_like(velocity) if after.velocity is None else after.velocity
 
         latent, initial = self.given(images)
-        self.step = traced(step, latent, initial, initial, torch.zeros_like(initial))
+        # a copy: the tracer takes one tensor given twice for one input, and objectives may read both
+        self.step = traced(step, latent, initial, initial.clone(), torch.zeros_like(initial))
 
     def given(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Latent vectors, and where the descent starts."""

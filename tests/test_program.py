@@ -14,10 +14,10 @@ from setpred import program as programs
 from setpred.aggregators import FSPool, SetEncoder
 from setpred.checkpoint import Checkpoint, load_checkpoint
 from setpred.data.rendered import render_records
-from setpred.decoders import IDSPN, MESH, GaussianStart, SinkhornAttention, SlotAttention, SlotMixture
-from setpred.encoders import PositionedTokens, SmallCNN, SmallTrunk
+from setpred.decoders import IDSPN, MESH, GaussianStart, GreedyVotes, SinkhornAttention, SlotAttention, SlotMixture
+from setpred.encoders import PositionedTokens, ResidualTrunk, SmallCNN, SmallTrunk, Votes
 from setpred.errors import InputError
-from setpred.inner import GradientDescent, LatentMatching
+from setpred.inner import GradientDescent, LatentMatching, VotingEnergy
 from setpred.model import SetPredictor
 from setpred.program import SCHEMA_FILE, _difference, export_program, unit
 from setpred.release import main
@@ -111,6 +111,21 @@ def test_a_descent_starts_as_in_the_model(start):
     loaded = of(SmallCNN(image_size=16, latent_dim=16, width=4), IDSPN(objective, descent, set_size=4, start=start))
     program = torch.export.load(io.BytesIO(export_program(loaded))).module()
     assert_same(program, loaded.model, 5)
+
+
+def test_a_voting_model():
+    torch.manual_seed(0)
+    tokens = PositionedTokens(ResidualTrunk(image_size=16, widths=(4, 8), blocks=1), token_dim=None)
+    descent = GradientDescent(iterations=4, learning_rate=0.1, momentum=0.5, metric=[4, 4, 4])
+    start = GreedyVotes(4, weights=[4, 4, 4])
+    decoder = IDSPN(VotingEnergy(precise=3, weights=[4, 4, 4]), descent, set_size=4, start=start)
+    encoder = Votes(tokens, precise=3, hidden_dim=8)
+    with torch.no_grad():  # tokens that differ, as trained ones do: rounding does not choose the heaviest
+        encoder.network[-1].weight *= 20
+    loaded = of(encoder, decoder)
+    program = torch.export.load(io.BytesIO(export_program(loaded))).module()
+    for batch in (1, 5):
+        assert_same(program, loaded.model, batch)
 
 
 SLOTS = {"set_size": 4, "token_dim": 8, "slot_dim": 8, "hidden_dim": 8, "iterations": 2}
