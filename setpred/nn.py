@@ -35,10 +35,10 @@ def diagonal(first: Sequence[float], size: int) -> Tensor:
     Raises:
         InputError: more than `size` numbers, or one that is not positive and finite.
     """
-    numbers = torch.tensor([float(number) for number in first])
-    if len(numbers) > size or not bool(((numbers > 0) & numbers.isfinite()).all()):
+    numbers = [float(number) for number in first]  # not a tensor: on the meta device those cannot be compared
+    if len(numbers) > size or not all(0 < number < math.inf for number in numbers):
         raise InputError(f"expected at most {size} positive numbers, got {list(first)}; shorten or correct the list")
-    return torch.cat([numbers, torch.ones(size - len(numbers))])
+    return torch.cat([torch.tensor(numbers), torch.ones(size - len(numbers))])
 
 
 class Positive(nn.Module):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from setpred.nn import MLP, LayerNorm, Positive, batch_norms, estimating_statistics, softplus_inverse
+from setpred.errors import InputError
+from setpred.nn import MLP, LayerNorm, Positive, batch_norms, diagonal, estimating_statistics, softplus_inverse
 
 
 def third_derivative_error(norm):
@@ -35,6 +36,16 @@ def test_layer_norm_is_that_of_torch_with_right_third_derivatives():
     elements = torch.randn(4, 5, 6, dtype=torch.float64)
     torch.testing.assert_close(ours(elements), theirs(elements))
     assert third_derivative_error(ours) < 1e-6
+
+
+def test_a_diagonal_is_its_first_numbers_and_ones_also_where_there_is_no_memory():
+    """Loading a checkpoint builds its model on the meta device first."""
+    assert diagonal([4, 0.5], 4).tolist() == [4.0, 0.5, 1.0, 1.0]
+    with torch.device("meta"):
+        assert diagonal([4, 0.5], 4).shape == (4,)
+        for first in ([0.0], [-1.0], [float("nan")], [float("inf")], [1.0] * 5):
+            with pytest.raises(InputError, match="expected at most 4 positive numbers"):
+                diagonal(first, 4)
 
 
 @pytest.mark.parametrize("value", [1e-3, 0.1, 1.0, 30.0, 800.0])
