@@ -25,7 +25,9 @@ from setpred.visualise.world import on_map
 
 STRIP = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500)  # iterations shown in the strip, and always the last
 MOST_COLUMNS, MOST_FRAMES = 7, 60
-FILM_DPI, FRAME_MS, LAST_MS = 80, 120, 2500
+FILM_DPI = 80
+FIRST_MS, LAST_MS = 800, 2500
+FASTEST_MS, SLOWEST_MS, BETWEEN_MS = 120, 400, 3000  # of a frame between the first and the last, and of all of them
 FAINTEST = 0.12  # opacity of an element of no confidence
 _TITLE = "How the set is refined"
 _ERROR = "Error: smooth L1 distance to the real set, matched as at the end."
@@ -132,7 +134,8 @@ def draw_refinement_film(path: Path, descents: Sequence[Descent], *, about: str)
     palette = _palette(frames)
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     buffer = io.BytesIO()
-    times = [FRAME_MS] * (len(frames) - 1) + [LAST_MS]
+    middle = min(max(BETWEEN_MS // len(frames), FASTEST_MS), SLOWEST_MS)  # a descent of few steps is shown slowly
+    times = [FIRST_MS, *[middle] * (len(frames) - 2), LAST_MS][-len(frames) :]
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
     write_atomically(path, buffer.getvalue())
     return path
