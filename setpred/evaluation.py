@@ -11,14 +11,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from setpred.checkpoint import Checkpoint, load_checkpoint
 from setpred.data.dataset import SetImages, as_batch, open_data
+from setpred.decoders import IDSPN
 from setpred.errors import InputError
 from setpred.faults import listed
 from setpred.files import write_atomically
+from setpred.inner import Problem, Sum, VotingEnergy
+from setpred.inner.voting import Ballot
 from setpred.metrics import (
     attribute_report,
     average_precision,
@@ -32,7 +35,7 @@ from setpred.precision import encoder_autocast
 from setpred.progress import progress
 from setpred.schema import ElementSchema
 from setpred.sets import presence_mask
-from setpred.visualise import draw_own_training, write_report
+from setpred.visualise import Voting, draw_own_training, write_report
 from setpred.visualise.report import PICTURED
 
 PROTOCOLS = {"dataset": average_precision, "per-image": average_precision_per_image}
@@ -153,20 +156,45 @@ def figures(
     first = data.__getitems__(range(min(shown, len(data))))
     images = whole_pass(first["image"].to(device))  # as they were predicted
     with encoder_autocast(device):
-        iterates = [
-            elements[: len(first["image"])].float().cpu()
-            for elements in loaded.model.refine(images, iterations=iterations)
-        ]
+        iterates = torch.stack(
+            [
+                elements[: len(first["image"])].float()
+                for elements in loaded.model.refine(images, iterations=iterations)
+            ]
+        )
+        voting = _voting(loaded.model, images, iterates)
     return write_report(
         folder,
         images=first["image"],
         predicted=predictions.predicted,
         target=predictions.target,
-        iterates=torch.stack(iterates),
+        iterates=iterates,
+        voting=voting,
         camera=np.stack([data.camera(index) for index in first["index"].tolist()]),
         schema=loaded.schema,
         title=title,
     )
+
+
+def _voting(model: SetPredictor, images: Tensor, iterates: Tensor) -> Voting | None:
+    """The votes behind these iterates of the first images; None where the decoder's objective is not of votes."""
+    decoder = model.decoder
+    energy = _voting_energy(decoder.objective) if isinstance(decoder, IDSPN) else None
+    if energy is None:
+        return None
+    problem = Problem(model.encode(images)[: iterates.shape[1]].float(), iterates[0])
+    return Voting(
+        votes=Ballot.of(problem.latent, energy.set_dim).votes,
+        supports=energy.supports(iterates[-1], problem),
+        energies=torch.stack([decoder.objective(elements, problem) for elements in iterates]),
+    )
+
+
+def _voting_energy(objective: nn.Module) -> VotingEnergy | None:
+    """The objective itself, or the first of a `Sum` that is one."""
+    if isinstance(objective, Sum):
+        return next(filter(None, map(_voting_energy, objective.objectives)), None)
+    return objective if isinstance(objective, VotingEnergy) else None
 
 
 def parser() -> argparse.ArgumentParser:

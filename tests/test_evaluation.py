@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,14 @@ from tiny import run
 
 from setpred.checkpoint import KEY, build, load_checkpoint, save_whole
 from setpred.data.dataset import open_data
-from setpred.decoders import IDSPN
+from setpred.decoders import IDSPN, GreedyVotes
+from setpred.encoders import PositionedTokens, ResidualTrunk, Votes
 from setpred.errors import InputError
-from setpred.evaluation import evaluate
+from setpred.evaluation import evaluate, figures, predict
+from setpred.inner import GradientDescent, Problem, Proximity, Sum, VotingEnergy
 from setpred.metrics import average_precision, average_precision_per_image
 from setpred.model import SetPredictor
+from setpred.schema import CLEVR
 from setpred.visualise import draw_own_training
 
 
@@ -108,7 +112,48 @@ def test_real_clevr_folder_and_pictures(checkpoint, clevr_blender, tmp_path, cap
     assert "more objects than the model has slots" in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     assert names >= {"predictions.png", "refinement.png", "refinement.gif", "precision_recall.png", "confusion.png"}
+    assert "supports.png" not in names
     assert not [name for name in names if "partial" in name]
+
+
+def voting_model(objective):
+    """A model of 16 tokens, untrained, whose votes are apart."""
+    torch.manual_seed(0)
+    trunk = ResidualTrunk(image_size=16, widths=[4, 8], blocks=0)
+    descent = GradientDescent(iterations=3, learning_rate=0.02, metric=[2.0])
+    encoder = Votes(PositionedTokens(trunk, token_dim=8), set_dim=CLEVR.set_dim, precise=3)
+    start = GreedyVotes(4, CLEVR.set_dim, weights=[2.0])
+    return SetPredictor(encoder, IDSPN(objective, descent, set_size=4, start=start)).eval()
+
+
+def test_what_the_tokens_support_is_drawn_where_they_vote_alone(checkpoint, tmp_path, monkeypatch):
+    energy = VotingEnergy(set_dim=CLEVR.set_dim, precise=3, weights=[2.0])
+    loaded = load_checkpoint(checkpoint)
+    data = open_data(loaded.data["path"], image_size=16)
+    handed = []
+    monkeypatch.setattr("setpred.evaluation.write_report", lambda *_, **given: handed.append(given) or [])
+    for model in (voting_model(energy), voting_model(Sum([Proximity(), energy])), loaded.model):
+        predictions = predict(model, data)
+        options = {"iterations": None, "device": torch.device("cpu"), "title": "", "shown": 3}
+        figures(tmp_path, replace(loaded, model=model), data, predictions, **options)
+    alone, summed, without = handed
+    assert without["voting"] is None
+    for given in (alone, summed):
+        voting, iterates = given["voting"], given["iterates"]
+        assert iterates.shape == (4, 3, 4, CLEVR.set_dim)
+        assert voting.votes.shape == (3, 16, CLEVR.set_dim)
+        torch.testing.assert_close(iterates[-1], given["predicted"][:3])
+    # the mass of a token is all that it supports; the energy is that of the whole objective, and falls
+    images = data.__getitems__(range(3))["image"]
+    model = voting_model(energy)
+    features = model.encode(images)
+    torch.testing.assert_close(alone["voting"].supports.sum(1), features[..., -1])
+    torch.testing.assert_close(alone["voting"].votes, features[..., : CLEVR.set_dim])
+    problem = Problem(features, alone["iterates"][0])
+    torch.testing.assert_close(alone["voting"].energies[2], energy(alone["iterates"][2], problem))
+    both = energy(summed["iterates"][2], problem) + Proximity()(summed["iterates"][2], problem)
+    torch.testing.assert_close(summed["voting"].energies[2], both)
+    assert (alone["voting"].energies.diff(dim=0) < 0).all()
 
 
 def test_the_curve_of_a_training_is_drawn_where_its_metrics_lie_beside_it(tmp_path):

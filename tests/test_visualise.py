@@ -15,10 +15,11 @@ from setpred.errors import InputError
 from setpred.metrics import average_precision
 from setpred.rendering.camera import NOMINAL_CAMERA, Camera
 from setpred.schema import CLEVR, ElementSchema, categorical, continuous
-from setpred.visualise import Descent, report, write_report
+from setpred.visualise import Descent, Voting, draw_supports, report, write_report
 from setpred.visualise.comparison import compare
 from setpred.visualise.curves import _envelope
 from setpred.visualise.style import heading, new_figure
+from setpred.visualise.supports import support_colours
 from setpred.visualise.world import VIEW, as_pictures, cameras_of, on_map, outlines_on_image
 
 FIGURES = ["predictions.png", "refinement.gif", "refinement.png", "precision_recall.png", "confusion.png"]
@@ -83,6 +84,75 @@ def test_the_film_has_a_frame_for_each_iterate_and_dwells_on_the_first_and_last(
     assert times[-1] > 2 * times[0] > 2 * times[1]
     assert len(set(times[1:-1])) == 1
     assert all((a != b).any() for a, b in itertools.pairwise(frames))
+
+
+def voting_of(iterates, tokens=16, seed=0):
+    """Votes near the last iterate, the elements' supports at random."""
+    steps, images, set_size, set_dim = iterates.shape
+    generator = torch.Generator().manual_seed(seed)
+    votes = iterates[-1][:, torch.arange(tokens) % set_size] + 0.1 * torch.randn(
+        images, tokens, set_dim, generator=generator
+    )
+    energies = torch.linspace(5, 1, steps)[:, None].expand(steps, images)
+    return Voting(votes, torch.rand(images, set_size, tokens, generator=generator), energies)
+
+
+def test_supports_are_drawn_where_tokens_vote_and_the_same_each_time(tmp_path, monkeypatch):
+    for name in [name for name in vars(report) if name.startswith("draw_") and name != "draw_supports"]:
+        monkeypatch.setattr(report, name, lambda path, *_, **__: path)
+    predicted, target = sets(CLEVR, 1)
+    iterates = descent(predicted, 3)
+    voting, said, drawn = voting_of(iterates), [], []
+    for number, given in enumerate((voting, voting, voting._replace(supports=voting.supports.flip(2)))):
+        paths = write_report(
+            tmp_path / str(number),
+            images=pictures(1),
+            predicted=predicted,
+            target=target,
+            iterates=iterates,
+            voting=given,
+        )
+        assert [path.name for path in paths] == [*FIGURES[:3], "supports.png", *FIGURES[3:]]
+        drawn.append(paths[3].read_bytes())
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0].startswith(b"\x89PNG")
+    given = {"iterates": iterates, "voting": voting_of(iterates, tokens=12), "say": said.append}
+    paths = write_report(tmp_path / "none", images=pictures(1), predicted=predicted, target=target, **given)
+    assert [path.name for path in paths] == FIGURES
+    assert said == ["No picture of the supports: 12 tokens are no square grid."]
+
+
+def test_tokens_lie_row_by_row_in_the_colours_they_support():
+    supports = torch.tensor([[0.5, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.125], [0.0, 0.0, 0.0, 0.375]], dtype=torch.float64)
+    picture = support_colours(supports / 2, ["#ff0000", "#00ff00", "#0000ff"])  # opacity 1 for the heaviest
+    np.testing.assert_allclose(picture[..., 3], [[0.5, 1], [0, 0.5]])
+    np.testing.assert_allclose(picture[0, :, :3], [(1, 0, 0), (0, 1, 0)])
+    np.testing.assert_allclose(picture[1, 1, :3], (0, 0.25, 0.75))
+
+
+def test_an_object_has_its_number_over_the_tokens_that_support_it(tmp_path, monkeypatch):
+    """Numbers as in predictions.png, by confidence, and none upon another however close the objects are."""
+    target = objects((0, 0, "red", 1), (2, 2, "blue", 1))
+    predicted = objects((0, 0, "red", 0.8), (2, 2, "blue", 0.9), (2, 2, "blue", 0.7), (2, 2, "blue", 0.6))
+    supports = torch.zeros(len(predicted), 16, dtype=torch.float64)
+    supports[0, 5] = supports[1, 11] = supports[2, 11] = supports[3, 11] = 0.25
+    spots = []
+    monkeypatch.setattr("setpred.visualise.supports.badge", lambda _, at, text, **__: spots.append((text, *at)))
+    seen = Voting(target[:1].repeat(1, 16, 1), supports[None], torch.zeros(1, 1))
+    drawn = Descent(pictures(1)[0], predicted[None], target, NOMINAL_CAMERA, CLEVR)
+    draw_supports(tmp_path / "supports.png", [drawn], seen, about="")
+    on_image, on_map = spots[:4], spots[4:8]
+    assert [text for text, *_ in on_image] == ["1", "2", "3", "4"]
+    assert [text for text, *_ in on_map] == ["1", "2", "3 extra", "4 extra"]
+    width, height = VIEW[0] / 4, VIEW[1] / 4
+    assert on_image[0][1:] == pytest.approx((3.5 * width, 2.5 * height - 26))  # token 11: row 2, column 3
+    assert on_image[1][1:] == pytest.approx((1.5 * width, 1.5 * height - 26))  # token 5: row 1, column 1
+    for (_, *one), (_, *other) in itertools.chain(
+        itertools.combinations(on_image, 2), itertools.combinations(on_map, 2)
+    ):
+        assert np.abs(np.subtract(one, other)).max() >= 0.5
+    heights = sorted(y for _, x, y in on_image if x > VIEW[0] / 2)
+    assert np.diff(heights).min() >= 26 - 1e-9
 
 
 def test_figures_do_not_depend_on_what_was_drawn_before(full_report, tmp_path):
@@ -162,6 +232,11 @@ def test_errors_name_the_argument(tmp_path):
         ({"images": pictures(0)}, "expected 1 to 2 images, .* got 0"),
         ({"iterates": predicted}, r"expected iterates \[steps \+ 1, m, 5, 19\], got \[2, 5, 19\]"),
         ({"iterates": math.nan * predicted[None]}, "expected iterates without NaN"),
+        ({"voting": voting_of(predicted[None])}, "expected the iterates beside their voting"),
+        (
+            {"iterates": predicted[None], "voting": voting_of(predicted[None, :, :4])},
+            r"expected votes, supports and energies \[\[2, 16, 19\], \[2, 5, 16\], \[1, 2\]\], got .*\[2, 4, 16\]",
+        ),
         ({"camera": np.zeros((1, 3))}, r"expected camera \[2, 3\], got \[1, 3\]"),
         ({"predicted": predicted * math.nan}, "NaN in 2 images"),
     ):

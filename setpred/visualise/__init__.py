@@ -8,10 +8,12 @@ from setpred.visualise.own_training import draw_own_training
 from setpred.visualise.predictions import draw_predictions
 from setpred.visualise.refinement import Descent, draw_refinement_film, draw_refinement_strip
 from setpred.visualise.report import write_report
+from setpred.visualise.supports import Voting, draw_supports
 from setpred.visualise.training_curves import draw_training_curves
 
 __all__ = [
     "Descent",
+    "Voting",
     "draw_confusion",
     "draw_distance_errors",
     "draw_outlined_image",
@@ -20,6 +22,7 @@ __all__ = [
     "draw_predictions",
     "draw_refinement_film",
     "draw_refinement_strip",
+    "draw_supports",
     "draw_training_curves",
     "write_report",
 ]

@@ -68,16 +68,16 @@ def draw_filled(axes: Axes, obj: Mapping[str, Any], at: Any, *, opacity: float =
         axes.add_patch(Ellipse(centre, 0.6 * half, 0.3 * half, angle=40, facecolor="white", linewidth=0, **shared))
 
 
-def draw_outlined(axes: Axes, obj: Mapping[str, Any], at: Any, *, zorder: float = 2) -> None:
-    """A real object: a thick line in its colour around the place where a right prediction would be.
+def draw_outlined(axes: Axes, obj: Mapping[str, Any], at: Any, *, colour: str | None = None, zorder: float = 2) -> None:
+    """A real object: a thick line, in its colour unless given, around the place where a right prediction would be.
 
     The line of a metal one shines at its upper left.
     """
     at = np.asarray(at, dtype=np.float64)
     outline, _ = _placed(obj, at, 1.32)
-    for colour, width in ((INK, 4.2), (colour_of(obj), 2.8)):
+    for line, width in ((INK, 4.2), (colour_of(obj) if colour is None else colour, 2.8)):
         axes.add_patch(
-            Polygon(outline, facecolor="none", edgecolor=colour, linewidth=width, joinstyle="round", zorder=zorder)
+            Polygon(outline, facecolor="none", edgecolor=line, linewidth=width, joinstyle="round", zorder=zorder)
         )
     if obj.get("material") == "metal":
         closed = np.concatenate([outline, outline[:1]])

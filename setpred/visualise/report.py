@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,10 +17,12 @@ from setpred.visualise.curves import draw_precision_recall
 from setpred.visualise.distances import draw_distance_errors
 from setpred.visualise.predictions import draw_predictions
 from setpred.visualise.refinement import Descent, draw_refinement_film, draw_refinement_strip
+from setpred.visualise.supports import Voting, check_voting, draw_supports
 from setpred.visualise.world import as_pictures, cameras_of, has_world
 
 PICTURED = 6  # images in predictions.png
 FILMED = 2  # of them in the refinement
+SUPPORTED = 3  # of them in supports.png
 _FAR = 1e4  # where an infinite prediction is drawn: off every map
 
 
@@ -30,6 +33,7 @@ def write_report(
     predicted: Tensor,
     target: Tensor,
     iterates: Tensor | None = None,
+    voting: Voting | None = None,
     camera: np.ndarray | Tensor | None = None,
     thresholds: Sequence[float] = THRESHOLDS,
     schema: ElementSchema = CLEVR,
@@ -38,9 +42,10 @@ def write_report(
 ) -> list[Path]:
     """Writes the figures of an evaluation as PNG and GIF, each file whole or not at all.
 
-    predictions.png, refinement.gif and refinement.png (with `iterates`), precision_recall.png, confusion.png and
-    distance_errors.png. The first three show CLEVR's world: without a continuous field "coords" of three numbers
-    they are left out, as are the others where the schema has nothing to draw, and `say` is told in a sentence.
+    predictions.png, refinement.gif and refinement.png (with `iterates`), supports.png (with `iterates` and `voting`),
+    precision_recall.png, confusion.png and distance_errors.png. The first four show CLEVR's world: without a
+    continuous field "coords" of three numbers they are left out, as are the others where the schema has nothing to
+    draw, and `say` is told in a sentence.
 
     Args:
         folder: made if need be.
@@ -49,6 +54,7 @@ def write_report(
         predicted: `[n, set_size, set_dim]`.
         target: `[n, target_size, set_dim]`.
         iterates: `[steps + 1, m, set_size, set_dim]`, the descents of the first m predictions, the start first.
+        voting: of the first m predictions, where the model's tokens vote.
         camera: locations `[k, 3]` or `[n, 3]` in world units, NaN where unknown; then CLEVR's nominal one is taken.
         title: what was evaluated; a small line beside the title of each figure.
 
@@ -68,6 +74,10 @@ def write_report(
         raise ValueError(f"expected iterates [{', '.join(map(str, shape))}], got {list(iterates.shape)}")
     if iterates is not None and iterates.isnan().any():
         raise ValueError("expected iterates without NaN, got some")
+    if voting is not None:
+        if iterates is None:
+            raise ValueError("expected the iterates beside their voting, got None")
+        check_voting(voting, iterates)
     predicted, target = predicted.detach().cpu().double(), target.detach().cpu().double()
     assignment = match_by_position(predicted, target, schema=schema)
     folder = make_folder(folder)
@@ -83,10 +93,17 @@ def write_report(
             ways = iterates.detach().cpu().double().clamp(-_FAR, _FAR)
             descents = [
                 Descent(pictures[k], ways[:, k], target[k], cameras[k], schema)
-                for k in range(min(FILMED, len(cameras), iterates.shape[1]))
+                for k in range(min(SUPPORTED, len(cameras), iterates.shape[1]))
             ]
-            written.append(draw_refinement_film(folder / "refinement.gif", descents, about=title))
-            written.append(draw_refinement_strip(folder / "refinement.png", descents, about=title))
+            filmed = descents[:FILMED]
+            written.append(draw_refinement_film(folder / "refinement.gif", filmed, about=title))
+            written.append(draw_refinement_strip(folder / "refinement.png", filmed, about=title))
+            if voting is not None and math.isqrt(tokens := voting.votes.shape[1]) ** 2 == tokens:
+                seen = Voting(*(part.detach().cpu().double() for part in voting))
+                seen = seen._replace(votes=seen.votes.clamp(-_FAR, _FAR))
+                written.append(draw_supports(folder / "supports.png", descents, seen, about=title))
+            elif voting is not None:
+                say(f"No picture of the supports: {tokens} tokens are no square grid.")
     else:
         say(f"No pictures of the sets: schema {schema.name!r} has no continuous field 'coords' of three numbers.")
 
