@@ -157,10 +157,7 @@ def figures(
     images = whole_pass(first["image"].to(device))  # as they were predicted
     with encoder_autocast(device):
         iterates = torch.stack(
-            [
-                elements[: len(first["image"])].float()
-                for elements in loaded.model.refine(images, iterations=iterations)
-            ]
+            [elements[: len(first["image"])].float() for elements in loaded.model.refine(images, iterations=iterations)]
         )
         voting = _voting(loaded.model, images, iterates)
     return write_report(
@@ -208,7 +205,9 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--split", help="split of a CLEVR folder: train or val (default val)")
     options.add_argument("--iterations", type=int, help="descent steps; the model's own unless given")
-    options.add_argument("--protocol", choices=list(PROTOCOLS), default="dataset", help="which AP (see docs/metrics.md)")
+    options.add_argument(
+        "--protocol", choices=list(PROTOCOLS), default="dataset", help="which AP; see docs/metrics.md"
+    )
     options.add_argument("--figures", type=Path, metavar="DIR", help="write pictures into DIR")
     options.add_argument("--shown", type=int, default=6, help="how many images the pictures show (default and most: 6)")
     options.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")

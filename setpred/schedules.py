@@ -12,7 +12,13 @@ from collections.abc import Sequence
 
 
 class Schedule(ABC):
-    """factor(step, epoch) on the learning rate, both counted from 0."""
+    """factor(step, epoch) on the learning rate, both counted from 0.
+
+    Attributes:
+        total_steps: the step at which it ends, None for a schedule without an end.
+    """
+
+    total_steps: int | None = None
 
     @abstractmethod
     def __call__(self, step: int, epoch: int) -> float: ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -117,8 +118,25 @@ class SetPrediction(pl.LightningModule):
         return self.iterations_by_epoch[max(reached)] if reached else None
 
     def on_train_start(self) -> None:
+        self._check_length()
         self._note_norms()  # a run resumed at the end of an epoch validates first
         self._count_batches()
+
+    def _check_length(self) -> None:
+        """Raises `InputError` where the schedule of the learning rate ends before the training does."""
+        planned, total = self.trainer.estimated_stepping_batches, self.schedule.total_steps
+        if total is not None and math.isfinite(planned) and planned > total:
+            raise InputError(
+                f"expected a schedule of at least the {planned} steps of this run, got one that ends at step {total}, "
+                f"from where nothing is learned; pass --model.schedule.init_args.total_steps {planned}, or fewer "
+                "--trainer.max_epochs"
+            )
+        if self.iterations_by_epoch:
+            self.say(
+                f"the descent takes {self.training_iterations()} steps in training from now on, by "
+                "model.iterations_by_epoch, which overrides descent.iterations there; pass --model.iterations_by_epoch "
+                "null to train with descent.iterations"
+            )
 
     def _count_batches(self) -> None:
         """Where an epoch goes on with batches of another size, or shared by other processes, as many have gone by."""

@@ -247,6 +247,7 @@ def test_a_termination_signal_ends_in_a_failure_that_can_be_gone_on_from(tmp_pat
     config.write_text(CONFIG)
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(config), "--runs", str(tmp_path)]
     command += [f"--data.init_args.folder={tiny_data}", "--trainer.max_epochs=100000"]
+    command += ["--model.schedule=setpred.schedules.Constant"]
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as running:
@@ -491,6 +492,13 @@ def test_schedules():
     assert values == sorted(values, reverse=True)
     with pytest.raises(ValueError, match="warmup_steps"):
         WarmupCosine(warmup_steps=10, total_steps=10)
+
+
+def test_a_schedule_that_ends_before_the_training_is_an_error(tmp_path, tiny_data):
+    short = ["--model.schedule.init_args.total_steps=8", "--trainer.max_epochs=4"]
+    with pytest.raises(InputError, match="total_steps 20"):
+        run(tmp_path, *short, data=tiny_data)
+    assert not (tmp_path / "tiny" / "metrics.csv").exists()
 
 
 def test_iterations_by_epoch(tmp_path, monkeypatch):
