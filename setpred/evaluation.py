@@ -205,9 +205,7 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--split", help="split of a CLEVR folder: train or val (default val)")
     options.add_argument("--iterations", type=int, help="descent steps; the model's own unless given")
-    options.add_argument(
-        "--protocol", choices=list(PROTOCOLS), default="dataset", help="which AP; see docs/metrics.md"
-    )
+    options.add_argument("--protocol", choices=list(PROTOCOLS), default="dataset", help="which AP; see docs/metrics.md")
     options.add_argument("--figures", type=Path, metavar="DIR", help="write pictures into DIR")
     options.add_argument("--shown", type=int, default=6, help="how many images the pictures show (default and most: 6)")
     options.add_argument("--json", type=Path, metavar="FILE", help="write the results as JSON")
