@@ -1,7 +1,7 @@
-"""Learning rate schedules in absolute steps or epochs.
+"""Learning rate schedules: (step, epoch) to a factor on the learning rate.
 
-A schedule maps (step, epoch) to a factor on the learning rate. None depends on how long the run is asked to be, so
-that a run of one epoch resumed for another takes the same steps as a run of two.
+A schedule that is given its length does not depend on how long the run is asked to be, so that a run of one epoch
+resumed for another takes the same steps as a run of two. One without a length takes that of the run.
 """
 
 from __future__ import annotations
@@ -10,15 +10,21 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+from setpred.errors import InputError
+
 
 class Schedule(ABC):
     """factor(step, epoch) on the learning rate, both counted from 0.
 
     Attributes:
-        total_steps: the step at which it ends, None for a schedule without an end.
+        total_steps: the step at which it ends; None for a schedule without an end, or without a length yet.
     """
 
     total_steps: int | None = None
+
+    def lasting(self, steps: float) -> Schedule:
+        """The schedule of a run of so many steps: itself, unless it takes its length from the run."""
+        return self
 
     @abstractmethod
     def __call__(self, step: int, epoch: int) -> float: ...
@@ -42,14 +48,33 @@ class StepDecay(Schedule):
 
 
 class WarmupCosine(Schedule):
-    """Rises linearly over `warmup_steps`, then falls along a half cosine to `final` at `total_steps` and stays."""
+    """Rises linearly over `warmup_steps`, then falls along a half cosine to `final` at `total_steps` and stays.
 
-    def __init__(self, *, warmup_steps: int, total_steps: int, final: float = 0.0) -> None:
-        if not 0 <= warmup_steps < total_steps:
+    Args:
+        warmup_steps: length of the rise.
+        total_steps: length of all; None takes that of the run, of which the rise is a tenth at most.
+        final: factor at the end.
+    """
+
+    def __init__(self, *, warmup_steps: int, total_steps: int | None = None, final: float = 0.0) -> None:
+        if warmup_steps < 0 or (total_steps is not None and warmup_steps >= total_steps):
             raise ValueError(f"expected 0 <= warmup_steps < total_steps, got {warmup_steps} and {total_steps}")
         self.warmup_steps, self.total_steps, self.final = warmup_steps, total_steps, final
 
+    def lasting(self, steps: float) -> Schedule:
+        if self.total_steps is not None:
+            return self
+        if not math.isfinite(steps):
+            raise InputError(
+                "expected a run of known length for a WarmupCosine without total_steps, got one without an end; "
+                "pass --trainer.max_epochs, or --model.schedule.init_args.total_steps"
+            )
+        steps = max(1, int(steps))
+        return WarmupCosine(warmup_steps=min(self.warmup_steps, steps // 10), total_steps=steps, final=self.final)
+
     def __call__(self, step: int, epoch: int) -> float:
+        if self.total_steps is None:
+            raise ValueError("expected a length; call lasting(steps) first")
         rise = min(1.0, (step + 1) / (self.warmup_steps + 1))
         along = min(1.0, max(0.0, (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)))
         return rise * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * along)))

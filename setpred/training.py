@@ -123,8 +123,10 @@ class SetPrediction(pl.LightningModule):
         self._count_batches()
 
     def _check_length(self) -> None:
-        """Raises `InputError` where the schedule of the learning rate ends before the training does."""
-        planned, total = self.trainer.estimated_stepping_batches, self.schedule.total_steps
+        """Gives the schedule the run's length; raises `InputError` where it ends before the training does."""
+        planned = self.trainer.estimated_stepping_batches
+        self.schedule = self.schedule.lasting(planned)
+        total = self.schedule.total_steps
         if total is not None and math.isfinite(planned) and planned > total:
             raise InputError(
                 f"expected a schedule of at least the {planned} steps of this run, got one that ends at step {total}, "

@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -492,6 +493,17 @@ def test_schedules():
     assert values == sorted(values, reverse=True)
     with pytest.raises(ValueError, match="warmup_steps"):
         WarmupCosine(warmup_steps=10, total_steps=10)
+
+
+def test_a_schedule_without_a_length_takes_that_of_the_run():
+    cosine = WarmupCosine(warmup_steps=10, final=0.1)
+    for steps in (30, 110, 1000):
+        lasting = cosine.lasting(steps)
+        assert lasting(steps, 0) == pytest.approx(0.1)
+        assert max(lasting(step, 0) for step in range(steps)) == pytest.approx(1.0)
+    assert cosine.lasting(110)(40, 0) == WarmupCosine(warmup_steps=10, total_steps=110, final=0.1)(40, 0)
+    with pytest.raises(InputError, match="total_steps"):
+        cosine.lasting(math.inf)
 
 
 def test_a_schedule_that_ends_before_the_training_is_an_error(tmp_path, tiny_data):

@@ -141,7 +141,7 @@ class BudgetedTraining(pl.Callback):
         steps_per_epoch = math.inf if math.isinf(steps_per_epoch) else math.ceil(steps_per_epoch)
         if steps := self.plan.length(steps_per_epoch):
             pl_module.schedule = Stretched(
-                pl_module.schedule,
+                pl_module.schedule.lasting(steps),
                 lambda: self.budget.progress(self.seconds, self.steps),
                 steps=steps,
                 steps_per_epoch=min(steps, steps_per_epoch),
