@@ -30,6 +30,7 @@ TRAINED = "trained_weights"  # where it keeps them if its "state_dict" has avera
 VERSION = 1
 MOST_PARTS = 20_000  # layers and tensors of a model; the deepest of our configurations has some hundred
 MOST_BESIDE = 2**24  # numbers that a model holds beside its weights, such as grids of positions
+LFS_POINTER = b"version https://git-lfs.github.com/"  # begins the files that stand for weights not downloaded
 
 
 def build(config: Any, classes: Mapping[str, type]) -> Any:
@@ -130,6 +131,9 @@ def read_checkpoint(path: str | os.PathLike[str], *, finite: bool = True) -> dic
     """
     if not _is_file(path):
         raise InputError(f"no checkpoint at {path}; train one with train.py, or give the path of a .ckpt file")
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise InputError(f"expected weights, got a Git LFS pointer in {path}; run `git lfs pull` to download it")
     if Path(path).suffix == weights.SUFFIX:
         tensors, content = weights.unpack(path)
         content["state_dict"] = tensors

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from setpred.checkpoint import save_whole
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SIGUSR1 is how schedulers tell of a preemption
+# how schedulers announce a preemption or the end of a time limit, terminals that they close, and users Ctrl-C
+_NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP", "SIGINT")
+SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))  # Windows lacks some
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -65,9 +68,9 @@ class LastCheckpoint(Checkpoint):
     """Keeps a checkpoint from which a run goes on as if nothing had happened.
 
     It is saved at the end of each epoch, before each validation, and within an epoch every `minutes`, so that a kill
-    costs at most these. On SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) it is saved after the present step, and
-    `StopSignalError` raised; during a validation at once, for nothing was trained since it began. A second Ctrl-C does
-    not wait. With many processes a signal to any of them stops all, at the same step.
+    costs at most these. On each of `SIGNALS` it is saved after the present step, and `StopSignalError` raised; during
+    a validation at once, for nothing was trained since it began. A second Ctrl-C does not wait. With many processes a
+    signal to any of them stops all, at the same step.
 
     The batch statistics in it are those of its weights. Two kinds of saves take them over `HASTY_IMAGES`: those after
     every step, and the first one on a signal within an epoch, which a second one over all `STATISTICS_IMAGES` follows.
@@ -88,14 +91,16 @@ class LastCheckpoint(Checkpoint):
         self.signal, self.saved, self.step = 0, time.monotonic(), trainer.global_step
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:  # the trainer restores what was there when it ends
-                signal.signal(number, self._note)
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                    signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
         if number == signal.SIGINT and self.signal == number:
             raise KeyboardInterrupt
         self.signal = number
-        # not printed: the signal may have come in the middle of a print
-        os.write(2, f"{signal.Signals(number).name}: saving after this step, then stopping\n".encode())
+        # not printed: the signal may have come in the middle of a print; and the terminal may be closed
+        with suppress(OSError):
+            os.write(2, f"{signal.Signals(number).name}: saving after this step, then stopping\n".encode())
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

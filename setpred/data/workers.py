@@ -82,8 +82,9 @@ def leave_signals_to_parent(worker: int = 0) -> None:
     The parent saves and stops; without this it would meanwhile lose its data and fail. A SIGTERM from the parent itself
     ends the process. For a `DataLoader`'s `worker_init_fn`.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     parent = os.getppid()
 
     def wait() -> None:
