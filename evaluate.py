@@ -2,7 +2,8 @@
 
 import sys
 
+from setpred.command import start
 from setpred.evaluation import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start(main))

@@ -3,6 +3,7 @@
 import sys
 
 from setpred.cli import main
+from setpred.command import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start(main))

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from setpred.checkpoint import KEY, allowed_classes, build, load_checkpoint, read_checkpoint
+from setpred.command import start
 from setpred.data.dataset import open_data
 from setpred.errors import InputError
 from setpred.evaluation import choose_device, finite
@@ -268,4 +269,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start(main))

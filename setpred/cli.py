@@ -7,6 +7,7 @@ import importlib.util
 import logging
 import os
 import sys
+import traceback
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,16 +18,17 @@ from jsonargparse.typing import NonNegativeFloat
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from setpred import checkpoint, processes
 from setpred.callbacks import DataWaiting, EpochLines, MetricsFile, TrainLoss
 from setpred.checkpoint import read_checkpoint
 from setpred.configuration import MODE, Parser, guarded, require_room, split_allow
 from setpred.data.worlds import World
-from setpred.errors import InputError
+from setpred.errors import InputError, reason
 from setpred.files import make_folder, remove_leftovers, write_atomically
 from setpred.precision import training_precision
-from setpred.run_folder import Interrupted, alone, newest_whole, set_aside
+from setpred.run_folder import Interrupted, alone, newest_whole, put_back, set_aside
 from setpred.saving import StopSignalError, WholeCheckpoints, checkpoint_callbacks
 from setpred.settings import differences, plain, without
 from setpred.training import HASTY_IMAGES, STATISTICS_IMAGES, SetPrediction
@@ -128,6 +130,10 @@ class TrainCLI(LightningCLI):
             "plugins": [*(self.config_init.trainer.plugins or []), WholeCheckpoints(), *processes.scheduler()],
             "logger": self._logger(),
         }
+        if str(self.config.trainer.precision) in ("64", "64-true"):
+            raise InputError(
+                "expected a precision of 32 bits or less, got 64-true: data and descent are float32; leave it out"
+            )
         if self.config.trainer.precision is None:
             arguments["precision"] = training_precision(self.config.trainer.accelerator)
         trainer = super().instantiate_trainer(**arguments)
@@ -253,29 +259,37 @@ def train(arguments: list[str] | None = None) -> Path:
         if cli.trainer.is_global_zero:
             held.enter_context(alone(cli.folder))
         resume = cli.resume_path()
-        if cli.trainer.is_global_zero:
-            prepare(cli, resume)
+        kept = prepare(cli, resume) if cli.trainer.is_global_zero else None
         if resume is not None and cli.trainer.max_epochs not in (None, -1):
             done = read_checkpoint(resume)["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
             if done >= cli.trainer.max_epochs:
                 cli.say(f"nothing left to train: {resume} has {done} epochs of {cli.trainer.max_epochs}")
-        fit(cli, resume)
+        try:
+            fit(cli, resume)
+        except BaseException:
+            if kept is not None:
+                put_back(cli.folder, kept)
+            raise
     cli.say(f"checkpoints, configuration and metrics are in {cli.folder}")
     return cli.folder
 
 
-def prepare(cli: TrainCLI, resume: Path | None) -> None:
-    """Data and the run's folder; first what can fail for the user's reasons, so that an earlier run stays in place."""
+def prepare(cli: TrainCLI, resume: Path | None) -> Path | None:
+    """Prepares the data and the run's folder; returns where an earlier run of that name is kept, if there is one.
+
+    What can fail for the user's reasons comes first, so that an earlier run stays in place.
+    """
     cli.datamodule.prepare_data()
     cli.datamodule.setup("fit")
     check_fit(cli)
-    if resume is None or resume.resolve().parent != cli.folder.resolve():
-        set_aside(cli.folder)
+    elsewhere = resume is None or resume.resolve().parent != cli.folder.resolve()
+    kept = set_aside(cli.folder) if elsewhere else None
     make_folder(cli.folder)
     remove_leftovers(cli.folder)
     repeatable = cli.config.clone()
     repeatable.resume = None
     write_atomically(cli.folder / "config.yaml", cli.parser.dump(repeatable, skip_none=False))
+    return kept
 
 
 def fit(cli: TrainCLI, resume: Path | None) -> None:
@@ -287,8 +301,18 @@ def fit(cli: TrainCLI, resume: Path | None) -> None:
         raise Interrupted(cli.folder, stopped.number, saved=True) from stopped
     except SystemExit as stopped:  # how Lightning ends on a second Ctrl-C, and on signals before the first step
         raise Interrupted(cli.folder) from stopped
+    except (MisconfigurationException, ValueError) as error:
+        if isinstance(error, InputError) or cli.trainer.global_step or not _raised_by_lightning(error):
+            raise
+        raise InputError(f"the trainer cannot start with these options: {reason(error)}") from error
     if cli.trainer.interrupted or cli.trainer.received_sigterm:
         raise Interrupted(cli.folder)
+
+
+def _raised_by_lightning(error: BaseException) -> bool:
+    """Whether the innermost frame of its traceback is the trainer's, not a part's."""
+    innermost = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    return innermost.f_globals.get("__name__", "").startswith("lightning.")
 
 
 def main() -> int:

@@ -9,6 +9,13 @@ class InputError(ValueError):
     `assert`, and wrong tensor shapes stay plain `ValueError`.
     """
 
+    def __str__(self) -> str:
+        # torch raises the error of a data loader's worker again with the worker's whole traceback as its message
+        text = super().__str__()
+        if not text.startswith("Caught InputError in DataLoader worker"):
+            return text
+        return text.rstrip().rpartition("InputError: ")[2]
+
 
 def reason(error: BaseException) -> str:
     """What an error of somebody else's says first, in one line.

@@ -87,8 +87,8 @@ def predict(
                 "checkpoint, or fewer --iterations where its descent diverges"
             )
         predicted.append(elements)
-        target.append(batch["elements"])
-        indices.append(batch["index"])
+        target.append(batch["elements"].clone())  # a worker's tensor would keep two descriptors open
+        indices.append(batch["index"].clone())
     return Predictions(*map(torch.cat, (predicted, target, indices)))
 
 
@@ -247,6 +247,11 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     path = options.data or loaded.data.get("path")
     if path is None:
         raise InputError(f"{options.checkpoint} does not say what data it was validated on; give --data")
+    if options.data is None and not Path(path).exists():
+        raise InputError(
+            f"the model was validated on {path}, which is not here; give --data FILE, or make that file: "
+            "data/README.md says how"
+        )
     data = open_data(
         path,
         split=options.split or ("val" if options.data else loaded.data.get("split", "val")),

@@ -7,15 +7,22 @@ full disk, a kill or a power cut never leaves half a file under a name that some
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
+import shutil
+import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from setpred.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free some space or choose another place",
@@ -80,10 +87,19 @@ def _sync(path: Path) -> None:
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields where to write what will lie under `path` once the block has ended well; the folder is made if need be.
 
+    A link stays, and its target is replaced. A device or a pipe stays, and gets the content.
+
     Raises:
         InputError: disk full, no permission and their like; what lay under `path` before still lies there.
     """
     final = Path(path)
+    if not _replaceable(final):
+        with writing(final), tempfile.TemporaryDirectory() as folder:
+            yield (aside := Path(folder) / "content")
+            with aside.open("rb") as content, final.open("wb") as stream:
+                shutil.copyfileobj(content, stream)
+        return
+    final = final.resolve() if final.is_symlink() else final
     make_folder(final.parent)
     partial = final.with_name(f"{final.name}.partial-{os.getpid()}")
     with writing(final):
@@ -94,6 +110,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             with suppress(OSError):
                 partial.unlink()
             raise
+
+
+def _replaceable(path: Path) -> bool:
+    """Whether a file may take this name: False for devices, pipes and the names of open streams."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return True
+    streams = (("dev", "stdout"), ("dev", "stderr"), ("dev", "fd"))
+    return (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) and path.absolute().parts[1:3] not in streams
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
@@ -140,7 +166,8 @@ def _try_to_lock(path: Path) -> int | None:
     """An open descriptor with the lock; None if another process has it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # the other process may have published or removed the file between our opening and our locking of it
         if os.path.samestat(os.fstat(descriptor), os.stat(path)):
             return descriptor

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from setpred.checkpoint import load_checkpoint
+from setpred.command import start
 from setpred.data.clevr import load_image
 from setpred.data.pictures import decoded, find_images
 from setpred.errors import InputError
@@ -242,4 +243,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start(main))

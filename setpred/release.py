@@ -14,6 +14,7 @@ import yaml
 
 from setpred import plain_yaml
 from setpred.checkpoint import KEY, load_checkpoint, read_checkpoint
+from setpred.command import start
 from setpred.errors import InputError
 from setpred.files import write_atomically
 from setpred.program import export_program
@@ -178,4 +179,4 @@ def run(options: argparse.Namespace) -> list[Path]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start(main))

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from setpred.command import start
 from setpred.diagnosis import diagnose
 from setpred.errors import InputError, reason
 from setpred.evaluation import choose_device
@@ -68,4 +69,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start(main))

@@ -28,15 +28,32 @@ def alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def set_aside(folder: Path) -> None:
-    """An earlier run of the same name is kept under another name, not overwritten."""
+def set_aside(folder: Path) -> Path | None:
+    """Keeps an earlier run of the same name under another name; returns that name, None if there was none.
+
+    Where the folder is a link, the folder that it points to is moved, and the link stays.
+    """
     if not any(folder.glob("*.ckpt")):
-        return
+        return None
+    folder = folder.resolve() if folder.is_symlink() else folder
     number = 1
     while (kept := folder.with_name(f"{folder.name}-before-{number}")).exists():
         number += 1
-    folder.rename(kept)
-    print(f"an earlier run was in {folder}; it is kept in {kept} (use --resume last to go on with a run)", flush=True)
+    with writing(folder):
+        folder.rename(kept)
+    make_folder(folder)
+    print(f"an earlier run was in {folder}: it is kept in {kept} (pass --resume last to continue it)", flush=True)
+    return kept
+
+
+def put_back(folder: Path, kept: Path) -> None:
+    """Gives the earlier run its name back after a start that failed, if that has left no more than its settings."""
+    folder = folder.resolve() if folder.is_symlink() else folder
+    if {path.name for path in folder.iterdir()} <= {"config.yaml"}:
+        (folder / "config.yaml").unlink(missing_ok=True)
+        folder.rmdir()
+        kept.rename(folder)
+        print(f"moved the previous run back to {folder}", flush=True)
 
 
 def newest_whole(folder: Path, say: Callable[[str], None]) -> Path:

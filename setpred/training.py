@@ -78,6 +78,10 @@ class SetPrediction(pl.LightningModule):
         super().__init__()
         if schema is not None and schema not in SCHEMAS:
             raise InputError(f"unknown schema {schema!r}; expected one of {', '.join(SCHEMAS)}")
+        if not (0 < learning_rate < math.inf and weight_decay >= 0):
+            raise InputError(
+                f"expected learning_rate > 0 and weight_decay >= 0, got {learning_rate} and {weight_decay}"
+            )
         self.schema = None if schema is None else SCHEMAS[schema]
         set_dim = getattr(decoder, "set_dim", None)
         if self.schema is not None and set_dim not in (None, self.schema.set_dim):

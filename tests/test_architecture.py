@@ -13,7 +13,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # a module may import modules of a lower number, and its own folder
 FLOORS = {
-    "errors": 0, "files": 0, "limits": 0, "progress": 0, "precision": 0, "schema": 0, "sets": 0, "nn": 0,
+    "command": 0, "errors": 0, "files": 0, "limits": 0, "progress": 0, "precision": 0, "schema": 0, "sets": 0, "nn": 0,
     "schedules": 0, "settings": 0, "plain_yaml": 0,
     "inner": 1, "matching": 1, "rendering": 1, "faults": 1, "guard": 1,
     "aggregators": 2, "encoders": 2, "decoders": 2, "losses": 2, "metrics": 2, "data": 2,

@@ -220,6 +220,25 @@ def test_an_earlier_run_is_kept(tmp_path, tiny_data, capsys):
     assert read_checkpoint(first / "last.ckpt")["setpred"]["seed"] == 5
 
 
+@pytest.mark.parametrize("option", ["--trainer.val_check_interval=100", "--data.init_args.num_workers=-1"])
+def test_a_start_that_fails_leaves_the_earlier_run_in_its_place(option, tmp_path, tiny_data):
+    first = run(tmp_path, "--trainer.max_epochs=1", data=tiny_data)
+    before = (first / "last.ckpt").read_bytes()
+    with pytest.raises(InputError):
+        run(tmp_path, option, data=tiny_data)
+    assert (first / "last.ckpt").read_bytes() == before
+    assert not (tmp_path / "tiny-before-1").exists()
+
+
+def test_an_earlier_run_behind_a_link_is_kept(tmp_path, tiny_data):
+    (tmp_path / "disk" / "tiny").mkdir(parents=True)
+    (tmp_path / "tiny").symlink_to(tmp_path / "disk" / "tiny")
+    before = (run(tmp_path, "--trainer.max_epochs=1", data=tiny_data) / "best.ckpt").read_bytes()
+    run(tmp_path, "--trainer.max_epochs=1", "--seed_everything=5", data=tiny_data)
+    assert (tmp_path / "disk" / "tiny-before-1" / "best.ckpt").read_bytes() == before
+    assert (tmp_path / "disk" / "tiny" / "best.ckpt").read_bytes() != before
+
+
 def test_seeds_decide(finished, tmp_path, tiny_data):
     other = run(tmp_path, "--seed_everything=1", data=tiny_data)
     ours, theirs = weights(other / "last.ckpt"), weights(finished / "last.ckpt")

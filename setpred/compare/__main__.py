@@ -38,6 +38,7 @@ from pathlib import Path
 
 import torch
 
+from setpred.command import start
 from setpred.compare.budget import Budget
 from setpred.compare.report import write_report
 from setpred.compare.results import Results
@@ -173,4 +174,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start(main))

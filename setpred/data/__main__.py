@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from setpred.command import start
 from setpred.data.workers import available_cores
 from setpred.errors import InputError
 
@@ -225,4 +226,4 @@ def stop_as_on_ctrl_c() -> None:
 
 if __name__ == "__main__":
     stop_as_on_ctrl_c()
-    sys.exit(main())
+    sys.exit(start(main))

@@ -71,6 +71,13 @@ class SetDataModule(LightningDataModule):
         val_images: int | None = None,
     ) -> None:
         super().__init__()
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "image_size": image_size}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
+                raise InputError(f"expected {name} of at least 1, got {size}")
+        if num_workers < 0:
+            raise InputError(f"expected num_workers of at least 0, got {num_workers}")
+        train, val = (None if path is None else os.path.expanduser(path) for path in (train, val))
         self.train_path, self.val_path = train, val
         self.train_split, self.val_split = train_split, val_split
         self.image_size, self.set_size, self.in_memory = image_size, set_size, in_memory
@@ -176,7 +183,9 @@ class RenderedFile:
     def path(self) -> str:
         least, most = self.objects
         scenes = f"{least}to{most}" if self.condition == "clevr" else f"{least}to{most}-{self.condition}"
-        return str(Path(self.folder) / f"rendered-{self.image_size}-{scenes}-seed{self.seed}-{self.images}.h5")
+        return str(
+            Path(self.folder).expanduser() / f"rendered-{self.image_size}-{scenes}-seed{self.seed}-{self.images}.h5"
+        )
 
     def header(self) -> Header:
         """What it holds.
