@@ -134,6 +134,11 @@ class TrainCLI(LightningCLI):
             raise InputError(
                 "expected a precision of 32 bits or less, got 64-true: data and descent are float32; leave it out"
             )
+        if str(self.config.trainer.strategy).endswith(("_spawn", "_fork", "_notebook")):
+            raise InputError(
+                f"expected strategy auto or ddp, got {self.config.trainer.strategy}, whose processes would each begin "
+                "a run; pass --trainer.strategy ddp"
+            )
         if self.config.trainer.precision is None:
             arguments["precision"] = training_precision(self.config.trainer.accelerator)
         trainer = super().instantiate_trainer(**arguments)

@@ -129,6 +129,11 @@ def write_predictions(
     return tally
 
 
+def short(name: str) -> str:
+    """A name cut to what leaves room for a number and a suffix in a file's name of 255 bytes."""
+    return os.fsencode(name)[:200].decode(errors="ignore")
+
+
 def parser() -> argparse.ArgumentParser:
     """The options of the command."""
     options = argparse.ArgumentParser(
@@ -217,7 +222,7 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
     rate = tally.predicted / (time.perf_counter() - start)
     try:
         for number, (image, elements) in enumerate(kept):
-            path = make_folder(options.figures) / f"{number:03d}-{Path(image).stem}.png"
+            path = make_folder(options.figures) / f"{number:03d}-{short(Path(image).stem)}.png"
             picture = load_image(Path(image), DRAWN_SIZE, advice="it was there a moment ago")
             draw_outlined_image(
                 path, picture, decode(elements), schema=schema, about=os.fsencode(image).decode(errors="replace")

@@ -1,6 +1,10 @@
 """Data modules: what order, which examples, and the same after a resume."""
 
 import os
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import jsonargparse
 import pytest
@@ -10,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from setpred import InputError
-from setpred.data.datamodule import RenderedScenes, SetDataModule
+from setpred.data.datamodule import RenderedFile, RenderedScenes, SetDataModule
 from setpred.data.dataset import SetFile
 from setpred.data.order import EpochPermutation
 from setpred.data.rendered import render_file
@@ -123,6 +127,25 @@ def test_built_in_scenes_are_rendered_once(tmp_path, monkeypatch):
     assert [len(again.train_data), len(again.val_data)] == [6, 4]
 
 
+def test_jobs_that_begin_together_render_once(tmp_path, monkeypatch):
+    rendered, render = [], RenderedFile._render
+
+    def slow(file):
+        rendered.append(file.path)
+        time.sleep(0.5)  # longer than the first look at the lock
+        render(file)
+
+    monkeypatch.setattr(RenderedFile, "_render", slow)
+    file = RenderedFile(str(tmp_path / "deep"), 4, 16, (3, 4), 5, workers=1)
+    jobs = [threading.Thread(target=file.prepare) for _ in range(2)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join()
+    assert rendered == [file.path]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == [Path(file.path).name]
+
+
 def test_a_wrong_file_under_the_name_is_not_used(tmp_path, monkeypatch):
     data = RenderedScenes(**SCENES, folder=str(tmp_path))
     data.prepare_data()
@@ -150,10 +173,13 @@ def render(scenes, width, height):
     return render(scenes, width=width, height=height)
 
 
-def test_a_rendering_that_fails_is_reported(tmp_path):
+def test_a_rendering_that_fails_is_reported(tmp_path, monkeypatch):
     (tmp_path / "data").write_text("in the way")
-    with pytest.raises(InputError, match=r"rendering .* failed"):
+    with pytest.raises(InputError, match="a file, not a folder"):
         RenderedScenes(**SCENES, folder=str(tmp_path / "data")).prepare_data()
+    monkeypatch.setattr("setpred.data.datamodule.subprocess.run", lambda *_, **__: SimpleNamespace(returncode=1))
+    with pytest.raises(InputError, match=r"rendering .* failed"):
+        RenderedScenes(**SCENES, folder=str(tmp_path / "other")).prepare_data()
 
 
 @pytest.mark.parametrize(

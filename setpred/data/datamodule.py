@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,10 +23,12 @@ from setpred.data.order import EpochPermutation, training_loader, validation_loa
 from setpred.data.rendered import render_records, rendered_header
 from setpred.data.workers import leave_signals_to_parent
 from setpred.errors import InputError
+from setpred.files import locked, make_folder
 from setpred.schema import CLEVR
 
 InMemory = bool | Literal["device"] | None
 
+LONGEST_WAIT = 24 * 3600.0  # seconds, for another process that renders a file
 VALIDATION_SEED = 1_000_000  # added to the seed of the training scenes: no training seed comes near
 
 
@@ -205,7 +208,7 @@ class RenderedFile:
             InputError: rendering failed (it has said why), or a file of that name is something else.
         """
         if not os.path.exists(self.path):
-            self._render()
+            self._render_once()
         data = SetFile(self.path, image_size=self.image_size, schema=CLEVR, in_memory=False)
         expected = self.header().source
         if data.source != expected or len(data) != self.images:
@@ -226,6 +229,19 @@ class RenderedFile:
         shades = np.abs(stored["image"].permute(1, 2, 0).numpy().astype(int) - now.image).mean()
         # other processors and versions of NumPy may round otherwise
         return shades < 1 and np.allclose(stored["elements"].numpy(), now.elements, atol=1e-4)
+
+    def _render_once(self) -> None:
+        """Renders it, or waits for another process that does: jobs that begin together share the file."""
+        make_folder(Path(self.path).parent)
+        lock = Path(f"{self.path}.lock")
+        with ExitStack() as held:
+            try:
+                held.enter_context(locked(lock, passing=True, patience=0.2))
+            except InputError:
+                print(f"waiting for another process that renders {self.path}", flush=True)
+                held.enter_context(locked(lock, passing=True, patience=LONGEST_WAIT))
+            if not os.path.exists(self.path):
+                self._render()
 
     def _render(self) -> None:
         # As a command of its own: worker processes import the main program, which here would be torch and all.

@@ -6,6 +6,7 @@ Figures are drawn on matplotlib's Agg canvas without pyplot: no display, no glob
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,9 +91,11 @@ def heading(figure: Figure, title: str, subtitle: str, about: str) -> Text:
 
 
 def save_png(figure: Figure, path: Path) -> Path:
-    """Writes the figure whole or not at all."""
+    """Writes the figure whole or not at all; characters that the font lacks are drawn as boxes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(buffer, format="png")
     write_atomically(path, buffer.getvalue())
     return path
 
