@@ -93,7 +93,7 @@ def test_validations_and_checkpoints_have_the_average(averaged):
     cli.datamodule.setup("fit")
     data = cli.datamodule.val_data.__getitems__(range(12))
     with torch.no_grad():
-        loss = float(cli.model.loss(model(data["image"], index=data["index"]), data["elements"]).mean())
+        loss = float(cli.model.loss(model(data["image"]), data["elements"]).mean())
     assert [loss, loss] == pytest.approx(watching.scores[-1], rel=1e-5)
 
 

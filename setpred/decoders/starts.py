@@ -12,7 +12,7 @@ from setpred.errors import InputError
 
 
 def gaussian(shape: Sequence[int], batch: int, *, seed: int | None, device: torch.device) -> Tensor:
-    """N(0, 1) of `[batch, *shape]`, float32.
+    """N(0, 1) of `[batch, *shape]`, in torch's default dtype.
 
     Args:
         seed: None draws afresh for each example, from torch's generator. A number fixes one draw for all examples, a
@@ -22,7 +22,7 @@ def gaussian(shape: Sequence[int], batch: int, *, seed: int | None, device: torc
         return torch.randn(batch, *shape, device=device)
     # by numpy: a constant to torch.export, and a longer draw begins with the shorter one, so that padding is no matter
     drawn = np.random.default_rng(seed % 2**63).standard_normal([int(length) for length in shape], dtype=np.float32)
-    return torch.tensor(drawn, device=device).expand(batch, *shape)
+    return torch.tensor(drawn, dtype=torch.get_default_dtype(), device=device).expand(batch, *shape)
 
 
 def checked_shape(set_size: int, set_dim: int) -> tuple[int, int]:
