@@ -91,7 +91,8 @@ class LastCheckpoint(Checkpoint):
         self.signal, self.saved, self.step = 0, time.monotonic(), trainer.global_step
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:  # the trainer restores what was there when it ends
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+                ignored = signal.getsignal(number) is signal.SIG_IGN
+                if not (ignored and signal.Signals(number).name == "SIGHUP"):  # as nohup leaves it
                     signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:

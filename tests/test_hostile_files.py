@@ -427,9 +427,11 @@ def test_records_that_cannot_be_meant_are_refused(keys, value, words, content, t
 
 
 def test_numbers_beside_the_weights_are_bounded(content, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "MOST_BESIDE", 127)  # its grid of positions has 128
-    with refused("more than 127 numbers beside its weights"):
-        load_checkpoint(saved(tmp_path / "a.ckpt", content))
+    monkeypatch.setattr(checkpoints, "MOST_BESIDE", 2)
+    place = (KEY, "model", "decoder", "init_args", "descent", "init_args", "metric")
+    load_checkpoint(saved(tmp_path / "a.ckpt", with_change(content, place, [1.0, 1.0])))
+    with refused("more than 2 numbers beside its weights"):
+        load_checkpoint(saved(tmp_path / "b.ckpt", with_change(content, place, [1.0, 1.0, 1.0])))
 
 
 def test_weights_that_are_not_finite_can_be_read_on_purpose(content, tmp_path):
