@@ -23,7 +23,7 @@ from benchmarks.topics import EXTRAS, TOPICS
 from setpred.compare.runs import processor
 from setpred.errors import InputError
 from setpred.files import write_atomically
-from setpred.precision import cpu_has_bfloat16
+from setpred.precision import NATIVE, cpu_capabilities, cpu_has_bfloat16
 
 PAGE, RECORD = "benchmarks.md", "benchmarks.json"
 PARTS = ("machine", "table", *EXTRAS)
@@ -33,14 +33,16 @@ TITLES = ("", "plain, ms", "ours, ms", "ratio", "±", "floor, ms", "")
 
 def machine() -> dict[str, Any]:
     """What the figures depend on: processor, cores, threads, the instructions that matter, GPU."""
-    instructions = torch.backends.cpu.get_cpu_capability()
+    has = cpu_capabilities()
     return {
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "avx2": instructions.startswith("AVX"),
-        "avx512": instructions.startswith("AVX512"),
-        "bfloat16": cpu_has_bfloat16(),
+        "avx2": bool(has.get("avx2")),
+        "avx512": bool(has.get("avx512_f")),
+        "bfloat16": any(has.get(name) for name in NATIVE),
+        "amx": bool(has.get("amx_bf16")),
+        "encoder_trains_in": "bfloat16" if cpu_has_bfloat16() else "float32",
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
@@ -57,12 +59,13 @@ def versions() -> dict[str, str]:
 def described(run: Mapping[str, Any]) -> str:
     """Machine and versions as one sentence."""
     found = run["machine"]
-    sets = {"avx2": "AVX2", "avx512": "AVX-512", "bfloat16": "bfloat16"}
+    sets = {"avx2": "AVX2", "avx512": "AVX-512", "bfloat16": "bfloat16 instructions", "amx": "AMX"}
     parts = [
         found["processor"],
         f"{found['cores']} core{'' if found['cores'] == 1 else 's'}",
         f"{found['threads']} thread{'' if found['threads'] == 1 else 's'}",
-        *(name if found[key] else f"no {name}" for key, name in sets.items()),
+        *(name if found[key] else f"no {name}" for key, name in sets.items() if key in found),  # older files have fewer
+        *(f"the encoder trains in {found[key]}" for key in ("encoder_trains_in",) if key in found),
         found["gpu"] or "no GPU",
         *(f"{name} {version}" for name, version in run["versions"].items()),
     ]

@@ -11,9 +11,14 @@ NATIVE = ("avx512_bf16", "amx_bf16", "avx10_2", "sve_bf16")
 FAST_ON_INTEL = ("amx_bf16", "avx10_2")
 
 
+def cpu_capabilities() -> dict[str, object]:
+    """Instruction sets and name of this CPU, as `torch.cpu` knows them; empty where torch is too old to say."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+
+
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 faster than float32; False where torch is too old to say."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    capabilities = cpu_capabilities()
     intel = "intel" in str(capabilities.get("cpu_name", "")).lower()
     return any(capabilities.get(name, False) for name in (FAST_ON_INTEL if intel else NATIVE))
 

@@ -130,7 +130,7 @@ def test_a_report_is_written_added_to_and_read_again(tmp_path):
     assert {"machine", "versions", "ratios", "rows", "growth"} <= set(content)
     assert content["ratios"] == {"decoder_fspool_cpu": 4.0, "train_step_cpu": 2.0}
     assert [line["topic"] for line in content["rows"]] == ["decoder", "train_step"]
-    assert {"processor", "cores", "threads", "avx2", "avx512", "bfloat16", "gpu"} == set(content["machine"])
+    assert {"avx2", "avx512", "bfloat16", "amx", "encoder_trains_in"} <= set(content["machine"])
     assert {"python", "torch", "numpy", "scipy"} == set(content["versions"])
     text = page.read_text()
     assert "written by hand" in text
