@@ -11,6 +11,7 @@ and gradients (tests/test_fast.py).
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -85,25 +86,31 @@ def plain(
     iterations: int,
     learning_rate: float,
     momentum: float,
-    clip: float,
+    clip: float = math.inf,
+    metric: Tensor | float = 1.0,
 ) -> Tensor:
-    """iDSPN as one would write it: the found set, with the gradients of the last iteration (at least one)."""
+    """iDSPN as one would write it: the found set, with the gradients of the last iteration (at least one).
+
+    `metric` is the diagonal that steps are divided by. Under `torch.no_grad` no iteration keeps gradients.
+    """
+    differentiable = torch.is_grad_enabled()
     leaf = initial.detach().clone().requires_grad_()
     optimizer = torch.optim.SGD([leaf], lr=learning_rate, momentum=momentum, nesterov=True)
     for left in reversed(range(iterations)):
         # of a copy: the optimizer changes the leaf in place, and the last graph still needs it
-        (gradient,) = torch.autograd.grad(loss(leaf.clone()).sum(), leaf, create_graph=left == 0)
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(loss(leaf.clone()).sum(), leaf, create_graph=differentiable and left == 0)
         norm = gradient.detach().flatten(1).norm(dim=1).view(-1, 1, 1)
-        leaf.grad = gradient.detach() * (clip / norm).clamp(max=1)
+        leaf.grad = gradient.detach() * (clip / norm).clamp(max=1) / metric
         optimizer.step()
-    return leaf.detach() - (gradient - gradient.detach())
+    return leaf.detach() - (gradient - gradient.detach()) / metric
 
 
 # --- ours -----------------------------------------------------------------------------------------------------------
 
 
 def objective_of(kind: str, sizes: Sizes) -> nn.Module:
-    """The objectives of configs/clevr_fspool.yaml, of its pairwise variant, and of configs/clevr.yaml."""
+    """The objectives of configs/clevr_fspool.yaml, of its pairwise variant, and of configs/clevr_equilibrium.yaml."""
     width, set_size, set_dim = sizes.width, sizes.set_size, sizes.set_dim
     pool = FSPool(width, set_size=set_size**2 if kind == "pairwise" else set_size)
     if kind == "fspool":
@@ -133,19 +140,21 @@ def ways_of(kind: str, sizes: Sizes, *, device: str = "cpu") -> dict[str, Callab
     )
     initial = written.start(latent)
 
-    def both(find: Callable[[], Tensor]) -> list[Tensor]:
-        elements = find()
-        wanted = [latent, *objective.parameters()]
-        gradients = torch.autograd.grad(elements, wanted, upstream, allow_unused=True, materialize_grads=True)
-        return [elements.detach(), *gradients]
-
     loss = partial(PLAIN[kind], objective, latent=latent)
     finders = {
         "plain": lambda: plain(loss, initial, iterations=sizes.iterations, **NUMBERS),
         "written": lambda: written(latent),
         "compiled": lambda: compiled(latent),
     }
-    return {name: partial(both, find) for name, find in finders.items()}
+    wanted = [latent, *objective.parameters()]
+    return {name: partial(forward_and_backward, find, wanted, upstream) for name, find in finders.items()}
+
+
+def forward_and_backward(find: Callable[[], Tensor], wanted: list[Tensor], upstream: Tensor) -> list[Tensor]:
+    """The found set, and the gradients of what is wanted."""
+    elements = find()
+    gradients = torch.autograd.grad(elements, wanted, upstream, allow_unused=True, materialize_grads=True)
+    return [elements.detach(), *gradients]
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------

@@ -1,15 +1,18 @@
 """Objects on a folder of pictures: `setpred.predict`, against one picture after the other.
 
-    python -m benchmarks.inference            # 256 pictures of 480x320, the quickstart's model
+    python -m benchmarks.inference            # 256 pictures of 480x320, the quickstart's model (voting)
     python -m benchmarks.inference --quick    # 8 of them
 
-From PNG files to named objects. The plain way opens a picture, resizes it and gives it to the model alone; ours decodes
-in threads and gives the model batches. Both have the same weights, which are random, and find the same elements.
+From PNG files to named objects. The plain way opens a picture, resizes it, and gives it alone to the encoder and to the
+plain decoder of benchmarks/voting.py; ours decodes in threads and gives the model batches. Both have the same weights,
+which are random, and find the same elements. Implicit Slot Attention, on the same trunk, predicts as ours does. The
+floor is the matrix products and convolutions of ours alone. All take turns in one run.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import shutil
 import statistics
@@ -23,7 +26,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.timing import Row, compared, flops, in_turns, peak_flops, seconds
+from benchmarks import decoder
+from benchmarks.timing import Row, Way, compared, in_turns, products_alone, seconds
+from benchmarks.train_step import of_dtype
+from benchmarks.voting import SLOTS, against_slots, floor_of, plain_sets
 from setpred.cli import build
 from setpred.data.clevr import PIXEL_SIZE
 from setpred.data.pictures import decoded, find_images
@@ -46,8 +52,8 @@ def plain(model: SetPredictor, paths: Iterable[str], image_size: int, device: st
         picture = Image.open(path).convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR)
         image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
         with encoder_autocast(torch.device(device)):
-            elements = model(image.to(device))
-        yield elements[0].float().cpu()
+            features = model.encode(image.to(device))
+        yield plain_sets(model.decoder, features.to(torch.get_default_dtype()))[0].float().cpu()
 
 
 def make_pictures(folder: Path, count: int, distinct: int) -> list[str]:
@@ -63,44 +69,66 @@ def make_pictures(folder: Path, count: int, distinct: int) -> list[str]:
     return find_images([folder])
 
 
-def row(paths: list[str], device: str, turns: int) -> Row:
+def model_of(config: Path, device: str) -> SetPredictor:
     torch.manual_seed(0)
-    model = build(["--config", str(CONFIG)]).model.model.to(device).eval()
+    return build(["--config", str(config)]).model.model.to(device).eval()
+
+
+def measured(paths: list[str], device: str, turns: int) -> list[Row]:
+    """Ours against the plain way, and against implicit Slot Attention."""
+    model, slots = (model_of(config, device) for config in (CONFIG, SLOTS))
     size = model.encoder.image_size
 
-    def ours() -> Iterator[Tensor]:
+    def ours(model: SetPredictor, paths: list[str]) -> Iterator[Tensor]:
         return (elements for _, elements in predict(model, paths, image_size=size, batch_size=BATCH, device=device))
 
-    # the middle picture: with random weights, the descent of some blows rounding up a thousandfold
-    differ = statistics.median(
-        float((a - b).abs().max()) for a, b in zip(plain(model, paths, size, device), ours(), strict=True)
-    )
-    # bfloat16, in which a GPU encodes, rounds otherwise in other batches
-    assert differ < (1e-3 if device == "cpu" else 0.5), f"the two ways differ by {differ}"
+    # in double precision: with random weights the votes nearly agree, and the descent blows rounding up
+    with of_dtype(torch.float64):
+        exact, some = copy.deepcopy(model).double(), paths[:BATCH]
+        exact.encoder.register_forward_pre_hook(lambda _, inputs: tuple(each.double() for each in inputs))
+        pairs = zip(plain(exact, some, size, device), ours(exact, some), strict=True)
+        differ = statistics.median(float((a - b).abs().max()) for a, b in pairs)
+    assert differ < 1e-4, f"the two ways differ by {differ}"
 
     def named(sets: Iterable[Tensor]) -> list[list[dict[str, Any]]]:
         return [CLEVR.decode(elements, threshold=-math.inf) for elements in sets]  # random weights are sure of none
 
-    ways = {"plain": lambda: named(plain(model, paths, size, device)), "ours": lambda: named(ours())}
+    def products(model: SetPredictor) -> Way:
+        """Of a pass of `BATCH` images."""
+        batch = torch.zeros(BATCH, 3, size, size, dtype=torch.uint8, device=device)
+        batch = batch.contiguous(memory_format=torch.channels_last)
+
+        @torch.no_grad()
+        def once() -> None:
+            with encoder_autocast(torch.device(device)):
+                model(batch)
+
+        return products_alone(once)
+
+    ways = {
+        "plain": lambda: named(plain(model, paths, size, device)),
+        "ours": lambda: named(ours(model, paths)),
+        "slots": lambda: named(ours(slots, paths)),
+        "floor": products(model),
+        "slots floor": products(slots),
+    }
     taken = in_turns(ways, turns, device)
+    for name in ("floor", "slots floor"):
+        taken[name] = [len(paths) / BATCH * turn for turn in taken[name]]
     decoding = min(seconds(lambda: list(decoded(paths, size))) for _ in range(turns))
-    batch = torch.zeros(BATCH, 3, size, size, dtype=torch.uint8, device=device)
-
-    def products() -> None:
-        with torch.no_grad():
-            model(batch)
-
-    floor = len(paths) / BATCH * flops(products) / peak_flops(BATCH * 16, 256, device)
-    rates = {name: len(paths) / statistics.median(values) for name, values in taken.items()}
-    return compared(
-        f"predict: {len(paths)} pictures of {PIXEL_SIZE[0]}x{PIXEL_SIZE[1]}, quickstart model",
-        "predict_gpu" if device == "cuda" else "predict_cpu",
+    rates = {name: len(paths) / statistics.median(taken[name]) for name in ("plain", "ours")}
+    what = f"predict: {len(paths)} pictures of {PIXEL_SIZE[0]}x{PIXEL_SIZE[1]}, quickstart model (voting)"
+    label = decoder.label(device)
+    row = compared(
+        what,
+        f"predict_{label}",
         taken["plain"],
         taken["ours"],
-        floor_ms=1e3 * floor,
+        floor_ms=floor_of(taken),
         note=f"{rates['ours']:.0f} images a second, plain {rates['plain']:.0f}; decoding alone "
         f"{len(paths) / decoding:.0f} on {available_cores()} cores; floor: the model's products",
     )
+    return [row, against_slots(what, f"predict_slots_per_voting_{label}", taken, floor_of(taken))]
 
 
 def rows(quick: bool) -> list[Row]:
@@ -108,7 +136,8 @@ def rows(quick: bool) -> list[Row]:
     count, distinct, turns = (8, 2, 1) if quick else (256, 32, 3)
     with tempfile.TemporaryDirectory() as folder:
         paths = make_pictures(Path(folder), count, distinct)
-        return [row(paths, device, turns) for device in (("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))]
+        devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+        return [row for device in devices for row in measured(paths, device, turns)]
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class Row:
         plain_ms, ours_ms: medians.
         ratio: median over the turns of plain / ours.
         spread: half the distance of the quartiles of that ratio.
-        floor_ms: what the machine needs at its measured peak; None where nothing says.
+        floor_ms: what the machine needs for the products, at its measured peak or run alone; None where nothing says.
         note: the rest.
     """
 
@@ -96,13 +97,18 @@ def peak_bandwidth(device: str = "cpu", *, numbers: int = 2**25) -> float:
 class _Products(TorchDispatchMode):
     """Counts as `torch.utils.flop_counter.FlopCounterMode` does, which fails where a gradient is taken inside."""
 
-    total = 0
+    def __init__(self, *, keep: bool = False) -> None:
+        super().__init__()
+        self.total, self.keep = 0, keep
+        self.calls: list[Way] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         count = flop_registry.get(func.overloadpacket)
         if count is not None:
             self.total += count(*args, **(kwargs or {}), out_val=out)
+            if self.keep:
+                self.calls.append(partial(func, *args, **(kwargs or {})))
         return out
 
 
@@ -111,3 +117,20 @@ def flops(way: Way) -> int:
     with _Products() as counter:
         way()
     return counter.total
+
+
+def products_alone(way: Way) -> Way:
+    """The matrix products and convolutions of one call of `way`, which must not be compiled, and nothing else.
+
+    A floor that keeps the shapes, precision and layout of every product, and can take turns with the ways. It holds
+    what they read in memory.
+    """
+    with _Products(keep=True) as counter:
+        way()
+
+    def alone() -> None:
+        with torch.no_grad():
+            for call in counter.calls:
+                call()
+
+    return alone

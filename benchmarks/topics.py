@@ -9,8 +9,9 @@ from typing import Any
 
 from benchmarks import growth, memory
 
-TOPICS = ("decoder", "train_step", "matching", "average_precision", "data", "inference")  # that have rows
-EXTRAS = {"memory": memory, "growth": growth}  # that have a page of their own, and `measure` and `markdown`
+TOPICS = ("decoder", "voting", "train_step", "matching", "average_precision", "data", "inference")  # that have rows
+# that have a page of their own, and `measure` and `markdown`
+EXTRAS = {"memory": memory, "growth": growth}
 
 
 def measure(topic: str, quick: bool) -> Any:

@@ -31,6 +31,7 @@ from torch.nn import functional
 from benchmarks import decoder
 from benchmarks.timing import Row, Way, compared, flops, in_turns, peak_flops, seconds
 from setpred.cli import build
+from setpred.decoders import IDSPN
 from setpred.precision import training_precision
 from setpred.training import SetPrediction
 
@@ -113,22 +114,19 @@ class Plain:
     module: SetPrediction
     batch: dict[str, Tensor]
     device: str
-    iterations: int
+    find: Callable[[IDSPN, Tensor], Tensor]  # the sets of a latent, by the parts of the decoder
 
     def __post_init__(self) -> None:
         self.encoder = copy.deepcopy(self.module.model.encoder).to(memory_format=torch.contiguous_format)
-        self.objective = copy.deepcopy(self.module.model.decoder.objective)
-        parameters = [*self.encoder.parameters(), *self.objective.parameters()]
+        self.decoder = copy.deepcopy(self.module.model.decoder)
+        parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
         self.optimizer = torch.optim.Adam(parameters, lr=self.module.learning_rate)
 
     def loss(self) -> Tensor:
         torch.manual_seed(0)
         images = (self.batch["image"].float() / 255).contiguous().to(self.device)
         target = self.batch["elements"].to(self.device)
-        latent = self.encoder(images)
-        initial = 0.1 * torch.randn(target.shape, device=self.device)
-        loss_of = partial(decoder.plain_fspool, self.objective, latent=latent)
-        elements = decoder.plain(loss_of, initial, iterations=self.iterations, **decoder.NUMBERS)
+        elements = self.find(self.decoder, self.encoder(images))
         return torch.stack([matched(*pair) for pair in zip(elements, target, strict=True)]).mean()
 
     def step(self) -> Tensor:
@@ -139,6 +137,13 @@ class Plain:
         return loss.detach()
 
 
+def plain_sets(parts: IDSPN, latent: Tensor, *, iterations: int) -> Tensor:
+    """The sets of configs/clevr_fspool.yaml."""
+    initial = 0.1 * torch.randn(len(latent), parts.set_size, parts.set_dim, device=latent.device)
+    loss = partial(decoder.plain_fspool, parts.objective, latent=latent)
+    return decoder.plain(loss, initial, iterations=iterations, **decoder.NUMBERS)
+
+
 def matched(elements: Tensor, target: Tensor) -> Tensor:
     """The Hungarian loss of one example."""
     pairs = elements.unsqueeze(1).expand(-1, len(target), -1), target.expand(len(elements), -1, -1)
@@ -147,27 +152,25 @@ def matched(elements: Tensor, target: Tensor) -> Tensor:
     return cost[row, column].mean()
 
 
-def module_of(sizes: Sizes, device: str) -> SetPrediction:
-    """The model of the configuration as training has it, with the compiled descent."""
-    options = ["--config", str(CONFIG), "--trainer.accelerator", "cpu", "--trainer.logger", "false"]
-    options += [f"--{part}.image_size={sizes.image_size}" for part in ("model.encoder.init_args", "data.init_args")]
-    options += ["--model.decoder.init_args.compile=true"]
+def module_of(config: Path, device: str, *options: str) -> SetPrediction:
+    """The model of a configuration as training has it."""
     torch.manual_seed(0)
-    module = build(options).model.to(device)
+    usual = ["--trainer.accelerator", "cpu", "--trainer.logger", "false"]
+    module = build(["--config", str(config), *usual, *options]).model.to(device)
     module.log = lambda *_, **__: None  # there is no trainer to log to
     return module.train()
 
 
-def batch_of(sizes: Sizes, module: SetPrediction, device: str) -> dict[str, Tensor]:
+def batch_of(count: int, module: SetPrediction, device: str) -> dict[str, Tensor]:
     """Images as the files give them, pinned for a GPU as the data module does, and sets of 3 objects or more."""
     generator = torch.Generator().manual_seed(0)
-    shape = (sizes.batch, sizes.image_size, sizes.image_size, 3)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
+    side = module.model.encoder.image_size
+    images = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
     size, schema = module.model.decoder.set_size, module.schema
-    present = torch.arange(size) < torch.randint(3, size + 1, (sizes.batch, 1), generator=generator)
-    elements = torch.rand(sizes.batch, size, schema.set_dim, generator=generator) * present.unsqueeze(-1)
+    present = torch.arange(size) < torch.randint(3, size + 1, (count, 1), generator=generator)
+    elements = torch.rand(count, size, schema.set_dim, generator=generator) * present.unsqueeze(-1)
     elements[..., -1] = present.float()
-    batch = {"image": images, "elements": elements, "index": torch.arange(sizes.batch)}
+    batch = {"image": images, "elements": elements, "index": torch.arange(count)}
     return {name: value.pin_memory() for name, value in batch.items()} if device == "cuda" else batch
 
 
@@ -207,8 +210,9 @@ def floor_ms(plain: Plain, step: int, sizes: Sizes, device: str, *, half: bool) 
 def step_row(module: SetPrediction, sizes: Sizes, iterations: int, device: str) -> Row:
     """A whole step, ours and plain, with the share of each part of ours."""
     module.iterations_by_epoch = {0: iterations}
-    batch, half = batch_of(sizes, module, device), trains_in_half(device)
-    plain, ours = Plain(module, batch, device, iterations), Ours(module, batch, device, half)
+    batch, half = batch_of(sizes.batch, module, device), trains_in_half(device)
+    plain = Plain(module, batch, device, partial(plain_sets, iterations=iterations))
+    ours = Ours(module, batch, device, half)
     # of the same weights, before any has moved; the same in one precision, near in two
     if half:
         agree(Ours(module, batch, device, half=False).loss(), plain.loss(), tolerance=1e-3)
@@ -216,11 +220,8 @@ def step_row(module: SetPrediction, sizes: Sizes, iterations: int, device: str) 
     products = flops(lambda: first.append(plain.step()))
     agree(ours.step(), first[0], tolerance=5e-2 if half else 1e-3)
     taken = in_turns({"plain": plain.step, "ours": ours.step}, sizes.turns, device)
-    cuts = [ours.parts() for _ in range(sizes.turns)]
-    parts = {part: statistics.median(cut[part] for cut in cuts) for part in PARTS}
-    shares = ", ".join(f"{part} {100 * taking / sum(parts.values()):.1f} %" for part, taking in parts.items())
     each_second = {name: sizes.batch / statistics.median(times) for name, times in taken.items()}
-    label, notes = "cpu", [f"ours: {shares}"]
+    label, notes = "cpu", [shares(ours, sizes.turns)]
     if half:
         notes.insert(0, "our encoder in bfloat16")
     if device == "cuda":
@@ -236,9 +237,16 @@ def step_row(module: SetPrediction, sizes: Sizes, iterations: int, device: str) 
     )
 
 
+def shares(ours: Ours, turns: int) -> str:
+    """How much of a step each of its parts takes."""
+    cuts = [ours.parts() for _ in range(turns)]
+    parts = {part: statistics.median(cut[part] for cut in cuts) for part in PARTS}
+    return "ours: " + ", ".join(f"{part} {100 * taking / sum(parts.values()):.1f} %" for part, taking in parts.items())
+
+
 def encoder_rows(module: SetPrediction, sizes: Sizes, device: str) -> list[Row]:
     """The encoder alone, forward and backward: channels-last, and bfloat16 where the device has it, against NCHW."""
-    images = batch_of(sizes, module, device)["image"].to(device)
+    images = batch_of(sizes.batch, module, device)["image"].to(device)
 
     def way(memory_format: torch.memory_format, half: bool = False) -> Way:
         encoder = copy.deepcopy(module.model.encoder).to(memory_format=memory_format)
@@ -275,8 +283,10 @@ def trains_in_half(device: str) -> bool:
 def rows(quick: bool) -> list[Row]:
     """Whole steps, and the encoder alone, on the CPU and on a GPU if there is one."""
     sizes, found = QUICK if quick else Sizes(), []
+    options = [f"--{part}.image_size={sizes.image_size}" for part in ("model.encoder.init_args", "data.init_args")]
+    options += ["--model.decoder.init_args.compile=true"]
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        module = module_of(sizes, device)
+        module = module_of(CONFIG, device, *options)
         found += [step_row(module, sizes, iterations, device) for iterations in sizes.iterations]
         found += encoder_rows(module, sizes, device)
     return found

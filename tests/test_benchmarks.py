@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, decoder, growth, memory, report, tables
+from benchmarks import __main__, decoder, growth, memory, report, tables, voting
 from benchmarks.report import Report, filled
-from benchmarks.timing import Row
+from benchmarks.timing import Row, flops, products_alone
 from benchmarks.topics import EXTRAS, TOPICS, measure
+from setpred.decoders import IDSPN, GreedyVotes
 from setpred.errors import InputError
-from setpred.inner import compiled
+from setpred.inner import GradientDescent, VotingEnergy, compiled
 
 ROOT = Path(__file__).resolve().parents[1]
 GROWTH = {"base": {"batch": 8, "set_size": 10, "set_dim": 19, "iterations": 5}, "threads": 1}
@@ -42,6 +43,9 @@ def test_every_topic_gives_rows(topic):
         assert row.spread >= 0
         assert row.floor_ms is None or 0 < row.floor_ms < math.inf
     promised = {"decoder": {f"decoder_{kind}_cpu" for kind in decoder.KINDS}, "train_step": {"train_step_cpu"}}
+    promised["voting"] = {"decoder_voting_quickstart_cpu", "train_step_quickstart_cpu"}
+    promised["voting"] |= {"decoder_slots_per_voting_quickstart_cpu", "train_step_slots_per_quickstart_cpu"}
+    promised["inference"] = {"predict_cpu", "predict_slots_per_voting_cpu"}
     assert promised.get(topic, set()) <= set(keys)
 
 
@@ -68,6 +72,27 @@ def test_plain_dspn_is_the_unrolled_descent():
         torch.manual_seed(1)
         found[way] = find(2, 4)
     torch.testing.assert_close(found["unrolled"], found["unrolled_plain"], rtol=1e-4, atol=1e-5)
+
+
+def test_plain_voting_is_the_librarys():
+    torch.manual_seed(0)
+    weights = [4.0, 4.0, 4.0]
+    parts = IDSPN(
+        VotingEnergy(precise=3, weights=weights),
+        GradientDescent(iterations=8, learning_rate=0.1, momentum=0.5, metric=weights),
+        set_size=4,
+        start=GreedyVotes(4, weights=weights),
+    ).double()
+    votes, rest = torch.randn(2, 16, 19 + 3 + 1, dtype=torch.float64).split([19, 4], dim=-1)
+    features = torch.cat([votes, rest.sigmoid()], dim=-1).requires_grad_()
+    ways = voting.voting_ways(parts, features)
+    (plain, slope), (ours, ours_slope) = ways["plain"](), ways["ours"]()
+    torch.testing.assert_close(plain, ours)
+    torch.testing.assert_close(slope, ours_slope)
+    assert slope.abs().max() > 1e-3
+    assert flops(products_alone(ways["ours"])) == flops(ways["ours"]) > 0
+    with torch.no_grad():
+        torch.testing.assert_close(voting.plain_sets(parts, features), ours)
 
 
 def test_growth_is_measured_and_drawn(tmp_path):
