@@ -7,11 +7,11 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-from benchmarks import growth, memory
+from benchmarks import growth, memory, minutes_to_ap
 
 TOPICS = ("decoder", "voting", "train_step", "matching", "average_precision", "data", "inference")  # that have rows
 # that have a page of their own, and `measure` and `markdown`
-EXTRAS = {"memory": memory, "growth": growth}
+EXTRAS = {"memory": memory, "growth": growth, "minutes_to_ap": minutes_to_ap}
 
 
 def measure(topic: str, quick: bool) -> Any:

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, decoder, growth, memory, report, tables, voting
+from benchmarks import __main__, decoder, growth, memory, minutes_to_ap, report, tables, voting
 from benchmarks.report import Report, filled
 from benchmarks.timing import Row, flops, products_alone
 from benchmarks.topics import EXTRAS, TOPICS, measure
+from setpred.compare.results import Results
 from setpred.decoders import IDSPN, GreedyVotes
 from setpred.errors import InputError
 from setpred.inner import GradientDescent, VotingEnergy, compiled
@@ -93,6 +94,24 @@ def test_plain_voting_is_the_librarys():
     assert flops(products_alone(ways["ours"])) == flops(ways["ours"]) > 0
     with torch.no_grad():
         torch.testing.assert_close(voting.plain_sets(parts, features), ours)
+
+
+def test_minutes_are_those_of_the_first_score_at_the_bar(tmp_path, capsys):
+    scores = [(60, 0.5), (120, ""), (180, 0.79), (240, 0.8), (300, 0.7), (360, 0.9)]
+    points = [{"seconds": seconds, minutes_to_ap.SCORE: score} for seconds, score in scores]
+    table = tmp_path / "run" / "metrics.csv"
+    table.parent.mkdir()
+    table.write_text("\n".join([",".join(points[0]), *(",".join(map(str, p.values())) for p in points)]))
+    (of_table,) = map(minutes_to_ap.reached, minutes_to_ap.runs_of(table))
+    assert (of_table["minutes"], of_table["best"], of_table["length"]) == (4.0, 0.9, 6.0)
+    run = {"digest": "a", "seed": 3, "budget": "9steps", "options": [], "name": "quickstart", "threads": 2}
+    run |= {"processor": "Some", "torch": "2", "points": [points[0] | {minutes_to_ap.SCORE: None}, *points[2:3]]}
+    Results(tmp_path / "results.jsonl").add(run)
+    (of_results,) = map(minutes_to_ap.reached, minutes_to_ap.runs_of(tmp_path / "results.jsonl"))
+    assert (of_results["minutes"], of_results["best"]) == (None, 0.79)
+    assert "| never |" in " ".join(minutes_to_ap.markdown([of_results]).split())
+    assert minutes_to_ap.main([str(tmp_path / "none.csv")]) == 2
+    assert "train first" in capsys.readouterr().err
 
 
 def test_growth_is_measured_and_drawn(tmp_path):
