@@ -55,7 +55,7 @@ class Sizes:
     batch: int = 128
     turns: int = 15  # as many batches as an epoch has, less the unmeasured one
     steps: int = 20  # of a training epoch
-    step_batch: int = 64  # the quickstart's
+    step_batch: int = 32  # the quickstart's
 
 
 QUICK = Sizes(images=64, batch=16, turns=3, steps=2, step_batch=8)

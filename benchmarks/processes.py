@@ -22,7 +22,7 @@ from pathlib import Path
 from setpred.data.workers import available_cores
 
 ROOT = Path(__file__).resolve().parents[1]
-BATCH = 64
+BATCH = 32  # the quickstart's
 
 
 def epoch_seconds(folder: Path, processes: int, *, epochs: int, steps: int) -> float:
