@@ -236,7 +236,7 @@ def test_gradients_are_those_of_one_process_with_the_doubled_batch(alone, two):
     for ours, theirs, expected in zip(two[0]["gradients"], two[1]["gradients"], alone["gradients"], strict=True):
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
         assert apart(ours, expected) < 1e-5
-    assert apart(two[0]["gradients"][0], alone["gradients"][0]) < 1e-6
+    assert apart(two[0]["gradients"][0], alone["gradients"][0]) < 3e-6
     assert "model.decoder.start.initial" not in alone["gradients"][0]
 
 
