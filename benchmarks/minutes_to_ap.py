@@ -5,10 +5,10 @@
 
 This trains nothing. The run to read is
 
-    python -m setpred.compare configs/quickstart.yaml --budget 18750steps --points 60 --threads 2 \\
+    python -m setpred.compare configs/quickstart.yaml --budget 15000steps --points 60 --threads 2 \\
         --out comparison/quickstart
 
-which validates twice an epoch; its results.jsonl has the seconds of training alone, threads and processor. Without it,
+which validates 60 times; its results.jsonl has the seconds of training alone, threads and processor. Without it,
 checkpoints/quickstart/metrics.csv of `make demo` is read. That has a row an epoch, and its seconds count set-up and
 validation, too: an upper bound.
 """

@@ -131,9 +131,13 @@ def read_checkpoint(path: str | os.PathLike[str], *, finite: bool = True) -> dic
     """
     if not _is_file(path):
         raise InputError(f"no checkpoint at {path}; train one with train.py, or give the path of a .ckpt file")
-    with open(path, "rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise InputError(f"expected weights, got a Git LFS pointer in {path}; run `git lfs pull` to download it")
+    try:
+        with open(path, "rb") as file:
+            begins = file.read(len(LFS_POINTER))
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror}); check its permissions") from error
+    if begins == LFS_POINTER:
+        raise InputError(f"expected weights, got a Git LFS pointer in {path}; run `git lfs pull` to download it")
     if Path(path).suffix == weights.SUFFIX:
         tensors, content = weights.unpack(path)
         content["state_dict"] = tensors

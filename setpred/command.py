@@ -67,5 +67,7 @@ class LastingStream:
 def start(main: Callable[[], int]) -> int:
     """Runs the `main` of a command as the program; returns its exit status."""
     sys.argv[1:] = expanded(sys.argv[1:])
-    sys.stdout, sys.stderr = (LastingStream(stream) for stream in (sys.stdout, sys.stderr))
+    # None where whoever started the program has closed it
+    streams = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    sys.stdout, sys.stderr = map(LastingStream, streams)
     return main()

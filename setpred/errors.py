@@ -1,5 +1,7 @@
 """The one error type for what a user can mend, and what others' errors say."""
 
+import re
+
 
 class InputError(ValueError):
     """Bad input from outside: a file, a configuration, a command line.
@@ -14,7 +16,7 @@ class InputError(ValueError):
         text = super().__str__()
         if not text.startswith("Caught InputError in DataLoader worker"):
             return text
-        return text.rstrip().rpartition("InputError: ")[2]
+        return re.split(r"^(?:[\w.]+\.)?InputError: ", text.rstrip(), flags=re.MULTILINE)[-1]
 
 
 def reason(error: BaseException) -> str:

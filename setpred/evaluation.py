@@ -180,11 +180,12 @@ def _voting(model: SetPredictor, images: Tensor, iterates: Tensor) -> Voting | N
     if energy is None:
         return None
     problem = Problem(model.encode(images)[: iterates.shape[1]].float(), iterates[0])
-    return Voting(
-        votes=Ballot.of(problem.latent, energy.set_dim).votes,
-        supports=energy.supports(iterates[-1], problem),
-        energies=torch.stack([decoder.objective(elements, problem) for elements in iterates]),
-    )
+    with torch.autocast(iterates.device.type, enabled=False):  # as the descent: sums cancel in half precision
+        return Voting(
+            votes=Ballot.of(problem.latent, energy.set_dim).votes,
+            supports=energy.supports(iterates[-1], problem),
+            energies=torch.stack([decoder.objective(elements, problem) for elements in iterates]),
+        )
 
 
 def _voting_energy(objective: nn.Module) -> VotingEnergy | None:

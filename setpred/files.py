@@ -11,11 +11,13 @@ import os
 import re
 import shutil
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from setpred.errors import InputError
 
@@ -96,7 +98,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     if not _replaceable(final):
         with writing(final), tempfile.TemporaryDirectory() as folder:
             yield (aside := Path(folder) / "content")
-            with aside.open("rb") as content, final.open("wb") as stream:
+            with aside.open("rb") as content, _opened(final) as stream:
                 shutil.copyfileobj(content, stream)
         return
     final = final.resolve() if final.is_symlink() else final
@@ -110,6 +112,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             with suppress(OSError):
                 partial.unlink()
             raise
+
+
+def _opened(path: Path) -> BinaryIO:
+    """A device or pipe to write to; an open stream by its descriptor, since opening its name may truncate a file."""
+    stream = {"/dev/stdout": sys.stdout, "/dev/stderr": sys.stderr}.get(str(path))
+    if stream is None:
+        return path.open("wb")
+    stream.flush()
+    return os.fdopen(os.dup(1 if stream is sys.stdout else 2), "wb")
 
 
 def _replaceable(path: Path) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from setpred.errors import InputError
+from setpred.inner import OfTokens
 
 
 def unit_images(images: Tensor) -> Tensor:
@@ -102,6 +103,8 @@ class SetPredictor(nn.Module):
         beside: dict[str, Any] = {"iterations": iterations}
         if getattr(self.decoder, "conditional", False):
             beside["condition"] = inputs
+        if mask is not None and not mask.all() and any(isinstance(part, OfTokens) for part in self.decoder.modules()):
+            raise InputError("OfTokens knows no absent tokens, got input sets with some; give sets of one size")
         takes_tokens = getattr(self.decoder, "token_dim", None) is not None
         if mask is not None and takes_tokens and not getattr(self.decoder, "masks_elements", False):
             beside["mask"] = mask

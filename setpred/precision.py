@@ -7,7 +7,7 @@ import torch
 # instruction sets with bfloat16 products; without one of them a CPU emulates bfloat16 and is slower than in float32
 NATIVE = ("avx512_bf16", "amx_bf16", "avx10_2", "sve_bf16")
 # of which Intel's have speed in their matrix units alone: on a Xeon with avx512_bf16 and no AMX the convolutions of a
-# residual trunk took 1.8 times as long in bfloat16 as in float32 (45 against 80 GMAC/s on one core, oneDNN, torch 2.15)
+# residual trunk took 1.8 times as long in bfloat16 as in float32 (45 against 80 GMAC/s on one core, torch 2.14.1)
 FAST_ON_INTEL = ("amx_bf16", "avx10_2")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -49,9 +50,8 @@ def set_aside(folder: Path) -> Path | None:
 def put_back(folder: Path, kept: Path) -> None:
     """Gives the earlier run its name back after a start that failed, if that has left no more than its settings."""
     folder = folder.resolve() if folder.is_symlink() else folder
-    if {path.name for path in folder.iterdir()} <= {"config.yaml"}:
-        (folder / "config.yaml").unlink(missing_ok=True)
-        folder.rmdir()
+    if {path.name for path in folder.iterdir()} <= {"config.yaml", "tensorboard"}:  # whose logger writes before a step
+        shutil.rmtree(folder)
         kept.rename(folder)
         print(f"moved the previous run back to {folder}", flush=True)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor, nn
 
 from setpred import checkpoint
@@ -93,7 +94,8 @@ class SetPrediction(pl.LightningModule):
         self.model = SetPredictor(encoder, decoder).to(memory_format=torch.channels_last)
         self.loss = HungarianLoss() if loss is None else loss
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
-        self.schedule = Constant() if schedule is None else schedule
+        self.schedule = self._given_schedule = Constant() if schedule is None else schedule
+        self._lasting: Schedule | None = None  # what became of it in the latest run
         self.iterations_by_epoch = iterations_by_epoch
         self.guard = Guard(on_not_finite)
         self._steps: list[Step] = []  # the batches of the present optimiser's step
@@ -128,8 +130,10 @@ class SetPrediction(pl.LightningModule):
 
     def _check_length(self) -> None:
         """Gives the schedule the run's length; raises `InputError` where it ends before the training does."""
-        planned = self.trainer.estimated_stepping_batches
-        self.schedule = self.schedule.lasting(planned)
+        planned = self._planned_steps()
+        if self._lasting is None or self.schedule is not self._lasting:  # set anew, by a user or a callback
+            self._given_schedule = self.schedule
+        self.schedule = self._lasting = self._given_schedule.lasting(planned)
         total = self.schedule.total_steps
         if total is not None and math.isfinite(planned) and planned > total:
             raise InputError(
@@ -137,12 +141,24 @@ class SetPrediction(pl.LightningModule):
                 f"from where nothing is learned; pass --model.schedule.init_args.total_steps {planned}, or fewer "
                 "--trainer.max_epochs"
             )
-        if self.iterations_by_epoch:
+        if self.iterations_by_epoch and self.trainer.is_global_zero:
             self.say(
                 f"the descent takes {self.training_iterations()} steps in training from now on, by "
                 "model.iterations_by_epoch, which overrides descent.iterations there; pass --model.iterations_by_epoch "
                 "null to train with descent.iterations"
             )
+
+    def _planned_steps(self) -> float:
+        """Optimizer steps of the run; infinite where nothing says how many."""
+        trainer, steps = self.trainer, self.trainer.estimated_stepping_batches
+        if steps < 0:  # Lightning's word for data without a length and no max_steps
+            return math.inf
+        gathering = [part for part in trainer.callbacks if isinstance(part, GradientAccumulationScheduler)]
+        if not gathering or trainer.max_epochs == -1:
+            return steps
+        each = (gathering[0].get_accumulate_grad_batches(epoch) for epoch in range(trainer.max_epochs))
+        total = sum(math.ceil(trainer.num_training_batches / some) for some in each)
+        return total if trainer.max_steps == -1 else min(total, trainer.max_steps)
 
     def _count_batches(self) -> None:
         """Where an epoch goes on with batches of another size, or shared by other processes, as many have gone by."""

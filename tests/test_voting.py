@@ -158,7 +158,7 @@ def test_absent_tokens_have_no_vote():
     encoder = Votes(Elements(set_dim=5), set_dim=DIM, precise=PRECISE, hidden_dim=8).double()
     model = SetPredictor(encoder, decoder_of(8)).eval()
     inputs = torch.randn(1, 7, 5, dtype=torch.float64)
-    padded = torch.cat([inputs, torch.full((1, 2, 5), 3.0, dtype=torch.float64)], dim=1)
+    padded = torch.cat([inputs, torch.full((1, 2, 5), torch.nan, dtype=torch.float64)], dim=1)
     mask = torch.tensor([[True] * 7 + [False] * 2])
     close(model(padded, mask=mask), model(inputs))
 

@@ -23,7 +23,7 @@ from setpred.data.order import EpochPermutation, training_loader, validation_loa
 from setpred.data.rendered import render_records, rendered_header
 from setpred.data.workers import leave_signals_to_parent
 from setpred.errors import InputError
-from setpred.files import locked, make_folder
+from setpred.files import locked, make_folder, writing
 from setpred.schema import CLEVR
 
 InMemory = bool | Literal["device"] | None
@@ -234,7 +234,7 @@ class RenderedFile:
         """Renders it, or waits for another process that does: jobs that begin together share the file."""
         make_folder(Path(self.path).parent)
         lock = Path(f"{self.path}.lock")
-        with ExitStack() as held:
+        with writing(lock), ExitStack() as held:
             try:
                 held.enter_context(locked(lock, passing=True, patience=0.2))
             except InputError:

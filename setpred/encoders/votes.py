@@ -46,6 +46,8 @@ class Votes(nn.Module):
         Absent tokens have mass 0.
         """
         tokens = self.tokens(inputs) if mask is None else self.tokens(inputs, mask)
+        if mask is not None:  # padding may hold anything, NaN too
+            tokens = tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
         with torch.autocast(tokens.device.type, enabled=False):
             believed = self.network(self.norm(tokens.to(self.norm.weight.dtype)))
             votes, rest = believed.split([self.set_dim, self.token_dim - self.set_dim], dim=-1)

@@ -106,6 +106,8 @@ class GradientDescent(nn.Module):
         if self.metric is None:
             return gradient
         rest = gradient.shape[-1] - len(self.metric)
+        if rest < 0:
+            raise ValueError(f"expected a metric of at most {gradient.shape[-1]} numbers, got {len(self.metric)}")
         return gradient / nn.functional.pad(self.metric, (0, rest), value=1.0).to(gradient.dtype)
 
     def project(self, iterate: Tensor) -> Tensor:

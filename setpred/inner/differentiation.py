@@ -196,7 +196,7 @@ class Implicit(Differentiation):
             return value
         # a node of its own, so that the hook below refers to nodes before it and no reference cycle arises
         carrier = -residual
-        if isinstance(self.solver, Identity):  # the Hessian replaced by the descent's metric
+        if type(self.solver) is Identity:  # the Hessian replaced by the descent's metric
             carrier = -descent.natural(residual)
         else:
 
