@@ -68,6 +68,6 @@ def start(main: Callable[[], int]) -> int:
     """Runs the `main` of a command as the program; returns its exit status."""
     sys.argv[1:] = expanded(sys.argv[1:])
     # None where whoever started the program has closed it
-    streams = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    streams = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     sys.stdout, sys.stderr = map(LastingStream, streams)
     return main()
