@@ -100,6 +100,7 @@ def child(request: dict[str, Any], answers: int) -> None:
 
     torch.set_num_threads(1)
     os.setpgid(0, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup, under which tests may run, has left ignored
     if "call" in (kill := request["kill"] or {}):
         strike(kill["call"], kill["number"], sent=kill.get("signal", signal.SIGKILL), group=kill.get("group", False))
     sys.argv = ["train.py", *request["arguments"]]

@@ -167,6 +167,6 @@ def test_a_few_other_sets_are_rounding_and_many_are_another_function():
 def test_a_program_of_another_function_is_refused(monkeypatch):
     torch.manual_seed(0)
     loaded = of(PositionedTokens(SmallTrunk(image_size=16, width=4), token_dim=8), SlotAttention(**SLOTS))
-    monkeypatch.setattr(programs, "unit", lambda images: images / 200)
+    monkeypatch.setattr(programs, "unit", lambda images: images / 5)
     with pytest.raises(InputError, match="the exported program differs from the model by"):
         export_program(loaded)
