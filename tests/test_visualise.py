@@ -376,3 +376,12 @@ def test_the_first_images_are_pictured_and_no_more(tmp_path, monkeypatch):
     write_report(tmp_path, images=pictures(report.PICTURED + 3, 8, 8), predicted=predicted, target=target)
     write_report(tmp_path, images=pictures(2, 8, 8), predicted=predicted, target=target)
     assert drawn == [report.PICTURED, 2]
+
+
+def test_a_title_in_another_script_is_drawn_without_a_warning(tmp_path, recwarn):
+    from setpred.visualise.style import heading, new_figure, save_png
+
+    figure = new_figure(4, 3)
+    heading(figure, "Title", "subtitle", about="图片.png")
+    save_png(figure, tmp_path / "a.png")
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]

@@ -20,7 +20,17 @@ from setpred.schema import ElementSchema
 from setpred.sets import presence_mask
 from setpred.visualise.glyphs import draw_filled, draw_outlined
 from setpred.visualise.panels import outline_on_image, show_image, show_map
-from setpred.visualise.style import CLASS_COLOURS, FAINT, INK, WRONG, heading, new_figure, save_png, styled
+from setpred.visualise.style import (
+    CLASS_COLOURS,
+    FAINT,
+    INK,
+    WRONG,
+    boxes_for_missing_glyphs,
+    heading,
+    new_figure,
+    save_png,
+    styled,
+)
 from setpred.visualise.world import on_map
 
 STRIP = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500)  # iterations shown in the strip, and always the last
@@ -182,7 +192,8 @@ def _frames(descents: Sequence[Descent], steps: Sequence[int], about: str) -> li
         moving += [(image, descent.outline_set), (middle, descent.draw_set), (middle, descent.draw_trails)]
         moving += [(errors, descent.mark_error)]
     canvas = figure.canvas
-    canvas.draw()
+    with boxes_for_missing_glyphs():
+        canvas.draw()
     still = canvas.copy_from_bbox(figure.bbox)
     name.set_visible(True)
     frames = []

@@ -84,17 +84,25 @@ def heading(figure: Figure, title: str, subtitle: str, about: str) -> Text:
         start = name.get_window_extent(renderer).x1 / figure.dpi + 0.3
         style = {"fontsize": 9, "color": "#555555", "va": "center", "ha": "right"}
         aside = figure.text(1 - right / width, line, about, parse_math=False, **style)
-        while len(about) > 1 and aside.get_window_extent(renderer).x0 / figure.dpi < start:
-            about = about[1:]  # the end of a path says more than its start
-            aside.set_text("…" + about)
+        with boxes_for_missing_glyphs():
+            while len(about) > 1 and aside.get_window_extent(renderer).x0 / figure.dpi < start:
+                about = about[1:]  # the end of a path says more than its start
+                aside.set_text("…" + about)
     return name
+
+
+@contextmanager
+def boxes_for_missing_glyphs() -> Iterator[None]:
+    """Within, matplotlib does not warn of characters that its font lacks."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
 
 
 def save_png(figure: Figure, path: Path) -> Path:
     """Writes the figure whole or not at all; characters that the font lacks are drawn as boxes."""
     buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    with boxes_for_missing_glyphs():
         figure.savefig(buffer, format="png")
     write_atomically(path, buffer.getvalue())
     return path
