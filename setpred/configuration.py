@@ -47,7 +47,6 @@ LIGHTNING = {  # none loads a file; functions that some would call have to be on
         "ModelSummary",
         "StochasticWeightAveraging",
         "TQDMProgressBar",
-        "Timer",
     ),
     "loggers": ("CSVLogger", "TensorBoardLogger"),
     "plugins.environments": ("SLURMEnvironment",),

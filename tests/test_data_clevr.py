@@ -110,6 +110,20 @@ def test_a_sound_folder_is_read(folder):
     assert len(ClevrFolder(folder, "val")) == 3
 
 
+def test_what_the_official_generator_leaves_is_read(folder):
+    """clevr-dataset-gen writes one folder of images and one file of scenes, of the split "new"."""
+    expected = ClevrFolder(folder, "val")
+    expected_image = expected.image(0, 16)
+    for image in (folder / "images" / "val").iterdir():
+        image.rename(folder / "images" / image.name)
+    (folder / "scenes" / "CLEVR_val_scenes.json").rename(folder / "CLEVR_scenes.json")
+    found = ClevrFolder(folder, "new")
+    np.testing.assert_array_equal(found.elements, expected.elements)
+    np.testing.assert_array_equal(found.image(0, 16), expected_image)
+    with pytest.raises(InputError, match="those of new"):
+        ClevrFolder(folder, "val")
+
+
 def test_a_missing_folder(tmp_path):
     with pytest.raises(InputError, match=r"nowhere is no folder; see data/README.md"):
         ClevrFolder(tmp_path / "nowhere", "val")

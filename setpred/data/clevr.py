@@ -1,4 +1,7 @@
-"""Reading the CLEVR_v1.0 layout: `ROOT/images/SPLIT/*.png` and `ROOT/scenes/CLEVR_SPLIT_scenes.json`."""
+"""Reading the CLEVR_v1.0 layout: `ROOT/images/SPLIT/*.png` and `ROOT/scenes/CLEVR_SPLIT_scenes.json`.
+
+Also what clevr-dataset-gen leaves by default: `ROOT/images/*.png` and `ROOT/CLEVR_scenes.json`, of the split "new".
+"""
 
 from __future__ import annotations
 
@@ -53,6 +56,9 @@ class ClevrFolder:
         if images is not None and images < 1:
             raise InputError(f"expected at least 1 image, got {images}")
         scenes_file = _scenes_file(self.root, split)
+        self.folder = self.root / "images" / split
+        if scenes_file.parent == self.root:  # as clevr-dataset-gen leaves them
+            self.folder = self.root / "images"
         content = _read(scenes_file)
         scenes = self._parse(content, scenes_file)[:images]
         self.file_names = [scene.file_name for scene in scenes]
@@ -73,7 +79,7 @@ class ClevrFolder:
         return len(self.file_names)
 
     def path(self, number: int) -> Path:
-        return self.root / "images" / self.split / self.file_names[number]
+        return self.folder / self.file_names[number]
 
     def image(self, number: int, image_size: int) -> np.ndarray:
         """uint8 `[image_size, image_size, 3]`."""
@@ -151,7 +157,7 @@ class ClevrFolder:
         return _Scene(name, index, elements, centres, pixels)
 
     def _check_images(self) -> None:
-        folder = self.root / "images" / self.split
+        folder = self.folder
         try:
             there = set(os.listdir(folder))
         except OSError as error:
@@ -224,7 +230,11 @@ def _scenes_file(root: Path, split: str) -> Path:
     scenes_file = root / "scenes" / f"CLEVR_{split}_scenes.json"
     if scenes_file.is_file():
         return scenes_file
+    generated = root / "CLEVR_scenes.json"
+    if split == "new" and generated.is_file():
+        return generated
     found = sorted(path.name[len("CLEVR_") : -len("_scenes.json")] for path in root.glob("scenes/CLEVR_*_scenes.json"))
+    found += ["new"] if generated.is_file() else []
     which = f"in {root} there are those of {' and '.join(found)}" if found else f"in {root} there are none"
     if split == "test":
         raise InputError(f"CLEVR publishes no scenes for the split 'test', only for train and val; {which}")
