@@ -87,23 +87,26 @@ def plain(
     learning_rate: float,
     momentum: float,
     clip: float = math.inf,
-    metric: Tensor | float = 1.0,
+    curvature: Callable[[Tensor], Tensor | float] = lambda _: 1.0,
 ) -> Tensor:
     """iDSPN as one would write it: the found set, with the gradients of the last iteration (at least one).
 
-    `metric` is the diagonal that steps are divided by. Under `torch.no_grad` no iteration keeps gradients.
+    Gradients are divided by `curvature`. Under `torch.no_grad` no iteration keeps gradients.
     """
     differentiable = torch.is_grad_enabled()
     leaf = initial.detach().clone().requires_grad_()
-    optimizer = torch.optim.SGD([leaf], lr=learning_rate, momentum=momentum, nesterov=True)
+    optimizer = torch.optim.SGD([leaf], lr=learning_rate, momentum=momentum, nesterov=momentum > 0)
     for left in reversed(range(iterations)):
         # of a copy: the optimizer changes the leaf in place, and the last graph still needs it
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(loss(leaf.clone()).sum(), leaf, create_graph=differentiable and left == 0)
-        norm = gradient.detach().flatten(1).norm(dim=1).view(-1, 1, 1)
-        leaf.grad = gradient.detach() * (clip / norm).clamp(max=1) / metric
+        with torch.no_grad():
+            scale = curvature(leaf)
+        scaled = gradient.detach() / scale
+        norm = scaled.flatten(1).norm(dim=1).view(-1, 1, 1)
+        leaf.grad = scaled * (clip / norm).clamp(max=1)
         optimizer.step()
-    return leaf.detach() - (gradient - gradient.detach()) / metric
+    return leaf.detach() - (gradient - gradient.detach()) / scale
 
 
 # --- ours -----------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ from benchmarks import decoder
 from benchmarks.timing import Row, Way, compared, flops, in_turns, peak_flops, seconds
 from setpred.cli import build
 from setpred.decoders import IDSPN
+from setpred.losses import HungarianLoss
 from setpred.precision import training_precision
 from setpred.training import SetPrediction
 
@@ -127,7 +128,8 @@ class Plain:
         images = (self.batch["image"].float() / 255).contiguous().to(self.device)
         target = self.batch["elements"].to(self.device)
         elements = self.find(self.decoder, self.encoder(images))
-        return torch.stack([matched(*pair) for pair in zip(elements, target, strict=True)]).mean()
+        losses = [matched(*pair, self.module.loss) for pair in zip(elements, target, strict=True)]
+        return torch.stack(losses).mean()
 
     def step(self) -> Tensor:
         loss = self.loss()
@@ -144,10 +146,16 @@ def plain_sets(parts: IDSPN, latent: Tensor, *, iterations: int) -> Tensor:
     return decoder.plain(loss, initial, iterations=iterations, **decoder.NUMBERS)
 
 
-def matched(elements: Tensor, target: Tensor) -> Tensor:
-    """The Hungarian loss of one example."""
+def matched(elements: Tensor, target: Tensor, loss: HungarianLoss) -> Tensor:
+    """The Hungarian loss of one example, with the weights and betas of `loss`."""
     pairs = elements.unsqueeze(1).expand(-1, len(target), -1), target.expand(len(elements), -1, -1)
-    cost = functional.smooth_l1_loss(*pairs, reduction="none").mean(-1)
+    costs = functional.smooth_l1_loss(*pairs, reduction="none")
+    for name, beta in loss.beta.items():
+        part = loss.schema.slice(name)
+        costs[..., part] = functional.smooth_l1_loss(*(pair[..., part] for pair in pairs), reduction="none", beta=beta)
+    for name, weight in loss.group_weights.items():
+        costs[..., loss.schema.slice(name)] *= weight
+    cost = costs.mean(-1)
     row, column = linear_sum_assignment(cost.detach().cpu().numpy())
     return cost[row, column].mean()
 
@@ -177,7 +185,7 @@ def batch_of(count: int, module: SetPrediction, device: str) -> dict[str, Tensor
 def agree(ours: Tensor, plain: Tensor, *, tolerance: float) -> None:
     if not (ours - plain).abs() <= tolerance * plain.abs():
         raise RuntimeError(
-            f"both ways should have one loss, ours has {float(ours):.6g}, the plain way {float(plain):.6g}"
+            f"both ways should have one loss, ours has {ours.item():.6g}, the plain way {plain.item():.6g}"
         )
 
 

@@ -62,11 +62,21 @@ def plain_start(start: GreedyVotes, ballot: Ballot) -> Tensor:
     return torch.stack(picks, dim=1)
 
 
+def plain_logits(objective: VotingEnergy, elements: Tensor, ballot: Ballot) -> Tensor:
+    apart = elements.unsqueeze(2) - ballot.votes.unsqueeze(1)
+    return -0.5 * (objective.weights * ballot.precisions.unsqueeze(1) * apart.square()).sum(-1)
+
+
 def plain_energy(objective: VotingEnergy, elements: Tensor, ballot: Ballot, initial: Tensor) -> Tensor:
     pull = (objective.weights * (elements - initial).square()).sum((1, 2))
-    apart = elements.unsqueeze(2) - ballot.votes.unsqueeze(1)
-    logits = -0.5 * (objective.weights * ballot.precisions.unsqueeze(1) * apart.square()).sum(-1)
+    logits = plain_logits(objective, elements, ballot)
     return 0.5 * objective.prior_weight * pull - (ballot.masses * logits.logsumexp(1)).sum(-1)
+
+
+def plain_curvature(objective: VotingEnergy, elements: Tensor, ballot: Ballot) -> Tensor:
+    shares = plain_logits(objective, elements, ballot).softmax(1) * ballot.masses.unsqueeze(1)
+    gathered = (shares.unsqueeze(-1) * ballot.precisions.unsqueeze(1)).sum(2)
+    return objective.weights * (objective.prior_weight + gathered)
 
 
 def plain_sets(parts: IDSPN, features: Tensor) -> Tensor:
@@ -80,7 +90,7 @@ def plain_sets(parts: IDSPN, features: Tensor) -> Tensor:
         iterations=descent.iterations,
         learning_rate=descent.learning_rate,
         momentum=descent.momentum,
-        metric=1 / descent.natural(torch.ones_like(initial[0, 0])),
+        curvature=lambda elements: plain_curvature(parts.objective, elements, ballot),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -51,13 +52,18 @@ def _weighted_mean(costs: Tensor, weights: Tensor | None) -> Tensor:
     return (costs if weights is None else costs * weights).mean(-1)
 
 
-def smooth_l1(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """mean_d w_d smooth_L1(predicted_d - target_d), of elements side by side.
+def smooth_l1(predicted: Tensor, target: Tensor, weights: Tensor | None = None, beta: Tensor | None = None) -> Tensor:
+    """mean_d w_d smooth_L1(predicted_d - target_d; β_d), of elements side by side.
 
-    smooth_L1(e) = e²/2 for |e| < 1, |e| - 1/2 beyond (Girshick 2015). Twice `[..., dim]` and `weights [dim]` (1 unless
-    given) -> `[...]`.
+    smooth_L1(e; β) = e²/(2β) for |e| < β, |e| - β/2 beyond (Girshick 2015, β = 1). Twice `[..., dim]`, `weights [dim]`
+    and `beta [dim]` (1 unless given) -> `[...]`.
     """
-    return _weighted_mean(functional.smooth_l1_loss(predicted, target, reduction="none"), weights)
+    if beta is None:
+        costs = functional.smooth_l1_loss(predicted, target, reduction="none")
+    else:
+        error = (predicted - target).abs()
+        costs = torch.where(error < beta, 0.5 * error.square() / beta, error - 0.5 * beta)
+    return _weighted_mean(costs, weights)
 
 
 def squared(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -65,12 +71,14 @@ def squared(predicted: Tensor, target: Tensor, weights: Tensor | None = None) ->
     return 0.5 * _weighted_mean(functional.mse_loss(predicted, target, reduction="none"), weights)
 
 
-def pairwise_smooth_l1(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+def pairwise_smooth_l1(
+    predicted: Tensor, target: Tensor, weights: Tensor | None = None, beta: Tensor | None = None
+) -> Tensor:
     """cost[b, i, j] = `smooth_l1` of predicted_bi and target_bj.
 
-    `[batch, n, dim]`, `[batch, m, dim]` and `weights [dim]` (1 unless given) -> `[batch, n, m]`.
+    `[batch, n, dim]`, `[batch, m, dim]`, `weights [dim]` and `beta [dim]` (1 unless given) -> `[batch, n, m]`.
     """
-    return _pairwise(smooth_l1, predicted, target, weights)
+    return _pairwise(partial(smooth_l1, beta=beta), predicted, target, weights)
 
 
 def pairwise_squared(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:

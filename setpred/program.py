@@ -23,7 +23,8 @@ from setpred.decoders import IDSPN
 from setpred.errors import InputError, reason
 from setpred.inner import Problem
 from setpred.inner.descent import State
-from setpred.inner.differentiation import inner_gradient
+from setpred.inner.differentiation import plain_step
+from setpred.inner.objectives import Energy
 from setpred.model import SetPredictor
 
 SCHEMA_FILE = "schema.json"  # inside the program: what the numbers of an element mean
@@ -54,11 +55,9 @@ class DescentProgram(nn.Module):
         decoder: IDSPN = model.decoder
 
         def step(latent: Tensor, initial: Tensor, iterate: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
-            problem = Problem(latent, initial)
-            iterate = iterate.detach().requires_grad_()
-            gradient = inner_gradient(lambda y: decoder.objective(y, problem), iterate, create_graph=False)
+            energy = Energy(decoder.objective, Problem(latent, initial))
             # a velocity of zeros makes the first step one like the others, and a loop must not return what it got
-            after = decoder.descent.step(State(iterate.detach(), velocity), gradient)
+            after = plain_step(energy, State(iterate, velocity), decoder.descent)
             return after.iterate, torch.zeros_like(velocity) if after.velocity is None else after.velocity
 
         latent, initial = self.given(images)

@@ -80,7 +80,7 @@ def test_plain_voting_is_the_librarys():
     weights = [4.0, 4.0, 4.0]
     parts = IDSPN(
         VotingEnergy(precise=3, weights=weights),
-        GradientDescent(iterations=8, learning_rate=0.1, momentum=0.5, metric=weights),
+        GradientDescent(iterations=6),
         set_size=4,
         start=GreedyVotes(4, weights=weights),
     ).double()

@@ -214,12 +214,36 @@ def test_weights_multiply_the_share_of_their_group(make):
     torch.testing.assert_close(blind, torch.zeros_like(blind), rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("weights", [{"size": 2.0}, {"coords": -1.0}])
-def test_weights_are_checked(weights):
-    with pytest.raises(InputError, match="size" if "size" in weights else "at least 0"):
-        HungarianLoss(schema=SCHEMA, weights=weights)
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"weights": {"size": 2.0}}, "size"),
+        ({"weights": {"coords": -1.0}}, "at least 0"),
+        ({"weights": {"coords": math.nan}}, "at least 0"),
+        ({"beta": {"size": 2.0}}, "size"),
+        ({"beta": {"coords": 0.0}}, "positive"),
+        ({"beta": {"coords": math.inf}}, "positive"),
+    ],
+)
+def test_weights_and_betas_are_checked(options, words):
+    with pytest.raises(InputError, match=words):
+        HungarianLoss(schema=SCHEMA, **options)
     with pytest.raises(ValueError, match="elements"):
         HungarianLoss(schema=SCHEMA, weights={"coords": 2.0})(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))
+    with pytest.raises(ValueError, match="elements"):
+        HungarianLoss(schema=SCHEMA, beta={"coords": 2.0})(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3))
+
+
+def test_beta_is_where_the_cost_turns_linear():
+    """One pair: torch's own smooth L1 for each group, on both sides of beta."""
+    dim = SCHEMA.set_dim
+    target, beta = torch.zeros(1, 1, dim), {"coords": 0.05}
+    for error in (0.01, 0.049, 0.051, 0.3, 2.0):
+        predicted = torch.full((1, 1, dim), error)
+        coords = torch.nn.functional.smooth_l1_loss(torch.tensor(error), torch.tensor(0.0), beta=0.05)
+        rest = torch.nn.functional.smooth_l1_loss(torch.tensor(error), torch.tensor(0.0))
+        expected = (2 * coords + (dim - 2) * rest) / dim
+        torch.testing.assert_close(HungarianLoss(schema=SCHEMA, beta=beta)(predicted, target), expected.view(1))
 
 
 @every_loss
@@ -601,7 +625,7 @@ def test_generalised_iou_is_that_of_torchvision():
 # --- in training --------------------------------------------------------------------------------------------------
 
 IN_CONFIGS = {
-    "HungarianLoss": {"weights": {"coords": 10.0}},
+    "HungarianLoss": {"weights": {"coords": 10.0}, "beta": {"coords": 0.1}},
     "ChamferLoss": {},
     "SinkhornDivergence": {"epsilon": 0.05},
     "SlicedWasserstein": {"projections": 8},

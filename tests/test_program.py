@@ -116,7 +116,7 @@ def test_a_descent_starts_as_in_the_model(start):
 def test_a_voting_model():
     torch.manual_seed(0)
     tokens = PositionedTokens(ResidualTrunk(image_size=16, widths=(4, 8), blocks=1), token_dim=None)
-    descent = GradientDescent(iterations=4, learning_rate=0.1, momentum=0.5, metric=[4, 4, 4])
+    descent = GradientDescent(iterations=4)
     start = GreedyVotes(4, weights=[4, 4, 4])
     decoder = IDSPN(VotingEnergy(precise=3, weights=[4, 4, 4]), descent, set_size=4, start=start)
     encoder = Votes(tokens, precise=3, hidden_dim=8)

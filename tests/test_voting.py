@@ -1,4 +1,4 @@
-"""Laws of the voting energy, of the start that the votes choose, and of the descent in a metric."""
+"""Laws of the voting energy, of the start that the votes choose, and of the descent by its curvature."""
 
 import itertools
 from dataclasses import replace
@@ -11,7 +11,19 @@ from setpred.aggregators import Aggregator, EquilibriumAggregation
 from setpred.decoders import IDSPN, GreedyVotes
 from setpred.encoders import Elements, PositionedTokens, ResidualTrunk, Votes
 from setpred.errors import InputError
-from setpred.inner import GradientDescent, Identity, Implicit, Problem, Unrolled, VotingEnergy, minimise
+from setpred.inner import (
+    Exact,
+    GradientDescent,
+    Identity,
+    Implicit,
+    Problem,
+    Proximity,
+    Sum,
+    Unrolled,
+    VotingEnergy,
+    inner_gradient,
+)
+from setpred.inner.objectives import Energy
 from setpred.inner.voting import Ballot
 from setpred.model import SetPredictor
 
@@ -41,7 +53,7 @@ def start_of(size=SIZE, weights=WEIGHTS):
 
 
 def decoder_of(iterations=300, differentiation=None, size=SIZE):
-    descent = GradientDescent(iterations=iterations, learning_rate=0.1, momentum=0.5, metric=WEIGHTS)
+    descent = GradientDescent(iterations=iterations)
     return IDSPN(energy_of(), descent, differentiation, set_size=size, set_dim=DIM, start=start_of(size)).double()
 
 
@@ -109,7 +121,7 @@ def test_the_descent_ends_in_the_least_energy_that_brute_force_finds():
     """Two elements of one number: every pair of points of a fine grid."""
     features = features_of(batch=2, tokens=9, dim=1, precise=1, centres=[[-1.0], [1.5]], spread=0.3)
     energy, start = energy_of(set_dim=1, precise=1, weights=(4.0,)), GreedyVotes(2, 1, weights=(4.0,)).double()
-    descent = GradientDescent(iterations=400, learning_rate=0.05, momentum=0.5, metric=(4.0,))
+    descent = GradientDescent(iterations=400)
     decoder = IDSPN(energy, descent, set_size=2, set_dim=1, start=start).double()
     found, initial = decoder(features).detach(), start(features)
     line = torch.linspace(-2.5, 2.5, 401, dtype=torch.float64)
@@ -173,35 +185,57 @@ def test_a_set_of_no_elements_has_no_energy_and_no_support():
     assert (energy_of().supports(elements, problem) == 0).all()
 
 
-def test_a_metric_is_a_descent_in_scaled_coordinates():
-    """s = √M y: iterates, and the gradients of `Implicit` with the identity, are the same."""
-    features, metric = features_of(), torch.tensor([*WEIGHTS, 1.0], dtype=torch.float64)
-    initial = start_of()(features)
-    results = []
-    for scale in (torch.ones_like(metric), metric.sqrt()):
+def test_the_curvature_is_of_a_quadratic_over_the_energy_that_touches_it():
+    """E(Y + D) <= E(Y) + <∂E, D> + ½ <h D, D>, for small and large D."""
+    features = features_of()
+    problem = Problem(features, start_of()(features))
+    energy = Energy(energy_of(prior_weight=0.4), problem)
+    for seed in range(20):
+        elements, apart = (features_of(tokens=SIZE, seed=2 * seed + k)[..., :DIM] for k in (0, 1))
+        value, slope = energy(elements), inner_gradient(energy, elements.requires_grad_(), create_graph=False)
+        for length in (1e-3, 0.1, 1.0, 10.0):
+            step = length * apart
+            bound = value + (slope * step + 0.5 * energy.curvature(elements) * step.square()).sum((1, 2))
+            assert (energy(elements + step) <= bound + 1e-9).all()
+
+
+def test_a_step_is_the_mean_of_votes_and_start_and_never_raises_the_energy():
+    features = features_of(spread=1.0)
+    initial, ballot = start_of()(features), Ballot.of(features, DIM)
+    problem, decoder = Problem(features, initial), decoder_of(40)
+    iterates = list(decoder.refine(features))
+    for before, after in itertools.pairwise(iterate.detach() for iterate in iterates):
+        shares = decoder.objective.supports(before, problem).unsqueeze(-1) * ballot.precisions.unsqueeze(1)
+        close(after, (initial + (shares * ballot.votes.unsqueeze(1)).sum(2)) / (1 + shares.sum(2)))
+        assert (decoder.objective(after, problem) <= decoder.objective(before, problem) + 1e-12).all()
+
+
+def test_the_curvature_stands_for_the_hessian_in_implicit_differentiation():
+    """With one element, to which every vote belongs, it is the Hessian: `Exact` gives the same gradients."""
+    features, results = features_of(), []
+    for solver in (Identity(), Exact()):
         leaf = features.clone().requires_grad_()
-        problem, plain = Problem(leaf, initial), bool((scale == 1).all())
-        descent = GradientDescent(
-            iterations=5, learning_rate=0.1, momentum=0.5, metric=metric.tolist() if plain else None
-        )
-        found = minimise(
-            lambda s, problem=problem, scale=scale: energy_of()(s / scale, problem),
-            initial * scale,
-            descent=descent,
-            differentiation=Implicit(Identity()),
-        )
-        (found / scale).pow(3).sum().backward()
-        results.append((found / scale, leaf.grad))
-    for mine, theirs in itertools.pairwise(results):
-        close(mine[0], theirs[0])
-        close(mine[1], theirs[1])
+        decoder_of(2, Implicit(solver), size=1)(leaf).pow(3).sum().backward()
+        results.append(leaf.grad)
+    close(*results)
+    assert results[0].abs().max() > 1e-3
+
+
+def test_objectives_in_a_sum_add_their_curvatures():
+    features, elements = features_of(), features_of(tokens=SIZE, seed=1)[..., :DIM]
+    problem = Problem(features, elements)
+    close(
+        Energy(Sum([energy_of(), Proximity(), energy_of()]), problem).curvature(elements),
+        2 * energy_of().curvature(elements, problem),
+    )
+    assert Energy(Sum([Proximity()]), problem).curvature(elements) is None
 
 
 def image_model(*, compile=False):
     torch.manual_seed(0)
     trunk = ResidualTrunk(image_size=16, widths=(4, 8), blocks=1)
     encoder = Votes(PositionedTokens(trunk, token_dim=None), set_dim=DIM, precise=PRECISE, hidden_dim=8)
-    descent = GradientDescent(iterations=6, learning_rate=0.1, momentum=0.5, metric=WEIGHTS)
+    descent = GradientDescent(iterations=6)
     energy = VotingEnergy(set_dim=DIM, precise=PRECISE, weights=WEIGHTS)
     start = GreedyVotes(SIZE, DIM, weights=WEIGHTS)
     return SetPredictor(encoder, IDSPN(energy, descent, set_size=SIZE, set_dim=DIM, start=start, compile=compile))
@@ -235,7 +269,6 @@ def test_a_residual_block_starts_as_the_identity_and_every_block_counts():
         (lambda: VotingEnergy(set_dim=3, precise=4), "precise"),
         (lambda: VotingEnergy(set_dim=3, weights=[1.0, -1.0]), "positive"),
         (lambda: VotingEnergy(set_dim=1, weights=[1.0, 1.0]), "at most 1"),
-        (lambda: GradientDescent(iterations=1, metric=[0.0]), "positive"),
         (lambda: GreedyVotes(0, 3), "at least 1 element"),
     ],
 )

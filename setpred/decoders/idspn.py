@@ -12,6 +12,7 @@ from setpred.errors import InputError
 from setpred.inner import GradientDescent, Problem
 from setpred.inner.compiled import CompiledEnergy
 from setpred.inner.differentiation import Differentiation, Implicit
+from setpred.inner.objectives import Energy
 from setpred.schema import CLEVR
 
 
@@ -84,12 +85,9 @@ class IDSPN(nn.Module):
         initial = self.descent.project(self.start(latent).to(latent.dtype))
         problem = Problem(latent, initial, mask, condition)
 
-        def energy(elements: Tensor) -> Tensor:
-            return self.objective(elements, problem)
-
         steps = self.descent.iterations if iterations is None else iterations
-        chosen = CompiledEnergy(self.objective, problem) if self.compiled else energy
-        yield from self.differentiation.iterates(chosen, initial, self.descent, steps)
+        energy = (CompiledEnergy if self.compiled else Energy)(self.objective, problem)
+        yield from self.differentiation.iterates(energy, initial, self.descent, steps)
 
     def forward(
         self,

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from setpred.errors import reason
 from setpred.inner.descent import GradientDescent, State
 from setpred.inner.differentiation import functional_step, plain_step, refuse_inference_mode
-from setpred.inner.objectives import Problem
+from setpred.inner.objectives import Energy, Problem
 
 MOST_SIZES = 64  # that are compiled
 _uncompilable: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # objectives that are not tried again
 
 
-class CompiledEnergy:
+class CompiledEnergy(Energy):
     """L(Y) of one problem, of which a descent takes the steps that carry no gradients in compiled code.
 
     Gradient and step are one graph without autograd (`torch.compile(fullgraph=True)`): beside the matrix products that
@@ -40,13 +40,10 @@ class CompiledEnergy:
     """
 
     def __init__(self, objective: nn.Module, problem: Problem) -> None:
-        self.objective, self.problem = objective, problem
+        super().__init__(objective, problem)
         # as constants: with and without gradients is one graph, and memory that a GPU's graphs reuse is not read later
         given = (problem.latent, problem.initial, problem.mask, problem.condition)
         self.given = Problem(*(None if part is None else part.detach().clone() for part in given))
-
-    def __call__(self, elements: Tensor) -> Tensor:
-        return self.objective(elements, self.problem)
 
     def step(self, state: State, descent: GradientDescent) -> State:
         """One step of the descent that carries no gradients."""
@@ -87,4 +84,4 @@ def _compiled(replayed: bool) -> Callable[..., State]:
 
 
 def _step(objective: nn.Module, descent: GradientDescent, problem: Problem, iterate: Tensor, velocity: Tensor) -> State:
-    return functional_step(lambda elements: objective(elements, problem), State(iterate, velocity), descent)
+    return functional_step(Energy(objective, problem), State(iterate, velocity), descent)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from setpred.inner.projections import Projection
-from setpred.nn import diagonal, softplus_inverse
+from setpred.nn import softplus_inverse
 
 
 class State(NamedTuple):
@@ -32,10 +31,11 @@ class GradientDescent(nn.Module):
 
     With g = ∇L(Y), clipped per example to norm `clip`:
 
-        V ← μ V + g,    Y ← P(Y - η M⁻¹ (g + μ V))
+        V ← μ V + g,    Y ← P(Y - η (g + μ V))
 
     This is the form of `torch.optim.SGD(nesterov=True)`; its iterates are the look-ahead points y + μ v of the
-    textbook form (Sutskever et al., ICML 2013), so the gradient is taken at the look-ahead point in both.
+    textbook form (Sutskever et al., ICML 2013), so the gradient is taken at the look-ahead point in both. Where the
+    objective knows its `curvature` h, g is h⁻¹ ∇L(Y) (`setpred.inner.differentiation.scaled`).
 
     Args:
         iterations: default number of steps T.
@@ -43,8 +43,6 @@ class GradientDescent(nn.Module):
         momentum: μ in [0, 1); 0 is plain gradient descent.
         clip: largest L2 norm of an example's gradient; None does not clip.
         projection: P, applied after each step; None is the identity.
-        metric: M, the first numbers of a diagonal over the last axis, 1 for all others: steps are taken along M⁻¹ g,
-            the steepest descent in the norm |a|²_M = Σ_d M_d a_d². None is the identity.
         learned: makes η (through a softplus) and μ (through a sigmoid) parameters that **start at the values
             given here**. They receive gradients from `Unrolled` differentiation only.
     """
@@ -57,7 +55,6 @@ class GradientDescent(nn.Module):
         momentum: float = 0.0,
         clip: float | None = None,
         projection: Projection | None = None,
-        metric: Sequence[float] | None = None,
         learned: bool = False,
     ) -> None:
         super().__init__()
@@ -69,8 +66,6 @@ class GradientDescent(nn.Module):
         self.iterations = iterations
         self.clip = clip
         self.projection = projection
-        # not persistent: the configuration says it
-        self.register_buffer("metric", None if metric is None else diagonal(metric, len(metric)), persistent=False)
         self.learned = learned
         if learned:
             momentum = max(momentum, 1e-4)  # a sigmoid does not reach 0
@@ -90,7 +85,7 @@ class GradientDescent(nn.Module):
         return self.raw_momentum.sigmoid() if self.learned else self._momentum
 
     def step(self, state: State, gradient: Tensor) -> State:
-        """One step from `state`, whose iterate has this gradient."""
+        """One step from `state`, whose iterate has this gradient, scaled by the curvature where that is known."""
         if self.clip is not None:
             gradient = clip_norm(gradient, self.clip)
         momentum = self.momentum
@@ -99,16 +94,7 @@ class GradientDescent(nn.Module):
         else:
             velocity = gradient if state.velocity is None else momentum * state.velocity + gradient
             direction = gradient + momentum * velocity
-        return State(self.project(state.iterate - self.learning_rate * self.natural(direction)), velocity)
-
-    def natural(self, gradient: Tensor) -> Tensor:
-        """M⁻¹ g."""
-        if self.metric is None:
-            return gradient
-        rest = gradient.shape[-1] - len(self.metric)
-        if rest < 0:
-            raise ValueError(f"expected a metric of at most {gradient.shape[-1]} numbers, got {len(self.metric)}")
-        return gradient / nn.functional.pad(self.metric, (0, rest), value=1.0).to(gradient.dtype)
+        return State(self.project(state.iterate - self.learning_rate * direction), velocity)
 
     def project(self, iterate: Tensor) -> Tensor:
         return iterate if self.projection is None else self.projection(iterate)

@@ -30,6 +30,18 @@ def inner_gradient(energy: Energy, iterate: Tensor, *, create_graph: bool, retai
     return gradient
 
 
+def scaled(energy: Energy, iterate: Tensor, gradient: Tensor) -> Tensor:
+    """h⁻¹ ∇L, where the energy has a `curvature` h of the shape of the iterate; ∇L where it has none.
+
+    h is the diagonal of a quadratic over L that touches it at the iterate. Along h⁻¹ ∇L a step of size 1 goes to that
+    quadratic's minimum, so L never rises (majorise and minimise; Hunter and Lange, The American Statistician 2004).
+    """
+    with torch.autocast(iterate.device.type, enabled=False):
+        known = getattr(energy, "curvature", None)
+        curvature = None if known is None else known(iterate)
+    return gradient if curvature is None else gradient / curvature
+
+
 def refuse_inference_mode() -> None:
     """Raises a `RuntimeError` under `torch.inference_mode()`."""
     if torch.is_inference_mode_enabled():
@@ -44,13 +56,14 @@ def plain_step(energy: Energy, state: State, descent: GradientDescent) -> State:
     iterate = state.iterate.detach().requires_grad_()
     gradient = inner_gradient(energy, iterate, create_graph=False)
     with torch.no_grad():
-        return descent.step(State(iterate.detach(), state.velocity), gradient)
+        iterate = iterate.detach()
+        return descent.step(State(iterate, state.velocity), scaled(energy, iterate, gradient))
 
 
 def functional_step(energy: Energy, state: State, descent: GradientDescent) -> State:
     """`plain_step` as a function of tensors alone, which `torch.compile(fullgraph=True)` takes."""
     gradient = torch.func.grad(lambda iterate: energy(iterate).sum())(state.iterate)
-    return descent.step(state, gradient)
+    return descent.step(state, scaled(energy, state.iterate, gradient))
 
 
 def free_step(energy: Energy, state: State, descent: GradientDescent) -> State:
@@ -115,7 +128,7 @@ class Unrolled(Differentiation):
                 iterate = iterate if iterate.requires_grad else iterate.requires_grad_()
                 gradient = inner_gradient(energy, iterate, create_graph=True)
                 with torch.enable_grad():
-                    state = descent.step(state._replace(iterate=iterate), gradient)
+                    state = descent.step(state._replace(iterate=iterate), scaled(energy, iterate, gradient))
             else:
                 state = free_step(energy, state, descent)
             yield state.iterate
@@ -129,7 +142,8 @@ class Implicit(Differentiation):
         uᵀ dY*/dθ = -vᵀ ∂R/∂θ,    (∂R/∂Y)ᵀ v = u
 
     R is taken at the last-but-one iterate, where the descent needs its gradient anyway; momentum, clipping
-    and step size act on the value only. The `solver` finds v; `Identity` takes v = u, the published iDSPN.
+    and step size act on the value only. The `solver` finds v; `Identity` takes v = u, the published iDSPN, or
+    v = h⁻¹ u where the objective has a `curvature` h.
     Memory does not grow with the iterations: all steps but the last are forgotten.
 
     First derivatives only: the point where R is taken is held fixed, so a second derivative of the result
@@ -163,8 +177,9 @@ class Implicit(Differentiation):
             iterate = state.iterate.detach().requires_grad_()
             gradient = inner_gradient(energy, iterate, create_graph=True)
             with torch.no_grad():
-                state = descent.step(State(iterate.detach(), state.velocity), gradient.detach())
-            yield self._attach(state.iterate, iterate, gradient, descent)
+                step = scaled(energy, iterate.detach(), gradient.detach())
+                state = descent.step(State(iterate.detach(), state.velocity), step)
+            yield self._attach(state.iterate, energy, iterate, gradient, descent)
 
     def _best_iterates(
         self, energy: Energy, initial: Tensor, descent: GradientDescent, iterations: int
@@ -180,24 +195,28 @@ class Implicit(Differentiation):
                 least = torch.where(better, norm, least)
                 best = torch.where(_beside(better, best), state.iterate, best)
                 if left:
-                    yielded, state = best, descent.step(state, gradient)
+                    yielded, state = best, descent.step(state, scaled(energy, state.iterate, gradient))
                 else:
                     yielded = torch.where(_beside(least.isfinite(), best), best, state.iterate)
             if left or not differentiable:
                 yield yielded
         if differentiable:
             iterate = yielded.detach().requires_grad_()
-            yield self._attach(yielded, iterate, inner_gradient(energy, iterate, create_graph=True), descent)
+            yield self._attach(yielded, energy, iterate, inner_gradient(energy, iterate, create_graph=True), descent)
 
-    def _attach(self, value: Tensor, iterate: Tensor, gradient: Tensor, descent: GradientDescent) -> Tensor:
+    def _attach(
+        self, value: Tensor, energy: Energy, iterate: Tensor, gradient: Tensor, descent: GradientDescent
+    ) -> Tensor:
         """`value`, with the gradients of the implicit function."""
         residual = optimality(iterate, gradient, descent)
         if not residual.requires_grad:  # an objective without parameters and inputs
             return value
         # a node of its own, so that the hook below refers to nodes before it and no reference cycle arises
         carrier = -residual
-        if type(self.solver) is Identity:  # the Hessian replaced by the descent's metric
-            carrier = -descent.natural(residual)
+        if type(self.solver) is Identity:  # the curvature, or the identity, in place of the Hessian
+            with torch.no_grad():
+                weights = scaled(energy, iterate.detach(), torch.ones_like(value))
+            carrier = -residual * weights
         else:
 
             def operator(vector: Tensor) -> Tensor:

@@ -24,6 +24,27 @@ class Problem:
     condition: Tensor | None = None
 
 
+class Energy:
+    """L(Y) of one problem: what a descent sees.
+
+    Args:
+        objective: L(elements, `Problem`) -> `[batch]`. One that has `curvature(elements, problem)`, of the shape of the
+            elements or None, has the steps of its descent scaled by it; see `setpred.inner.differentiation.scaled`.
+        problem: what is given.
+    """
+
+    def __init__(self, objective: nn.Module, problem: Problem) -> None:
+        self.objective, self.problem = objective, problem
+
+    def __call__(self, elements: Tensor) -> Tensor:
+        return self.objective(elements, self.problem)
+
+    def curvature(self, elements: Tensor) -> Tensor | None:
+        """h, or None where the objective knows none."""
+        known = getattr(self.objective, "curvature", None)
+        return None if known is None else known(elements, self.problem)
+
+
 class LatentMatching(nn.Module):
     """L(Y) = ½ mean_k (g(Y; θ)_k - z_k)²: the set whose encoding is the latent vector.
 
@@ -98,6 +119,12 @@ class Sum(nn.Module):
     def forward(self, elements: Tensor, problem: Problem) -> Tensor:
         """`[batch]`."""
         return torch.stack([objective(elements, problem) for objective in self.objectives]).sum(0)
+
+    def curvature(self, elements: Tensor, problem: Problem) -> Tensor | None:
+        """That of the objectives that know theirs, or None."""
+        energies = (Energy(objective, problem) for objective in self.objectives)
+        known = [curvature for energy in energies if (curvature := energy.curvature(elements)) is not None]
+        return torch.stack(known).sum(0) if known else None
 
 
 class OfTokens(nn.Module):

@@ -52,7 +52,10 @@ class VotingEnergy(nn.Module):
 
         ∂E/∂y_i = λ B (y_i - r_i) + Σ_n m_n a_in B p_n (y_i - v_n),   a_in = softmax_i(-½ |y_i - v_n|²_{B p_n})
 
-    so a_in says which tokens support which element (`supports`), a segmentation of the image into objects.
+    so a_in says which tokens support which element (`supports`), a segmentation of the image into objects. Held fixed,
+    these shares make the energy a quadratic of curvature h_i = B (λ + Σ_n m_n a_in p_n), which lies over the energy
+    everywhere else. A step of size 1 along h⁻¹ ∂E/∂y goes to its minimum, the mean of the start and of the votes by
+    weight: expectation maximisation of a mixture, or mean shift. It has no step size to choose and never raises E.
 
     This is equilibrium aggregation (Bartunov et al., UAI 2022; `setpred.aggregators.EquilibriumAggregation`) of the
     tokens whose state is the multiset Y itself, with the prior r and the potential F(x_n, Y) = -m_n log Σ_i exp(…).
@@ -100,6 +103,13 @@ class VotingEnergy(nn.Module):
         potentials = -ballot.masses * self._logits(elements, ballot, problem.mask).logsumexp(1)
         # no element, no competition
         return potentials if problem.mask is None else potentials * problem.mask.any(1, keepdim=True)
+
+    def curvature(self, elements: Tensor, problem: Problem) -> Tensor:
+        """h `[batch, set_size, set_dim]`, the curvature of the quadratic over E that touches it at `elements`."""
+        precisions = Ballot.of(problem.latent, self.set_dim).precisions
+        gathered = self.supports(elements, problem) @ precisions
+        # without a prior and support there is no gradient either
+        return self.weights * (self.prior_weight + gathered).clamp(min=torch.finfo(gathered.dtype).tiny)
 
     def supports(self, elements: Tensor, problem: Problem) -> Tensor:
         """m_n a_in `[batch, set_size, tokens]`: how much of each token's mass supports each element."""

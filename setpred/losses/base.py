@@ -43,14 +43,13 @@ class SetLoss(nn.Module):
         super().__init__()
         self.schema = CLEVR if schema is None else schema
         self.group_weights = dict(weights or {})
+        self.grouped = bool(weights)  # reads where the groups lie
         self.presence_threshold = presence_threshold
-        vector = torch.ones(self.schema.set_dim)
         for name, weight in self.group_weights.items():
-            if weight < 0:
+            if not weight >= 0:
                 raise InputError(f"weight of {name!r}: expected at least 0, got {weight}")
-            vector[self.schema.slice(name)] = weight
         # not persistent: a checkpoint's configuration says it, and its weights fit whatever the loss
-        self.register_buffer("_weights", vector if self.group_weights else None, persistent=False)
+        self.register_buffer("_weights", self.by_group(self.group_weights), persistent=False)
 
     def forward(
         self,
@@ -66,7 +65,7 @@ class SetLoss(nn.Module):
             predicted_mask, target_mask: which of them are present, bool `[batch, n]` and `[batch, m]`; all unless
                 given.
         """
-        check_set(predicted, predicted_mask, set_dim=self.schema.set_dim if self.group_weights else None)
+        check_set(predicted, predicted_mask, set_dim=self.schema.set_dim if self.grouped else None)
         check_set(target, target_mask)
         check_pair(predicted, target)
         predicted, predicted_mask = self._present(predicted, predicted_mask)
@@ -83,6 +82,13 @@ class SetLoss(nn.Module):
     def element_weights(self, elements: Tensor) -> Tensor | None:
         """w `[dim]` in the elements' dtype, or None where all are 1."""
         return None if self._weights is None else self._weights.to(elements.dtype)
+
+    def by_group(self, values: Mapping[str, float]) -> Tensor | None:
+        """`[dim]`: the value of each number's group, 1 where not named; None where none is."""
+        vector = torch.ones(self.schema.set_dim)
+        for name, value in values.items():
+            vector[self.schema.slice(name)] = value
+        return vector if values else None
 
     def _present(self, elements: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Which elements count, with zeros in the place of the others."""
