@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from setpred import checkpoint, processes
 from setpred.callbacks import DataWaiting, EpochLines, MetricsFile, TrainLoss
@@ -56,6 +57,12 @@ class TrainCLI(LightningCLI):
             help="'last', or the path of a checkpoint, to go on from; 'auto' is 'last' if there is one, else a new run",
         )
         parser.add_argument(
+            "--init",
+            type=str | None,
+            default=None,
+            help="a checkpoint whose weights a new run starts from (fine-tuning); the model must have the same parts",
+        )
+        parser.add_argument(
             "--save_minutes",
             type=NonNegativeFloat,
             default=10.0,
@@ -89,6 +96,23 @@ class TrainCLI(LightningCLI):
         if changes := differences(saved.get("settings") or {}, self.model.settings):
             self.say("resumed with other settings: " + "; ".join(changes))
         return found
+
+    def initial_weights(self) -> dict[str, Tensor] | None:
+        """The weights that `--init` names, checked to fit the model; None without it."""
+        if self.config.init is None:
+            return None
+        state, own = read_checkpoint(self.config.init)["state_dict"], self.model.state_dict()
+        sizes = [
+            {name: list(tensor.shape) for name, tensor in weights.items() if name.startswith("model.")}
+            for weights in (state, own)
+        ]
+        if changes := differences(*sizes):
+            more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+            raise InputError(
+                f"--init {self.config.init}: its weights do not fit the model: {'; '.join(changes[:3])}{more}; "
+                "use a configuration with the same parts"
+            )
+        return own | {name: state[name] for name in sizes[0]}
 
     def say(self, sentence: str) -> None:
         """Prints it, once for all processes."""
@@ -264,11 +288,14 @@ def train(arguments: list[str] | None = None) -> Path:
         if cli.trainer.is_global_zero:
             held.enter_context(alone(cli.folder))
         resume = cli.resume_path()
+        weights = cli.initial_weights() if resume is None else None
         kept = prepare(cli, resume) if cli.trainer.is_global_zero else None
         if resume is not None and cli.trainer.max_epochs not in (None, -1):
             done = read_checkpoint(resume)["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
             if done >= cli.trainer.max_epochs:
                 cli.say(f"nothing left to train: {resume} has {done} epochs of {cli.trainer.max_epochs}")
+        if weights is not None:
+            cli.model.load_state_dict(weights)
         try:
             fit(cli, resume)
         except BaseException:

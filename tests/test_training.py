@@ -17,7 +17,7 @@ import torch
 import yaml
 from tiny import CONFIG, run
 
-from setpred import files
+from setpred import files, release
 from setpred.checkpoint import load_checkpoint, read_checkpoint
 from setpred.cli import build, train
 from setpred.data.dataset import open_data
@@ -177,6 +177,24 @@ def test_resume_from_a_path_and_from_another_model(finished, tmp_path, tiny_data
         run(tmp_path, other, f"--resume={finished / 'last.ckpt'}", data=tiny_data)
     with pytest.raises(InputError, match="nothing to resume"):
         run(tmp_path, "--resume=last", data=tiny_data, name="never")
+
+
+def test_a_run_starts_from_the_weights_of_another(finished, tmp_path, tiny_data):
+    """At a learning rate that moves nothing it ends where it began, also after a resume and from a release."""
+    best = finished / "best.ckpt"
+    released = tmp_path / "best.safetensors"
+    assert release.main([str(best), "--out", str(released)]) == 0
+    still = ("--model.learning_rate=1e-30", "--trainer.max_epochs=1")
+    for init in (best, released):
+        folder = run(tmp_path, f"--init={init}", *still, data=tiny_data)
+        again = run(tmp_path, f"--init={init}", "--resume=auto", *still[:1], "--trainer.max_epochs=2", data=tiny_data)
+        theirs = dict(load_checkpoint(init).model.named_parameters())
+        for ended in (folder, again):
+            for name, parameter in load_checkpoint(ended / "last.ckpt").model.named_parameters():
+                torch.testing.assert_close(parameter, theirs[name], rtol=0, atol=1e-6)
+    with pytest.raises(InputError, match=r"do not fit the model: .*against"):
+        run(tmp_path, f"--init={best}", "--model.encoder.init_args.width=6", data=tiny_data, name="other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_resuming_from_an_earlier_checkpoint_drops_the_later_rows(tmp_path, tiny_data):
