@@ -138,8 +138,12 @@ def configs(tmp_path_factory, tiny_data):
         "broken": content | {"model": mlp, "trainer": trainer | {"callbacks": [stopping]}},
         "wild": content | {"model": mlp | {"learning_rate": 1e30, "schedule": None}},
         "loss": content | {"model": mlp | {"schema": None}},
+        "own": content | {"model": mlp | {"decoder": MLP | {"class_path": "own_part.Mine"}}},
         "typo": content | {"model": mlp | {"learning_rat": 1.0}},
     }
+    (folder / "own_part.py").write_text(
+        "from setpred.decoders import MLPDecoder\n\n\nclass Mine(MLPDecoder):\n    pass\n"
+    )
     paths = {name: folder / f"{name}.yaml" for name in written}
     for name, path in paths.items():
         path.write_text(yaml.safe_dump(written[name]))
@@ -244,6 +248,9 @@ def test_a_failing_configuration_does_not_take_the_others_with_it(configs, tmp_p
         ("mlp --budget 5s --out FILE", "not a folder"),
         ("mlp --budget 5s -- --seed_everything 3", "--seed_everything"),
         ("mlp typo --budget 5s", "typo.yaml"),
+        ("mlp idspn --budget 5s -- --model.decoder setpred.decoders.MLPDecoder", "under its old name"),
+        ("mlp idspn --budget 5s -- --model.encoder.class_path=setpred.encoders.SmallCNN", "same encoder"),
+        ("mlp own --budget 5s", "--allow"),
         ("mlp loss --budget 5s", "val_loss"),
         ("mlp --budget 5s -- --data.init_args.set_size 5", "set_size"),
     ],
@@ -258,6 +265,16 @@ def test_faults_are_said_before_anything_is_trained(arguments, sentence, configs
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: ")
     assert sentence in said
+
+
+def test_a_part_of_the_users_own_is_compared_once_it_is_allowed(configs, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(configs["own"].parent)
+    arguments = [str(configs["own"]), str(configs["mlp"]), *["--budget", "2steps", "--points", "1", "--out"]]
+    assert main([*arguments, str(tmp_path), "--allow", "own_part.Mine"]) == 0
+    assert [run["name"] for run in lines(tmp_path)] == ["own", "mlp"]
+    # what one seed of another configuration gives does not depend on it
+    assert main([str(configs["mlp"]), *arguments[2:], str(tmp_path / "alone")]) == 0
+    assert without_time(lines(tmp_path)[1]) == without_time(lines(tmp_path / "alone")[0])
 
 
 # table and plot

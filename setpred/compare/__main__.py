@@ -10,7 +10,8 @@ learning rate's schedule is stretched or pressed to the budget, from the length 
 machine takes from it, which a budget of steps is free of. At --points evenly spaced moments of the budget, the last at
 its end, the model is validated on the validation data of its configuration.
 
-What comes after `--` is handed to each configuration as to train.py: --model..., --data..., --trainer... options.
+What comes after `--` is handed to each configuration as to train.py: --model..., --data..., --trainer... options. A
+part of your own needs a configuration that names it, and --allow.
 
 Written to --out after every run:
   results.jsonl  a line for each run: configuration, seed, budget, options, steps, seconds, parameters, the points
@@ -31,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -48,6 +50,7 @@ from setpred.errors import InputError
 from setpred.files import make_folder
 
 HANDED_ON = ("--model", "--data", "--trainer")
+PART = re.compile(r"--model\.(encoder|decoder)(\.class_path)?(?==|$)")  # an option that replaces a whole part
 
 
 def parser() -> argparse.ArgumentParser:
@@ -66,6 +69,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--out", type=Path, default=Path("comparison"), help="folder (default: comparison)")
     options.add_argument("--points", type=int, default=8, help="validations of each training (default 8)")
     options.add_argument("--threads", type=int, help="threads of torch; its own choice unless given")
+    options.add_argument(
+        "--allow", action="append", default=[], metavar="PACKAGE.CLASS", help="a part of your own that may be built"
+    )
     options.add_argument("--keep", action="store_true", help="keep last.ckpt of each run that is trained now")
     return options
 
@@ -83,7 +89,9 @@ def compare(arguments: Sequence[str] | None = None) -> int:
     split = arguments.index("--") if "--" in arguments else len(arguments)
     options = parser().parse_args(arguments[:split])
     check(options, further := arguments[split + 1 :])
-    settings = Settings(Budget.parse(options.budget), tuple(further), options.out, options.points, options.keep)
+    settings = Settings(
+        Budget.parse(options.budget), tuple(further), options.out, options.points, options.keep, tuple(options.allow)
+    )
     results = Results(make_folder(options.out) / "results.jsonl")
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -126,6 +134,11 @@ def check(options: argparse.Namespace, further: Sequence[str]) -> None:
     for option in further:
         if option.startswith("--") and not option.startswith(HANDED_ON):
             raise InputError(f"after --: expected {', '.join(HANDED_ON)} options for the configurations, got {option}")
+        if len(options.configs) > 1 and (part := PART.match(option)):
+            raise InputError(
+                f"after --: {part[0]} would give every configuration the same {part[1]} under its old name; put it "
+                "into a configuration of its own"
+            )
     seen: dict[str, Path] = {}
     for path in options.configs:
         if not path.is_file():

@@ -39,6 +39,12 @@ class Settings:
     out: Path
     points: int = 8
     keep: bool = False
+    allow: tuple[str, ...] = ()  # classes of the user's own that configurations may name
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of train.py, for every configuration."""
+        return [*self.options, *(f"--allow={path}" for path in self.allow)]
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ def candidate(path: Path, settings: Settings) -> Candidate:
         InputError: it cannot.
     """
     found = digest(path)
-    cli = built(path, *settings.options)
+    cli = built(path, *settings.arguments)
     plan = Plan.of(cli.trainer, cli.config.trainer.max_epochs)
     return Candidate(path, found, plan, cli.model.monitor, cli.model.mode)
 
@@ -100,7 +106,7 @@ def prepare(which: Candidate, settings: Settings) -> None:
     Raises:
         InputError: it cannot be made, or does not fit.
     """
-    cli = built(which.path, *settings.options)
+    cli = built(which.path, *settings.arguments)
     try:
         cli.datamodule.prepare_data()
         cli.datamodule.setup("fit")
@@ -129,7 +135,7 @@ def train_one(which: Candidate, seed: int, settings: Settings) -> Run:
     try:
         make_folder(folder)
         ours = ["--seed_everything", str(seed), "--runs", str(folder.parent), "--name", folder.name, *NO_OTHER_END]
-        cli = built(which.path, *settings.options, *ours)
+        cli = built(which.path, *settings.arguments, *ours)
         trainer = cli.trainer
         parameters = sum(parameter.numel() for parameter in cli.model.parameters())
         if trainer.strategy.root_device.type == "cuda":
