@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from jsonargparse.typing import NonNegativeFloat
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -208,6 +209,40 @@ def check_fit(cli: TrainCLI) -> None:
         raise InputError(
             f"the decoder predicts sets of {model_size}, the data has sets of {data_size}; give both the same "
             "set_size (model.decoder.init_args.set_size and data.init_args.set_size)"
+        )
+    if given is not None and not gives:
+        check_prediction(cli.model, image_size=given)
+
+
+def check_prediction(module: SetPrediction, *, image_size: int) -> None:
+    """Predicts the sets of two black images, as a part of the user's own may not do what a decoder has to.
+
+    Raises:
+        InputError: the model cannot, or its prediction is no set of the schema's elements.
+    """
+    model = module.model
+    names = f"{type(model.encoder).__name__} and {type(model.decoder).__name__}"
+    if getattr(model.decoder, "compiled", False):  # would compile for this batch, too
+        return
+    training = module.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            predicted = module.eval()(torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8))
+    except InputError:
+        raise
+    except Exception as error:  # of any kind: the parts may be anybody's
+        raise InputError(
+            f"the model of {names} cannot predict: {reason(error)}; see docs/parts.md for what parts have to do"
+        ) from error
+    finally:
+        module.train(training)
+    dim = None if module.schema is None else module.schema.set_dim
+    shape = list(predicted.shape) if isinstance(predicted, Tensor) else None
+    if shape is None or len(shape) != 3 or shape[0] != 2 or (dim is not None and shape[2] != dim):
+        given = type(predicted).__name__ if shape is None else shape
+        raise InputError(
+            f"the model of {names}: expected elements [batch, set_size, {'set_dim' if dim is None else dim}], got "
+            f"{given} for a batch of 2; see docs/parts.md for what parts have to do"
         )
 
 

@@ -33,6 +33,9 @@ STATISTICS_IMAGES = 1024  # training images for the batch statistics of validati
 HASTY_IMAGES = 128  # of checkpoints that must cost little
 
 
+METRIC = ("update", "compute", "reset", "monitor", "mode")  # what a metric has
+
+
 class SetPrediction(pl.LightningModule):
     """Trains a `SetPredictor` by a set loss and validates it by average precision, or by another metric.
 
@@ -111,6 +114,11 @@ class SetPrediction(pl.LightningModule):
         self.data_description: dict[str, Any] = {}  # the validation data's path, split and image size
         self.settings: dict[str, Any] = {}  # the other settings of the run, likewise; a resumed run is compared
         self.metric = AveragePrecision(schema=self.schema) if metric is None and self.schema is not None else metric
+        if lacking := [name for name in METRIC if self.metric is not None and not hasattr(self.metric, name)]:
+            raise InputError(
+                f"metric {type(self.metric).__name__}: expected {', '.join(METRIC)} as of "
+                f"setpred.metrics.AveragePrecision, got none of the name {', '.join(lacking)}"
+            )
         self.mean_loss = Mean()  # of a validation
         self.monitor = "val_loss" if self.metric is None else f"val_{self.metric.monitor}"
         self.mode = "min" if self.metric is None else self.metric.mode

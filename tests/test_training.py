@@ -197,6 +197,41 @@ def test_a_run_starts_from_the_weights_of_another(finished, tmp_path, tiny_data)
     assert not (tmp_path / "other").exists()
 
 
+OWN_PARTS = """
+import torch
+from torch import nn
+
+class Flat(nn.Module):
+    def forward(self, latent, iterations=None):
+        return latent
+
+class Needy(nn.Module):
+    def forward(self, latent, image):
+        return latent
+
+class Count(nn.Module):
+    monitor = "count"
+"""
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("decoder=own_parts.Flat", "SmallCNN and Flat: expected elements .*, got .2, 16. for a batch of 2"),
+        ("decoder=own_parts.Needy", "SmallCNN and Needy cannot predict: .*iterations"),
+        ("metric=own_parts.Count", "metric Count: expected update, .* none of the name update, compute, reset, mode"),
+    ],
+)
+def test_a_part_that_does_not_do_its_work_is_named_before_anything_is_written(
+    option, sentence, tmp_path, tiny_data, monkeypatch
+):
+    (tmp_path / "own_parts.py").write_text(OWN_PARTS)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=sentence):
+        run(tmp_path, f"--model.{option}", data=tiny_data)
+    assert not (tmp_path / "tiny").exists()
+
+
 def test_resuming_from_an_earlier_checkpoint_drops_the_later_rows(tmp_path, tiny_data):
     folder = run(tmp_path, "--trainer.max_epochs=1", data=tiny_data)
     first = tmp_path / "first.ckpt"
