@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from setpred.checkpoint import Checkpoint, load_checkpoint
-from setpred.data.dataset import SetImages, as_batch, open_data
+from setpred.data.dataset import SetImages, as_batch, fitting_workers, open_data
 from setpred.decoders import IDSPN
 from setpred.errors import InputError
 from setpred.faults import listed
@@ -75,6 +75,7 @@ def predict(
     """
     device = torch.device(device)
     model = model.to(device, memory_format=torch.channels_last).eval()  # as `setpred.predict` has it: one rounding
+    workers = fitting_workers(workers, data, batch_size)
     loader = DataLoader(data, batch_size=batch_size, num_workers=workers, collate_fn=as_batch)
     predicted, target, indices = [], [], []
     for batch in progress(loader, total=len(loader), description=f"predicting {len(data)} images, batches"):

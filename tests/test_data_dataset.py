@@ -1,6 +1,9 @@
 """Data sets: one batch convention, the same examples however they are read."""
 
+import os
 import pickle
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from setpred import CLEVR, InputError
 from setpred.data.cache import open_set_file
-from setpred.data.dataset import SetFile, as_batch
+from setpred.data.dataset import SetFile, as_batch, fitting_workers
 from setpred.data.rendered import render_file
 from setpred.sets import check_set, presence_mask
 
@@ -72,6 +75,16 @@ def test_workers_read_what_the_process_reads(path, in_memory, context):
     got = list(loader)
     assert [len(batch["index"]) for batch in got] == [4, 4, 3]
     assert all(same(one, other) for one, other in zip(got, expected, strict=True))
+
+
+def test_there_are_as_many_workers_as_shared_memory_has_room_for(path, monkeypatch):
+    data = SetFile(path)
+    batch = 4 * sum(value.nbytes for value in data.__getitems__([0]).values())
+    for free, expected in ((0, 0), (3 * batch - 1, 0), (3 * batch, 1), (5 * batch, 2), (7 * batch, 3), (99 * batch, 3)):
+        monkeypatch.setattr(os, "statvfs", lambda _, free=free: SimpleNamespace(f_bavail=free, f_frsize=1))
+        with nullcontext() if expected == 3 else pytest.warns(UserWarning, match=f"reading in {expected} .*shm-size"):
+            assert fitting_workers(3, data, 4) == expected
+    assert fitting_workers(0, data, 4) == 0
 
 
 def test_a_pickle_holds_neither_handle_nor_images(path):

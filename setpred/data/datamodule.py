@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import setpred
 from setpred.data.cache import Header
-from setpred.data.dataset import ClevrImages, SetFile, as_batch, open_data
+from setpred.data.dataset import ClevrImages, SetFile, as_batch, fitting_workers, open_data
 from setpred.data.order import EpochPermutation, training_loader, validation_loader
 from setpred.data.rendered import render_records, rendered_header
 from setpred.data.workers import leave_signals_to_parent
@@ -155,7 +155,8 @@ class SetDataModule(LightningDataModule):
         if isinstance(data, SetFile):  # before the workers fork, so that they share the memory
             data.load(device if self.in_memory == "device" else None)
         there = isinstance(data, SetFile) and self.in_memory == "device" and device.type != "cpu"
-        workers = 0 if there else self.num_workers  # a GPU's memory is not for the workers
+        # a GPU's memory is not for the workers
+        workers = 0 if there else fitting_workers(self.num_workers, data, max(self.batch_size, self.eval_batch_size))
         return {
             "num_workers": workers,
             "collate_fn": as_batch,

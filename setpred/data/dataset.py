@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     import h5py
 
 Batch = dict[str, Tensor]
+SHARED_MEMORY = "/dev/shm"
 IN_MEMORY_BYTES = 2_000_000_000  # files whose images take less are read into memory, unless told otherwise
 
 
@@ -94,6 +96,32 @@ class SetImages(Dataset, ABC):
 def as_batch(batch: Batch) -> Batch:
     """The `collate_fn` for these data sets, whose batches are already batches."""
     return batch
+
+
+def fitting_workers(workers: int, data: Dataset, batch_size: int) -> int:
+    """The most worker processes, up to `workers`, whose batches fit into shared memory at once; 0 reads without.
+
+    A `DataLoader` holds two batches a worker in /dev/shm and the one in use, and waits for ever for one that does not
+    fit (containers have 64 MB unless told otherwise).
+    """
+    try:
+        space = os.statvfs(SHARED_MEMORY)
+    except (AttributeError, OSError):  # Windows and macOS share in other ways
+        return workers
+    if workers < 1 or len(data) < 1:
+        return workers
+    free = space.f_bavail * space.f_frsize
+    example = sum(value.nbytes for value in data.__getitems__([0]).values() if isinstance(value, Tensor))
+    batch = max(1, example * min(batch_size, len(data)))
+    most = max(0, (free // batch - 1) // 2)
+    if most >= workers:
+        return workers
+    warnings.warn(
+        f"{SHARED_MEMORY} has {free / 1e6:.1f} MB free, reading in {workers} processes takes "
+        f"{(2 * workers + 1) * batch / 1e6:.1f} MB; reading in {most} (docker: --shm-size)",
+        stacklevel=2,
+    )
+    return most
 
 
 class SetFile(SetImages):
