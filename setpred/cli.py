@@ -140,7 +140,10 @@ class TrainCLI(LightningCLI):
         if getattr(self.datamodule, "seed", 0) is None:
             self.datamodule.seed = self.model.seed
         named = {"path": "val_path", "split": "val_split", "image_size": "image_size"}
-        self.model.data_description = {key: getattr(self.datamodule, name, None) for key, name in named.items()}
+        described = {key: getattr(self.datamodule, name, None) for key, name in named.items()}
+        if described["image_size"] is None:
+            described["image_size"] = getattr(self.model.model.encoder, "image_size", None)
+        self.model.data_description = described
         terminal = sys.stdout.isatty()  # where Lightning's bar goes
         minutes = self.config.save_minutes
         saving = checkpoint_callbacks(self.folder, self.model.monitor, self.model.mode, minutes=minutes)
@@ -210,8 +213,15 @@ def check_fit(cli: TrainCLI) -> None:
             f"the decoder predicts sets of {model_size}, the data has sets of {data_size}; give both the same "
             "set_size (model.decoder.init_args.set_size and data.init_args.set_size)"
         )
-    if given is not None and not gives:
-        check_prediction(cli.model, image_size=given)
+    size = cli.model.data_description["image_size"]
+    if size is None and not gives:
+        names = " nor ".join(type(part).__name__ for part in (cli.datamodule, cli.model.model.encoder))
+        cli.say(
+            f"evaluate.py and predict will not read the checkpoints of this run: neither {names} has an image_size; "
+            "give one of them that attribute"
+        )
+    elif not gives:
+        check_prediction(cli.model, image_size=size)
 
 
 def check_prediction(module: SetPrediction, *, image_size: int) -> None:

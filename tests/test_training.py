@@ -232,6 +232,62 @@ def test_a_part_that_does_not_do_its_work_is_named_before_anything_is_written(
     assert not (tmp_path / "tiny").exists()
 
 
+OWN_DATA = """
+import lightning.pytorch as pl
+from torch import nn
+from setpred.data.datamodule import RenderedScenes
+
+class Data(pl.LightningDataModule):
+    def __init__(self, folder: str):
+        super().__init__()
+        self.scenes = RenderedScenes(
+            train_images=40, val_images=12, image_size=16, objects=(3, 4), set_size=4, batch_size=8, folder=folder
+        )
+        self.scenes.seed = 0
+
+    def prepare_data(self):
+        self.scenes.prepare_data()
+
+    def setup(self, stage):
+        self.scenes.setup(stage)
+
+    def train_dataloader(self):
+        return self.scenes.train_dataloader()
+
+    def val_dataloader(self):
+        return self.scenes.val_dataloader()
+
+class Blind(nn.Module):
+    latent_dim = 16
+
+    def __init__(self):
+        super().__init__()
+        self.read = nn.Linear(3, 16)
+
+    def forward(self, images):
+        return self.read(images.mean((2, 3)))
+"""
+
+
+def test_a_checkpoint_can_be_read_or_its_training_says_at_the_start_that_it_cannot(
+    tmp_path, tiny_data, monkeypatch, capsys
+):
+    (tmp_path / "own_data.py").write_text(OWN_DATA)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = yaml.safe_load(CONFIG)
+    config["data"] = {"class_path": "own_data.Data", "init_args": {"folder": str(tiny_data)}}
+    options = ["--trainer.max_epochs=1", "--allow=own_data.Data", "--allow=own_data.Blind"]
+    found = []
+    for name, encoder in (("sighted", config["model"]["encoder"]), ("blind", {"class_path": "own_data.Blind"})):
+        config["model"]["encoder"] = encoder
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(config))
+        folder = train(["--config", str(tmp_path / f"{name}.yaml"), "--runs", str(tmp_path / "runs"), *options])
+        found.append("will not read the checkpoints" in capsys.readouterr().out)
+        if name == "sighted":
+            assert load_checkpoint(folder / "best.ckpt").image_size == 16
+    assert found == [False, True]
+
+
 def test_resuming_from_an_earlier_checkpoint_drops_the_later_rows(tmp_path, tiny_data):
     folder = run(tmp_path, "--trainer.max_epochs=1", data=tiny_data)
     first = tmp_path / "first.ckpt"
