@@ -155,9 +155,10 @@ def test_an_object_has_its_number_over_the_tokens_that_support_it(tmp_path, monk
     assert np.diff(heights).min() >= 26 - 1e-9
 
 
-def test_figures_do_not_depend_on_what_was_drawn_before(full_report, tmp_path):
+def test_figures_do_not_depend_on_what_was_drawn_before_nor_on_matplotlibrc(full_report, tmp_path):
     predicted, target = sets(CLEVR, 9)
-    write_report(tmp_path, images=pictures(1), predicted=predicted, target=target)
+    with mpl.rc_context({"text.usetex": True, "font.size": 30, "savefig.dpi": 10, "axes.grid": True}):
+        write_report(tmp_path, images=pictures(1), predicted=predicted, target=target)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         set(FIGURES) - {"refinement.gif", "refinement.png"}
     )

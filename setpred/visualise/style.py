@@ -45,9 +45,10 @@ ADJECTIVES = ("size", "color", "material", "shape")
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """The fonts and lines of all figures; `@styled()` over a function that draws and saves."""
-    with mpl.rc_context(
-        {
+    """The style of all figures, whatever matplotlibrc says; `@styled()` over a function that draws and saves."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams |= {
             "font.family": "DejaVu Sans",
             "font.size": 10,
             "axes.titlesize": 11,
@@ -61,7 +62,6 @@ def styled() -> Iterator[None]:
             "axes.spines.right": False,
             "legend.frameon": False,
         }
-    ):
         yield
 
 
