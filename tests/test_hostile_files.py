@@ -427,11 +427,13 @@ def test_records_that_cannot_be_meant_are_refused(keys, value, words, content, t
 
 
 def test_numbers_beside_the_weights_are_bounded(content, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "MOST_BESIDE", 2)
-    place = (KEY, "model", "decoder", "init_args", "descent", "init_args", "metric")
-    load_checkpoint(saved(tmp_path / "a.ckpt", with_change(content, place, [1.0, 1.0])))
-    with refused("more than 2 numbers beside its weights"):
-        load_checkpoint(saved(tmp_path / "b.ckpt", with_change(content, place, [1.0, 1.0, 1.0])))
+    start = {"class_path": "setpred.decoders.GreedyVotes", "init_args": {"weights": [2.0]}}  # one for each number
+    path = saved(tmp_path / "a.ckpt", with_change(content, (KEY, "model", "decoder", "init_args", "start"), start))
+    monkeypatch.setattr(checkpoints, "MOST_BESIDE", CLEVR.set_dim)
+    load_checkpoint(path)
+    monkeypatch.setattr(checkpoints, "MOST_BESIDE", CLEVR.set_dim - 1)
+    with refused(f"more than {CLEVR.set_dim - 1} numbers beside its weights"):
+        load_checkpoint(path)
 
 
 def test_weights_that_are_not_finite_can_be_read_on_purpose(content, tmp_path):
