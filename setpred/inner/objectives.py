@@ -122,9 +122,12 @@ class Sum(nn.Module):
 
     def curvature(self, elements: Tensor, problem: Problem) -> Tensor | None:
         """That of the objectives that know theirs, or None."""
-        energies = (Energy(objective, problem) for objective in self.objectives)
-        known = [curvature for energy in energies if (curvature := energy.curvature(elements)) is not None]
-        return torch.stack(known).sum(0) if known else None
+        total = None
+        for objective in self.objectives:
+            found = Energy(objective, problem).curvature(elements)
+            if found is not None:
+                total = found if total is None else total + found
+        return total
 
 
 class OfTokens(nn.Module):
