@@ -225,10 +225,10 @@ def check_fit(cli: TrainCLI) -> None:
 
 
 def check_prediction(module: SetPrediction, *, image_size: int) -> None:
-    """Predicts the sets of two black images, as a part of the user's own may not do what a decoder has to.
+    """Predict the sets of two black images, to find a user's part with a wrong interface before training.
 
     Raises:
-        InputError: the model cannot, or its prediction is no set of the schema's elements.
+        InputError: the model raises an error, or does not return elements of the schema.
     """
     model = module.model
     names = f"{type(model.encoder).__name__} and {type(model.decoder).__name__}"
@@ -240,9 +240,9 @@ def check_prediction(module: SetPrediction, *, image_size: int) -> None:
             predicted = module.eval()(torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8))
     except InputError:
         raise
-    except Exception as error:  # of any kind: the parts may be anybody's
+    except Exception as error:  # a user's part can raise any exception
         raise InputError(
-            f"the model of {names} cannot predict: {reason(error)}; see docs/parts.md for what parts have to do"
+            f"the model of {names} cannot predict: {reason(error)}; see docs/parts.md for the interface of parts"
         ) from error
     finally:
         module.train(training)
@@ -252,7 +252,7 @@ def check_prediction(module: SetPrediction, *, image_size: int) -> None:
         given = type(predicted).__name__ if shape is None else shape
         raise InputError(
             f"the model of {names}: expected elements [batch, set_size, {'set_dim' if dim is None else dim}], got "
-            f"{given} for a batch of 2; see docs/parts.md for what parts have to do"
+            f"{given} for a batch of 2; see docs/parts.md for the interface of parts"
         )
 
 

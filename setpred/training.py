@@ -117,7 +117,7 @@ class SetPrediction(pl.LightningModule):
         if lacking := [name for name in METRIC if self.metric is not None and not hasattr(self.metric, name)]:
             raise InputError(
                 f"metric {type(self.metric).__name__}: expected {', '.join(METRIC)} as of "
-                f"setpred.metrics.AveragePrecision, got none of the name {', '.join(lacking)}"
+                f"setpred.metrics.AveragePrecision, got no {', '.join(lacking)}; add them"
             )
         self.mean_loss = Mean()  # of a validation
         self.monitor = "val_loss" if self.metric is None else f"val_{self.metric.monitor}"

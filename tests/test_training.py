@@ -219,7 +219,7 @@ class Count(nn.Module):
     [
         ("decoder=own_parts.Flat", "SmallCNN and Flat: expected elements .*, got .2, 16. for a batch of 2"),
         ("decoder=own_parts.Needy", "SmallCNN and Needy cannot predict: .*iterations"),
-        ("metric=own_parts.Count", "metric Count: expected update, .* none of the name update, compute, reset, mode"),
+        ("metric=own_parts.Count", "metric Count: expected update, .* got no update, compute, reset, mode"),
     ],
 )
 def test_a_part_that_does_not_do_its_work_is_named_before_anything_is_written(

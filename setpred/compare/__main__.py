@@ -136,8 +136,8 @@ def check(options: argparse.Namespace, further: Sequence[str]) -> None:
             raise InputError(f"after --: expected {', '.join(HANDED_ON)} options for the configurations, got {option}")
         if len(options.configs) > 1 and (part := PART.match(option)):
             raise InputError(
-                f"after --: {part[0]} would give every configuration the same {part[1]} under its old name; put it "
-                "into a configuration of its own"
+                f"after --: {part[0]} would give every configuration the same {part[1]} under its old name; "
+                f"put the {part[1]} into a new configuration"
             )
     seen: dict[str, Path] = {}
     for path in options.configs:

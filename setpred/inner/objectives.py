@@ -121,7 +121,7 @@ class Sum(nn.Module):
         return torch.stack([objective(elements, problem) for objective in self.objectives]).sum(0)
 
     def curvature(self, elements: Tensor, problem: Problem) -> Tensor | None:
-        """That of the objectives that know theirs, or None."""
+        """Sum of the known curvatures, or None. It bounds L only if every objective has one."""
         total = None
         for objective in self.objectives:
             found = Energy(objective, problem).curvature(elements)
