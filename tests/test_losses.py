@@ -246,6 +246,16 @@ def test_beta_is_where_the_cost_turns_linear():
         torch.testing.assert_close(HungarianLoss(schema=SCHEMA, beta=beta)(predicted, target), expected.view(1))
 
 
+@pytest.mark.parametrize(("beta", "cost"), [(None, 0.3**2 / 2), ({"coords": 0.05}, 0.5**2 / 2)])
+def test_beta_decides_which_elements_are_matched(beta, cost):
+    """Two pairings: places apart by 0.3, or classes apart by 0.5. Squares prefer the first, a small beta the second."""
+    predicted, target = torch.zeros(2, 1, 2, SCHEMA.set_dim)
+    target[0, 1, 0] = predicted[0, 1, 0] = 0.3
+    target[0, 1, 2] = predicted[0, 0, 2] = 0.5
+    loss = HungarianLoss(schema=SCHEMA, beta=beta)(predicted, target)
+    torch.testing.assert_close(loss, torch.tensor([cost / SCHEMA.set_dim]))
+
+
 @every_loss
 def test_shapes_are_checked_at_the_door(make, pair):
     loss, (predicted, target) = built(make), pair
