@@ -44,6 +44,15 @@ def test_training_batches_are_full_and_validation_is_in_order(files, workers):
     assert seen == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
 
 
+@pytest.mark.filterwarnings("ignore:/dev/shm has")
+@pytest.mark.parametrize(("free", "workers"), [(0, 0), (2**40, 2)])
+def test_loaders_have_the_workers_that_shared_memory_has_room_for(files, free, workers, monkeypatch):
+    data = module(files, num_workers=2)
+    data.setup("fit")
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=free, f_frsize=1))
+    assert data.train_dataloader().num_workers == data.val_dataloader().num_workers == workers
+
+
 class Watch(LightningModule):
     """Learns nothing and notes what it is shown."""
 

@@ -210,6 +210,13 @@ def test_a_step_is_the_mean_of_votes_and_start_and_never_raises_the_energy():
         assert (decoder.objective(after, problem) <= decoder.objective(before, problem) + 1e-12).all()
 
 
+def test_every_differentiation_takes_the_same_steps():
+    features = features_of()
+    expected = decoder_of(5, Implicit())(features)
+    for other in (Implicit(best=True), Implicit(Exact()), Unrolled(), Unrolled(last=2)):
+        close(decoder_of(5, other)(features), expected)
+
+
 def test_the_curvature_stands_for_the_hessian_in_implicit_differentiation():
     """With one element, to which every vote belongs, it is the Hessian: `Exact` gives the same gradients."""
     features, results = features_of(), []
