@@ -2,8 +2,8 @@
 
 import sys
 
-from setpred.command import start
-from setpred.evaluation import main
+from setpred.commands.common import start
+from setpred.commands.evaluate import main
 
 if __name__ == "__main__":
     sys.exit(start(main))

@@ -2,8 +2,8 @@
 
 import sys
 
-from setpred.cli import main
-from setpred.command import start
+from setpred.commands.common import start
+from setpred.commands.train import main
 
 if __name__ == "__main__":
     sys.exit(start(main))

@@ -10,7 +10,7 @@ lies in the system's cache after the first. Both give the same batches. The floo
 and write, at the device's measured bandwidth: the uint8 batch twice (picked, read) and its numbers once.
 
 Notes tell which share of a training step with the quickstart's model waits for data, with the plain loader and with
-ours (`setpred.callbacks.DataWaiting`, second epoch), and the scenes a second of the streamed renderer.
+ours (`setpred.training.callbacks.DataWaiting`, second epoch), and the scenes a second of the streamed renderer.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.timing import Row, compared, in_turns, peak_bandwidth
-from setpred.callbacks import DataWaiting
-from setpred.cli import build
-from setpred.data.cache import Header, Record
+from setpred.commands.train import build
 from setpred.data.datamodule import SetDataModule
-from setpred.data.order import EpochPermutation, ResumableLoader
+from setpred.data.hdf5 import Header, Record
+from setpred.data.hdf5_writer import write_set_file
+from setpred.data.loading import EpochPermutation, ResumableLoader
 from setpred.data.streamed import SceneStream
-from setpred.data.writer import write_set_file
 from setpred.model import unit_images
 from setpred.rendering.renderer import render
 from setpred.rendering.sampling import SceneRules
 from setpred.schema import CLEVR
+from setpred.training.callbacks import DataWaiting
 
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 OBJECTS = (3, 6)

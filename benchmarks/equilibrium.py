@@ -37,8 +37,8 @@ from setpred.inner import EquilibriumMatching, GradientDescent, LatentMatching
 from setpred.losses import HungarianLoss
 from setpred.metrics import average_precision
 from setpred.model import SetPredictor
-from setpred.precision import cpu_has_bfloat16
-from setpred.schedules import WarmupCosine
+from setpred.training.mixed_precision import cpu_has_bfloat16
+from setpred.training.schedules import WarmupCosine
 
 RANK_DIM = 8
 THRESHOLDS = (float("inf"), 1.0, 0.5)

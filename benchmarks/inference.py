@@ -1,4 +1,4 @@
-"""Objects on a folder of pictures: `setpred.predict`, against one picture after the other.
+"""Objects on a folder of pictures: `setpred.commands.predict`, against one picture after the other.
 
     python -m benchmarks.inference            # 256 pictures of 480x320, the quickstart's model (voting)
     python -m benchmarks.inference --quick    # 8 of them
@@ -30,14 +30,13 @@ from benchmarks import decoder
 from benchmarks.timing import Row, Way, compared, in_turns, products_alone, seconds
 from benchmarks.train_step import of_dtype
 from benchmarks.voting import SLOTS, against_slots, floor_of, plain_sets
-from setpred.cli import build
-from setpred.data.clevr import PIXEL_SIZE
-from setpred.data.pictures import decoded, find_images
-from setpred.data.rendered import built_in_scenes
+from setpred.commands.predict import predict
+from setpred.commands.train import build
+from setpred.data.images import PIXEL_SIZE, decoded, find_images
+from setpred.data.scenes import built_in_scenes
 from setpred.data.workers import available_cores
+from setpred.evaluation import encoder_autocast
 from setpred.model import SetPredictor
-from setpred.precision import encoder_autocast
-from setpred.predict import predict
 from setpred.rendering.renderer import render
 from setpred.schema import CLEVR
 

@@ -5,7 +5,7 @@
 
 This trains nothing. The run to read is
 
-    python -m setpred.compare configs/quickstart.yaml --budget 15000steps --points 60 --threads 2 \\
+    python -m setpred compare configs/quickstart.yaml --budget 15000steps --points 60 --threads 2 \\
         --out comparison/quickstart
 
 which validates 60 times; its results.jsonl has the seconds of training alone, threads and processor. Without it,
@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.tables import markdown as table
 from benchmarks.tables import number
-from setpred.compare.results import Results
+from setpred.commands.compare.table import Results
 from setpred.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]

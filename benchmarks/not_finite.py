@@ -16,8 +16,8 @@ from statistics import median
 import torch
 
 from benchmarks.timing import in_turns
-from setpred.cli import build
-from setpred.guard import finite_norm, trained
+from setpred.commands.train import build
+from setpred.nonfinite.policy import finite_norm, trained
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 ROUNDS = 7

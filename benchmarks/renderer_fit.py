@@ -4,7 +4,7 @@
 
 ROOT is a CLEVR folder with `cameras.jsonl`. One constant after the other is moved up or down by a step as long as that
 lowers the squared error on the first half of the images, at half their size; then all steps are halved. The second half
-is never looked at, so that `python -m setpred.data compare ROOT --first N` tells the errors on unseen pictures. The
+is never looked at, so that `python -m setpred data compare ROOT --first N` tells the errors on unseen pictures. The
 constants stand in `setpred/rendering/materials.py`; this prints new ones and changes nothing.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from setpred.data.compare import scenes_with_images
+from setpred.data.fidelity import scenes_with_images
 from setpred.rendering import materials
 from setpred.rendering.renderer import render
 from setpred.rendering.scenes import SceneBatch

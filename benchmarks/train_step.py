@@ -5,10 +5,10 @@
 
 From a batch of uint8 images and their sets in the host's memory to changed weights. Ours is the `training_step` of
 `SetPrediction` with the model of the configuration (channels-last, the compiled descent), its checks and its AdamW;
-where the library trains the encoder in bfloat16 (`setpred.precision`), so it does here. The plain way is in float32 and
-NCHW: the host makes numbers of the images, the decoder is that of benchmarks/decoder.py, each example is matched on its
-own, with a transfer each, and Adam. Both have the same weights, images and random starts, and their losses are
-compared.
+where the library trains the encoder in bfloat16 (`setpred.training.mixed_precision`), so it does here. The plain way is
+in float32 and NCHW: the host makes numbers of the images, the decoder is that of benchmarks/decoder.py, each example
+is matched on its own, with a transfer each, and Adam. Both have the same weights, images and random starts, and their
+losses are compared.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from torch.nn import functional
 
 from benchmarks import decoder
 from benchmarks.timing import Row, Way, compared, flops, in_turns, peak_flops, seconds
-from setpred.cli import build
+from setpred.commands.train import build
 from setpred.decoders import IDSPN
 from setpred.losses import HungarianLoss
-from setpred.precision import training_precision
-from setpred.training import SetPrediction
+from setpred.training.mixed_precision import training_precision
+from setpred.training.task import SetPrediction
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "clevr_fspool.yaml"
 ITERATIONS = (40, 20)  # of the second half of the training, and of the first

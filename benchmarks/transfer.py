@@ -22,11 +22,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from setpred.checkpoint import load_checkpoint
-from setpred.data.compare import scenes_with_images
+from setpred.checkpoint.load import load_checkpoint
 from setpred.data.datamodule import VALIDATION_SEED
 from setpred.data.dataset import open_data
-from setpred.data.rendered import built_in_scenes
+from setpred.data.fidelity import scenes_with_images
+from setpred.data.scenes import built_in_scenes
 from setpred.evaluation import predict
 from setpred.metrics import THRESHOLDS, attribute_report, average_precision, match_by_position, threshold_name
 from setpred.rendering.renderer import annotate, render

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from benchmarks import decoder
 from benchmarks.timing import Row, Way, compared, in_turns, products_alone, ratio_of
 from benchmarks.train_step import Ours, Plain, agree, batch_of, module_of, shares, trains_in_half
-from setpred import plain_yaml
+from setpred.checkpoint.untrusted import read_yaml
 from setpred.decoders import IDSPN, GreedyVotes
 from setpred.inner import VotingEnergy
 from setpred.inner.voting import Ballot
-from setpred.training import SetPrediction
+from setpred.training.task import SetPrediction
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SLOTS = CONFIGS / "compare" / "slot_attention_implicit.yaml"
@@ -99,7 +99,7 @@ def plain_sets(parts: IDSPN, features: Tensor) -> Tensor:
 
 def slots_module(config: Path, device: str) -> SetPrediction:
     """Implicit Slot Attention on the trunk and the data of a voting configuration."""
-    voting = plain_yaml.read(config)
+    voting = read_yaml(config)
     trunk = voting["model"]["encoder"]["init_args"]["tokens"]["init_args"]["trunk"]
     options = {
         "model.encoder.init_args.trunk": json.dumps(trunk),

@@ -1,6 +1,11 @@
-"""The one error type for what a user can mend, and what others' errors say."""
+"""Errors that a user can correct, and the words of their messages."""
+
+from __future__ import annotations
 
 import re
+import reprlib
+from collections.abc import Sequence
+from typing import Any
 
 
 class InputError(ValueError):
@@ -27,3 +32,34 @@ def reason(error: BaseException) -> str:
     """
     lines = [line.strip() for line in str(error).splitlines()]
     return next((line for line in lines if line and not line.endswith(":")), type(error).__name__)
+
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+_short.maxlong = 40
+
+
+def shown(value: Any) -> str:
+    """`repr` in one short line, whatever a file holds: for messages.
+
+    >>> len(shown("a" * 1000)), shown([1, [2]])
+    (80, '[1, [2]]')
+    """
+    return _short.repr(value)
+
+
+SHOWN = 8  # names, or samples, in a sentence
+
+
+def listed(items: Sequence[Any]) -> str:
+    """The first of them, for a sentence."""
+    return ", ".join(map(str, items[:SHOWN])) + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
+
+
+class NotFiniteError(ArithmeticError):
+    """A NaN or infinity where numbers were expected; `place` says of what, `samples` are the positions in the batch."""
+
+    def __init__(self, place: str, samples: list[int]) -> None:
+        shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
+        super().__init__(f"the {place} is not finite" + (f" in samples {shown} of the batch" if samples else ""))
+        self.place, self.samples = place, samples

@@ -12,16 +12,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional
 
+from setpred.errors import NotFiniteError
+
 NUMBERS_AT_ONCE = 2**22  # 16 MiB; where sets are large, less time than all at once, too
-
-
-class NotFiniteError(ArithmeticError):
-    """A NaN or infinity where numbers were expected; `place` says of what, `samples` are the positions in the batch."""
-
-    def __init__(self, place: str, samples: list[int]) -> None:
-        shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
-        super().__init__(f"the {place} is not finite" + (f" in samples {shown} of the batch" if samples else ""))
-        self.place, self.samples = place, samples
 
 
 def check_pair(predicted: Tensor, target: Tensor) -> None:

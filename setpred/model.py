@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -109,3 +110,41 @@ class SetPredictor(nn.Module):
         if mask is not None and takes_tokens and not getattr(self.decoder, "masks_elements", False):
             beside["mask"] = mask
         return beside
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a training step, or a batch of a validation, is a function of, beside weights and modes of its parts.
+
+    Args:
+        model, loss: as they are trained.
+        batch: see `setpred.training.SetPrediction`.
+        seed: of torch's generator when the step begins; None for a validation, which draws nothing.
+        iterations: of the descent; the decoder's own unless given.
+    """
+
+    model: SetPredictor
+    loss: nn.Module
+    batch: dict[str, Tensor]
+    seed: int | None = None
+    iterations: int | None = None
+
+    @property
+    def input_name(self) -> str:
+        return "image" if "image" in self.batch else "input"
+
+    def predict(self) -> Tensor:
+        """The predicted sets `[batch, set_size, set_dim]`, from torch's generator as it stands."""
+        mask = self.batch.get("input_mask")
+        return self.model(self.batch[self.input_name], mask=mask, iterations=self.iterations)
+
+    def inputs(self) -> Tensor:
+        """Images or sets; zero where a set has no element, since padding may hold anything."""
+        inputs, mask = self.batch[self.input_name], self.batch.get("input_mask")
+        return inputs if mask is None else inputs.masked_fill(~mask.unsqueeze(-1), 0)
+
+    def without(self, samples: Sequence[int]) -> Step:
+        """The step of the other samples."""
+        size = len(self.batch["elements"])
+        rest = [sample for sample in range(size) if sample not in set(samples)]
+        return replace(self, batch={name: value[rest] for name, value in self.batch.items()})

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from setpred.errors import InputError
-from setpred.limits import LARGEST_SIZE, shown
+from setpred.errors import InputError, shown
 
 PRESENCE = "presence"
+# 256 objects in all pairs, the largest number that a part of any configuration here stands for; with two of these as
+# width and length a model has no more numbers than can be counted
+LARGEST_SIZE = 2**16
 
 
 @dataclass(frozen=True)

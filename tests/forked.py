@@ -4,11 +4,11 @@ Run as a program it imports everything once; then each line on its input is a re
 
     {"arguments": [...], "kill": null | {"seconds": 0.3} | {"call": "write", "number": 4, "signal": 9}}
 
-for which it forks a child that runs `setpred.cli.main` with these arguments, and gets the signal (SIGKILL unless given)
-so many seconds later, or from itself at its n-th call of something: "write", "fsync" and "replace", by which files are
-written (half of the bytes written, not synced, not renamed), "training_step" or "validation_step". With "group": true
-its data loader's processes get the signal too. The answer is a line with the status of the child, negative for a signal
-that ended it.
+for which it forks a child that runs `setpred.commands.train.main` with these arguments, and gets the signal (SIGKILL
+unless given) so many seconds later, or from itself at its n-th call of something: "write", "fsync" and "replace", by
+which files are written (half of the bytes written, not synced, not renamed), "training_step" or "validation_step". With
+"group": true its data loader's processes get the signal too. The answer is a line with the status of the child,
+negative for a signal that ended it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Trainings:
 def strike(call: str, number: int, *, sent: int = signal.SIGKILL, group: bool = False) -> None:
     """The n-th call from now on sends this process a signal when it begins, or half-way of a file's content."""
     from setpred import files
-    from setpred.training import SetPrediction
+    from setpred.training.task import SetPrediction
 
     left = number
 
@@ -96,7 +96,7 @@ def child(request: dict[str, Any], answers: int) -> None:
     os.close(answers)
     import torch
 
-    from setpred.cli import main
+    from setpred.commands.train import main
 
     torch.set_num_threads(1)
     os.setpgid(0, 0)
@@ -110,7 +110,7 @@ def child(request: dict[str, Any], answers: int) -> None:
 
 
 def serve() -> None:
-    import setpred.cli  # noqa: F401
+    import setpred.commands.train  # noqa: F401
 
     answers = os.dup(1)
     for line in sys.stdin:

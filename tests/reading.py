@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from setpred import CLEVR, InputError
-from setpred.checkpoint import Checkpoint, load_checkpoint
-from setpred.cli import build, check_fit
-from setpred.data.cache import malformed, verify
-from setpred.data.clevr import ClevrFolder, load_image
+from setpred.checkpoint.load import Checkpoint, load_checkpoint
+from setpred.commands.predict import predict
+from setpred.commands.train import build, check_fit
+from setpred.data.clevr import ClevrFolder
 from setpred.data.dataset import SetFile
-from setpred.data.pictures import decoded
-from setpred.predict import predict
+from setpred.data.hdf5 import malformed, verify
+from setpred.data.images import decoded, load_image
 
 SECONDS = 20  # a law says ten; a machine may have more to do than this
 MEMORY = 500 * 2**20  # that a file may take, however large it says it is
@@ -78,7 +78,7 @@ def read_hdf5(path: Path) -> Answer:
 
 
 def read_image(path: Path) -> Answer:
-    """A picture as folders are read, and as `setpred.predict` reads it."""
+    """A picture as folders are read, and as `setpred.commands.predict` reads it."""
     image = load_image(path, 16)
     assert image.shape == (16, 16, 3)
     assert image.dtype == np.uint8

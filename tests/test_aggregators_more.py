@@ -21,11 +21,11 @@ from setpred.aggregators import (
     SumPool,
     SupersetPool,
 )
-from setpred.aggregators.frames import Eigenvectors
-from setpred.callbacks import FASet
+from setpred.aggregators.frame_averaging import Eigenvectors
 from setpred.decoders import IDSPN
 from setpred.errors import InputError
 from setpred.inner import Conditioned, GradientDescent, Implicit, LatentMatching, Problem
+from setpred.training.faset import FASet
 
 DIM, SIZE = 6, 5
 # name to (constructor, whether equal elements can get unequal gradients)

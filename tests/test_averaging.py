@@ -5,11 +5,11 @@ import pytest
 import torch
 from tiny import CONFIG
 
-from setpred.callbacks import EMA
-from setpred.checkpoint import TRAINED, load_checkpoint, read_checkpoint
-from setpred.cli import build
+from setpred.checkpoint.load import TRAINED, load_checkpoint, read_checkpoint
+from setpred.commands.train import build
 from setpred.errors import InputError
 from setpred.nn import batch_norms
+from setpred.training.ema import EMA
 
 SKIPPED = 6  # which step
 
@@ -57,7 +57,7 @@ def equal(ours, theirs):
 def averaged(tmp_path_factory, tiny_data):
     folder = tmp_path_factory.mktemp("averaging") / "averaged"
     return trained(
-        folder, tiny_data, "--trainer.callbacks=[{class_path: setpred.callbacks.EMA, init_args: {decay: 0.6}}]"
+        folder, tiny_data, "--trainer.callbacks=[{class_path: setpred.training.EMA, init_args: {decay: 0.6}}]"
     )
 
 

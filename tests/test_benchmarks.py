@@ -14,7 +14,7 @@ from benchmarks import __main__, decoder, growth, memory, minutes_to_ap, report,
 from benchmarks.report import Report, filled
 from benchmarks.timing import Row, flops, products_alone
 from benchmarks.topics import EXTRAS, TOPICS, measure
-from setpred.compare.results import Results
+from setpred.commands.compare.runs import Results
 from setpred.decoders import IDSPN, GreedyVotes
 from setpred.errors import InputError
 from setpred.inner import GradientDescent, VotingEnergy, compiled

@@ -11,9 +11,10 @@ from tiny import CONFIG
 from torch import nn
 
 from setpred.aggregators import FSPool, SetEncoder
-from setpred.check import described
-from setpred.checkpoint import Checkpoint
-from setpred.cli import build
+from setpred.checkpoint.load import Checkpoint
+from setpred.checkpoint.torch_export import export_program
+from setpred.commands.gradients import described
+from setpred.commands.train import build
 from setpred.decoders import IDSPN
 from setpred.encoders import SmallCNN
 from setpred.errors import InputError
@@ -30,7 +31,6 @@ from setpred.inner import (
 )
 from setpred.inner.diagnostics import Recorded, residual_norms
 from setpred.model import SetPredictor
-from setpred.program import export_program
 from setpred.schema import CLEVR
 
 STEPS = 12

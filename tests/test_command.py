@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from setpred.command import LastingStream, expanded
+from setpred.commands.common import LastingStream, expanded
 from setpred.errors import InputError
 from setpred.files import write_atomically
 
@@ -26,7 +26,7 @@ def test_home_is_expanded_at_the_start_of_a_value_only(monkeypatch):
 
 def test_a_stream_that_nobody_reads_takes_all_and_says_nothing():
     code = (
-        "import sys; from setpred.command import LastingStream\n"
+        "import sys; from setpred.commands.common import LastingStream\n"
         "sys.stdout = LastingStream(sys.stdout)\n"
         "for _ in range(20000): print('a line that is longer than nothing', flush=True)\n"
         "sys.stderr.write('went on')"

@@ -10,14 +10,13 @@ import pytest
 import yaml
 from tiny import CONFIG
 
-from setpred.compare import __main__ as command
-from setpred.compare import budget as budget_module
-from setpred.compare.__main__ import command_line, compare, main
-from setpred.compare.budget import Budget, BudgetedTraining, Plan, Stretched
-from setpred.compare.results import Results
-from setpred.compare.table import markdown
+from setpred.commands import compare as command
+from setpred.commands.compare import budget as budget_module
+from setpred.commands.compare import command_line, compare, main
+from setpred.commands.compare.budget import Budget, BudgetedTraining, Plan, Stretched
+from setpred.commands.compare.table import Results, markdown
 from setpred.errors import InputError
-from setpred.schedules import StepDecay, WarmupCosine
+from setpred.training.schedules import StepDecay, WarmupCosine
 from setpred.visualise import draw_training_curves
 
 MLP = {"class_path": "setpred.decoders.MLPDecoder", "init_args": {"set_size": 4, "latent_dim": 16}}
@@ -319,7 +318,7 @@ def test_all_of_a_folder_is_called_so(tmp_path):
     for path in paths:
         path.touch()
     arguments = [*map(str, paths), "--budget", "5s"]
-    assert command_line(arguments, paths) == f"python -m setpred.compare {tmp_path}/*.yaml --budget 5s"
+    assert command_line(arguments, paths) == f"python -m setpred compare {tmp_path}/*.yaml --budget 5s"
     assert command_line(arguments[1:], paths[1:]).count(".yaml") == 2
 
 

@@ -7,13 +7,13 @@ import torch
 import yaml
 from tiny import untrained
 
-from setpred import checkpoint
-from setpred.cli import build, check_fit
+from setpred.checkpoint import load as checkpoint
+from setpred.commands.config import plain
+from setpred.commands.train import build, check_fit
 from setpred.decoders import IDSPN
 from setpred.encoders import ResidualTrunk
 from setpred.inner import Unrolled
 from setpred.schema import CLEVR, ElementSchema
-from setpred.settings import plain
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 COMPARED = sorted((CONFIGS / "compare").glob("*.yaml"))
@@ -136,7 +136,7 @@ def test_a_world_builds_takes_a_step_and_is_scored(path):
 
 def test_functions_and_classes_are_their_import_paths():
     assert plain({"a": [plain, ElementSchema], "b": (1, None)}) == {
-        "a": ["setpred.settings.plain", "setpred.schema.ElementSchema"],
+        "a": ["setpred.commands.config.plain", "setpred.schema.ElementSchema"],
         "b": [1, None],
     }
 

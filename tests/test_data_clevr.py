@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from setpred import CLEVR, InputError
-from setpred.data.__main__ import main
-from setpred.data.cache import verify
-from setpred.data.clevr import ClevrFolder, load_image
+from setpred.commands.data import main
+from setpred.data.clevr import ClevrFolder
 from setpred.data.dataset import ClevrImages, SetFile, open_data
+from setpred.data.hdf5 import verify
+from setpred.data.images import load_image
 
 
 def test_elements_say_what_the_annotations_say(clevr_blender):

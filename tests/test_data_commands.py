@@ -7,15 +7,15 @@ import sys
 import pytest
 
 from setpred import progress as module
-from setpred.data.__main__ import main
+from setpred.commands.data import main
 from setpred.progress import progress
 
 
 @pytest.mark.parametrize(
     ("modules", "heavy"),
     [
-        ("setpred.data.__main__, setpred.data.prepared, setpred.data.report", "torch lightning matplotlib scipy"),
-        ("setpred.data.rendered, setpred.data.rendered_folder", "lightning matplotlib scipy"),
+        ("setpred.commands.data, setpred.data.clevr, setpred.data.info", "torch lightning matplotlib scipy"),
+        ("setpred.data.scenes", "lightning matplotlib scipy"),
     ],
 )
 def test_producing_imports_little(modules, heavy):
@@ -30,7 +30,7 @@ def test_help_explains(command, capsys):
         main([*command, "--help"])
     assert stopped.value.code == 0
     text = capsys.readouterr().out
-    assert "usage: python -m setpred.data" in text
+    assert "usage: python -m setpred data" in text
     for word in {"prepare": ["ROOT", "--split"], "render": ["--objects LEAST MOST", "--seed"]}.get(
         "".join(command), []
     ):

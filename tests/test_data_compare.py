@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from setpred.data.__main__ import main
-from setpred.data.compare import compare, mean, scenes_with_images
+from setpred.commands.data import main
+from setpred.data.fidelity import compare, mean, scenes_with_images
 from setpred.errors import InputError
 from setpred.rendering.renderer import render
 

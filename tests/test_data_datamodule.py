@@ -16,8 +16,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from setpred import InputError
 from setpred.data.datamodule import RenderedFile, RenderedScenes, SetDataModule
 from setpred.data.dataset import SetFile
-from setpred.data.order import EpochPermutation
-from setpred.data.rendered import render_file
+from setpred.data.loading import EpochPermutation
+from setpred.data.scenes import render_file
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_a_wrong_file_under_the_name_is_not_used(tmp_path, monkeypatch):
 
     (tmp_path / "rendered-16-0to2-seed0-6.h5").write_bytes(content)
     monkeypatch.setattr(
-        "setpred.data.rendered.render", lambda scenes, *, width, height: 9 + 0 * render(scenes, width, height)
+        "setpred.data.scenes.render", lambda scenes, *, width, height: 9 + 0 * render(scenes, width, height)
     )
     with pytest.raises(InputError, match="another version of the renderer"):
         data.prepare_data()

@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from setpred import CLEVR, InputError
-from setpred.data.cache import open_set_file
 from setpred.data.dataset import SetFile, as_batch, fitting_workers
-from setpred.data.rendered import render_file
+from setpred.data.hdf5 import open_set_file
+from setpred.data.scenes import render_file
 from setpred.sets import check_set, presence_mask
 
 IMAGES = 11

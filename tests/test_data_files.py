@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from setpred import CLEVR, InputError
-from setpred.data import writer
-from setpred.data.__main__ import main
-from setpred.data.cache import Header, Record, open_set_file, read_header, verify
-from setpred.data.rendered import render_file, rendered_header
-from setpred.data.report import describe
+from setpred.commands.data import main
+from setpred.data import hdf5_writer as writer
+from setpred.data.hdf5 import Header, Record, open_set_file, read_header, verify
+from setpred.data.info import describe
+from setpred.data.scenes import render_file, rendered_header
 from setpred.data.workers import ordered_map
 from setpred.files import locked
 
@@ -238,8 +238,9 @@ def test_a_killed_rendering_goes_on_and_ends_the_same(tmp_path, whole, blow):
 # the command, but every image takes a while and is committed at once
 SLOW = """
 import sys, time
-from setpred.data import rendered, writer
-from setpred.data.__main__ import main, stop_as_on_ctrl_c
+from setpred.data import hdf5_writer as writer
+from setpred.data import scenes as rendered
+from setpred.commands.data import main, stop_as_on_ctrl_c
 
 def slowly(*arguments, **options):
     for record in fast(*arguments, **options):

@@ -13,8 +13,7 @@ from setpred import InputError
 from setpred.data import dataset
 from setpred.data.datamodule import RenderedScenes, SetDataModule
 from setpred.data.dataset import SetFile
-from setpred.data.rendered import render_file
-from setpred.data.rendered_folder import render_folder
+from setpred.data.scenes import render_file, render_folder
 from setpred.data.streamed import StreamedScenes
 
 CPU = torch.device("cpu")
@@ -148,7 +147,7 @@ def test_a_set_that_failed_to_load_has_no_images(files, monkeypatch, device):
 def test_a_folder_is_refused(tmp_path):
     render_folder(tmp_path, split="val", images=1, objects=(3, 3), seed=0, width=48, height=32, workers=0)
     data = SetDataModule(None, str(tmp_path), image_size=8, in_memory="device")
-    with pytest.raises(InputError, match=r"is a folder; make a file of it with python -m setpred.data prepare"):
+    with pytest.raises(InputError, match=r"is a folder; make a file of it with python -m setpred data prepare"):
         data.setup("validate")
 
 

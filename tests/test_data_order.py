@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from torch.utils.data import BatchSampler
 
-from setpred.data.order import (
+from setpred.data.loading import (
     EpochPermutation,
     EpochRange,
     InOrder,

@@ -9,13 +9,12 @@ import pytest
 from PIL import Image
 
 from setpred import InputError
-from setpred.data import rendered_folder
-from setpred.data.__main__ import main
-from setpred.data.cache import open_set_file, read_header
+from setpred.commands.data import main
+from setpred.data import scenes as rendered_folder
 from setpred.data.clevr import ClevrFolder
 from setpred.data.dataset import open_data
-from setpred.data.rendered import built_in_scenes, render_file
-from setpred.data.rendered_folder import render_folder
+from setpred.data.hdf5 import open_set_file, read_header
+from setpred.data.scenes import built_in_scenes, render_file, render_folder
 from setpred.files import publish
 from setpred.rendering.records import read_cameras, scene_of
 from setpred.rendering.renderer import render

@@ -10,11 +10,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from tiny import CONFIG
 
 from setpred import CLEVR, InputError
-from setpred.cli import build, train
+from setpred.commands.evaluate import evaluate
+from setpred.commands.train import build, train
 from setpred.data.dataset import SetFile
-from setpred.data.rendered import render_file
+from setpred.data.scenes import render_file
 from setpred.data.streamed import STREAM, StreamedScenes
-from setpred.evaluation import evaluate
 from setpred.rendering.renderer import render
 from setpred.rendering.sampling import COGENT_A
 

@@ -8,10 +8,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
-from setpred import callbacks
-from setpred.callbacks import DataWaiting, EpochLines, MetricsFile
-from setpred.data import order
-from setpred.data.order import EpochPermutation, ResumableLoader
+from setpred.data import loading as order
+from setpred.data.loading import EpochPermutation, ResumableLoader
+from setpred.training import callbacks
+from setpred.training.callbacks import DataWaiting, EpochLines, MetricsFile
 
 
 @dataclass

@@ -9,7 +9,7 @@ from torch.utils.data import get_worker_info
 
 from setpred.data.datamodule import SetDataModule
 from setpred.data.dataset import SetFile
-from setpred.data.rendered import render_file
+from setpred.data.scenes import render_file
 from setpred.data.streamed import StreamedScenes
 
 IMAGES = 300  # more than are read at a time

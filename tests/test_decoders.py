@@ -11,8 +11,8 @@ from problems import finite_difference
 from torch import nn
 
 from setpred.aggregators import FSPool, SetEncoder, SumPool
-from setpred.checkpoint import load_checkpoint
-from setpred.cli import train
+from setpred.checkpoint.load import load_checkpoint
+from setpred.commands.train import train
 from setpred.data.dataset import open_data
 from setpred.decoders import (
     DETR,
@@ -33,8 +33,8 @@ from setpred.decoders import (
 )
 from setpred.decoders.attention import Attention
 from setpred.decoders.base import refined
-from setpred.decoders.mesh import entropy
 from setpred.decoders.seq2set import AdditiveAttention
+from setpred.decoders.sinkhorn_mesh import entropy
 from setpred.decoders.slot_mixture import log_responsibilities
 from setpred.encoders import PositionedTokens, ResNetTrunk, SlotTrunk, SmallCNN, SmallTrunk, Tokens, position_grid
 from setpred.errors import InputError

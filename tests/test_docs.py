@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from setpred import aggregators, decoders, encoders, inner, losses
-from setpred.cli import build
-from setpred.data import worlds
+from setpred.commands.train import build
+from setpred.data import toy as worlds
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = (ROOT / "docs" / "parts.md").read_text()

@@ -13,12 +13,13 @@ import pytest
 import torch
 from tiny import run
 
-from setpred.checkpoint import KEY, build, load_checkpoint, save_whole
+from setpred.checkpoint.load import KEY, build, load_checkpoint, save_whole
+from setpred.commands.evaluate import evaluate, figures
 from setpred.data.dataset import open_data
 from setpred.decoders import IDSPN, GreedyVotes
 from setpred.encoders import PositionedTokens, ResidualTrunk, Votes
 from setpred.errors import InputError
-from setpred.evaluation import evaluate, figures, predict
+from setpred.evaluation import predict
 from setpred.inner import GradientDescent, Problem, Proximity, Sum, VotingEnergy
 from setpred.metrics import average_precision, average_precision_per_image
 from setpred.model import SetPredictor
@@ -132,7 +133,7 @@ def test_what_the_tokens_support_is_drawn_where_they_vote_alone(checkpoint, tmp_
     loaded = load_checkpoint(checkpoint)
     data = open_data(loaded.data["path"], image_size=16)
     handed = []
-    monkeypatch.setattr("setpred.evaluation.write_report", lambda *_, **given: handed.append(given) or [])
+    monkeypatch.setattr("setpred.commands.evaluate.write_report", lambda *_, **given: handed.append(given) or [])
     for model in (voting_model(energy), voting_model(Sum([Proximity(), energy])), loaded.model):
         predictions = predict(model, data)
         options = {"iterations": None, "device": torch.device("cpu"), "title": "", "shown": 3}
@@ -218,7 +219,9 @@ def test_a_checkpoint_that_would_run_code_is_refused(checkpoint, tmp_path, monke
     assert witness.exists()
 
 
-@pytest.mark.parametrize("path", ["os.system", "subprocess.Popen", "setpred.cli.TrainCLI", "setpred.encoders.os", 7])
+@pytest.mark.parametrize(
+    "path", ["os.system", "subprocess.Popen", "setpred.commands.train.TrainCLI", "setpred.encoders.os", 7]
+)
 def test_class_paths_outside_the_list_are_refused(checkpoint, tmp_path, path):
     def change(content):
         content[KEY]["model"]["encoder"]["class_path"] = path

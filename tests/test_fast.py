@@ -11,7 +11,7 @@ from torch import nn
 
 from benchmarks.decoder import KINDS, Sizes, objective_of, ways_of
 from setpred.aggregators import FSPool, PairwiseSetEncoder, SetEncoder, SumPool, sort_features
-from setpred.aggregators.ranks import COUNTED, at_ranks, feature_ranks
+from setpred.aggregators.fspool import COUNTED, at_ranks, feature_ranks
 from setpred.decoders import IDSPN, LearnedStart
 from setpred.inner import (
     Conditioned,

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from setpred import CLEVR, ElementSchema, InputError, files
-from setpred.data import writer
-from setpred.data.__main__ import main
-from setpred.data.cache import verify
+from setpred.commands.data import main
+from setpred.data import hdf5_writer as writer
 from setpred.data.dataset import SetFile, open_data
-from setpred.data.rendered import render_file
+from setpred.data.hdf5 import verify
+from setpred.data.scenes import render_file
 from setpred.schema import continuous
 
 SMALL = {"images": 6, "image_size": 16, "objects": (1, 3)}
@@ -51,8 +51,9 @@ def test_no_room_is_said_at_once(tmp_path, monkeypatch):
 # system then refuses real writes under HDF5, as a full disk does.
 NO_MORE_ROOM = """
 import os, resource, sys
-from setpred.data import rendered, writer
-from setpred.data.__main__ import main
+from setpred.data import hdf5_writer as writer
+from setpred.data import scenes as rendered
+from setpred.commands.data import main
 
 def limited(function, items, *, workers):
     for numbers in items:

@@ -6,7 +6,7 @@ The law for every file, whatever its bytes:
   hang, and no more memory than `reading.MEMORY`;
 - where the format has a checksum (prepared files by `verify`, checkpoints, releases) and bytes were damaged, what is
   accepted is the original's content. `SetFile` does not compare the checksum of the images, which costs reading them
-  all; it notices damage of the structure and of sets that are none, and `python -m setpred.data verify` the rest;
+  all; it notices damage of the structure and of sets that are none, and `python -m setpred data verify` the rest;
 - what is accepted else (JSON, pictures and configurations have no checksum of ours, files made to deceive have a right
   one) is well-formed: finite numbers, the right shapes, sets that are sets.
 """
@@ -29,11 +29,12 @@ from PIL import Image
 from reading import Reader
 from tiny import CONFIG, untrained
 
-from setpred import InputError, weights
-from setpred.checkpoint import KEY, load_checkpoint
-from setpred.data.rendered import render_file
+from setpred import InputError
+from setpred.checkpoint import weights
+from setpred.checkpoint.load import KEY, load_checkpoint
+from setpred.checkpoint.release import export
+from setpred.data.scenes import render_file
 from setpred.decoders.starts import GaussianStart, LearnedStart, RandomStart
-from setpred.release import export
 
 FEW, MANY = 45, 500  # of each kind
 MEMORY = re.compile(r"(cannot|can.t|not enough|unable to|bad.)\W*alloc|out of memory|MemoryError", re.IGNORECASE)

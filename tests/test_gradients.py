@@ -10,10 +10,10 @@ from problems import Quadratic, finite_difference
 from tiny import run
 from torch import nn
 
-from setpred import check as command
 from setpred.aggregators import FSPool, SetEncoder
-from setpred.check import check, in_words, training_iterations
-from setpred.checkpoint import KEY, save_whole
+from setpred.checkpoint.load import KEY, save_whole, training_iterations
+from setpred.commands import gradients as command
+from setpred.commands.gradients import check, in_words
 from setpred.decoders import IDSPN
 from setpred.errors import InputError
 from setpred.inner import (
@@ -27,12 +27,22 @@ from setpred.inner import (
     Problem,
     Simplex,
     Unrolled,
-    comparison,
     minimise,
 )
-from setpred.inner.comparison import EXACT, OWN, UNROLLED, compare_gradients, differentiations
+from setpred.inner import diagnostics as comparison
 from setpred.inner.descent import State
-from setpred.inner.diagnostics import Agreement, Recorded, hessian, residual_norms, spectrum
+from setpred.inner.diagnostics import (
+    EXACT,
+    OWN,
+    UNROLLED,
+    Agreement,
+    Recorded,
+    compare_gradients,
+    differentiations,
+    hessian,
+    residual_norms,
+    spectrum,
+)
 from setpred.losses import DistributionalSlicedWasserstein
 from setpred.schema import CLEVR
 

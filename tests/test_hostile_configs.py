@@ -8,13 +8,14 @@ import pytest
 import yaml
 from tiny import CONFIG, untrained
 
-from setpred import configuration, plain_yaml
-from setpred.checkpoint import load_checkpoint
-from setpred.cli import build, main
-from setpred.compare.runs import digest
-from setpred.configuration import allowed_paths, guarded
+from setpred.checkpoint import untrusted
+from setpred.checkpoint.load import load_checkpoint
+from setpred.checkpoint.release import portable
+from setpred.commands import config as configuration
+from setpred.commands.compare.runs import digest
+from setpred.commands.config import allowed_paths, guarded
+from setpred.commands.train import build, main
 from setpred.errors import InputError
-from setpred.release import portable
 
 # Whoever imports it, or calls anything of it, leaves the file that the environment names.
 PAYLOAD = """
@@ -243,7 +244,7 @@ TEXTS = {
     "merged into itself": ("model: &a {<<: *a}\n", UNREADABLE),
     "deep": ("model: " + "[" * 5000 + "]" * 5000, UNREADABLE),
     "deeper": ("model: " + "{a: " * 100_000 + "}" * 100_000, UNREADABLE),
-    "long": ("name: x\n# " + "y" * plain_yaml.LARGEST, "at most 1,000,000 characters"),
+    "long": ("name: x\n# " + "y" * untrusted.LARGEST_YAML, "at most 1,000,000 characters"),
     "many": ("name: [" + "1, " * 50_000 + "]", "at most 2,000 values"),
     "a long number": ("name: 1" + ":59" * 20_000, "at most 4,096 characters"),
     "a number of many digits": ("name: [" + "9" * 4_400 + "]", "at most 4,096 characters"),
@@ -281,15 +282,15 @@ def test_whatever_pyyaml_says_is_a_sentence_of_ours(function, error, tmp_path, m
 
     monkeypatch.setattr(yaml, function, fails)
     with pytest.raises(InputError, match=rf"hostile\.yaml: {UNREADABLE} that can be read, got: .*a") as refused:
-        plain_yaml.read(path)
+        untrusted.read_yaml(path)
     assert "\n" not in str(refused.value)
 
 
 def test_as_many_levels_as_are_allowed_are_read():
-    levels = plain_yaml.DEEPEST
-    assert plain_yaml.load("[" * levels + "]" * levels)
+    levels = untrusted.DEEPEST_YAML
+    assert untrusted.load_yaml("[" * levels + "]" * levels)
     with pytest.raises(yaml.YAMLError, match=f"at most {levels} lists and mappings within each other"):
-        plain_yaml.load("[" * (levels + 1) + "]" * (levels + 1))
+        untrusted.load_yaml("[" * (levels + 1) + "]" * (levels + 1))
 
 
 @pytest.mark.parametrize(
@@ -370,8 +371,8 @@ def test_the_environment_is_not_read(tmp_path, monkeypatch, canary):
 
 def test_the_list_is_of_what_takes_plain_data():
     found = allowed_paths()
-    assert {"setpred.encoders.ResNet", "setpred.data.worlds.QM9", "torch.nn.Linear"} <= found
-    assert {"lightning.pytorch.callbacks.EarlyStopping", "setpred.callbacks.FASet"} <= found
+    assert {"setpred.encoders.ResNet", "setpred.data.toy.QM9", "torch.nn.Linear"} <= found
+    assert {"lightning.pytorch.callbacks.EarlyStopping", "setpred.training.FASet"} <= found
     packages = {path.split(".")[0] for path in found}
     assert packages == {"setpred", "torch", "lightning"}
     assert not [path for path in found if "Lambda" in path or path.split(".")[-1] in ("Module", "load", "Callback")]

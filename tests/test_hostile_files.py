@@ -27,18 +27,20 @@ import torch
 from PIL import Image
 from torch import nn
 
-from setpred import CLEVR, InputError, torch_files, weights
-from setpred import checkpoint as checkpoints
-from setpred.checkpoint import KEY, VERSION, build, load_checkpoint, read_checkpoint
-from setpred.data import cache
-from setpred.data.cache import Header, Record, open_set_file, read_header, verify
-from setpred.data.clevr import ClevrFolder, load_image
+from setpred import CLEVR, InputError
+from setpred.checkpoint import load as checkpoints
+from setpred.checkpoint import untrusted as torch_files
+from setpred.checkpoint import weights
+from setpred.checkpoint.load import KEY, VERSION, build, load_checkpoint, read_checkpoint
+from setpred.checkpoint.weights import pack
+from setpred.data import hdf5 as cache
+from setpred.data.clevr import ClevrFolder
 from setpred.data.dataset import SetFile
-from setpred.data.pictures import decoded, find_images
-from setpred.data.writer import write_set_file
+from setpred.data.hdf5 import Header, Record, open_set_file, read_header, verify
+from setpred.data.hdf5_writer import write_set_file
+from setpred.data.images import decoded, find_images, load_image
 from setpred.model import SetPredictor
 from setpred.schema import continuous
-from setpred.weights import pack
 
 MODEST = 200e6  # bytes that a refusal may take
 MODEL = {
@@ -360,7 +362,7 @@ RECORDS = [
     ((*MODEL_AT, *DESCENT, "iterations"), {"a": {"b": EVIL}}, "'os.system', which is not on the list"),
     ((*MODEL_AT, "encoder", "class_path"), ["os.system"], "which is not on the list"),
     ((*MODEL_AT, "encoder", "class_path"), "setpred.encoders." + "x" * 10**6, "which is not on the list"),
-    ((*MODEL_AT, "encoder", "class_path"), "setpred.checkpoint.save_whole", "which is not on the list"),
+    ((*MODEL_AT, "encoder", "class_path"), "setpred.checkpoint.load.save_whole", "which is not on the list"),
     # arguments
     ((*MODEL_AT, *ENCODING, "aggregator"), "FSPool", "cannot be built: aggregator: expected"),
     ((*MODEL_AT, "decoder", "init_args", "descent"), 3, "cannot be built: descent: expected"),

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, ExifTags, Image
 
-from setpred.data.clevr import load_image
-from setpred.data.image_files import FORMATS, MOST_PIXELS, SUFFIXES, TURNS, open_image
+from setpred.data.images import FORMATS, MOST_PIXELS, SUFFIXES, TURNS, load_image, open_image
 from setpred.errors import InputError
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(canary) (w) file closefile\nshowpage\n"

@@ -13,12 +13,12 @@ import torch
 from forked import Trainings
 from tiny import CONFIG
 
-from setpred.checkpoint import TRAINED, load_checkpoint, read_checkpoint
-from setpred.cli import build
+from setpred.checkpoint.load import TRAINED, load_checkpoint, read_checkpoint
+from setpred.checkpoint.release import export
+from setpred.commands.train import build
 from setpred.errors import InputError
 from setpred.nn import batch_norms, estimating_statistics
-from setpred.release import export
-from setpred.run_folder import alone
+from setpred.training.run_folder import alone
 
 STREAMED = CONFIG.replace("datamodule.RenderedScenes", "streamed.StreamedScenes").replace(
     "train_images: 40", "scenes_per_epoch: 44"
@@ -228,7 +228,7 @@ def test_a_signal_saves_first_whenever_there_are_validations(when, tmp_path, tin
 
 def test_a_run_with_averaged_weights_goes_on_exactly(tmp_path, tiny_data, start):
     """Killed after a step, and stopped within an epoch and within a validation, which has the averages in place."""
-    averaging = '--trainer.callbacks=[{"class_path": "setpred.callbacks.EMA", "init_args": {"decay": 0.8}}]'
+    averaging = '--trainer.callbacks=[{"class_path": "setpred.training.EMA", "init_args": {"decay": 0.8}}]'
     runs = Runs(tmp_path, tiny_data, start, "file", averaging)
     run = runs.fresh()
     for call, number, sent in [
@@ -281,7 +281,7 @@ def test_a_signal_to_the_whole_group_saves_first(streams):
 
 def test_two_trainings_do_not_share_a_folder(tmp_path, monkeypatch):
     """The second one would move the first one's folder away under it."""
-    monkeypatch.setattr("setpred.run_folder.PATIENCE", 0.2)
+    monkeypatch.setattr("setpred.training.run_folder.PATIENCE", 0.2)
     with alone(tmp_path / "run"):
         with (
             pytest.raises(InputError, match=r"another training writes into .*run; wait for its end"),

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from tiny import CONFIG
 
-from setpred.data.cache import FORMAT, VERSION, Header, plain_json
-from setpred.data.rendered import render_records
+from setpred.data.hdf5 import FORMAT, VERSION, Header, plain_json
+from setpred.data.scenes import render_records
 from setpred.schema import CLEVR
 
 ROOT = Path(__file__).resolve().parents[1]

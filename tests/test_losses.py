@@ -13,9 +13,9 @@ from scipy.special import ive
 from tiny import CONFIG
 from torchvision.ops import box_convert, generalized_box_iou
 
-from setpred.checkpoint import allowed_classes
-from setpred.checkpoint import build as build_part
-from setpred.cli import build
+from setpred.checkpoint.load import allowed_classes
+from setpred.checkpoint.load import build as build_part
+from setpred.commands.train import build
 from setpred.errors import InputError
 from setpred.losses import (
     ChamferLoss,
@@ -27,8 +27,7 @@ from setpred.losses import (
     SlicedWasserstein,
     generalised_iou,
 )
-from setpred.losses.distributional import reflected
-from setpred.losses.sliced import transport_along
+from setpred.losses.sliced import reflected, transport_along
 from setpred.matching import hungarian, pairwise_smooth_l1, pairwise_squared, sinkhorn
 from setpred.schema import ElementSchema, categorical, continuous
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from problems import finite_difference
 
+from setpred.errors import NotFiniteError
 from setpred.losses import ChamferLoss, HungarianLoss
-from setpred.matching import NotFiniteError, hungarian, pairwise_smooth_l1
+from setpred.matching import hungarian, pairwise_smooth_l1
 
 GENERATOR = torch.Generator()
 

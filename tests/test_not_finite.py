@@ -21,22 +21,24 @@ from tiny import CONFIG as TINY
 from torch import nn
 from torch.utils.data import DataLoader
 
-from setpred import evaluation, guard, predict, training
-from setpred.allowed import allowed_classes
-from setpred.callbacks import MetricsFile, TrainLoss
-from setpred.checkpoint import build, read_checkpoint
-from setpred.cli import build as command_line
+from setpred import evaluation
+from setpred.checkpoint.allowlist import allowed_classes
+from setpred.checkpoint.load import build, read_checkpoint
+from setpred.commands import predict
+from setpred.commands.replay import main as replay
+from setpred.commands.train import build as command_line
 from setpred.decoders.starts import RandomStart
-from setpred.diagnosis import Step, diagnose
-from setpred.errors import InputError
+from setpred.errors import InputError, NotFiniteError
 from setpred.inner import GradientDescent
 from setpred.inner.diagnostics import residual_growth
 from setpred.losses import HungarianLoss
-from setpred.matching import NotFiniteError
-from setpred.replay import main as replay
+from setpred.model import Step
+from setpred.nonfinite import policy as guard
+from setpred.nonfinite.locate import diagnose
 from setpred.schema import CLEVR
-from setpred.training import SetPrediction
-from setpred.watch import NotFiniteCounts, ResidualGrowth
+from setpred.training import task as training
+from setpred.training.callbacks import MetricsFile, NotFiniteCounts, ResidualGrowth, TrainLoss
+from setpred.training.task import SetPrediction
 
 BATCH, STEPS = 8, 3  # of an epoch
 BROKEN, SAMPLE = 4, 2  # the step and the sample of its batch that break
@@ -666,7 +668,7 @@ def test_a_full_disk_does_not_end_a_training_that_goes_on(tmp_path, monkeypatch,
     def full(content, path):
         raise InputError(f"cannot write {path}: the disk is full")
 
-    monkeypatch.setattr("setpred.repro.save_whole", full)
+    monkeypatch.setattr("setpred.nonfinite.repro.save_whole", full)
     _, _, error = run(tmp_path, At(broken_image), policy="skip")
     assert error is None
     assert "could not be saved: cannot write" in capsys.readouterr().out
@@ -775,7 +777,7 @@ def breaks_at_1(monkeypatch):
         return found
 
     monkeypatch.setattr("setpred.evaluation.predict_in_passes", broken)
-    monkeypatch.setattr("setpred.predict.predict_in_passes", broken)
+    monkeypatch.setattr("setpred.commands.predict.predict_in_passes", broken)
 
 
 @pytest.mark.usefixtures("breaks_at_1")

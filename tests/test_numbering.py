@@ -12,8 +12,8 @@ from problems import finite_difference
 from torch import nn
 
 from setpred.aggregators import FSPool, SetEncoder, SumPool
-from setpred.cli import build as from_file
-from setpred.data.worlds import Numbering
+from setpred.commands.train import build as from_file
+from setpred.data.toy import Numbering
 from setpred.decoders import (
     IDSPN,
     DeepSets,
@@ -23,10 +23,9 @@ from setpred.decoders import (
     RandomPositions,
     SequencePositions,
 )
-from setpred.errors import InputError
+from setpred.errors import InputError, NotFiniteError
 from setpred.inner import Conditioned, GradientDescent, Implicit, LatentMatching, Simplex, Unrolled
 from setpred.losses import NumberingLoss
-from setpred.matching import NotFiniteError
 from setpred.metrics import NumberingAccuracy, right_numbers
 
 SIZE, CLASSES = 6, 3

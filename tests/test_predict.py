@@ -11,13 +11,12 @@ import torch
 from PIL import Image
 from tiny import untrained
 
-from setpred import predict as command
-from setpred.checkpoint import load_checkpoint
-from setpred.data import pictures
-from setpred.data.clevr import load_image
-from setpred.data.pictures import decoded, find_images
+from setpred.checkpoint.load import load_checkpoint
+from setpred.commands import predict as command
+from setpred.commands.predict import main, predict, run
+from setpred.data import images as pictures
+from setpred.data.images import decoded, find_images, load_image
 from setpred.errors import InputError
-from setpred.predict import main, predict, run
 from setpred.schema import CLEVR
 
 EVERYTHING = "--threshold=0"  # an untrained model is sure of nothing
@@ -250,7 +249,7 @@ def test_errors_are_one_sentence_and_status_2(checkpoint, folder, tmp_path, monk
     assert main() == 2
     assert capsys.readouterr().err.startswith("error: no image or folder of images at")
     monkeypatch.setattr(sys, "argv", ["predict", str(checkpoint), str(folder), "--out", str(tmp_path / "p")])
-    monkeypatch.setattr(command, "run", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(command, "run", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
     assert main() == 130
     assert "nothing was written" not in capsys.readouterr().err  # it may have drawn already
     assert not (tmp_path / "p").exists()

@@ -22,10 +22,10 @@ import yaml
 from tiny import CONFIG as CONFIG_TINY
 from torch import Tensor, nn
 
-from setpred import processes
-from setpred.cli import build, train
+from setpred.commands.train import build, train
 from setpred.errors import InputError
 from setpred.metrics import AveragePrecision
+from setpred.training import distributed as processes
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 300  # seconds that a training may take before it counts as hanging

@@ -10,17 +10,17 @@ import torch
 from tiny import untrained
 from torch import nn
 
-from setpred import program as programs
 from setpred.aggregators import FSPool, SetEncoder
-from setpred.checkpoint import Checkpoint, load_checkpoint
-from setpred.data.rendered import render_records
+from setpred.checkpoint import torch_export as programs
+from setpred.checkpoint.load import Checkpoint, load_checkpoint
+from setpred.checkpoint.torch_export import SCHEMA_FILE, _difference, export_program, unit
+from setpred.commands.release import main
+from setpred.data.scenes import render_records
 from setpred.decoders import IDSPN, MESH, GaussianStart, GreedyVotes, SinkhornAttention, SlotAttention, SlotMixture
 from setpred.encoders import PositionedTokens, ResidualTrunk, SmallCNN, SmallTrunk, Votes
 from setpred.errors import InputError
 from setpred.inner import GradientDescent, LatentMatching, VotingEnergy
 from setpred.model import SetPredictor
-from setpred.program import SCHEMA_FILE, _difference, export_program, unit
-from setpred.release import main
 from setpred.schema import CLEVR, ElementSchema
 
 

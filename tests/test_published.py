@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from setpred.decoders import MESH
-from setpred.decoders.mesh import entropy
+from setpred.decoders.sinkhorn_mesh import entropy
 from setpred.inner import Problem, Proximity
 from setpred.matching import hungarian, sinkhorn
 

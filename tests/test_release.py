@@ -10,15 +10,16 @@ from safetensors.torch import load_file, save_file
 from tiny import untrained
 from torch import nn
 
-from setpred import cli
-from setpred import release as release_command
-from setpred.check import check
-from setpred.checkpoint import KEY, load_checkpoint, read_checkpoint, save_whole
-from setpred.data.rendered import render_file
+from setpred.checkpoint.load import KEY, load_checkpoint, read_checkpoint, save_whole
+from setpred.checkpoint.release import export, portable
+from setpred.checkpoint.weights import DIGEST, LARGEST_ERROR, RECORD, halved, pack, unpack
+from setpred.commands import release as release_command
+from setpred.commands import train as cli
+from setpred.commands.evaluate import evaluate
+from setpred.commands.gradients import check
+from setpred.commands.release import main
+from setpred.data.scenes import render_file
 from setpred.errors import InputError
-from setpred.evaluation import evaluate
-from setpred.release import export, main, portable
-from setpred.weights import DIGEST, LARGEST_ERROR, RECORD, halved, pack, unpack
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +215,7 @@ def test_offsets_outside_the_file_are_refused(release, tmp_path):
 
 @pytest.mark.parametrize("record", ["{", "[" * 100_000, "[1]", "3"])
 def test_a_record_that_is_no_json_object_is_refused(tmp_path, record):
-    from setpred import weights
+    from setpred.checkpoint import weights
 
     tensors = {"a": torch.zeros(2)}
     path = tmp_path / "a.safetensors"

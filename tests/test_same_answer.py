@@ -1,7 +1,7 @@
 """The same answer: a prediction is that of the image and the model, however it is batched, read, ordered or threaded.
 
 All of it holds bit by bit for the released models, whose descents tell: they turn a rounding of 1e-7 into another set
-for a few images in a hundred. It holds since every pass has one shape; see `setpred.passes`.
+for a few images in a hundred. It holds since every pass has one shape; see `setpred.evaluation`.
 """
 
 import csv
@@ -17,10 +17,13 @@ from tiny import CONFIG, run
 from torch.utils.data import Subset
 
 from setpred.aggregators import FSPool, SetEncoder
-from setpred.checkpoint import load_checkpoint
+from setpred.checkpoint.load import load_checkpoint
+from setpred.commands.evaluate import evaluate
+from setpred.commands.predict import predict as predict_files
+from setpred.commands.predict import run as predict_command
 from setpred.data.dataset import SetFile
-from setpred.data.pictures import find_images
-from setpred.data.rendered import render_file
+from setpred.data.images import find_images
+from setpred.data.scenes import render_file
 from setpred.decoders import (
     IDSPN,
     MESH,
@@ -32,13 +35,10 @@ from setpred.decoders import (
     TransformerDecoder,
 )
 from setpred.encoders import PositionedTokens, SmallCNN, SmallTrunk
-from setpred.evaluation import PROTOCOLS, evaluate, predict, report
+from setpred.evaluation import PASS, PROTOCOLS, predict, predict_in_passes, report, whole_pass
 from setpred.inner import GradientDescent, LatentMatching
 from setpred.metrics import AveragePrecision
 from setpred.model import SetPredictor
-from setpred.passes import PASS, predict_in_passes, whole_pass
-from setpred.predict import predict as predict_files
-from setpred.predict import run as predict_command
 from setpred.schema import CLEVR
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -325,7 +325,7 @@ def test_a_gpu_says_what_the_cpu_says(model, scenes, expected, monkeypatch):
     _, scores = compare(predict(model, scenes, device="cuda"), expected)
     with monkeypatch.context() as full:
         full.setattr(torch.backends.cudnn, "allow_tf32", False)
-        full.setattr("setpred.passes.encoder_autocast", lambda device: torch.autocast(device.type, enabled=False))
+        full.setattr("setpred.evaluation.encoder_autocast", lambda device: torch.autocast(device.type, enabled=False))
         difference, exact = compare(predict(model, scenes, device="cuda"), expected)
     model.cpu()
     assert difference.median() < 1e-4

@@ -11,7 +11,7 @@ from setpred import matching
 from setpred.losses import HungarianLoss
 from setpred.matching import hungarian, pairwise_smooth_l1, pairwise_squared
 from setpred.metrics import AveragePrecision, average_precision, average_precision_per_image
-from setpred.metrics.precision import PAIRS_AT_ONCE
+from setpred.metrics.average_precision import PAIRS_AT_ONCE
 from setpred.schema import CLEVR
 
 PROTOCOLS = [

@@ -17,16 +17,17 @@ import torch
 import yaml
 from tiny import CONFIG, run
 
-from setpred import files, release
-from setpred.checkpoint import load_checkpoint, read_checkpoint
-from setpred.cli import build, train
+from setpred import files
+from setpred.checkpoint.load import load_checkpoint, read_checkpoint
+from setpred.commands import release
+from setpred.commands.evaluate import evaluate
+from setpred.commands.train import build, train
 from setpred.data.dataset import open_data
 from setpred.errors import InputError
-from setpred.evaluation import evaluate
 from setpred.losses import HungarianLoss
 from setpred.model import unit_images
 from setpred.nn import batch_norms
-from setpred.schedules import Constant, StepDecay, WarmupCosine
+from setpred.training.schedules import Constant, StepDecay, WarmupCosine
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -355,7 +356,7 @@ def test_seeds_decide(finished, tmp_path, tiny_data):
 
 
 def test_an_interrupted_run_says_so(tmp_path, tiny_data, monkeypatch):
-    from setpred.training import SetPrediction
+    from setpred.training.task import SetPrediction
 
     step = SetPrediction.training_step
 
@@ -376,7 +377,7 @@ def test_a_termination_signal_ends_in_a_failure_that_can_be_gone_on_from(tmp_pat
     config.write_text(CONFIG)
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(config), "--runs", str(tmp_path)]
     command += [f"--data.init_args.folder={tiny_data}", "--trainer.max_epochs=100000"]
-    command += ["--model.schedule=setpred.schedules.Constant"]
+    command += ["--model.schedule=setpred.training.Constant"]
     with subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as running:
@@ -397,7 +398,7 @@ def test_trainer_options_for_clipping_work(tmp_path, tiny_data, finished):
 
 
 def test_gradients_that_are_not_finite_stop_before_the_weights_take_them(tmp_path, tiny_data, monkeypatch):
-    from setpred.training import SetPrediction
+    from setpred.training.task import SetPrediction
 
     def poison(self):
         if self.global_step == 6:
@@ -528,7 +529,7 @@ def test_nan_stops_with_step_samples_and_a_repro_file(where, tmp_path, tiny_data
 
         monkeypatch.setattr(SetPredictor, "forward", poisoned)
         loss = HungarianLoss()
-    monkeypatch.setattr("setpred.training.HungarianLoss", lambda: loss)
+    monkeypatch.setattr("setpred.training.task.HungarianLoss", lambda: loss)
     with pytest.raises(InputError, match=rf"step 6 \(epoch 1\): the {where} is not finite in samples 1 ") as e:
         run(tmp_path, data=tiny_data)
     repro = tmp_path / "tiny" / "repro-step-6.pt"

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from problems import finite_difference
 
-from setpred.data.worlds.digits import (
+from setpred.data.toy.digits import (
     CLASSES,
     DigitCounting,
     DigitPoints,
@@ -19,12 +19,11 @@ from setpred.data.worlds.digits import (
     in_turn,
     pixel_points,
 )
-from setpred.data.worlds.median import Median
-from setpred.data.worlds.omniglot import OmniglotCounting, read_characters
-from setpred.data.worlds.qm9 import PROPERTIES, QM9, read_molecule
-from setpred.errors import InputError
+from setpred.data.toy.median import Median
+from setpred.data.toy.omniglot import OmniglotCounting, read_characters
+from setpred.data.toy.qm9 import PROPERTIES, QM9, read_molecule
+from setpred.errors import InputError, NotFiniteError
 from setpred.losses import CrossEntropy
-from setpred.matching import NotFiniteError
 from setpred.metrics import AbsoluteError, Accuracy, SetDistances
 
 SMALL = {"train_sets": 40, "val_sets": 12, "batch_size": 4}

@@ -5,18 +5,18 @@ import pytest
 import torch
 from torchmetrics import Metric
 
-from setpred import checkpoint
 from setpred.aggregators import FSPool, SetEncoder, SumPool
-from setpred.cli import train
-from setpred.data.worlds import Multisets
+from setpred.checkpoint import load as checkpoint
+from setpred.commands.evaluate import evaluate
+from setpred.commands.train import train
+from setpred.data.toy import Multisets
 from setpred.decoders import IDSPN, MLPDecoder, SlotAttention
 from setpred.encoders import Elements, SmallCNN
 from setpred.errors import InputError
-from setpred.evaluation import evaluate
 from setpred.inner import Conditioned, GradientDescent, LatentMatching, Sum
 from setpred.losses import HungarianLoss
 from setpred.model import SetPredictor
-from setpred.training import SetPrediction
+from setpred.training.task import SetPrediction
 
 CONFIG = """
 model:
@@ -31,7 +31,7 @@ model:
     class_path: setpred.decoders.MLPDecoder
     init_args: {set_size: 3, set_dim: 2, latent_dim: 8, hidden_dim: 16}
 data:
-  class_path: setpred.data.worlds.Multisets
+  class_path: setpred.data.toy.Multisets
   init_args: {train_sets: 24, val_sets: 10, set_size: 3, set_dim: 2, batch_size: 8, eval_batch_size: 4}
 trainer: {max_epochs: 2, accelerator: cpu, precision: 32-true, logger: false}
 """

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from setpred.checkpoint import KEY, save_whole
-from setpred.cli import build, train
+from setpred.checkpoint.load import KEY, save_whole
+from setpred.commands.train import build, train
 
 CONFIG = """
 model:
@@ -27,7 +27,7 @@ model:
       descent:
         class_path: setpred.inner.GradientDescent
         init_args: {iterations: 3, momentum: 0.9}
-  schedule: {class_path: setpred.schedules.WarmupCosine, init_args: {warmup_steps: 2, total_steps: 40}}
+  schedule: {class_path: setpred.training.WarmupCosine, init_args: {warmup_steps: 2, total_steps: 40}}
 data:
   class_path: setpred.data.datamodule.RenderedScenes
   init_args:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from setpred.aggregators.attention import masked_softmax
 from setpred.aggregators.base import Aggregator
-from setpred.aggregators.basic import masked_fill
+from setpred.aggregators.pma import masked_softmax
+from setpred.aggregators.sum_mean_max import masked_fill
 
 
 class AttSets(Aggregator):
@@ -15,7 +15,7 @@ class AttSets(Aggregator):
 
     Each feature is a weighted mean of its own; with W = 0 all of them are the plain mean. The weights of a set of one
     element are 1 whatever W is, so such sets teach the rest of a model and never the attention: that is the first
-    stage of the paper's training, FASet. The callback `setpred.callbacks.FASet` runs it by setting `single`; it is for
+    stage of the paper's training, FASet. The callback `setpred.training.FASet` runs it by setting `single`; it is for
     models that encode input sets, since inside an objective each step of the descent would draw other elements.
 
     Differentiable any number of times. Equal elements get equal gradients.

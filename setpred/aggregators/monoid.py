@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from setpred.aggregators.base import Aggregator
-from setpred.aggregators.basic import masked_fill, zeros_where_empty
+from setpred.aggregators.sum_mean_max import masked_fill, zeros_where_empty
 
 
 class LearnableMonoid(Aggregator):

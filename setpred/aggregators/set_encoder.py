@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from setpred.aggregators.base import Aggregator
-from setpred.aggregators.basic import masked_fill
+from setpred.aggregators.sum_mean_max import masked_fill
 from setpred.errors import InputError
 from setpred.nn import MLP
 from setpred.schema import CLEVR

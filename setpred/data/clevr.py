@@ -1,28 +1,28 @@
-"""Reading the CLEVR_v1.0 layout: `ROOT/images/SPLIT/*.png` and `ROOT/scenes/CLEVR_SPLIT_scenes.json`.
-
-Also what clevr-dataset-gen leaves by default: `ROOT/images/*.png` and `ROOT/CLEVR_scenes.json`, of the split "new".
-"""
+"""Read the CLEVR data set, and prepare it as one HDF5 file."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import __version__ as pillow_version
 
-from setpred.data.image_files import BROKEN, FORMATS, open_image, upright
-from setpred.errors import InputError
-from setpred.limits import LARGEST_NUMBER, once, require_regular, shown
+from setpred.data.hdf5 import Header, Record
+from setpred.data.hdf5_writer import write_set_file
+from setpred.data.images import PIXEL_SIZE, load_image, pixel_size
+from setpred.data.workers import ordered_map
+from setpred.errors import InputError, shown
+from setpred.files import LARGEST_NUMBER, once, require_regular
 from setpred.rendering.camera import fit_camera
 from setpred.schema import CLEVR, ElementSchema
 
-PIXEL_SIZE = (480, 320)  # of CLEVR v1.0's images
 MOST_BYTES = 2**29  # of a file of scenes; the largest of CLEVR v1.0, for 70,000 images, has some hundred million
 MOST_RECORDS = 10_000  # between one scene and the next, its objects among them: they are in memory all at once
 
@@ -73,7 +73,7 @@ class ClevrFolder:
             "scenes_sha256": sha256(content).hexdigest(),
         }
         self._check_images()
-        self.pixel_size = _size_of(self.path(0))
+        self.pixel_size = pixel_size(self.path(0))
 
     def __len__(self) -> int:
         return len(self.file_names)
@@ -170,45 +170,6 @@ class ClevrFolder:
             )
 
 
-def load_image(path: Path, image_size: int, *, advice: str = "unpack CLEVR again") -> np.ndarray:
-    """A whole image as uint8 `[image_size, image_size, 3]`: RGB, upright by EXIF, resized bilinearly without a crop.
-
-    Args:
-        advice: what to do about an image that cannot be read, for the message.
-
-    Source: the published iDSPN recipe (Zhang et al., ICLR 2022, code) resizes so.
-
-    Raises:
-        InputError: the file is missing, not an image or cut short; pixels of more than 8 bits, or too many of them.
-    """
-    try:
-        with open_image(path) as image:
-            if image.mode.startswith(("I", "F")):  # Pillow would cut what is above 255 off
-                raise InputError(
-                    f"the image {path} is grey with more than 8 bits a pixel (mode {image.mode}), expected 8 bits; "
-                    "convert it to 8 bits first"
-                )
-            resized = upright(image).convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR)
-    except InputError:  # a ValueError, too
-        raise
-    except FileNotFoundError as error:
-        raise InputError(f"the image {path} is missing; {advice}") from error
-    except UnidentifiedImageError as error:
-        raise InputError(f"{path} is not an image of a format read here ({', '.join(FORMATS)}); {advice}") from error
-    except BROKEN as error:
-        raise InputError(f"the image {path} is cut short or damaged ({error}); {advice}") from error
-    return np.asarray(resized)
-
-
-def _size_of(path: Path) -> tuple[int, int]:
-    """Width and height; CLEVR's own where the image cannot be read, which is said when it is needed."""
-    try:
-        with open_image(path) as image:
-            return upright(image).size
-    except BROKEN:
-        return PIXEL_SIZE
-
-
 def locate_camera(centres: np.ndarray, pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Location `[3]` of the camera that saw `centres` at `pixels`, NaN if undetermined.
 
@@ -262,3 +223,57 @@ def _three_numbers(name: str, values: Any) -> list[float]:
     if not isinstance(values, list) or len(values) != 3 or not all(type(value) in (int, float) for value in values):
         raise InputError(f"{name}: expected 3 numbers, got {shown(values)}")
     return values
+
+
+class _Task(NamedTuple):
+    path: Path
+    elements: np.ndarray
+    centres: np.ndarray
+    pixels: np.ndarray
+    index: int
+
+
+def prepare_file(
+    path: str | os.PathLike[str],
+    root: str | os.PathLike[str],
+    *,
+    split: str,
+    image_size: int,
+    images: int | None = None,
+    schema: ElementSchema = CLEVR,
+    workers: int = 0,
+    force: bool = False,
+) -> str:
+    """Decodes and resizes a split of a CLEVR_v1.0 folder into a file of `setpred.data.hdf5`'s format.
+
+    Args:
+        images: only so many, the first ones.
+        workers: processes to decode in; 0 decodes in this one.
+
+    Returns:
+        The SHA-256 of the content.
+    """
+    if image_size < 8:
+        raise InputError(f"expected images of at least 8x8 pixels, got {image_size}x{image_size}")
+    folder = ClevrFolder(root, split, schema=schema, images=images)
+
+    def records(start: int) -> Iterator[Record]:
+        arrays = folder.elements, folder.centres, folder.pixels, folder.index
+        tasks = (_Task(folder.path(i), *(array[i] for array in arrays)) for i in range(start, len(folder)))
+        one = partial(_prepare, image_size=image_size, pixel_size=folder.pixel_size)
+        return ordered_map(one, tasks, workers=workers)
+
+    return write_set_file(
+        path,
+        Header(len(folder), image_size, schema, folder.source),
+        records,
+        producer=f"pillow {pillow_version}",
+        description=f"preparing {image_size}x{image_size}",
+        force=force,
+    )
+
+
+def _prepare(task: _Task, *, image_size: int, pixel_size: tuple[int, int]) -> Record:
+    image = load_image(task.path, image_size)
+    camera = locate_camera(task.centres, task.pixels, pixel_size)
+    return Record(image, task.elements, camera, int(task.index))

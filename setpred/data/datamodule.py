@@ -17,10 +17,10 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 import setpred
-from setpred.data.cache import Header
 from setpred.data.dataset import ClevrImages, SetFile, as_batch, fitting_workers, open_data
-from setpred.data.order import EpochPermutation, training_loader, validation_loader
-from setpred.data.rendered import render_records, rendered_header
+from setpred.data.hdf5 import Header
+from setpred.data.loading import EpochPermutation, training_loader, validation_loader
+from setpred.data.scenes import render_records, rendered_header
 from setpred.data.workers import leave_signals_to_parent
 from setpred.errors import InputError
 from setpred.files import locked, make_folder, writing
@@ -145,7 +145,7 @@ class SetDataModule(LightningDataModule):
         if self.in_memory == "device" and not isinstance(data, SetFile):
             raise InputError(
                 f'in_memory "device" is for prepared files, and {path} is a folder; make a file of it with '
-                "python -m setpred.data prepare, or leave in_memory out"
+                "python -m setpred data prepare, or leave in_memory out"
             )
         return data
 
@@ -168,7 +168,7 @@ class SetDataModule(LightningDataModule):
 
 @dataclass(frozen=True)
 class RenderedFile:
-    """A file of built-in scenes that is rendered when it is not there yet; see `setpred.data.rendered.render_file`.
+    """A file of built-in scenes that is rendered when it is not there yet; see `setpred.data.scenes.render_file`.
 
     Args:
         folder: where it lies.

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from setpred.data.cache import BLOCK, open_set_file, read_header, read_images, read_sets
 from setpred.data.clevr import ClevrFolder
+from setpred.data.hdf5 import BLOCK, open_set_file, read_header, read_images, read_sets
 from setpred.errors import InputError
 from setpred.schema import CLEVR, PRESENCE, ElementSchema
 from setpred.sets import presence_mask
@@ -125,12 +125,12 @@ def fitting_workers(workers: int, data: Dataset, batch_size: int) -> int:
 
 
 class SetFile(SetImages):
-    """A file made by `python -m setpred.data`.
+    """A file made by `python -m setpred data`.
 
     The sets are read at once, the images when asked for. The file is opened in each process that reads it and never
     shared: a forked process closes what it has inherited first, and handles are not pickled. Threads may share it.
 
-    The layout and every set are checked on opening; the checksum, which needs all images, by `python -m setpred.data
+    The layout and every set are checked on opening; the checksum, which needs all images, by `python -m setpred data
     verify` alone. So pixels that a disk has changed, or numbers that still are those of a set, are noticed there.
 
     Args:

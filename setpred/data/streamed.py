@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from setpred.data.datamodule import VALIDATION_SEED, InMemory, RenderedFile, SetDataModule
-from setpred.data.order import EpochRange, training_loader
+from setpred.data.loading import EpochRange, training_loader
 from setpred.errors import InputError
 from setpred.rendering.renderer import render
 from setpred.rendering.sampling import CONDITIONS, SceneRules, sample_scenes

@@ -1,10 +1,8 @@
 """Image to latent vector, or to tokens; and the trunks they are made of."""
 
+from setpred.encoders.cnn import ResidualTrunk, SlotTrunk, SmallCNN, SmallTrunk
 from setpred.encoders.elements import Elements
-from setpred.encoders.residual_trunk import ResidualTrunk
 from setpred.encoders.resnet import ResNet, ResNetTrunk
-from setpred.encoders.slot_trunk import SlotTrunk
-from setpred.encoders.small_cnn import SmallCNN, SmallTrunk
 from setpred.encoders.tokens import PositionedTokens, Tokens, position_grid
 from setpred.encoders.votes import Votes
 

@@ -1,16 +1,14 @@
 """Set losses, per example: `[batch, n, dim]` predicted and `[batch, m, dim]` target sets to `[batch]`."""
 
 from setpred.losses.base import SetLoss
-from setpred.losses.boxes import generalised_iou
 from setpred.losses.chamfer import ChamferLoss
 from setpred.losses.cross_entropy import CrossEntropy
-from setpred.losses.detr import DETRCriterion
-from setpred.losses.distributional import DistributionalSlicedWasserstein
+from setpred.losses.detr import DETRCriterion, generalised_iou
 from setpred.losses.hungarian import HungarianLoss
 from setpred.losses.numbering import NumberingLoss
+from setpred.losses.ot_seq2set import MatchingWithTransport
 from setpred.losses.sinkhorn import SinkhornDivergence
-from setpred.losses.sliced import MaxSlicedWasserstein, SlicedWasserstein
-from setpred.losses.transport import MatchingWithTransport
+from setpred.losses.sliced import DistributionalSlicedWasserstein, MaxSlicedWasserstein, SlicedWasserstein
 
 __all__ = [
     "ChamferLoss",

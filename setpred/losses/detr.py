@@ -1,4 +1,4 @@
-"""DETR's set criterion: matching by class and place, cross entropy with "no object", distance of the matched."""
+"""The losses of DETR, with boxes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,28 @@ from torch.nn import functional
 
 from setpred.errors import InputError
 from setpred.losses.base import SetLoss, counts
-from setpred.losses.boxes import generalised_iou
 from setpred.matching import hungarian
 from setpred.schema import PRESENCE, ElementSchema
+
+
+def generalised_iou(a: Tensor, b: Tensor) -> Tensor:
+    """GIoU = |A ∩ B| / |A ∪ B| - |H \\ (A ∪ B)| / |H|, H the smallest box around both (Rezatofighi et al., CVPR 2019).
+
+    In (-1, 1], 1 for equal boxes; unlike the intersection over union it still has a slope where boxes are apart.
+    Boxes are centre x, centre y, width, height, in the last axis `[..., 4]`, and broadcast -> `[...]`. Sides that
+    are not positive count as 0; two boxes without area that lie on each other have 0.
+    """
+    (a_low, a_high), (b_low, b_high) = _corners(a), _corners(b)
+    common = (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0).prod(-1)
+    hull = (torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)).prod(-1)
+    union = (a_high - a_low).prod(-1) + (b_high - b_low).prod(-1) - common
+    tiny = torch.finfo(hull.dtype).tiny
+    return common / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
+def _corners(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    centre, half = boxes[..., :2], 0.5 * boxes[..., 2:].clamp(min=0)
+    return centre - half, centre + half
 
 
 class DETRCriterion(SetLoss):

@@ -32,7 +32,7 @@ class HungarianLoss(SetLoss):
             count; with a small β they count in proportion, which makes coordinates precise sooner.
         weights, schema, presence_threshold: of `SetLoss`.
 
-    Raises `setpred.matching.NotFiniteError`; `ValueError` for sets of different sizes without masks; `InputError` for a
+    Raises `setpred.errors.NotFiniteError`; `ValueError` for sets of different sizes without masks; `InputError` for a
     β that is not positive.
     """
 

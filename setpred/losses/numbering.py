@@ -26,7 +26,7 @@ class NumberingLoss(nn.Module):
             predicted element has, are its one-hot number.
         cross_entropy: of predictions that are raw scores.
 
-    Raises `setpred.matching.NotFiniteError`; `ValueError` for shapes that do not fit.
+    Raises `setpred.errors.NotFiniteError`; `ValueError` for shapes that do not fit.
     """
 
     def __init__(self, *, classes: int = 4, cross_entropy: bool = False) -> None:

@@ -1,20 +1,20 @@
 """How good predictions are: average precision in two protocols and what lies behind it, errors and distances."""
 
 from setpred.metrics.attributes import attribute_report, match_by_position
-from setpred.metrics.averages import Mean, MeanMetric
-from setpred.metrics.classification import Accuracy
-from setpred.metrics.distances import SetDistances
-from setpred.metrics.gathered import AveragePrecision
-from setpred.metrics.numbering import NumberingAccuracy, right_numbers
-from setpred.metrics.precision import (
+from setpred.metrics.average_precision import (
     THRESHOLDS,
+    AveragePrecision,
     average_precision,
     average_precision_per_image,
     pairwise_distance,
     precision_recall,
     threshold_name,
 )
+from setpred.metrics.averages import Mean, MeanMetric
+from setpred.metrics.classification import Accuracy
+from setpred.metrics.numbering import NumberingAccuracy, right_numbers
 from setpred.metrics.regression import AbsoluteError
+from setpred.metrics.set_distances import SetDistances
 
 __all__ = [
     "THRESHOLDS",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from setpred.matching import hungarian
-from setpred.metrics.precision import THRESHOLDS, check_pair, pairwise_distance, threshold_name
+from setpred.metrics.average_precision import THRESHOLDS, check_pair, pairwise_distance, threshold_name
 from setpred.schema import CLEVR, ElementSchema
 from setpred.sets import presence_mask
 

@@ -1,0 +1,103 @@
+"""Frame averaging: invariance to rotations for set functions that know nothing of it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from setpred.aggregators.base import Aggregator
+from setpred.aggregators.sum_mean_max import masked_fill, set_sizes
+from setpred.errors import InputError
+
+MOST_POSITION_DIM = 10  # of which there are 1,024 frames
+
+
+class FrameAverage(Aggregator):
+    """out(X) = mean over frames R of φ([(P - t) R, F]), for elements X = [P, F] with positions P and features F.
+
+    Puny et al. (ICLR 2022). The frames of a set are the principal axes of its positions, with every choice of signs:
+    t is the centroid and R holds the eigenvectors of C = Σ_i (p_i - t)(p_i - t)ᵀ, smallest eigenvalue first. Turning
+    the set turns its frames along, so the average is exactly invariant to rotations and translations, and also to
+    reflections if these are among the frames; to permutations as φ is. φ loses nothing by it: where φ is invariant
+    already, the average is φ of the centred set.
+
+    Differentiable any number of times where the eigenvalues of C differ. Where two agree, as for the corners of a
+    square, the axes are arbitrary within their plane and so the average is neither invariant nor continuous there;
+    gradients leave out how such axes turn (see `Eigenvectors`) and stay finite. Sets with too few positions to span
+    the space are no such case: coordinates along the axes left over are zero.
+
+    Positions and frames are computed in float32 at least, also under autocast.
+
+    Args:
+        aggregator: φ, called on 2ᵈ copies of the set, or half as many without reflections.
+        position_dim: d, how many leading numbers of an element are its position.
+        reflections: invariance to O(d); False leaves the frames that are rotations, for SO(d).
+    """
+
+    def __init__(self, aggregator: Aggregator, *, position_dim: int = 3, reflections: bool = True) -> None:
+        if not 1 <= position_dim <= min(aggregator.in_dim, MOST_POSITION_DIM):
+            raise InputError(
+                f"expected position_dim from 1 to the {aggregator.in_dim} numbers of an element, and no more than "
+                f"{MOST_POSITION_DIM}, got {position_dim}; give the number of leading coordinates"
+            )
+        super().__init__(aggregator.in_dim, aggregator.out_dim)
+        self.aggregator = aggregator
+        self.position_dim, self.reflections = position_dim, reflections
+        signs = itertools.product((1.0, -1.0), repeat=position_dim)
+        kept = [flips for flips in signs if reflections or math.prod(flips) > 0]
+        self.register_buffer("signs", torch.tensor(kept), persistent=False)
+
+    def frames(self, positions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Centroid `[batch, 1, d]` and frames `[batch, count, d, d]`, axes in columns, of positions `[batch, n, d]`."""
+        positions = masked_fill(positions, mask, 0.0)
+        centroid = (positions.sum(1) / set_sizes(positions, mask).clamp(min=1)).unsqueeze(1)
+        centred = masked_fill(positions - centroid, mask, 0.0)
+        axes = Eigenvectors.apply(centred.mT @ centred)
+        if not self.reflections:  # right-handed, so that flipping two axes at a time gives all rotations
+            handed = torch.linalg.det(axes.detach()).sign()
+            axes = torch.cat([axes[..., :-1], axes[..., -1:] * handed[:, None, None]], dim=-1)
+        return centroid, axes.unsqueeze(1) * self.signs.to(axes.dtype)[:, None, :]
+
+    def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
+        elements = masked_fill(elements, mask, 0.0)
+        with torch.autocast(elements.device.type, enabled=False):
+            if elements.dtype in (torch.float16, torch.bfloat16):
+                elements = elements.float()
+            positions, features = elements[..., : self.position_dim], elements[..., self.position_dim :]
+            centroid, frames = self.frames(positions, mask)
+            seen = (positions - centroid).unsqueeze(1) @ frames
+        count = frames.shape[1]
+        copies = torch.cat([seen, features.unsqueeze(1).expand(-1, count, -1, -1)], dim=-1).flatten(0, 1)
+        masks = None if mask is None else mask.repeat_interleave(count, dim=0)
+        return self.aggregator(copies, masks).unflatten(0, (-1, count)).mean(1)
+
+
+class Eigenvectors(torch.autograd.Function):
+    """Eigenvectors of symmetric matrices `[..., d, d]`, in columns, with a gradient that is finite for every matrix.
+
+        dU = U (K ∘ (Uᵀ dC U)),    K_ij = 1 / (λ_j - λ_i), or 0 on the diagonal and where λ_i = λ_j to rounding
+
+    Only within an eigenspace is the turning of its axes undefined, and there it is left out. Differentiable any
+    number of times, K being computed anew from C in each derivative.
+    """
+
+    @staticmethod
+    def forward(context: Any, matrix: Tensor) -> Tensor:
+        vectors = torch.linalg.eigh(matrix).eigenvectors
+        context.save_for_backward(matrix, vectors)
+        return vectors
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        matrix, vectors = context.saved_tensors  # the output itself, so further derivatives come back here
+        values = (vectors * (matrix @ vectors)).sum(-2)
+        gap = values.unsqueeze(-2) - values.unsqueeze(-1)
+        smallest = 100 * torch.finfo(values.dtype).eps * values.detach().abs().amax(-1)[..., None, None]
+        apart = gap.detach().abs() > smallest
+        factor = torch.where(apart, 1 / torch.where(apart, gap, 1.0), 0.0)
+        turned = vectors @ (factor * (vectors.mT @ gradient)) @ vectors.mT
+        return 0.5 * (turned + turned.mT)

@@ -1,0 +1,93 @@
+"""Group invariant global pooling: elements are pooled orbit by orbit."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from setpred.aggregators.base import Aggregator
+from setpred.aggregators.sum_mean_max import masked_fill, set_sizes
+from setpred.errors import InputError
+
+
+class OrbitPool(Aggregator):
+    """GIGP for SO(2), SO(3) and every SO(d) (Bujel, Gideoni, Joshi, Liò, 2023), for elements [p_i, f_i].
+
+        out = (1/n) Σ_q w_q (A h_q + o_q MLP([h_q, q])),    h_q = Σ_i m_iq f_i,    o_q = 1 - Π_i (1 - m_iq)
+
+    Rotations about c move a position p_i on the sphere of its radius |p_i - c|: that is its orbit. The orbits q are
+    `orbits` radii, evenly from 0 to `largest`; m_iq >= 0, with Σ_q m_iq = 1, says how far element i is on q, and o_q
+    whether anything is (empty orbits are left out). The MLP starts at 0 and w at 1, so training begins at A applied to
+    mean pooling, with A the identity where it fits.
+
+    The radius is the only thing that is read of a position, so the result is invariant exactly, and to rotations of
+    each element by itself as well: what positions say of each other must be in the features, from an equivariant
+    network beforehand. A `SetEncoder` around it must keep the positions (`kept=position_dim`), or it loses the
+    invariance.
+
+    Two choices differ from the published code. m is smooth, a softmax over q of -½ (radius_i - q)² / spacing², where
+    the code has bins with edges: so gradients reach the positions. And radii run to a fixed `largest`, not from the
+    least to the greatest of the batch, so a set's result is its own. The code's run on QM9 takes one coordinate of the
+    position for the orbit, which rotations change; this does not.
+
+    Differentiable any number of times, positions at c included: radii are √(|p - c|² + (spacing / 10)²).
+
+    Args:
+        in_dim: numbers of an element, the position first.
+        position_dim: d, how many of them are the position.
+        out_dim: length of the vector; that of f unless given. Without features, f_i = 1: elements are counted.
+        orbits: number of radii q.
+        largest: the largest of them, in units of the positions; farther elements count as on it.
+        centred: True: c is the centroid, so translations change nothing either. False: c is the origin.
+        hidden_dim: width of the MLP's hidden layers.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        *,
+        position_dim: int = 3,
+        out_dim: int | None = None,
+        orbits: int = 50,
+        largest: float = 1.0,
+        centred: bool = True,
+        hidden_dim: int = 16,
+    ) -> None:
+        if not 1 <= position_dim <= in_dim or orbits < 2 or largest <= 0:
+            raise InputError(
+                f"expected position_dim from 1 to in_dim, at least 2 orbits and a positive largest radius, got "
+                f"{position_dim} of {in_dim}, {orbits} and {largest}; change what is out of range"
+            )
+        feature_dim = max(in_dim - position_dim, 1)
+        super().__init__(in_dim, feature_dim if out_dim is None else out_dim)
+        self.position_dim, self.centred = position_dim, centred
+        self.spacing = largest / (orbits - 1)
+        self.register_buffer("radii", torch.linspace(0.0, largest, orbits), persistent=False)
+        self.weight = nn.Parameter(torch.ones(orbits))
+        self.skip = nn.Identity() if feature_dim == self.out_dim else nn.Linear(feature_dim, self.out_dim, bias=False)
+        self.network = nn.Sequential(
+            *(nn.Linear(feature_dim + 1, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU()),
+            nn.Linear(hidden_dim, self.out_dim),
+        )
+        nn.init.zeros_(self.network[-1].weight)
+        nn.init.zeros_(self.network[-1].bias)
+
+    def orbit(self, elements: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Radius of each present element's orbit, `[batch, set_size]`, in units of the positions; invariant."""
+        positions = masked_fill(elements[..., : self.position_dim], mask, 0.0)
+        if self.centred:
+            positions = positions - positions.sum(1, keepdim=True) / set_sizes(positions, mask).clamp(min=1)[..., None]
+        return (positions.square().sum(-1) + (0.1 * self.spacing) ** 2).sqrt()
+
+    def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
+        elements = masked_fill(elements, mask, 0.0)
+        distance = (self.orbit(elements, mask).unsqueeze(-1) - self.radii) / self.spacing
+        share = masked_fill((-0.5 * distance.square()).softmax(-1), mask, 0.0)
+        features = elements[..., self.position_dim :]
+        if features.shape[-1] == 0:
+            features = torch.ones_like(elements[..., :1])
+        pooled = share.mT @ features
+        occupied = 1 - (1 - share).prod(1)
+        radii = self.radii.to(pooled.dtype).expand(len(pooled), -1)
+        changed = occupied.unsqueeze(-1) * self.network(torch.cat([pooled, radii.unsqueeze(-1)], dim=-1))
+        return self.weight @ (self.skip(pooled) + changed) / set_sizes(elements, mask).clamp(min=1)

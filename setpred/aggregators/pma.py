@@ -1,0 +1,66 @@
+"""Pooling by attention of learned queries to the elements."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from setpred.aggregators.base import Aggregator
+from setpred.aggregators.sum_mean_max import masked_fill, zeros_where_empty
+from setpred.errors import InputError
+from setpred.nn import LayerNorm
+
+
+def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax over the set, axis 1 of `scores [batch, set_size, ...]`, in which absent elements weigh 0."""
+    if mask is None:
+        return scores.softmax(1)
+    absent = ~mask.view(*mask.shape, *[1] * (scores.ndim - 2))
+    # the least number, not -inf: where every element is absent, softmax and gradient stay finite
+    return scores.masked_fill(absent, torch.finfo(scores.dtype).min).softmax(1).masked_fill(absent, 0.0)
+
+
+class AttentionPool(Aggregator):
+    """PMA of the Set Transformer: learned seeds S ask the elements Z by multi-head attention (Lee et al., ICML 2019).
+
+        PMA(Z) = LN(H + r(H)),    H = LN(S + [A_1 V_1, …, A_h V_h] W + b),    A_j = softmax_n(Q_j K_jᵀ / √d)
+
+    with Q, K, V = S W_Q, Z W_K, Z W_V cut into h heads of d numbers; biases there would change nothing that S and b
+    cannot. r is a linear layer and SiLU, where the paper has a ReLU: smooth, so that an objective made of it has a
+    continuous Hessian. The paper's row-wise network on Z is that of `SetEncoder`. Differentiable any number of times.
+
+    Each element's weight depends on its value alone, so equal elements get equal gradients.
+
+    Args:
+        in_dim: features of an element and of a seed; a multiple of `heads`.
+        seeds: rows of S, and so of the result; the vector is these rows end to end, of `seeds * in_dim` numbers.
+        heads: h.
+        normalise: False leaves out LN, as the released code does unless told otherwise.
+    """
+
+    def __init__(self, in_dim: int, *, seeds: int = 1, heads: int = 4, normalise: bool = True) -> None:
+        if seeds < 1 or heads < 1 or in_dim % heads:
+            raise InputError(
+                f"expected at least one seed and a number of heads that divides in_dim, got {seeds} seeds, {heads} "
+                f"heads and in_dim {in_dim}; choose seeds >= 1 and another number of heads"
+            )
+        super().__init__(in_dim, seeds * in_dim)
+        self.heads = heads
+        self.seeds = nn.Parameter(nn.init.xavier_uniform_(torch.empty(seeds, in_dim)))
+        self.query, self.key, self.value = (nn.Linear(in_dim, in_dim, bias=False) for _ in range(3))
+        self.out = nn.Linear(in_dim, in_dim)
+        self.network = nn.Sequential(nn.Linear(in_dim, in_dim), nn.SiLU())
+        self.norms = nn.ModuleList(LayerNorm(in_dim) if normalise else nn.Identity() for _ in range(2))
+
+    def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
+        elements = masked_fill(elements, mask, 0.0)
+        queries, keys, values = (
+            layer(rows).unflatten(-1, (self.heads, -1))
+            for layer, rows in ((self.query, self.seeds), (self.key, elements), (self.value, elements))
+        )
+        # spelled out, since torch's fused attention cannot be differentiated twice
+        scores = torch.einsum("bnhd,khd->bnhk", keys, queries) / queries.shape[-1] ** 0.5
+        read = torch.einsum("bnhk,bnhd->bkhd", masked_softmax(scores, mask), values)
+        hidden = self.norms[0](self.seeds + self.out(read.flatten(2)))
+        hidden = self.norms[1](hidden + self.network(hidden))
+        return zeros_where_empty(hidden.flatten(1), mask)

@@ -1,0 +1,1 @@
+"""Files of models: load them without running their code, release and export them."""

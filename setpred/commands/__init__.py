@@ -1,0 +1,1 @@
+"""The command lines: the only parsers of arguments, the only exit statuses."""

@@ -1,0 +1,73 @@
+"""Release a checkpoint as a single file: `python -m setpred release`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from setpred.checkpoint.load import load_checkpoint
+from setpred.checkpoint.release import BESIDE, MEGABYTES, after_writing, export
+from setpred.checkpoint.torch_export import export_program
+from setpred.commands.common import exit_code
+from setpred.errors import InputError
+from setpred.files import write_atomically
+
+PROGRAM_SUFFIX = ".pt2"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of the command."""
+    options = argparse.ArgumentParser(
+        prog="python -m setpred release",
+        description="Write a checkpoint as a small file to publish: weights in half precision as safetensors, and the "
+        "configuration of its training beside it. evaluate.py and the others read it as they read the checkpoint.",
+    )
+    options.add_argument("checkpoint", help="a .ckpt file written by train.py")
+    options.add_argument("--out", type=Path, metavar="NAME.safetensors", help="where to write it")
+    options.add_argument(
+        "--export",
+        type=Path,
+        metavar="NAME.pt2",
+        help="write the model as a program of torch.export, too or instead: images [batch, 3, size, size], uint8 or "
+        "float32 in [0, 1], to elements, without setpred",
+    )
+    options.add_argument(
+        "--megabytes", type=float, default=MEGABYTES, help=f"the largest file to write (default: {MEGABYTES:g})"
+    )
+    options.add_argument(
+        "--allow", action="append", default=[], metavar="PACKAGE.CLASS", help="a part of your own that may be built"
+    )
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `setpred release`; return the exit status."""
+    return exit_code(lambda: _print(run(options := parser().parse_args(arguments)), options), interrupted="interrupted")
+
+
+def _print(written: list[Path], options: argparse.Namespace) -> None:
+    for path in written:
+        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+    if options.out in written and options.out.with_suffix(".yaml") not in written:
+        print(f"no {BESIDE} lies beside {options.checkpoint}: published without the configuration of its training")
+
+
+def run(options: argparse.Namespace) -> list[Path]:
+    """What the command writes; see `export` and `export_program`."""
+    if options.out is None and options.export is None:
+        raise InputError("nothing to write; give --out NAME.safetensors or --export NAME.pt2")
+    if options.export is not None and options.export.suffix != PROGRAM_SUFFIX:
+        raise InputError(f"--export {options.export}: expected a name that ends in {PROGRAM_SUFFIX}")
+    written, program = [], None
+    if options.export is not None:  # first, since it may fail, and nothing is written then
+        loaded = load_checkpoint(options.checkpoint, allow=options.allow)
+        loaded.require_images(options.checkpoint)
+        program = export_program(loaded)
+    if options.out is not None:
+        written += export(options.checkpoint, options.out, megabytes=options.megabytes, allow=options.allow)
+    if program is not None:
+        with after_writing(written):
+            write_atomically(options.export, program)
+        written.append(options.export)
+    return written

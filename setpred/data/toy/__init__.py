@@ -1,0 +1,22 @@
+"""Small worlds: tasks on sets that train in minutes and need no download, and two that read files a user has."""
+
+from setpred.data.toy.base import Examples, World
+from setpred.data.toy.digits import DigitCounting, DigitPoints, RotatedDigits
+from setpred.data.toy.median import Median
+from setpred.data.toy.multisets import Multisets
+from setpred.data.toy.numbering import Numbering
+from setpred.data.toy.omniglot import OmniglotCounting
+from setpred.data.toy.qm9 import QM9
+
+__all__ = [
+    "QM9",
+    "DigitCounting",
+    "DigitPoints",
+    "Examples",
+    "Median",
+    "Multisets",
+    "Numbering",
+    "OmniglotCounting",
+    "RotatedDigits",
+    "World",
+]

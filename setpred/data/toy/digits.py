@@ -1,0 +1,204 @@
+"""Worlds of scikit-learn's handwritten digits: classes to count, digits that are turned, digits as sets of points."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from setpred.data.toy.base import World
+from setpred.errors import InputError
+
+SIDE, CLASSES = 8, 10
+TRAINING = 1297  # images, the first ones; the other 500 are for validation
+
+
+class Digits(NamedTuple):
+    """Images float32 `[count, 8, 8]` in [0, 1], strokes bright, and their classes 0 to 9, int64 `[count]`."""
+
+    images: np.ndarray
+    classes: np.ndarray
+
+
+def bundled_digits(split: str) -> Digits:
+    """The 1,297 training or the 500 validation images of those that come with scikit-learn, nothing to download.
+
+    The test part of the UCI data set Optical Recognition of Handwritten Digits (Alpaydin, Kaynak, 1998).
+
+    Raises:
+        InputError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise InputError(
+            "the digits come with scikit-learn, which is not installed; install it: pip install 'setpred[digits]'"
+        ) from error
+    bundle = load_digits()
+    part = slice(TRAINING) if split == "train" else slice(TRAINING, None)
+    return Digits((bundle.images[part] / 16).astype(np.float32), bundle.target[part].astype(np.int64))
+
+
+def one_hot(classes: np.ndarray) -> np.ndarray:
+    """Targets of one element: int `[count]` to float32 `[count, 1, 10]`."""
+    return np.eye(CLASSES, dtype=np.float32)[classes][:, None]
+
+
+def in_turn(available: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` indices under `available`, shuffled, each as often as any other, give or take one."""
+    rounds = [rng.permutation(available) for _ in range(-(-count // available))]
+    return np.concatenate(rounds)[:count]
+
+
+def pixel_points(images: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The pixels over a threshold as points, in reading order: what there is of them first, then padding of zeros.
+
+    Positions (x to the right, y up) run from -1 to 1, from the centre of the first pixel to that of the last.
+
+    Args:
+        images: `[count, 8, 8]`.
+
+    Returns:
+        positions float32 `[count, most, 2]`, intensities float32 `[count, most]`, mask bool `[count, most]`, with as
+        many places as the image with the most pixels has.
+    """
+    flat = images.reshape(len(images), -1)
+    bright = flat > threshold
+    order = np.argsort(~bright, axis=1, kind="stable")[:, : bright.sum(1).max()]
+    mask = np.take_along_axis(bright, order, axis=1)
+    rows, columns = np.divmod(order, SIDE)
+    positions = np.stack([columns, SIDE - 1 - rows], axis=-1) * (2 / (SIDE - 1)) - 1
+    intensities = np.take_along_axis(flat, order, axis=1)
+    return (positions * mask[:, :, None]).astype(np.float32), intensities * mask, mask
+
+
+class DigitCounting(World):
+    """Sets of digits, each an image of 64 numbers; the target is how many different classes are among them.
+
+    As the experiment of equilibrium aggregation on Omniglot (Bartunov, Fuchs, Lillicrap, UAI 2022) asks for characters.
+    Training sets have training images only. How sets are drawn: `setpred.data.toy.digits.sets_to_count`.
+
+    Args:
+        sizes: least and most images of a set; sets are padded to the most.
+        arguments: those of `World`.
+    """
+
+    def __init__(self, *, sizes: tuple[int, int] = (3, 10), **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.sizes = check_sizes(sizes)
+
+    def examples(self, split: str, count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        images, classes = bundled_digits(split)
+        return sets_to_count(images.reshape(len(images), -1), classes, count, sizes=self.sizes, rng=rng)
+
+
+class RotatedDigits(World):
+    """Digits as sets of points [x, y, intensity], turned about the centre by any angle; the target is the class.
+
+    Trained on upright digits and asked about turned ones, a model has to be invariant by construction. As rotated
+    MNIST for group invariant pooling (Bujel, Gideoni, Joshi, Liò, 2023), whose training images are turned, too. A 6 and
+    a 9 are hard to tell apart then. Angles are uniform, one for each example. The target is one-hot, a set of one
+    element. More training sets than the 1,297 training images show these again, at other angles if they are turned.
+
+    Args:
+        train_rotated, val_rotated: whether the digits of that part are turned.
+        threshold: intensity over which a pixel is a point, from 0 to 1.
+        arguments: those of `World`.
+    """
+
+    def __init__(
+        self, *, train_rotated: bool = False, val_rotated: bool = True, threshold: float = 0.0, **arguments: Any
+    ) -> None:
+        super().__init__(**arguments)
+        check_threshold(threshold)
+        self.rotated = {"train": train_rotated, "val": val_rotated}
+        self.threshold = threshold
+
+    def examples(self, split: str, count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        images, classes = bundled_digits(split)
+        positions, intensities, mask = pixel_points(images, self.threshold)
+        which = in_turn(len(images), count, rng)
+        angle = rng.uniform(0, 2 * np.pi, count) * self.rotated[split]
+        cosine, sine = np.cos(angle), np.sin(angle)
+        turns = np.stack([cosine, sine, -sine, cosine], axis=-1).reshape(-1, 2, 2)  # of positions in rows
+        turned = (positions[which] @ turns).astype(np.float32)
+        elements = np.concatenate([turned, intensities[which][:, :, None]], axis=-1)
+        return {"input": elements, "input_mask": mask[which], "elements": one_hot(classes[which])}
+
+
+class DigitPoints(World):
+    """Digits as sets of points [x, y, presence] to be encoded and found again: the target is the input.
+
+    What DSPN's sets of MNIST pixels are (Zhang, Hare, Prügel-Bennett, NeurIPS 2019), at 8x8. Presence is 1, padding is
+    zeros. More training sets than the 1,297 training images show these again.
+
+    Args:
+        set_size: places of a set; 27 are enough for every digit at the threshold of 0.5.
+        threshold: intensity over which a pixel is a point, from 0 to 1.
+        arguments: those of `World`.
+    """
+
+    def __init__(self, *, set_size: int = 27, threshold: float = 0.5, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        check_threshold(threshold)
+        self.set_size, self.threshold = set_size, threshold
+
+    def examples(self, split: str, count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        images, _ = bundled_digits(split)
+        positions, _, mask = pixel_points(images, self.threshold)
+        if mask.shape[1] > self.set_size:
+            raise InputError(
+                f"a digit has {mask.shape[1]} pixels over {self.threshold}, more than the {self.set_size} of a set; "
+                "give a larger set_size or threshold"
+            )
+        which = in_turn(len(images), count, rng)
+        elements = np.zeros((count, self.set_size, 3), dtype=np.float32)
+        elements[:, : mask.shape[1]] = np.concatenate([positions, mask[:, :, None]], axis=-1)[which]
+        return {"input": elements, "input_mask": elements[:, :, 2] > 0.5, "elements": elements.copy()}
+
+
+def check_threshold(threshold: float) -> None:
+    if not 0 <= threshold < 1:
+        raise InputError(f"expected a threshold from 0 to under 1, of intensities from 0 to 1, got {threshold}")
+
+
+def check_sizes(sizes: tuple[int, int]) -> tuple[int, int]:
+    """Least and most images of a set.
+
+    Raises:
+        InputError: there are no such sets.
+    """
+    if not 1 <= sizes[0] <= sizes[1]:
+        raise InputError(f"expected the least and the most images of a set, at least 1, got {list(sizes)}")
+    return tuple(sizes)
+
+
+def sets_to_count(
+    images: np.ndarray, classes: np.ndarray, count: int, *, sizes: tuple[int, int], rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """`count` sets of images, and how many different classes are among them, a set of one element.
+
+    First the size of a set is drawn, then how many classes it has, from 1 to what its size allows, all equally
+    likely: the size says less than if classes were drawn image by image. Images come again in other sets, and may
+    within one.
+
+    Args:
+        images: float32 `[images, numbers]`.
+        classes: int64 `[images]`, from 0, each with at least one image.
+    """
+    by_class, available = np.argsort(classes, kind="stable"), np.bincount(classes)
+    start = np.cumsum(available) - available
+    least, most = sizes
+    elements = np.zeros((count, most, images.shape[1]), dtype=np.float32)
+    mask = np.zeros((count, most), dtype=bool)
+    target = np.zeros((count, 1, 1), dtype=np.float32)
+    for i in range(count):
+        size = rng.integers(least, most + 1)
+        different = rng.integers(1, min(size, len(available)) + 1)
+        chosen = rng.choice(len(available), different, replace=False)
+        # each of the chosen ones once, the others as they come
+        members = rng.permutation(np.concatenate([chosen, rng.choice(chosen, size - different)]))
+        elements[i, :size] = images[by_class[start[members] + rng.integers(available[members])]]
+        mask[i, :size] = True
+        target[i] = different
+    return {"input": elements, "input_mask": mask, "elements": target}

@@ -1,0 +1,154 @@
+"""Decoders that map each element of an input set: DeepSets, BiLSTM, Transformer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from setpred.decoders.attention import DecoderLayer, EncoderLayer
+from setpred.decoders.base import SetDecoder
+from setpred.errors import InputError
+
+
+class DeepSetsLayer(nn.Module):
+    """f(X)_i = A x_i + B mean_j x_j + c: of the linear maps that are set-equivariant, all that there are.
+
+    (Zaheer et al., NeurIPS 2017.)
+    """
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.each, self.all = nn.Linear(in_dim, out_dim), nn.Linear(in_dim, out_dim, bias=False)
+
+    def forward(self, elements: Tensor, mask: Tensor | None) -> Tensor:
+        """`[batch, n, in_dim]` -> `[batch, n, out_dim]`; what is absent has no say in the mean."""
+        if mask is None:
+            mean = elements.mean(1, keepdim=True)
+        else:
+            present = mask.unsqueeze(-1)
+            mean = elements.masked_fill(~present, 0.0).sum(1, keepdim=True) / present.sum(1, keepdim=True)
+        return self.each(elements) + self.all(mean)
+
+
+class DeepSets(SetDecoder):
+    """Y = f_L(… ReLU(f_1(X))), one element for each token: the DeepSets baseline of numbering in the iDSPN paper.
+
+    Permuting the tokens permutes the elements, and equal tokens give equal elements: it is set-equivariant, so it
+    cannot tell equals apart, whatever it learns.
+
+    Args:
+        token_dim: length of a token.
+        hidden_dim: of the layers between.
+        layers: L.
+        set_dim: of an element.
+    """
+
+    def __init__(self, *, token_dim: int, set_dim: int, hidden_dim: int = 64, layers: int = 2) -> None:
+        super().__init__(set_size=None, set_dim=set_dim, token_dim=token_dim)
+        if layers < 1:
+            raise InputError(f"expected at least one layer, got {layers}; give more")
+        widths = [token_dim, *[hidden_dim] * (layers - 1), set_dim]
+        self.layers = nn.ModuleList(DeepSetsLayer(narrow, wide) for narrow, wide in itertools.pairwise(widths))
+
+    def predictions(self, features: Tensor, *, iterations: int | None, mask: Tensor | None) -> Iterator[Tensor]:
+        rows = self.layers[0](features, mask)
+        for layer in self.layers[1:]:
+            rows = layer(rows.relu(), mask)
+        yield rows
+
+
+class ElementBiLSTM(SetDecoder):
+    """Y = W LSTM(V X + b) + c, one element for each token, in the order they come.
+
+    The BiLSTM of numbering in the iDSPN paper: bidirectional, two layers, a linear layer before and one behind. There
+    is an order, so it can tell equal tokens apart, and it has to learn what the order does not matter for.
+
+    Args:
+        token_dim: length of a token.
+        hidden_dim: of the input of every step, and of the state of each direction.
+        layers: how many LSTMs on top of each other.
+        set_dim: of an element.
+    """
+
+    def __init__(self, *, token_dim: int, set_dim: int, hidden_dim: int = 64, layers: int = 2) -> None:
+        super().__init__(set_size=None, set_dim=set_dim, token_dim=token_dim)
+        self.first = nn.Linear(token_dim, hidden_dim)
+        self.recurrent = nn.LSTM(hidden_dim, hidden_dim, layers, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(2 * hidden_dim, set_dim)
+
+    def predictions(self, features: Tensor, *, iterations: int | None, mask: Tensor | None) -> Iterator[Tensor]:
+        rows = self.first(features)
+        yield self.head(self.recurrent(rows)[0] if mask is None else self._read(rows, mask))
+
+    def _read(self, rows: Tensor, mask: Tensor) -> Tensor:
+        """The states `[batch, tokens, 2 hidden_dim]` of the present rows, read as if there were no others."""
+        order = mask.int().argsort(dim=1, descending=True, stable=True)  # the present in front, as they come
+        front = rows.gather(1, order.unsqueeze(-1).expand_as(rows))
+        packed = pack_padded_sequence(front, mask.sum(1).cpu(), batch_first=True, enforce_sorted=False)
+        states, _ = pad_packed_sequence(self.recurrent(packed)[0], batch_first=True, total_length=rows.shape[1])
+        return torch.zeros_like(states).scatter(1, order.unsqueeze(-1).expand_as(states), states)
+
+
+class ElementTransformer(SetDecoder):
+    """Y = W LN(decoder(P(W_y X), LN(encoder(W_x X)))), one element for each token (Vaswani et al., NeurIPS 2017).
+
+    The transformers of numbering in the iDSPN paper, which differ in the positions P: those of `SequencePositions` are
+    its "PE", those of `RandomPositions` its "random PE", and None its "no PE".
+
+    Permuting the tokens permutes the elements and, without positions, equal tokens give equal elements. With
+    `RandomPositions` that holds of their distribution only; with `SequencePositions` there is an order.
+
+    Args:
+        position: rows `[batch, tokens, width]` to rows `[batch, tokens, dim]`, its `widening` being dim / width; None
+            leaves the rows as they are.
+        token_dim: length of a token.
+        dim: width of the transformer.
+        heads: of every attention.
+        encoder_layers, decoder_layers: how many.
+        hidden_dim: of the layers' networks.
+        dropout: in training.
+        set_dim: of an element.
+    """
+
+    def __init__(
+        self,
+        position: nn.Module | None = None,
+        *,
+        token_dim: int,
+        set_dim: int,
+        dim: int = 64,
+        heads: int = 8,
+        encoder_layers: int = 2,
+        decoder_layers: int = 2,
+        hidden_dim: int = 128,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(set_size=None, set_dim=set_dim, token_dim=token_dim)
+        widening = getattr(position, "widening", 1)
+        if dim % widening or min(encoder_layers, decoder_layers) < 0:
+            raise InputError(
+                f"expected dim a multiple of {widening} and numbers of layers, got {dim}, {encoder_layers} and "
+                f"{decoder_layers}; change the one that is out of range"
+            )
+        self.position = position
+        self.source, self.first = nn.Linear(token_dim, dim), nn.Linear(token_dim, dim // widening)
+        numbers = {"heads": heads, "hidden_dim": hidden_dim, "dropout": dropout}
+        self.encoder = nn.ModuleList(EncoderLayer(dim, **numbers) for _ in range(encoder_layers))
+        self.decoder = nn.ModuleList(DecoderLayer(dim, **numbers) for _ in range(decoder_layers))
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
+        self.head = nn.Linear(dim, set_dim)
+
+    def predictions(self, features: Tensor, *, iterations: int | None, mask: Tensor | None) -> Iterator[Tensor]:
+        tokens, rows = self.source(features), self.first(features)
+        if self.position is not None:
+            rows = self.position(rows)
+        for layer in self.encoder:
+            tokens = layer(tokens, mask=mask)
+        tokens = self.norms[0](tokens)
+        for layer in self.decoder:
+            rows = layer(rows, None, tokens, None, mask, mask)
+        yield self.head(self.norms[1](rows))
