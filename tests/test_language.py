@@ -41,7 +41,7 @@ WORDS = {
     r"for (it|they|there|he|these|those) (is|are|was|were|has|have|would|does|do|needs?)": "because, since",
 }
 LAW = re.compile("|".join(rf"\b(?:{pattern})\b" for pattern in WORDS).replace(" ", r"\s+"), re.IGNORECASE)
-NO_NOUN = re.compile(r"\s*(What|How|Which|Where|Whether|Whose)\b")  # how no docstring begins
+NO_NOUN = re.compile(r"\s*(What|How|Which|Where)\b")  # how no docstring begins
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data" / "README.md"]
 PAGES += [ROOT / "checkpoints" / "README.md", ROOT / "CHANGELOG.md"]
@@ -53,7 +53,7 @@ ROOMS = sorted({path.relative_to(ROOT / "setpred").parts[0].removesuffix(".py") 
 
 def hits(text, line=1):
     """Line number and words of each hit in a text that starts at `line`."""
-    return [(line + text.count("\n", 0, found.start()), found[0]) for found in LAW.finditer(text)]
+    return [(line + text.count("\n", 0, found.start()), " ".join(found[0].split())) for found in LAW.finditer(text)]
 
 
 def prose(path):
