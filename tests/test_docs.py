@@ -47,6 +47,8 @@ def test_named_files_modules_and_commands_exist(page):
     text = page.read_text()
     for path in re.findall(r"\b(?:setpred|tests|benchmarks|configs)/[\w/]*\.?(?:py|yaml)?\b", text):
         assert (ROOT / path).exists(), f"{page.name} names {path}"
+    for name in re.findall(r"`(\w+\.py)`", text):
+        assert any(ROOT.rglob(name)), f"{page.name} names {name}"
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / link).exists(), f"{page.name} links to {link}"
     for name in re.findall(r"\bsetpred(?:\.[a-zA-Z_]\w*)+", text):
