@@ -81,13 +81,13 @@ def test_a_faulty_record_is_named():
     record = scene_record(scene, index=0, split="val")
     broken = json.loads(json.dumps(record))
     del broken["objects"][1]["rotation"]
-    with pytest.raises(InputError, match=r"CLEVR_val_000000.png is not a scene as CLEVR writes it .*rotation"):
+    with pytest.raises(InputError, match=r"CLEVR_val_000000.png : expected a scene in CLEVR.s format, got .*rotation"):
         scene_of(broken)
-    with pytest.raises(InputError, match="is not a scene"):
+    with pytest.raises(InputError, match="expected a scene"):
         scene_of(record | {"objects": [record["objects"][0] | {"3d_coords": [1, 2]}]})
     with pytest.raises(InputError, match="its 1 objects do not determine the camera"):
         scene_of(record | {"objects": record["objects"][:1]})
-    with pytest.raises(InputError, match="a number that is not finite"):
+    with pytest.raises(InputError, match="a non-finite number"):
         scene_of(record | {"objects": [record["objects"][0] | {"rotation": float("nan")}]}, NOMINAL_CAMERA)
     assert scene_of(record | {"objects": []}, NOMINAL_CAMERA) == Scene(())
 

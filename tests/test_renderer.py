@@ -12,7 +12,6 @@ from PIL import Image
 from setpred.errors import InputError
 from setpred.rendering.bodies import GROUND, Bodies
 from setpred.rendering.camera import ASPECT, NOMINAL_CAMERA, Camera
-from setpred.rendering.fragments import nearest_hit
 from setpred.rendering.ground import FAR, floor_height, ground_depth, ground_hit, ground_normal
 from setpred.rendering.lighting import Lights, block, block_ground, lamp_table, lights_at
 from setpred.rendering.materials import fresnel, highlight
@@ -21,7 +20,7 @@ from setpred.rendering.sampling import sample_scene
 from setpred.rendering.scenes import HALF_SIZE, NOMINAL_LAMPS, SHAPES, Scene, SceneBatch, SceneObject
 from setpred.rendering.shapes import HITS, NORMALS
 from setpred.rendering.vectors import pixels_of
-from setpred.rendering.visibility import View
+from setpred.rendering.visibility import View, nearest_hit
 
 
 def one(shape="sphere", material="rubber", color="gray", size="large", x=0.0, y=0.0, rotation=0.4) -> SceneObject:
@@ -175,7 +174,7 @@ def test_ground_depth_agrees_with_single_rays():
     scenes = [sampled(0), sampled(1)]
     view = View.of(SceneBatch.of(scenes).camera, 24, 16, ASPECT)
     x, y = view.slopes(torch.arange(24) + 0.5, torch.arange(16) + 0.5)
-    depth = ground_depth(view.location, view.right, view.up, view.backward, x, y)
+    depth = ground_depth(*view[:4], x, y)
     for number, scene in enumerate(scenes):
         rays = torch.tensor(scene.camera.rays(24, 16).reshape(-1, 3).T, dtype=torch.float32)
         origin = torch.tensor(scene.camera.location)[:, None].expand_as(rays)
@@ -286,7 +285,7 @@ def test_looking_for_shadows_in_their_boxes_only_loses_none():
     batch = SceneBatch.of(scenes)
     bodies, view = Bodies.of(batch), View.of(batch.camera, 48, 32, ASPECT)
     x, y = view.slopes(torch.arange(48) + 0.5, torch.arange(32) + 0.5)
-    depth = ground_depth(view.location, view.right, view.up, view.backward, x, y)
+    depth = ground_depth(*view[:4], x, y)
     location, right, up, backward = (axis[..., None, None] for axis in view[:4])
     points = (location + depth * (right * x + up * y[:, None] - backward)).flatten(1)
     scene = torch.arange(5).repeat_interleave(48 * 32)
@@ -484,7 +483,7 @@ def test_what_cannot_be_rendered_is_refused():
         (Scene((), Camera((7.0, np.inf, 5.0))), "scene 1: expected finite numbers in camera"),
         (Scene((), lamps=NOMINAL_LAMPS | {"key": (np.nan, 0.0, 1.0)}), "scene 1: expected finite numbers in lamps"),
         (Scene((), Camera((0.0, 0.0, 9.0))), "scene 1: a camera straight above the origin"),
-        (Scene((), lamps={"key": (1.0, 2.0, 3.0), "back": (0.0, 0.0, 5.0)}), "one lacks 'fill'"),
+        (Scene((), lamps={"key": (1.0, 2.0, 3.0), "back": (0.0, 0.0, 5.0)}), "'fill' is missing"),
     ],
 )
 def test_scenes_without_a_picture_are_refused(scene, words):

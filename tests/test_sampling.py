@@ -10,10 +10,19 @@ from scipy import stats
 
 from setpred.errors import InputError
 from setpred.rendering.camera import NOMINAL_CAMERA
-from setpred.rendering.occlusion import all_visible, count_visible, visible_bound
 from setpred.rendering.records import read_cameras, scene_of
 from setpred.rendering.renderer import annotate
-from setpred.rendering.sampling import COGENT_A, COGENT_B, DIRECTIONS, SceneRules, sample_scene, sample_scenes
+from setpred.rendering.sampling import (
+    COGENT_A,
+    COGENT_B,
+    DIRECTIONS,
+    SceneRules,
+    all_visible,
+    count_visible,
+    sample_scene,
+    sample_scenes,
+    visible_bound,
+)
 from setpred.rendering.scenes import COLORS, HALF_SIZE, NOMINAL_LAMPS, Scene, SceneObject
 from setpred.schema import CLEVR
 
