@@ -81,7 +81,7 @@ def test_a_faulty_record_is_named():
     record = scene_record(scene, index=0, split="val")
     broken = json.loads(json.dumps(record))
     del broken["objects"][1]["rotation"]
-    with pytest.raises(InputError, match=r"CLEVR_val_000000.png : expected a scene in CLEVR.s format, got .*rotation"):
+    with pytest.raises(InputError, match=r"CLEVR_val_000000.png: expected a scene in CLEVR.s format, got .*rotation"):
         scene_of(broken)
     with pytest.raises(InputError, match="expected a scene"):
         scene_of(record | {"objects": [record["objects"][0] | {"3d_coords": [1, 2]}]})
