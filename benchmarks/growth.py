@@ -23,7 +23,7 @@ from benchmarks.decoder import NUMBERS, Sizes, objective_of
 from benchmarks.timing import in_turns
 from setpred.decoders import IDSPN
 from setpred.inner import GradientDescent
-from setpred.visualise.style import FAINT, INK, new_figure, save_png, styled
+from setpred.visualise.style import FAINT, INK, Sheet, styled
 
 PICTURE = Path("images") / "growth.png"  # beside the page that shows it
 BASE = Sizes(batch=64, width=128, iterations=10, turns=5)
@@ -67,9 +67,9 @@ def slope(curve: Curve) -> float:
 @styled()
 def draw(path: Path, found: Mapping[str, Any]) -> Path:
     """Four panels of milliseconds on logarithmic axes, each with a line of what grows in proportion."""
-    figure = new_figure(10.0, 2.9, dpi=100)
-    panels = figure.subplots(1, len(AXES), sharey=True)
-    figure.subplots_adjust(left=0.07, right=0.99, bottom=0.19, top=0.88, wspace=0.08)
+    sheet = Sheet(10.0, 2.9, dpi=100)
+    panels = sheet.subplots(1, len(AXES), sharey=True)
+    sheet.subplots_adjust(left=0.07, right=0.99, bottom=0.19, top=0.88, wspace=0.08)
     for axes, (axis, (name, _)) in zip(panels, AXES.items(), strict=True):
         curve = found["curves"][axis]
         sizes, times = zip(*curve, strict=True)
@@ -84,7 +84,7 @@ def draw(path: Path, found: Mapping[str, Any]) -> Path:
         axes.set_title(f"slope {slope(curve):.2f}", color=INK, fontsize=10)
         axes.set_xlabel(name)
     panels[0].set_ylabel("ms, forward and backward")
-    return save_png(figure, path)
+    return sheet.save(path)
 
 
 def markdown(found: Mapping[str, Any]) -> str:
