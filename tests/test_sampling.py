@@ -194,19 +194,6 @@ def test_a_scene_depends_on_its_generator_alone():
     assert sample_scenes([]) == []
 
 
-@pytest.mark.parametrize("count", [0, 1, 10])
-def test_the_count_is_within_its_range(count):
-    assert len(sample_scene(np.random.default_rng(0), objects=(count, count)).objects) == count
-
-
-def test_objects_encode_by_the_schema(scenes):
-    for scene in scenes[:20]:
-        elements = CLEVR.encode([obj.as_dict() for obj in scene.objects])
-        for got, obj in zip(CLEVR.decode(elements), scene.objects, strict=True):
-            np.testing.assert_allclose(got["coords"], obj.coords, atol=1e-6)
-            assert [got[name] for name in ATTRIBUTES] == [getattr(obj, name) for name in ATTRIBUTES]
-
-
 def test_counted_pixels_are_those_of_the_image_and_above_their_bound():
     for scene, expected in zip(crowded(6), visible_pixels(crowded(6), 480, 320), strict=True):
         counts = np.array([count_visible(scene.objects, number, scene.camera) for number in range(9)])
