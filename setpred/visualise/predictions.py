@@ -16,11 +16,12 @@ from setpred.rendering.camera import NOMINAL_CAMERA, Camera
 from setpred.schema import ElementSchema
 from setpred.sets import presence_mask
 from setpred.visualise import world
+from setpred.visualise.refinement import Descent
 from setpred.visualise.style import FAINT, INK, WRONG, Sheet, in_english_order, plural, styled, word
 
 # in inches
 IMAGE, MAP, LIST, GAP = (6.0, 4.0), 4.0, 6.5, 0.25
-HEAD, ROW, LEGEND = 0.95, 4.5, 1.0
+HEAD, ROW, LEGEND = 0.95, 4.5, 0.6
 LINE = 0.255  # between the lines of the list
 
 
@@ -76,39 +77,24 @@ def compare(predicted: Tensor, target: Tensor, schema: ElementSchema) -> Compari
 
 
 @styled()
-def draw_predictions(
-    path: Path,
-    pictures: np.ndarray,
-    predicted: Tensor,
-    target: Tensor,
-    cameras: Sequence[Camera],
-    *,
-    schema: ElementSchema,
-    about: str,
-) -> Path:
-    """Draw a row for each picture: the image with the predicted objects, the map, the list."""
-    height = HEAD + ROW * len(pictures) + LEGEND
-    sheet = Sheet(0.3 + IMAGE[0] + GAP + MAP + GAP + LIST + 0.2, height)
+def draw_predictions(path: Path, descents: Sequence[Descent], *, about: str) -> Path:
+    """Draw a row for each last iterate: the image with the predicted objects, the map, the list."""
+    sheet = Sheet(0.3 + IMAGE[0] + GAP + MAP + GAP + LIST + 0.2, HEAD + ROW * len(descents) + LEGEND)
     subtitle = (
         "Predictions with a confidence over 50 %. Left: outlined on the image (cubes have no predicted rotation). "
         "Middle: seen from above, with the real objects. Right: in words, most confident first."
     )
     sheet.heading("Predicted objects", subtitle, about)
-    for row, (picture, camera) in enumerate(zip(pictures, cameras, strict=True)):
-        comparison = compare(predicted[row], target[row], schema)
-        bottom = height - HEAD - ROW * (row + 1) + 0.1
+    for row, descent in enumerate(descents):
+        comparison = compare(descent.iterates[-1], descent.target, descent.schema)
+        bottom = sheet.height - HEAD - ROW * (row + 1) + 0.1
         sheet.note(0.3, bottom + IMAGE[1] + 0.17, f"Image {row}, {comparison.summary}", fontsize=11)
-        left = 0.3
-        axes = sheet.panel(left, bottom, *IMAGE)
-        world.show_image(axes, picture)
-        _outline(axes, comparison.predicted, camera, [comparison.is_wrong(k) for k in range(len(comparison.predicted))])
-        left += IMAGE[0] + GAP
-        axes = sheet.panel(left, bottom, MAP, MAP)
-        world.show_map(axes, camera)
-        _mark_map(axes, comparison, camera)
-        left += MAP + GAP
-        _write_list(sheet.panel(left, bottom, LIST, IMAGE[1]), comparison, schema)
-    _draw_legend(sheet, schema)
+        middle = 0.3 + IMAGE[0] + GAP
+        wrong = [comparison.is_wrong(number) for number in range(len(comparison.predicted))]
+        _show_image(sheet.panel(0.3, bottom, *IMAGE), descent.picture, comparison.predicted, descent.camera, wrong)
+        _show_map(sheet.panel(middle, bottom, MAP, MAP), comparison, descent.camera)
+        _write_list(sheet.panel(middle + MAP + GAP, bottom, LIST, IMAGE[1]), comparison, descent.schema)
+    _draw_legend(sheet, descents[0].schema)
     return sheet.save(path)
 
 
@@ -126,9 +112,7 @@ def draw_outlined_image(
     """
     sheet = Sheet(0.3 + IMAGE[0] + 0.25 + 3.3, HEAD + IMAGE[1] + 0.25)
     sheet.heading(plural(len(objects), "predicted object"), "Most confident first.", about)
-    axes = sheet.panel(0.3, 0.25, *IMAGE)
-    world.show_image(axes, picture)
-    _outline(axes, objects, NOMINAL_CAMERA, [False] * len(objects))
+    _show_image(sheet.panel(0.3, 0.25, *IMAGE), picture, objects, NOMINAL_CAMERA, [False] * len(objects))
     line = min(0.3, IMAGE[1] / max(len(objects), 1))
     for number, obj in enumerate(objects):
         words = " ".join(word(obj[field.name]) for field in in_english_order(schema))
@@ -138,15 +122,20 @@ def draw_outlined_image(
     return sheet.save(path)
 
 
-def _outline(axes: Axes, objects: Sequence[Mapping[str, Any]], camera: Camera, wrong: Sequence[bool]) -> None:
-    """Outline objects on an image, then number them."""
+def _show_image(
+    axes: Axes, picture: np.ndarray, objects: Sequence[Mapping[str, Any]], camera: Camera, wrong: Sequence[bool]
+) -> None:
+    """Show an image with objects outlined and numbered."""
+    world.show_image(axes, picture)
     tops = [world.outline_on_image(axes, obj, camera) for obj in objects]
     for number, top in enumerate(tops):
         if top is not None:
             world.badge(axes, top, str(number + 1), wrong=wrong[number], lift=1)
 
 
-def _mark_map(axes: Axes, comparison: Comparison, camera: Camera) -> None:
+def _show_map(axes: Axes, comparison: Comparison, camera: Camera) -> None:
+    """Show both sets from above, the predictions numbered and connected to their matched objects."""
+    world.show_map(axes, camera)
     real = [world.on_map(obj["coords"], camera) for obj in comparison.real]
     places = [world.on_map(obj["coords"], camera) for obj in comparison.predicted]
     for obj, at in zip(comparison.real, real, strict=True):
@@ -202,26 +191,18 @@ def _write_list(axes: Axes, comparison: Comparison, schema: ElementSchema) -> No
 
 def _draw_legend(sheet: Sheet, schema: ElementSchema) -> None:
     legend = world.Legend(sheet, LEGEND, MAP)
-    categorical = {field.name: field.classes for field in schema.categorical}
-    base = {name: classes[0] for name, classes in categorical.items()} | {"color": "blue", "size": "small"}
-    first, second, x = 0.28, 0.74, 1.35
-    legend.write(0.35, first, "On the map:")
-    for name, step in (("shape", 1.18), ("material", 1.18), ("color", 1.0)):
-        for value in categorical.get(name, ()):
-            sphere = {"shape": "sphere"} if name == "color" else {}
-            world.draw_filled(legend.axes, base | sphere | {name: value}, legend.at(x + 0.15, first))
-            legend.write(x + 0.38, first, word(value))
-            x += step
-    world.draw_filled(legend.axes, base, legend.at(1.5, second))
-    legend.write(1.73, second, "prediction (filled)")
-    world.draw_outlined(legend.axes, base, legend.at(3.28, second))
-    legend.write(3.55, second, "real object (outline)")
-    line = zip(legend.at(5.2, second), legend.at(5.54, second), strict=True)
+    example = {field.name: field.classes[0] for field in schema.categorical} | {"color": "blue", "size": "small"}
+    down = LEGEND / 2
+    world.draw_filled(legend.axes, example, legend.at(0.45, down))
+    world.draw_filled(legend.axes, example | {"material": "metal"}, legend.at(2.35, down))
+    world.draw_outlined(legend.axes, example, legend.at(3.65, down))
+    line = zip(legend.at(5.6, down), legend.at(5.94, down), strict=True)
     legend.axes.plot(*line, ".-", color=INK, linewidth=1.2, markersize=3)
-    legend.write(5.66, second, "from a prediction to its matched object; the distance in units is “off by”")
-    for x, wrong, text in (
-        (11.31, False, "all attributes right"),
-        (12.96, True, "extra, or some wrong: predicted (real)"),
-    ):
-        world.badge(legend.axes, legend.at(x, second), "3", wrong=wrong)
-        legend.write(x + 0.15, second, text)
+    world.badge(legend.axes, legend.at(11.55, down), "3", wrong=False)
+    world.badge(legend.axes, legend.at(13.35, down), "3", wrong=True)
+    for x, text in (
+        (0.68, "prediction (filled)"), (2.58, "of metal"), (3.92, "real object (outline)"),
+        (6.06, "from a prediction to its matched object; the distance in units is “off by”"),
+        (11.7, "all attributes right"), (13.5, "extra, or some wrong: predicted (real)"),
+    ):  # fmt: skip
+        legend.write(x, down, text)

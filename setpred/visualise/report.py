@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,17 +85,16 @@ def write_report(
     assignment = match_by_position(predicted, target, schema=schema)
     folder = make_folder(folder)
     cameras = cameras_of(camera, min(PICTURED, len(pictures)))
-    shown = len(cameras)
     written: list[Path] = []
 
     if has_world(schema):
-        sets = pictures[:shown], predicted[:shown].clamp(-_FAR, _FAR), target[:shown], cameras
-        written.append(draw_predictions(folder / "predictions.png", *sets, schema=schema, about=title))
+        ends = predicted.clamp(-_FAR, _FAR)
+        examples = [Descent(pictures[k], ends[k][None], target[k], cameras[k], schema) for k in range(len(cameras))]
+        written.append(draw_predictions(folder / "predictions.png", examples, about=title))
     else:
         say(f"No pictures of the sets: schema {schema.name!r} has no continuous field 'coords' of three numbers.")
     if has_world(schema) and iterates is not None:
-        examples = zip(pictures[:shown], iterates.unbind(1), target, cameras, strict=False)
-        descents = [Descent(*example, schema) for example in examples]
+        descents = [replace(example, iterates=way) for example, way in zip(examples, iterates.unbind(1), strict=False)]
         written.append(draw_refinement_film(folder / "refinement.gif", descents[:FILMED], about=title))
         written.append(draw_refinement_strip(folder / "refinement.png", descents[:FILMED], about=title))
         if voting is not None and math.isqrt(tokens := voting.votes.shape[1]) ** 2 == tokens:

@@ -25,6 +25,8 @@ REACH = 5.25  # half the side of the map; the corners of the placement square ar
 _SQUARE = np.array([(-3, -3, 0), (3, -3, 0), (3, 3, 0), (-3, 3, 0)])
 _TURN = np.linspace(0, 2 * np.pi, 49)
 _CIRCLE = np.stack([np.cos(_TURN), np.sin(_TURN)], axis=1)
+_ANNOTATION = {"textcoords": "offset points", "fontweight": "bold", "ha": "center", "va": "center", "zorder": 6}
+_ANNOTATION |= {"annotation_clip": True}
 
 
 def has_world(schema: ElementSchema) -> bool:
@@ -98,20 +100,14 @@ def show_map(axes: Axes, camera: Camera, *, labelled: bool = True) -> None:
 def badge(axes: Axes, at: Iterable[float], text: str, *, wrong: bool, lift: float = 0.0) -> None:
     """Write an object's number `lift` points above a position, white on red if it is wrong."""
     paper, ink = (WRONG, "white") if wrong else ("white", INK)
-    axes.annotate(
-        text, tuple(at), (0, lift), textcoords="offset points", fontsize=7.5, fontweight="bold", color=ink,
-        ha="center", va="center", zorder=6, annotation_clip=True,
-        bbox={"boxstyle": "round,pad=0.18", "facecolor": paper, "edgecolor": INK, "linewidth": 0.6},
-    )  # fmt: skip
+    box = {"boxstyle": "round,pad=0.18", "facecolor": paper, "edgecolor": INK, "linewidth": 0.6}
+    axes.annotate(text, tuple(at), (0, lift), fontsize=7.5, color=ink, bbox=box, **_ANNOTATION)
 
 
 def caption(axes: Axes, at: Iterable[float], text: str, *, drop: float = 0.0) -> None:
     """Write a red word `drop` points below a position of the map."""
-    axes.annotate(
-        text, tuple(at), (0, -drop), textcoords="offset points", fontsize=8, fontweight="bold", color=WRONG,
-        ha="center", va="center", zorder=6, annotation_clip=True,
-        path_effects=[Stroke(linewidth=2, foreground="white"), Normal()],
-    )  # fmt: skip
+    halo = [Stroke(linewidth=2, foreground="white"), Normal()]
+    axes.annotate(text, tuple(at), (0, -drop), fontsize=8, color=WRONG, path_effects=halo, **_ANNOTATION)
 
 
 class Legend:
@@ -219,23 +215,8 @@ def outlines_on_image(obj: Mapping[str, Any], camera: Camera) -> list[np.ndarray
         seen = [axis for axis in range(3) if abs(view[axis]) > half]
         lines = [np.insert(square, axis, np.sign(view[axis]), axis=1) for axis in seen]
     pixels = [camera.project(centre + half * line, *VIEW)[..., :2] for line in lines]
-    return [_hull(np.concatenate(pixels)), pixels[0]] if obj.get("shape") == "cylinder" else pixels
-
-
-def _hull(points: np.ndarray) -> np.ndarray:
-    """Convex hull `[k, 2]` of points `[n, 2]`, closed: the lower chain, then the upper one."""
-    points = points[np.lexsort((points[:, 1], points[:, 0]))]
-
-    def chain(ordered: np.ndarray) -> list[np.ndarray]:
-        kept: list[np.ndarray] = []
-        for point in ordered:
-            while len(kept) > 1 and _turn(kept[-2], kept[-1], point) <= 0:
-                kept.pop()
-            kept.append(point)
-        return kept
-
-    return np.array(chain(points)[:-1] + chain(points[::-1]))
-
-
-def _turn(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> float:
-    return (b[0] - a[0]) * (c[1] - b[1]) - (b[1] - a[1]) * (c[0] - b[0])
+    if obj.get("shape") == "cylinder":  # the convex hull of its rims: the farthest point in each direction
+        points, turn = np.concatenate(pixels), np.linspace(0, 2 * np.pi, 361)
+        farthest = (points @ np.stack([np.cos(turn), np.sin(turn)])).argmax(0)
+        return [points[farthest], pixels[0]]
+    return pixels
