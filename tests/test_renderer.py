@@ -16,7 +16,7 @@ from setpred.rendering.lighting import Lights, block, block_ground, lamp_table, 
 from setpred.rendering.materials import fresnel, highlight
 from setpred.rendering.records import read_cameras, scene_of
 from setpred.rendering.renderer import annotate, encode, render, render_ground, soften
-from setpred.rendering.sampling import sample_scene
+from setpred.rendering.sampling import SceneRules
 from setpred.rendering.scenes import HALF_SIZE, NOMINAL_LAMPS, SHAPES, Scene, SceneBatch, SceneObject
 from setpred.rendering.shapes import HITS, NORMALS
 from setpred.rendering.vectors import pixels_of
@@ -28,7 +28,7 @@ def one(shape="sphere", material="rubber", color="gray", size="large", x=0.0, y=
 
 
 def sampled(seed: int, objects=(3, 10)) -> Scene:
-    return sample_scene(np.random.default_rng(seed), objects=objects)
+    return SceneRules(objects=objects).sample(np.random.default_rng(seed))
 
 
 def picture(scene: Scene, width: int, height: int, **options) -> np.ndarray:
@@ -452,7 +452,7 @@ def test_objects_have_the_measured_colours():
     }  # fmt: skip
     seen = {(color, material): [] for color in measured for material in ("rubber", "metal")}
     rng = np.random.default_rng(0)
-    scenes = [sample_scene(rng, objects=(3, 6)) for _ in range(120)]
+    scenes = [SceneRules(objects=(3, 6)).sample(rng) for _ in range(120)]
     images, ids = render(scenes, width=96, height=64).numpy(), annotate(scenes, width=96, height=64).instances.numpy()
     for number, scene in enumerate(scenes):
         for index, obj in enumerate(scene.objects):

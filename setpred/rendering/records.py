@@ -20,6 +20,7 @@ from setpred.rendering.sampling import DIRECTIONS
 from setpred.rendering.scenes import NOMINAL_LAMPS, Scene, SceneObject
 
 NOT_RELATED = 0.2  # largest distance along a direction that does not count as a relation
+Lamps = Mapping[str, tuple[float, float, float]]  # locations by name
 LAMPS = {"Lamp_Key": "key", "Lamp_Back": "back", "Lamp_Fill": "fill"}
 
 
@@ -71,7 +72,7 @@ def relationships(coords: np.ndarray) -> dict[str, list[list[int]]]:
 def scene_of(
     record: Mapping[str, Any],
     camera: Camera | None = None,
-    lamps: Mapping[str, tuple[float, float, float]] | None = None,
+    lamps: Lamps | None = None,
     *,
     width: int = 480,
     height: int = 320,
@@ -123,9 +124,7 @@ def camera_record(scene: Scene, *, index: int, split: str) -> dict[str, Any]:
     }
 
 
-def read_cameras(
-    path: str | os.PathLike[str], *, split: str | None = None
-) -> dict[int, tuple[Camera, dict[str, tuple[float, float, float]]]]:
+def read_cameras(path: str | os.PathLike[str], *, split: str | None = None) -> dict[int, tuple[Camera, Lamps]]:
     """Load cameras and lamps by image index from a file with a `camera_record` in each line.
 
     Args:

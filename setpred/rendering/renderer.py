@@ -96,7 +96,7 @@ def _render(batch: SceneBatch, width: int, height: int, samples: int, aspect: fl
         # the pixels' first fragments, then their second ones, ...: no pixel twice at a time
         for at, light in zip(pixel.split(counts), radiance.split(counts, dim=1), strict=True):
             image[:, at] += light
-    return encode(soften(image.clamp(0, 1).reshape(3, len(batch.camera), height, width)))
+    return develop(image, view)
 
 
 @torch.no_grad()
@@ -104,8 +104,7 @@ def render_ground(scenes: Sequence[Scene] | SceneBatch, *, width: int, height: i
     """Render the ground with the objects' shadows, without the objects. Arguments and errors as for `render`."""
     batch = _checked(scenes, width, height, aspect)
     bodies, view = Bodies.of(batch), View.of(batch.camera, width, height, aspect)
-    image = ground_radiance(bodies, view, batch.lamps, find_visible(bodies, view, samples=1))
-    return encode(soften(image.clamp(0, 1).reshape(3, len(batch.camera), height, width)))
+    return develop(ground_radiance(bodies, view, batch.lamps, find_visible(bodies, view, samples=1)), view)
 
 
 def _checked(scenes: Sequence[Scene] | SceneBatch, width: int, height: int, aspect: float) -> SceneBatch:
@@ -187,6 +186,11 @@ def soften(image: Tensor) -> Tensor:
         after = torch.cat([image.narrow(axis, 1, size - 1), image.narrow(axis, size - 1, 1)], dim=axis)
         image = image * (10 / 12) + (before + after) / 12
     return image
+
+
+def develop(image: Tensor, view: View) -> Tensor:
+    """Linear RGB `[3, B * P]` to images, uint8 `[B, height, width, 3]`."""
+    return encode(soften(image.clamp(0, 1).reshape(3, -1, view.height, view.width)))
 
 
 @cache

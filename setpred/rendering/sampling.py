@@ -145,13 +145,6 @@ class SceneRules:
         )
 
 
-def sample_scene(
-    rng: np.random.Generator, *, objects: tuple[int, int] = (3, 10), min_visible_pixels: float = 200
-) -> Scene:
-    """Draw a random scene as CLEVR's generator does; see `SceneRules` for more options."""
-    return SceneRules(objects=objects, min_visible_pixels=min_visible_pixels).sample(rng)
-
-
 def sample_scenes(rngs: Sequence[np.random.Generator], rules: SceneRules | None = None) -> list[Scene]:
     """Draw a random scene from each generator, independently of the others."""
     return [(rules or SceneRules()).sample(rng) for rng in rngs]
@@ -161,9 +154,7 @@ def _one_of(rng: np.random.Generator, names: Sequence[str]) -> str:
     return names[int(rng.integers(len(names)))]
 
 
-def _jittered(
-    rng: np.random.Generator, location: tuple[float, float, float], jitter: float
-) -> tuple[float, float, float]:
+def _jittered(rng: np.random.Generator, location: Sequence[float], jitter: float) -> tuple[float, float, float]:
     return tuple((np.array(location) + rng.uniform(-jitter, jitter, size=3)).tolist())
 
 

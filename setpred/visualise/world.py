@@ -5,7 +5,6 @@ Symbols are to the scale of the map: shape, colour, size and material at a glanc
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -164,21 +163,11 @@ def draw_filled(axes: Axes, obj: Mapping[str, Any], at: Any, *, opacity: float =
 
 
 def draw_outlined(axes: Axes, obj: Mapping[str, Any], at: Any, *, colour: str | None = None, zorder: float = 2) -> None:
-    """Draw a thick outline of a real object, in its colour unless given, larger than a correct prediction.
-
-    The outline of metal shines at its upper left.
-    """
-    at = np.asarray(at, dtype=np.float64)
-    outline = at + 1.32 * half_size(obj) * _SYMBOLS.get(obj.get("shape"), _SYMBOLS["sphere"])[0]
+    """Draw a thick outline of a real object, in its colour unless given, larger than a correct prediction."""
+    outline = np.asarray(at) + 1.32 * half_size(obj) * _SYMBOLS.get(obj.get("shape"), _SYMBOLS["sphere"])[0]
     style = {"facecolor": "none", "joinstyle": "round", "zorder": zorder}
     for line, width in ((INK, 4.2), (colour or colour_of(obj), 2.8)):
         axes.add_patch(Polygon(outline, edgecolor=line, linewidth=width, **style))
-    if obj.get("material") == "metal":
-        closed = np.concatenate([outline, outline[:1]])
-        dense = np.concatenate([np.linspace(a, b, 20) for a, b in itertools.pairwise(closed)])
-        angle = np.degrees(np.arctan2(*(dense - at).T[::-1]))
-        shine = dense[(angle > 105) & (angle < 165)]
-        axes.plot(*shine.T, color="white", linewidth=1.5, solid_capstyle="butt", zorder=zorder)
 
 
 def outline_on_image(axes: Axes, obj: Mapping[str, Any], camera: Camera, *, opacity: float = 1.0) -> np.ndarray | None:
