@@ -1,10 +1,10 @@
-"""What it costs to look whether a training step's numbers are finite, against the whole step.
+"""Cost of checking whether a training step's numbers are finite, against the full step.
 
     python -m benchmarks.not_finite
 
-The step is that of `configs/quickstart.yaml`, forward, backward and optimiser, on a batch of noise; the looking is what
-`setpred.training.SetPrediction` does in each: losses, predictions, targets, weights and statistics, the buffers kept
-for a repeat, and the norm of the gradient. Medians, in turns, on one thread.
+The step is that of `configs/quickstart.yaml`, forward, backward and optimiser, on a batch of noise. The check is that
+of `setpred.training.SetPrediction`: losses, predictions, targets, weights and statistics, the buffers kept for a
+repeat, and the norm of the gradient. Medians, in turns, on one thread.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROUNDS = 7
 
 
 def main() -> None:
-    """Prints the two and their ratio."""
+    """Print both times and their ratio."""
     torch.set_num_threads(1)
     cli = build(["--config", str(CONFIG), "--trainer.logger=false", "--trainer.accelerator=cpu"])
     module, size = cli.model, cli.datamodule.batch_size
