@@ -25,7 +25,7 @@ from setpred.decoders import IDSPN
 from setpred.inner import GradientDescent
 from setpred.visualise.style import FAINT, INK, Sheet, styled
 
-PICTURE = Path("images") / "growth.png"  # beside the page that shows it
+PICTURE = Path("images") / "growth.png"  # relative to the page that shows it
 BASE = Sizes(batch=64, width=128, iterations=10, turns=5)
 AXES = {
     "set_size": ("set size", (10, 16, 32, 64, 128, 256)),

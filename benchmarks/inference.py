@@ -90,9 +90,7 @@ def measured(paths: list[str], device: str, turns: int) -> list[Row]:
     assert differ < 1e-4, f"the two ways differ by {differ}"
 
     def named(sets: Iterable[Tensor]) -> list[list[dict[str, Any]]]:
-        return [
-            CLEVR.decode(elements, threshold=-math.inf) for elements in sets
-        ]  # random weights: any confidence
+        return [CLEVR.decode(elements, threshold=-math.inf) for elements in sets]  # random weights: any confidence
 
     def products(model: SetPredictor) -> Way:
         """Products of a pass of `BATCH` images."""

@@ -45,15 +45,15 @@ def main() -> None:
         finite_norm(parameter.grad for parameter in module.parameters() if parameter.grad is not None).item()
         optimizer.step()
 
-    def look() -> None:
+    def check() -> None:
         module.guard.keep(module.buffers(), next(steps))
-        whole = [each.isfinite().all() for each in seen]
-        torch.stack([*whole, finite_norm(trained(module).values(), largest=True)]).all().item()
+        finite = [each.isfinite().all() for each in seen]
+        torch.stack([*finite, finite_norm(trained(module).values(), largest=True)]).all().item()
         finite_norm(parameter.grad for parameter in module.parameters() if parameter.grad is not None).item()
 
-    found = in_turns({"step": step, "look": look}, ROUNDS)
-    whole, looking = (1000 * median(times) for times in found.values())
-    print(f"a step {whole:.0f} ms, of which looking {looking:.1f} ms: {100 * looking / whole:.1f} %")
+    found = in_turns({"step": step, "check": check}, ROUNDS)
+    full, checking = (1000 * median(times) for times in found.values())
+    print(f"a step {full:.0f} ms, of which the check {checking:.1f} ms: {100 * checking / full:.1f} %")
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def of_processes(workers: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch", type=int, help="scenes at a time; 32 on a CPU and 256 on a GPU unless given")
+    parser.add_argument("--batch", type=int, help="scenes at a time; 32 on a CPU and 256 on a GPU by default")
     parser.add_argument("--workers", type=int, default=0, help="measure this many processes instead")
     options = parser.parse_args()
     if options.workers:

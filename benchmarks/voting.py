@@ -133,7 +133,7 @@ def against_slots(what: str, key: str, taken: dict[str, list[float]], floor_ms: 
         taken["slots"],
         taken["ours"],
         floor_ms=floor_ms,
-        note=f"implicit Slot Attention takes {of_its_floor:.2f} of its own floor; under 1 voting is dearer",
+        note=f"implicit Slot Attention takes {of_its_floor:.2f} of its floor; below 1 voting is slower",
     )
 
 

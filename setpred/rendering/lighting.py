@@ -79,7 +79,7 @@ def lights_at(points: Tensor, lamps: Tensor) -> Lights:
 def block(lights: Lights, points: Tensor, owner: Tensor, scene: Tensor, bodies: Bodies) -> Lights:
     """The lights that reach points `[3, n]` of scenes `[n]` past the objects.
 
-    `owner [n]` is the object that each point lies on, or `GROUND`. An object does not block its own points: all shapes
+    `owner [n]` is the object that each point is on, or `GROUND`. An object does not block its own points: all shapes
     are convex, and points on the far side face away from the light.
     """
     count = points.shape[1]

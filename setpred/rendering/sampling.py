@@ -160,7 +160,7 @@ def _jittered(rng: np.random.Generator, location: Sequence[float], jitter: float
 
 # CLEVR's rule against hidden objects: every object shows enough pixels. Rendering every candidate would cost more than
 # the rest of the sampling. A lower bound settles nearly all objects: an object contains the sphere of its half size and
-# lies in an upright cylinder, so it shows at least its sphere's disc less the cylinders of the others. Pixels are
+# is inside an upright cylinder, so it shows at least its sphere's disc less the cylinders of the others. Pixels are
 # counted only for the few objects that the bound leaves open.
 WIDTH, HEIGHT = 480, 320  # of CLEVR's images, to which the counts refer
 RADIUS = {"sphere": 1.0, "cube": 1.35, "cylinder": 1.0}  # of the upright cylinder around each shape of half size 1

@@ -93,7 +93,7 @@ def find_visible(bodies: Bodies, view: View, *, samples: int) -> Visibility:
     start = start.expand(-1, len(dx), -1).flatten(1)
     mine = owner.repeat(len(dx))
     t = bodies.hit(mine, start, direction)
-    # objects stand on z = 0 and sink into the floor by its height there
+    # the objects' lowest points are at z = 0, below the floor by its height there
     foot = take(floor_height(bodies.centre) / bodies.half - 1, mine)
     found = ((t > 0) & torch.isfinite(t) & (start[2] + t * direction[2] > foot)).nonzero().squeeze(1)
 
