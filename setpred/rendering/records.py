@@ -33,16 +33,14 @@ for _name, _opposite, _direction in (
     WORLD_DIRECTIONS |= {_name: _direction, _opposite: [-value for value in _direction]}
 
 
-def scene_record(
-    scene: Scene, *, index: int, split: str, width: int = 480, height: int = 320, file_name: str | None = None
-) -> dict[str, Any]:
-    """Convert a scene to CLEVR's record, for an image of `width` x `height` named `file_name` (see `image_name`)."""
+def scene_record(scene: Scene, *, index: int, split: str, width: int = 480, height: int = 320) -> dict[str, Any]:
+    """Convert a scene to CLEVR's record, for an image of `width` x `height`."""
     coords = np.array([obj.coords for obj in scene.objects]).reshape(-1, 3)
     pixels = scene.camera.project(coords, width, height).tolist()
     return {
         "split": split,
         "image_index": index,
-        "image_filename": image_name(split, index) if file_name is None else file_name,
+        "image_filename": image_name(split, index),
         "objects": [
             {name: getattr(obj, name) for name in ("shape", "size", "material")}
             | {"3d_coords": list(obj.coords), "rotation": obj.rotation}

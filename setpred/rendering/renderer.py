@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from setpred.errors import InputError
-from setpred.rendering import materials
+from setpred.rendering import materials, visibility
 from setpred.rendering.bodies import GROUND, Bodies
 from setpred.rendering.camera import ASPECT
 from setpred.rendering.ground import ground_depth, ground_normal
 from setpred.rendering.lighting import Lights, block, block_ground, lights_at
 from setpred.rendering.scenes import Scene, SceneBatch
 from setpred.rendering.vectors import pixels_of, take
-from setpred.rendering.visibility import View, Visibility, find_visible, gather_fragments, grain, trace_mirror
+from setpred.rendering.visibility import Fragments, View
 
 TABLE_SIZE = 4096
 CPU_PIXELS = 2**17  # rendered at a time on a CPU: many enough for torch, few enough for the caches
@@ -49,9 +49,7 @@ def annotate(scenes: Sequence[Scene] | SceneBatch, *, width: int, height: int, a
     if (most := batch.present.shape[1]) > (limit := torch.iinfo(torch.int8).max + 1):
         raise InputError(f"expected scenes of at most {limit} objects (`instances` are int8), got {most}")
     bodies, view = Bodies.of(batch), View.of(batch.camera, width, height, aspect)
-    visible = find_visible(bodies, view, samples=1)
-    shape = len(batch.camera), height, width
-    owner, depth = visible.owner[0].reshape(shape), visible.depth[0].reshape(shape)
+    owner, depth = (part.reshape(-1, height, width) for part in visibility.find_visible(bodies, view, samples=1))
     ground = ground_depth(*view[:4], *view.centres())
     slots = torch.cat([bodies.slot, bodies.slot.new_full((1,), GROUND)])  # the last one for the ground
     counts = torch.zeros(len(bodies) + 1, dtype=torch.int64, device=owner.device)
@@ -88,13 +86,14 @@ def render(
 
 def _render(batch: SceneBatch, width: int, height: int, samples: int, aspect: float) -> Tensor:
     bodies, view = Bodies.of(batch), View.of(batch.camera, width, height, aspect)
-    visible = find_visible(bodies, view, samples=samples)
-    image = ground_radiance(bodies, view, batch.lamps, visible)
-    image *= (visible.owner == GROUND).float().mean(0)
+    owner, depth = visibility.find_visible(bodies, view, samples=samples)
+    image = ground_radiance(bodies, view, batch.lamps)
+    image *= (owner == GROUND).float().mean(0)
     if len(bodies):
-        pixel, radiance, counts = object_radiance(bodies, view, batch.lamps, visible)
+        seen = visibility.gather_fragments(bodies, view, owner, depth)
+        radiance = object_radiance(bodies, seen, batch.lamps)
         # the pixels' first fragments, then their second ones, ...: no pixel twice at a time
-        for at, light in zip(pixel.split(counts), radiance.split(counts, dim=1), strict=True):
+        for at, light in zip(seen.pixel.split(seen.counts), radiance.split(seen.counts, dim=1), strict=True):
             image[:, at] += light
     return develop(image, view)
 
@@ -104,7 +103,7 @@ def render_ground(scenes: Sequence[Scene] | SceneBatch, *, width: int, height: i
     """Render the ground with the objects' shadows, without the objects. Arguments and errors as for `render`."""
     batch = _checked(scenes, width, height, aspect)
     bodies, view = Bodies.of(batch), View.of(batch.camera, width, height, aspect)
-    return develop(ground_radiance(bodies, view, batch.lamps, find_visible(bodies, view, samples=1)), view)
+    return develop(ground_radiance(bodies, view, batch.lamps), view)
 
 
 def _checked(scenes: Sequence[Scene] | SceneBatch, width: int, height: int, aspect: float) -> SceneBatch:
@@ -118,8 +117,8 @@ def _checked(scenes: Sequence[Scene] | SceneBatch, width: int, height: int, aspe
     return batch
 
 
-def ground_radiance(bodies: Bodies, view: View, lamps: Tensor, visible: Visibility) -> Tensor:
-    """Linear RGB `[3, B * P]` of the ground behind every pixel, shadows included."""
+def ground_radiance(bodies: Bodies, view: View, lamps: Tensor) -> Tensor:
+    """Linear RGB `[3, B * P]` of the ground behind every pixel, with shadows."""
     x, y = view.centres()
     depth = ground_depth(*view[:4], x, y)
     location, right, up, backward = (axis[..., None, None] for axis in view[:4])
@@ -129,24 +128,20 @@ def ground_radiance(bodies: Bodies, view: View, lamps: Tensor, visible: Visibili
     lights = block_ground(lights_at(points, everywhere), points, bodies, view, lamps)
     image = materials.shade_ground(points, ground_normal(points), lights)
 
-    left, top, right, bottom = visible.boxes.unbind(1)
-    aside, down = right - left, bottom - top
-    limits = torch.tensor([view.width, view.height], device=left.device)
-    low = torch.stack([left - aside, top - down], dim=1).clamp(min=0)
-    high = torch.minimum(torch.stack([right + aside, bottom + down], dim=1), limits)
-    body, column, row = pixels_of(torch.cat([low, high], dim=1))
+    low, high = visibility.object_boxes(bodies, view).split(2, dim=1)
+    size, limits = high - low, torch.tensor([view.width, view.height], device=low.device)
+    body, column, row = pixels_of(torch.cat([(low - size).clamp(min=0), torch.minimum(high + size, limits)], dim=1))
     pixel = (take(bodies.scene, body) * view.height + row) * view.width + column
     for channel, part in zip(image, materials.glow(take(points, pixel), body, bodies), strict=True):
         channel.scatter_add_(0, pixel, part)
     return image
 
 
-def object_radiance(bodies: Bodies, view: View, lamps: Tensor, visible: Visibility) -> tuple[Tensor, Tensor, list[int]]:
-    """Flat pixel indices `[n]`, the objects' linear RGB times coverage there `[3, n]`, and `Fragments.counts`."""
-    seen = gather_fragments(bodies, view, visible)
+def object_radiance(bodies: Bodies, seen: Fragments, lamps: Tensor) -> Tensor:
+    """Linear RGB times coverage of fragments `[3, n]`."""
     is_metal = take(bodies.metal, seen.owner)
     metal, rubber = is_metal.nonzero().squeeze(1), (~is_metal).nonzero().squeeze(1)
-    direction, ends, facing, met, lost = trace_mirror(bodies, seen, metal)
+    direction, ends, facing, met, lost = visibility.trace_mirror(bodies, seen, metal)
     points = torch.cat([seen.points, ends], dim=1)
     scene = take(bodies.scene, torch.cat([seen.owner, take(seen.owner, metal)]))
     lights = lights_at(points, take(lamps.permute(2, 1, 0), scene))
@@ -173,9 +168,9 @@ def object_radiance(bodies: Bodies, view: View, lamps: Tensor, visible: Visibili
         mirrored,
         lost,
         lights.part(metal),
-        grain(bodies, seen, metal),
+        visibility.grain(bodies, seen, metal),
     )
-    return seen.pixel, radiance * seen.coverage, seen.counts
+    return radiance * seen.coverage
 
 
 def soften(image: Tensor) -> Tensor:

@@ -67,22 +67,21 @@ class View(NamedTuple):
         return self.slopes(torch.arange(self.width, **real) + 0.5, torch.arange(self.height, **real) + 0.5)
 
 
-class Visibility(NamedTuple):
-    """The nearest objects along S = samples^2 rays in each of the P pixels of B images.
+def object_boxes(bodies: Bodies, view: View) -> Tensor:
+    """Pixels (left, top, right, bottom) that may show each object: int64 `[O, 4]`."""
+    side = bodies.half.new_tensor([-1.0, 1.0])
+    x, y, z = torch.cartesian_prod(side, side, side).T[:, :, None] * bodies.half
+    c, s = bodies.cosine, bodies.sine
+    return view.boxes(torch.stack([c * x - s * y, s * x + c * y, z]) + bodies.centre[:, None], bodies.scene)
 
-    owner: number of the object or `GROUND`, int64 `[S, B * P]`; depth: of the object's surface, `inf` on the ground
-    `[S, B * P]`; boxes: the pixels that may show each object, int64 `[O, 4]`.
+
+def find_visible(bodies: Bodies, view: View, *, samples: int) -> tuple[Tensor, Tensor]:
+    """Find the nearest objects along S = samples^2 rays in each of the P pixels of B images.
+
+    Returns the object's number or `GROUND`, int64 `[S, B * P]`, and the depth of its surface, `inf` on the ground
+    `[S, B * P]`.
     """
-
-    owner: Tensor
-    depth: Tensor
-    boxes: Tensor
-
-
-def find_visible(bodies: Bodies, view: View, *, samples: int) -> Visibility:
-    """Cast the rays of all images at the objects, at each object only inside its projected bounding box."""
-    boxes = view.boxes(_corners(bodies), bodies.scene)
-    owner, x, y = pixels_of(boxes)
+    owner, x, y = pixels_of(object_boxes(bodies, view))
     every = torch.arange(len(bodies), device=owner.device)
     origin = bodies.to_unit(every, take(view.location, bodies.scene) - bodies.centre)
     right, up, backward = (bodies.to_unit(every, take(axis, bodies.scene)) for axis in view[1:4])
@@ -101,7 +100,7 @@ def find_visible(bodies: Bodies, view: View, *, samples: int) -> Visibility:
     pixel = (take(bodies.scene, owner) * view.height + y) * view.width + x
     place = (torch.arange(len(dx), device=x.device)[:, None] * pixels + pixel).flatten()
     depth, number = nearest(*(take(part, found) for part in (t, mine, place)), rays=len(dx) * pixels)
-    return Visibility(number.reshape(len(dx), pixels), depth.reshape(len(dx), pixels), boxes)
+    return number.reshape(len(dx), pixels), depth.reshape(len(dx), pixels)
 
 
 def nearest(t: Tensor, owner: Tensor, ray: Tensor, *, rays: int) -> tuple[Tensor, Tensor]:
@@ -116,14 +115,6 @@ def nearest(t: Tensor, owner: Tensor, ray: Tensor, *, rays: int) -> tuple[Tensor
     hit = least != nothing
     first = torch.where(hit, (least >> NUMBER_BITS).int().view(torch.float32), MISS)
     return first, torch.where(hit, least & (2**NUMBER_BITS - 1), GROUND)
-
-
-def _corners(bodies: Bodies) -> Tensor:
-    """The corners of the objects' bounding boxes: `[3, 8, O]`."""
-    side = bodies.half.new_tensor([-1.0, 1.0])
-    x, y, z = torch.cartesian_prod(side, side, side).T[:, :, None] * bodies.half
-    c, s = bodies.cosine, bodies.sine
-    return torch.stack([c * x - s * y, s * x + c * y, z]) + bodies.centre[:, None]
 
 
 class Fragments(NamedTuple):
@@ -145,11 +136,11 @@ class Fragments(NamedTuple):
     counts: list[int]
 
 
-def gather_fragments(bodies: Bodies, view: View, visible: Visibility) -> Fragments:
-    """Average each object's samples inside each pixel into one fragment."""
-    samples = len(visible.owner)
-    occupied = (visible.owner != GROUND).any(0).nonzero().squeeze(1)
-    owners = take(visible.owner, occupied)
+def gather_fragments(bodies: Bodies, view: View, visible: Tensor, depth: Tensor) -> Fragments:
+    """Average each object's samples (see `find_visible`) inside each pixel into one fragment."""
+    samples = len(visible)
+    occupied = (visible != GROUND).any(0).nonzero().squeeze(1)
+    owners = take(visible, occupied)
     new = owners != GROUND  # the first sample of its object in the pixel
     for later in range(1, samples):
         for earlier in range(later):
@@ -164,7 +155,7 @@ def gather_fragments(bodies: Bodies, view: View, visible: Visibility) -> Fragmen
     across, down = view.slopes(x + dx[:, None], y + dy[:, None])
     location, right, up, backward = (take(part, scene) for part in view[:4])
     rays = right[:, None] * across + (up[:, None] * down - backward[:, None])
-    depth = torch.where(mine, take(visible.depth, pixel), 0)
+    depth = torch.where(mine, take(depth, pixel), 0)
     surface = location[:, None] + depth * rays
     points = added((surface * weight).transpose(0, 1))
     normals = added((bodies.normals(owner, surface) * weight).transpose(0, 1))

@@ -66,7 +66,7 @@ def draw_supports(path: Path, descents: Sequence[Descent], voting: Voting, *, ab
     middle = 0.3 + IMAGE[0] + 0.15
     right = middle + MAP + 0.6
     sheet = Sheet(right + SIDE + 0.2, HEAD + ROW * len(descents) + LEGEND)
-    subtitle = "Each token, a position of the image, votes for an object. Colour and number: its prediction."
+    subtitle = "Each token, a position of the image, votes for an object and has the colour of its prediction."
     sheet.heading("Support of the objects by tokens", subtitle, about)
     for row, descent in enumerate(descents):
         bottom = sheet.height - HEAD - ROW * (row + 1) + 0.1
