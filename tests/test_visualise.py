@@ -250,7 +250,7 @@ def test_a_full_disk_leaves_no_partial_figure(tmp_path, monkeypatch):
 
 def test_the_text_right_of_the_title_is_cut_to_its_room(tmp_path, recwarn):
     sheet = Sheet(9, 4)
-    sheet.heading("Title", "subtitle", "$_{folder/" * 50 + "图片.h5")  # neither formula nor known glyphs
+    sheet.heading("Title", "subtitle", "$_{folder/" * 20 + "图片.h5")  # neither formula nor known glyphs
     name, aside = sheet.texts[0], sheet.texts[-1]
     renderer = sheet.canvas.get_renderer()
     assert name.get_window_extent(renderer).x1 < aside.get_window_extent(renderer).x0

@@ -29,7 +29,10 @@ FIRST_MS, LAST_MS = 800, 2500
 FASTEST_MS, SLOWEST_MS, BETWEEN_MS = 120, 400, 3000  # per frame between the first and the last, and in total
 FAINTEST = 0.12  # opacity of an element without confidence
 _TITLE = "Refinement of the set"
-_ERROR = "Error: smooth L1 distance to the real set, matched as at the end."
+_NOTE = (
+    "Elements are fainter where less confident; thin lines are their paths. Error: smooth L1 distance to the real set, "
+    "matched as at the end."
+)
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,12 @@ class Descent:
         for obj, opacity in self._elements(step):
             outline_on_image(axes, obj, self.camera, opacity=opacity)
 
-    def draw_set(self, axes: Axes, step: int, *, paths: bool = True) -> None:
+    def draw_set(self, axes: Axes, step: int) -> None:
         """Draw an iterate on the map, with the paths of the elements that end up confident."""
         for number, (obj, opacity) in enumerate(self._elements(step)):
             draw_filled(axes, obj, on_map(obj["coords"], self.camera), opacity=opacity, zorder=4 + number / 1000)
         centres = on_map(self.schema.values(self.iterates, "coords").numpy(), self.camera)[: step + 1]
-        for path in centres[:, presence_mask(self.iterates[-1]).numpy()].swapaxes(0, 1) if paths else ():
+        for path in centres[:, presence_mask(self.iterates[-1]).numpy()].swapaxes(0, 1):
             axes.plot(*path.T, color=INK, linewidth=0.8, alpha=0.55, zorder=5)
 
     def mark_error(self, axes: Axes, step: int) -> None:
@@ -94,11 +97,8 @@ def draw_refinement_strip(path: Path, descents: Sequence[Descent], *, about: str
     side, gap, foot, head = 2.55, 0.15, 0.45, 1.15  # inches
     start = 0.3 + 1.5 * side + gap
     height = head + (side + foot) * len(descents)
-    sheet = Sheet(max(start + (gap + side) * len(shown) + 0.05, 15.0), height)  # room for the subtitle
-    subtitle = (
-        "Maps seen from above, the camera at the lower edge: real objects outlined, the set filled, fainter where less "
-        f"confident. {_ERROR}"
-    )
+    sheet = Sheet(max(start + (gap + side) * len(shown) + 0.05, 16.2), height)  # room for the subtitle
+    subtitle = f"Maps seen from above, the camera at the lower edge: real objects outlined, the set filled. {_NOTE}"
     sheet.heading(_TITLE, subtitle, about)
     below = {"ha": "center", "va": "top"}
     for row, descent in enumerate(descents):
@@ -110,7 +110,7 @@ def draw_refinement_strip(path: Path, descents: Sequence[Descent], *, about: str
             axes = sheet.panel(start + (gap + side) * column, bottom, side, side)
             show_map(axes, descent.camera, labelled=False)
             descent.draw_real(axes)
-            descent.draw_set(axes, step, paths=False)
+            descent.draw_set(axes, step)
             text = f"after {plural(step, 'step')}" if step else "start"
             axes.text(0.5, -0.03, f"{text}: error {descent.errors[step]:.3g}", transform=axes.transAxes, **below)
     return sheet.save(path)
@@ -137,8 +137,7 @@ def _frames(descents: Sequence[Descent], steps: Sequence[int], about: str) -> li
     """Draw the parts that stay once, and the moving parts over a copy of them at each step."""
     side, gap, foot, head = 3.1, 0.2, 0.4, 1.1  # inches
     sheet = Sheet(0.3 + 2.5 * side + gap + 0.75 + side + 0.3, head + (side + foot) * len(descents), dpi=FILM_DPI)
-    subtitle = f"Elements are fainter where less confident; thin lines are their paths. {_ERROR}"
-    sheet.heading(_TITLE, subtitle, about)
+    sheet.heading(_TITLE, _NOTE, about)
     moving: list[tuple[Axes, Callable[[Axes, int], None]]] = []
     for row, descent in enumerate(descents):
         bottom = sheet.height - head - side * (row + 1) - foot * row
