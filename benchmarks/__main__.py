@@ -1,12 +1,12 @@
-"""All of it in one go: measures every topic, prints one table, writes docs/benchmarks.md and docs/benchmarks.json.
+"""Measure every topic, print one table, and write docs/benchmarks.md and docs/benchmarks.json.
 
-    python -m benchmarks                            # all, at full size (make bench)
-    python -m benchmarks --only decoder memory      # some; what the others found stays
-    python -m benchmarks --quick                    # small sizes, printed; written with --out FOLDER alone
-    python -m benchmarks --only --gpu-rows FILE     # nothing measured; a GPU's rows out of another machine's JSON
+    python -m benchmarks                            # all topics at full size (make bench)
+    python -m benchmarks --only decoder memory      # some topics; the results of the others stay
+    python -m benchmarks --quick                    # small sizes, printed; written only with --out FOLDER
+    python -m benchmarks --only --gpu-rows FILE     # no measurement; the GPU rows of another machine's JSON
 
-Each topic runs in a process of its own, so that none inherits the threads, caches or memory of another, and what it
-found is written before the next begins.
+Each topic runs in a fresh process, without the threads, caches or memory of another, and its results are written before
+the next topic starts.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 def measured(topics: list[str], report: Report, *, quick: bool) -> list[str]:
-    """Adds each topic to the report, which is written each time; returns the topics that failed."""
+    """Measure each topic and write the report after it; return the topics that failed."""
     failed = []
     for topic in topics:
         start = time.perf_counter()
         print(f"{topic} ...", end=" ", file=sys.stderr, flush=True)
         try:
             report.add(topic, measure_alone(topic, quick))
-        except (Exception, SystemExit):  # an hour of the others' work is not lost with one
+        except (Exception, SystemExit):  # one failure must not lose an hour of results
             traceback.print_exc()
             failed.append(topic)
         else:

@@ -1,11 +1,11 @@
-"""Average precision at six thresholds, on one core: ours against loops over images and predictions.
+"""Average precision at six thresholds, on one core, against loops over images and predictions.
 
     python -m benchmarks.average_precision            # 15,000 and 150,000 images
     python -m benchmarks.average_precision --quick    # 200 images
 
-Sets of 10 with 3 to 10 objects each. The plain way compares the sets of one image after the other in NumPy, and then
-goes through the ranked predictions once a threshold. Both run on all images, and their results are compared. The floor
-is the time to read predictions and targets once at the measured bandwidth.
+Sets of 10 with 3 to 10 objects each. The plain loops compare the sets image by image in NumPy, then scan the ranked
+predictions once per threshold. Both run on all images and must agree. The floor is the time to read predictions and
+targets once at the measured bandwidth.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NOISE = 0.1  # between nearly perfect (0.02) and hopeless (1)
 
 
 def random_sets(images: int, *, noise: float) -> tuple[Tensor, Tensor]:
-    """Sets of 3 to 10 objects, and predictions that are those plus noise: nearly perfect to hopeless."""
+    """Sets of 3 to 10 objects, and predictions with noise: nearly perfect to hopeless."""
     generator = torch.Generator().manual_seed(0)
     set_size = CLEVR.max_objects
     target = torch.rand(images, set_size, CLEVR.set_dim, generator=generator)
@@ -64,7 +64,7 @@ def plain(
 
 
 def area(ranked: list[tuple[float, float, tuple[int, int]]], threshold: float, objects: int) -> float:
-    """Under the curve of precision against recall, made to fall monotonically."""
+    """Area under the monotone envelope of precision against recall."""
     claimed, precisions = set(), []
     for place, (_, distance, aim) in enumerate(ranked, start=1):
         if distance < threshold and aim not in claimed:
@@ -115,7 +115,7 @@ def row(images: int, turns: int, device: str) -> Row:
 
 
 def rows(quick: bool) -> list[Row]:
-    """On the CPU, and on a GPU if there is one."""
+    """Rows for the CPU, and for a GPU if there is one."""
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     with one_thread():
         return [row(*sizes, device) for device in devices for sizes in (QUICK if quick else IMAGES).items()]

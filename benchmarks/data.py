@@ -1,16 +1,16 @@
-"""From a file to a batch of 128 images of 128x128 on the device, as numbers in [0, 1]: against item by item.
+"""Loading batches of 128 images of 128x128 onto the device as numbers in [0, 1], against loading item by item.
 
     python -m benchmarks.data            # 2,048 images in the file
     python -m benchmarks.data --quick    # 64
 
-The plain way opens the file in a `Dataset`, gives one image at a time as float32, lets torch's default collation stack
-them and moves the batch. Ours reads batches by index as uint8 and makes numbers of them on the device: from the file,
-from the host's memory, and on a GPU from its own memory (`in_memory: device`). Every turn reads another batch; the file
-lies in the system's cache after the first. Both give the same batches. The floor is the bytes that each way must read
-and write, at the device's measured bandwidth: the uint8 batch twice (picked, read) and its numbers once.
+The plain loader opens the file in a `Dataset`, returns one image at a time as float32, collates with torch's default
+and moves the batch. Ours reads uint8 batches by index and converts them on the device: from the file, from the host's
+memory, and on a GPU from its memory (`in_memory: device`). Every turn reads another batch; after the first, the file is
+in the system's cache. Both return the same batches. The floor is the bytes that each loader must read and write, at the
+device's measured bandwidth: the uint8 batch twice (picked, read) and its numbers once.
 
-Notes tell which share of a training step with the quickstart's model waits for data, with the plain loader and with
-ours (`setpred.training.callbacks.DataWaiting`, second epoch), and the scenes a second of the streamed renderer.
+Notes: the share of a training step with the quickstart's model that waits for data, with the plain loader and with ours
+(`setpred.training.callbacks.DataWaiting`, second epoch), and the scenes per second of the streamed renderer.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ QUICK = Sizes(images=64, batch=16, turns=3, steps=2, step_batch=8)
 
 
 def make_file(path: Path, images: int, image_size: int) -> None:
-    """Noise as images, since they are stored as they are, with the sets of sampled scenes."""
+    """Noise images, which are stored uncompressed, with the sets of sampled scenes."""
     stream = SceneStream(images, seed=0, rules=SceneRules(objects=OBJECTS), set_size=CLEVR.max_objects)
     elements = stream.__getitems__(range(images))["elements"].numpy()
     rng = np.random.default_rng(0)
@@ -92,7 +92,7 @@ class PlainData(Dataset):
 
 
 class PlainModule(pl.LightningDataModule):
-    """The plain data in the very order of ours."""
+    """The plain data in the same order as ours."""
 
     def __init__(self, path: Path, *, set_size: int, batch_size: int) -> None:
         super().__init__()
@@ -113,13 +113,13 @@ def module(path: Path, where: Any, *, image_size: int, batch_size: int, **option
 
 
 def on_device(batch: dict[str, Tensor], device: str) -> Tensor:
-    """All of the batch is moved; the images as numbers."""
+    """Move the batch and convert the images to numbers."""
     moved = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
     return unit_images(moved["image"])
 
 
 def endless(loader: DataLoader, device: str) -> Callable[[], Tensor]:
-    """A way that takes the loader's next batch each time it is called, in epoch after epoch of one order."""
+    """A function that takes the loader's next batch, in repeated epochs of one order."""
 
     def batches() -> Iterator[Tensor]:
         while True:
@@ -130,7 +130,7 @@ def endless(loader: DataLoader, device: str) -> Callable[[], Tensor]:
 
 
 def loading(path: Path, sizes: Sizes, device: str, notes: dict[str, str]) -> list[Row]:
-    """A row for each place that the images can be in."""
+    """A row for each location of the images."""
     place = torch.device(device, 0) if device == "cuda" else torch.device(device)
     places = {"memory": True, "file": False} | ({"device": "device"} if device == "cuda" else {})
     plain = PlainModule(path, set_size=CLEVR.max_objects, batch_size=sizes.batch)
@@ -161,7 +161,7 @@ def loading(path: Path, sizes: Sizes, device: str, notes: dict[str, str]) -> lis
 
 
 def waiting(data: pl.LightningDataModule, device: str) -> float:
-    """Which share of the second epoch of a training with the quickstart's model waits."""
+    """Share of the second epoch that waits for data, with the quickstart's model."""
     options = ["--config", str(QUICKSTART), "--trainer.accelerator", "cpu", "--trainer.logger", "false"]
     model = build(options).model
     trainer = pl.Trainer(
@@ -180,7 +180,7 @@ def waiting(data: pl.LightningDataModule, device: str) -> float:
 
 
 def streamed_rate(sizes: Sizes, device: str) -> float:
-    """Scenes a second: sampled in this process and drawn on the device."""
+    """Scenes per second, sampled in this process and rendered on the device."""
     count = sizes.batch // 2
     stream = SceneStream(count, seed=0, rules=SceneRules(objects=(3, 10)), set_size=CLEVR.max_objects)
     numbers = iter(range(10**9))
@@ -193,7 +193,7 @@ def streamed_rate(sizes: Sizes, device: str) -> float:
 
 
 def rows(quick: bool) -> list[Row]:
-    """On the CPU, and on a GPU if there is one."""
+    """Rows for the CPU, and for a GPU if there is one."""
     sizes, found = QUICK if quick else Sizes(), []
     with tempfile.TemporaryDirectory() as folder:
         large, small = Path(folder) / "large.h5", Path(folder) / "small.h5"

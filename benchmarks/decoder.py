@@ -1,11 +1,11 @@
-"""The descent of the decoder, forward and backward: the plain way, ours as it is written, and ours compiled.
+"""The descent of the decoder, forward and backward: plain, ours in eager mode, and ours compiled.
 
     python -m benchmarks.decoder            # sizes of configs/clevr_fspool.yaml
     python -m benchmarks.decoder --quick    # small sizes, seconds
 
-The plain way is what one would write first: `torch.optim.SGD` on a leaf tensor, `autograd.grad` in each iteration, the
-last time with `create_graph`, and a sort in FSPool. All ways share their parameters, take turns, and give the same set
-and gradients (tests/test_fast.py).
+The plain descent is a first draft: `torch.optim.SGD` on a leaf tensor, `autograd.grad` in each iteration, with
+`create_graph` in the last, and a sort in FSPool. All share their parameters, take turns, and return the same set and
+gradients (tests/test_fast.py).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KINDS = ("fspool", "pairwise", "equilibrium")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the measured problem, and how often each way takes its turn."""
+    """Sizes of the measured problem, and the number of turns."""
 
     batch: int = 128
     set_size: int = CLEVR.max_objects
@@ -89,7 +89,7 @@ def plain(
     clip: float = math.inf,
     curvature: Callable[[Tensor], Tensor | float] = lambda _: 1.0,
 ) -> Tensor:
-    """iDSPN as one would write it: the found set, with the gradients of the last iteration (at least one).
+    """Plain iDSPN: the predicted set, with the gradients of the last iteration (at least one).
 
     Gradients are divided by `curvature`. Under `torch.no_grad` no iteration keeps gradients.
     """
@@ -129,7 +129,7 @@ NUMBERS = {"learning_rate": 1.0, "momentum": 0.9, "clip": 10.0}
 
 
 def ways_of(kind: str, sizes: Sizes, *, device: str = "cpu") -> dict[str, Callable[[], list[Tensor]]]:
-    """Name to one forward and backward: gives the set, and the gradients of the latent vector and all parameters."""
+    """One forward and backward pass by name: the set, and the gradients of the latent vector and all parameters."""
     torch.manual_seed(0)
     objective = objective_of(kind, sizes).to(device)
     latent = torch.randn(sizes.batch, sizes.width, device=device, requires_grad=True)
@@ -154,7 +154,7 @@ def ways_of(kind: str, sizes: Sizes, *, device: str = "cpu") -> dict[str, Callab
 
 
 def forward_and_backward(find: Callable[[], Tensor], wanted: list[Tensor], upstream: Tensor) -> list[Tensor]:
-    """The found set, and the gradients of what is wanted."""
+    """The predicted set, and the requested gradients."""
     elements = find()
     gradients = torch.autograd.grad(elements, wanted, upstream, allow_unused=True, materialize_grads=True)
     return [elements.detach(), *gradients]
@@ -164,7 +164,7 @@ def forward_and_backward(find: Callable[[], Tensor], wanted: list[Tensor], upstr
 
 
 def measured(kind: str, sizes: Sizes, device: str) -> Row:
-    """Plain, written and compiled in turns."""
+    """Measure plain, eager and compiled in turns."""
     ways = ways_of(kind, sizes, device=device)
     first = seconds(ways["compiled"], device)
     taken = in_turns(ways, sizes.turns, device)
@@ -183,7 +183,7 @@ def measured(kind: str, sizes: Sizes, device: str) -> Row:
 
 
 def against_fspool(sizes: Sizes, device: str) -> Row:
-    """A step on the equilibrium objective against one of plain FSPool, both compiled."""
+    """A step on the equilibrium objective against one on plain FSPool, both compiled."""
     ways = {kind: ways_of(kind, sizes, device=device)["compiled"] for kind in ("fspool", "equilibrium")}
     taken = {
         kind: [turn / sizes.iterations for turn in turns] for kind, turns in in_turns(ways, sizes.turns, device).items()
@@ -202,7 +202,7 @@ def label(device: str) -> str:
 
 
 def rows(quick: bool) -> list[Row]:
-    """A row for each kind of decoder, and one for equilibrium against FSPool; on the CPU, and a GPU if any."""
+    """A row for each kind of decoder, and one for equilibrium against FSPool; on the CPU and on a GPU, if any."""
     found = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for kind in KINDS:

@@ -4,8 +4,8 @@
     python benchmarks/equilibrium.py scenes --seeds 0 1 2 --out scenes.jsonl
     python benchmarks/equilibrium.py table multisets.jsonl scenes.jsonl
 
-Each (form, seed) is trained for the same number of steps on the same data with everything but the objective equal, and
-appended to the file as a line of JSON; runs that the file has already are left out, so an interrupted one goes on.
+Each (form, seed) trains for the same number of steps on the same data; only the objective differs. Each run appends a
+line of JSON to the file. Runs that are in the file are skipped, so an interrupted benchmark resumes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ THRESHOLDS = (float("inf"), 1.0, 0.5)
 
 
 class RankedPotential(nn.Module):
-    """F on the sorted features, with what is learned of the rank added to the first layer."""
+    """F on the sorted features, with a learned term of the rank added to the first layer."""
 
     def __init__(self, width: int, *, set_size: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def equilibrium(
 
 
 def forms(set_size: int, set_dim: int, width: int) -> dict[str, Callable[[], tuple[nn.Module, float | None]]]:
-    """Name to (objective, clip of the decoder's gradient)."""
+    """(objective, clip of the decoder's gradient) by name."""
 
     def encoder(aggregator: Aggregator) -> SetEncoder:
         return SetEncoder(aggregator, set_dim=set_dim, hidden_dim=width)
@@ -105,7 +105,7 @@ def forms(set_size: int, set_dim: int, width: int) -> dict[str, Callable[[], tup
 
 
 def multisets(form: str, seed: int, *, steps: int) -> dict[str, float]:
-    """Auto-encodes sets of 8 elements of 4 standard normal numbers; validation smooth L1 on 2,048 others."""
+    """Auto-encode sets of 8 elements of 4 standard normal numbers; validation smooth L1 on 2,048 others."""
     set_size, set_dim, width = 8, 4, 128
     torch.manual_seed(seed)
     encoder = SetEncoder(FSPool(width, set_size=set_size), set_dim=set_dim, hidden_dim=width)
@@ -135,7 +135,7 @@ def multisets(form: str, seed: int, *, steps: int) -> dict[str, float]:
 
 
 def scenes(form: str, seed: int, *, steps: int) -> dict[str, float]:
-    """Rendered scenes of 3 to 6 objects at 64x64, as the quickstart; AP in % on 1,000 unseen ones."""
+    """Rendered scenes of 3 to 6 objects at 64x64, as in the quickstart; AP in % on 1,000 unseen ones."""
     set_size, width = 6, 256
     data = RenderedScenes(train_images=20_000, val_images=1_000, objects=(3, 6), set_size=set_size, seed=seed)
     data.prepare_data()

@@ -1,10 +1,10 @@
-"""How the time of the decoder, forward and backward, grows with set size, element width, iterations and batch.
+"""Growth of the decoder's time, forward and backward, with set size, element width, iterations and batch.
 
     python -m benchmarks.growth            # a minute or two
     python -m benchmarks.growth --quick    # a few points of each
 
-FSPool iDSPN as it is written, not compiled: each size would compile once more. One size grows at a time, from a small
-decoder (`BASE`), so that all of it takes a minute or two on one core.
+The decoder is FSPool iDSPN, not compiled: each size would compile again. One size grows at a time, from a small
+decoder (`BASE`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from benchmarks.decoder import NUMBERS, Sizes, objective_of
 from benchmarks.timing import in_turns
 from setpred.decoders import IDSPN
 from setpred.inner import GradientDescent
-from setpred.visualise.style import FAINT, INK, new_figure, save_png, styled
+from setpred.visualise.style import FAINT, INK, Sheet, styled
 
-PICTURE = Path("images") / "growth.png"  # beside the page that shows it
+PICTURE = Path("images") / "growth.png"  # relative to the page that shows it
 BASE = Sizes(batch=64, width=128, iterations=10, turns=5)
 AXES = {
     "set_size": ("set size", (10, 16, 32, 64, 128, 256)),
@@ -37,7 +37,7 @@ Curve = list[tuple[float, float]]  # (size, ms)
 
 
 def step_of(sizes: Sizes) -> Callable[[], None]:
-    """One forward and backward of the decoder."""
+    """One forward and backward pass of the decoder."""
     torch.manual_seed(0)
     shape = {"set_size": sizes.set_size, "set_dim": sizes.set_dim}
     decoder = IDSPN(objective_of("fspool", sizes), GradientDescent(iterations=sizes.iterations, **NUMBERS), **shape)
@@ -46,7 +46,7 @@ def step_of(sizes: Sizes) -> Callable[[], None]:
 
 
 def measure(quick: bool) -> dict[str, Any]:
-    """The sizes that stay, and for each that grows its curve."""
+    """The fixed sizes, and the curve of each growing one."""
     base = replace(BASE, batch=8, width=16, turns=1) if quick else BASE
     curves = {}
     for axis, (_, values) in AXES.items():
@@ -58,7 +58,7 @@ def measure(quick: bool) -> dict[str, Any]:
 
 
 def slope(curve: Curve) -> float:
-    """d log(time) / d log(size) over the upper half of the sizes, by least squares: 1 is in proportion."""
+    """Least-squares slope of log(time) over log(size) in the upper half of the sizes; 1 is proportional growth."""
     upper = curve[len(curve) // 2 - 1 :]
     xs, ys = zip(*((math.log(size), math.log(ms)) for size, ms in upper), strict=True)
     return statistics.linear_regression(xs, ys).slope
@@ -66,10 +66,10 @@ def slope(curve: Curve) -> float:
 
 @styled()
 def draw(path: Path, found: Mapping[str, Any]) -> Path:
-    """Four panels of milliseconds on logarithmic axes, each with a line of what grows in proportion."""
-    figure = new_figure(10.0, 2.9, dpi=100)
-    panels = figure.subplots(1, len(AXES), sharey=True)
-    figure.subplots_adjust(left=0.07, right=0.99, bottom=0.19, top=0.88, wspace=0.08)
+    """Draw four panels of milliseconds on logarithmic axes, each with a line of proportional growth."""
+    sheet = Sheet(10.0, 2.9, dpi=100)
+    panels = sheet.subplots(1, len(AXES), sharey=True)
+    sheet.subplots_adjust(left=0.07, right=0.99, bottom=0.19, top=0.88, wspace=0.08)
     for axes, (axis, (name, _)) in zip(panels, AXES.items(), strict=True):
         curve = found["curves"][axis]
         sizes, times = zip(*curve, strict=True)
@@ -84,7 +84,7 @@ def draw(path: Path, found: Mapping[str, Any]) -> Path:
         axes.set_title(f"slope {slope(curve):.2f}", color=INK, fontsize=10)
         axes.set_xlabel(name)
     panels[0].set_ylabel("ms, forward and backward")
-    return save_png(figure, path)
+    return sheet.save(path)
 
 
 def markdown(found: Mapping[str, Any]) -> str:

@@ -1,12 +1,12 @@
-"""Objects on a folder of pictures: `setpred.commands.predict`, against one picture after the other.
+"""Prediction of a folder of images by `setpred.commands.predict`, against one image after the other.
 
-    python -m benchmarks.inference            # 256 pictures of 480x320, the quickstart's model (voting)
+    python -m benchmarks.inference            # 256 images of 480x320, the quickstart's model (voting)
     python -m benchmarks.inference --quick    # 8 of them
 
-From PNG files to named objects. The plain way opens a picture, resizes it, and gives it alone to the encoder and to the
-plain decoder of benchmarks/voting.py; ours decodes in threads and gives the model batches. Both have the same weights,
-which are random, and find the same elements. Implicit Slot Attention, on the same trunk, predicts as ours does. The
-floor is the matrix products and convolutions of ours alone. All take turns in one run.
+From PNG files to named objects. The plain loop opens and resizes an image and passes it alone to the encoder and to the
+plain decoder of benchmarks/voting.py; ours decodes in threads and batches the images. Both have the same random weights
+and predict the same elements. Implicit Slot Attention, on the same trunk, predicts as ours does. The floor is the
+matrix products and convolutions of ours alone. All take turns in one run.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ BATCH = 64
 
 @torch.no_grad()
 def plain(model: SetPredictor, paths: Iterable[str], image_size: int, device: str) -> Iterator[Tensor]:
-    """Elements of each picture, one by one."""
+    """Elements of each image, one by one."""
     for path in paths:
         picture = Image.open(path).convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR)
         image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
@@ -56,7 +56,7 @@ def plain(model: SetPredictor, paths: Iterable[str], image_size: int, device: st
 
 
 def make_pictures(folder: Path, count: int, distinct: int) -> list[str]:
-    """PNG files of CLEVR's size: so many rendered scenes, and copies of them."""
+    """PNG files of CLEVR's size: rendered scenes, and copies of them."""
     width, height = PIXEL_SIZE
     scenes = render(built_in_scenes(range(distinct), seed=0, objects=(3, 6)), width=width, height=height)
     for number in range(count):
@@ -74,14 +74,14 @@ def model_of(config: Path, device: str) -> SetPredictor:
 
 
 def measured(paths: list[str], device: str, turns: int) -> list[Row]:
-    """Ours against the plain way, and against implicit Slot Attention."""
+    """Ours against the plain loop, and against implicit Slot Attention."""
     model, slots = (model_of(config, device) for config in (CONFIG, SLOTS))
     size = model.encoder.image_size
 
     def ours(model: SetPredictor, paths: list[str]) -> Iterator[Tensor]:
         return (elements for _, elements in predict(model, paths, image_size=size, batch_size=BATCH, device=device))
 
-    # in double precision: with random weights the votes nearly agree, and the descent blows rounding up
+    # in double precision: with random weights the votes nearly agree, and the descent amplifies rounding
     with of_dtype(torch.float64):
         exact, some = copy.deepcopy(model).double(), paths[:BATCH]
         exact.encoder.register_forward_pre_hook(lambda _, inputs: tuple(each.double() for each in inputs))
@@ -90,10 +90,10 @@ def measured(paths: list[str], device: str, turns: int) -> list[Row]:
     assert differ < 1e-4, f"the two ways differ by {differ}"
 
     def named(sets: Iterable[Tensor]) -> list[list[dict[str, Any]]]:
-        return [CLEVR.decode(elements, threshold=-math.inf) for elements in sets]  # random weights are sure of none
+        return [CLEVR.decode(elements, threshold=-math.inf) for elements in sets]  # random weights: any confidence
 
     def products(model: SetPredictor) -> Way:
-        """Of a pass of `BATCH` images."""
+        """Products of a pass of `BATCH` images."""
         batch = torch.zeros(BATCH, 3, size, size, dtype=torch.uint8, device=device)
         batch = batch.contiguous(memory_format=torch.channels_last)
 
@@ -131,7 +131,7 @@ def measured(paths: list[str], device: str, turns: int) -> list[Row]:
 
 
 def rows(quick: bool) -> list[Row]:
-    """On the CPU, and on a GPU if there is one."""
+    """Rows for the CPU, and for a GPU if there is one."""
     count, distinct, turns = (8, 2, 1) if quick else (256, 32, 3)
     with tempfile.TemporaryDirectory() as folder:
         paths = make_pictures(Path(folder), count, distinct)

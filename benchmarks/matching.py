@@ -1,13 +1,13 @@
-"""The matching of a batch of sets, and the Hungarian loss with its gradient, against example by example.
+"""Matching of a batch of sets, and the Hungarian loss with its gradient, against a loop over examples.
 
     python -m benchmarks.matching            # batches of 128 sets of 10 and of 64, 16 of 256
     python -m benchmarks.matching --quick    # small batches
 
-The plain way computes the cost of an example's pairs, takes it to the host, matches by scipy's `linear_sum_assignment`
-and takes the assignment back, example by example; for the loss it keeps the gradients of all pairs. Ours is
-`setpred.losses.HungarianLoss` and the matching in it. Rows `matching_SIZE` are from sets to assignments, without
-gradients; rows `loss_SIZE` from sets to the loss and its gradient. The floor is scipy's own time, called on costs that
-are on the host already, in double precision.
+The plain loop computes the cost of an example's pairs, moves it to the host, matches by scipy's
+`linear_sum_assignment`, and moves the assignment back; for the loss it keeps the gradients of all pairs. Ours is
+`setpred.losses.HungarianLoss` and its matching. Rows `matching_SIZE` go from sets to assignments, without gradients;
+rows `loss_SIZE` from sets to the loss and its gradient. The floor is scipy's time alone, on double precision costs
+on the host.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ QUICK = {10: (4, 2), 64: (2, 2)}
 
 
 def plain_cost(predicted: Tensor, target: Tensor) -> Tensor:
-    """Of one example, `[n, n]`."""
+    """Costs of one example, `[n, n]`."""
     n = len(predicted)
     pairs = predicted[:, None].expand(n, n, -1), target[None].expand(n, n, -1)
     return functional.smooth_l1_loss(*pairs, reduction="none").mean(-1)
@@ -44,7 +44,7 @@ def plain_match(cost: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def plain_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Of each example."""
+    """Loss of each example."""
     costs = [plain_cost(*example) for example in zip(predicted, target, strict=True)]
     return torch.stack([cost[plain_match(cost)].mean() for cost in costs])
 
@@ -93,7 +93,7 @@ def of_size(size: int, batch: int, turns: int, device: str) -> list[Row]:
 
 
 def rows(quick: bool) -> list[Row]:
-    """Both, for each set size, on the CPU and where there is one on a GPU."""
+    """Rows for each set size, on the CPU and on a GPU if there is one."""
     found = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for size, (batch, turns) in (QUICK if quick else SIZES).items():

@@ -1,11 +1,11 @@
-"""How much memory a descent takes against its number of iterations: implicit and unrolled, ours and the plain way.
+"""Memory of a descent against its number of iterations: implicit and unrolled, ours and plain.
 
     python -m benchmarks.memory            # sizes of configs/clevr_fspool.yaml
     python -m benchmarks.memory --quick    # small sizes
 
-Each way runs in a process of its own, forward and backward, with more and more iterations; what counts is by how much
-the process had grown at its largest. The plain ways are those of the published codes: `autograd.grad` in each
-iteration, with `create_graph` in the last for iDSPN and in every one for DSPN.
+Each implementation runs forward and backward in a fresh process with more and more iterations; the result is the growth
+of the process at its peak. The plain implementations follow the published code: `autograd.grad` in each iteration, with
+`create_graph` in the last for iDSPN and in every one for DSPN.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def plain_unrolled(
     momentum: float,
     clip: float,
 ) -> Tensor:
-    """DSPN as one would write it: every step stays in the graph."""
+    """Plain DSPN: every step stays in the graph."""
     elements = initial.detach().clone().requires_grad_()
     velocity = torch.zeros_like(elements)
     for _ in range(iterations):
@@ -63,7 +63,7 @@ def plain_unrolled(
 
 
 def descent_of(way: str, sizes: decoder.Sizes) -> Callable[[int, int], Tensor]:
-    """(batch, iterations) -> the found set."""
+    """(batch, iterations) -> the predicted set."""
     torch.manual_seed(0)
     objective = decoder.objective_of("fspool", sizes)
     shape = {"set_size": sizes.set_size, "set_dim": sizes.set_dim}
@@ -82,19 +82,19 @@ def descent_of(way: str, sizes: decoder.Sizes) -> Callable[[int, int], Tensor]:
 
 
 def peak() -> float:
-    """MiB that this process has held at most."""
+    """Peak memory of this process in MiB."""
     status = Path("/proc/self/status")
-    if status.exists():  # Linux, whose `ru_maxrss` begins at what the starting process held
+    if status.exists():  # Linux, whose `ru_maxrss` starts at the value of the parent process
         return int(re.search(r"VmHWM:\s*(\d+) kB", status.read_text())[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def growths(way: str, sizes: decoder.Sizes) -> list[float]:
-    """MiB by which this process, best a fresh one, has grown after each number of iterations, forward and backward."""
+    """Growth in MiB of this process, ideally a fresh one, after each number of iterations, forward and backward."""
     find = descent_of(way, sizes)
-    find(2, 2).square().mean().backward()  # what is loaded at the first call is not the descent's
+    find(2, 2).square().mean().backward()  # the first call loads libraries
     with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak so far, that of the imports, is forgotten
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak of the imports
     before, found = peak(), []
     for iterations in ITERATIONS:
         find(sizes.batch, iterations).square().mean().backward()
@@ -103,7 +103,7 @@ def growths(way: str, sizes: decoder.Sizes) -> list[float]:
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """For each way its growth in MiB at each number of iterations."""
+    """Growth in MiB of each implementation at each number of iterations."""
     found = []
     for way, name in WAYS.items():
         command = [sys.executable, "-m", "benchmarks.memory", "--way", way] + ["--quick"] * quick

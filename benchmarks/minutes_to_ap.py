@@ -1,16 +1,16 @@
-"""Minutes of training until AP at distance 0.5 is first 80 %: of the quickstart, read from what a training wrote.
+"""Minutes of training until AP at distance 0.5 first reaches 80 %, read from the quickstart's training files.
 
-    python -m benchmarks.minutes_to_ap          # the quickstart's run, from the first of the files below that is there
-    python -m benchmarks.minutes_to_ap FILE     # of another: results.jsonl or metrics.csv
+    python -m benchmarks.minutes_to_ap          # the quickstart's run, from the first existing file below
+    python -m benchmarks.minutes_to_ap FILE     # another run: results.jsonl or metrics.csv
 
 This trains nothing. The run to read is
 
-    python -m setpred compare configs/quickstart.yaml --budget 15000steps --points 60 --threads 2 \\
+    python -m setpred compare configs/quickstart.yaml --budget 15000steps --points 60 --threads 2 \
         --out comparison/quickstart
 
-which validates 60 times; its results.jsonl has the seconds of training alone, threads and processor. Without it,
-checkpoints/quickstart/metrics.csv of `make demo` is read. That has a row an epoch, and its seconds count set-up and
-validation, too: an upper bound.
+which validates 60 times; its results.jsonl has the seconds of training alone, threads and processor. The fallback is
+checkpoints/quickstart/metrics.csv of `make demo`, with a row per epoch, whose seconds include set-up and validation: an
+upper bound.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def runs_of(path: Path) -> list[dict[str, Any]]:
     """Name, note and points (seconds, AP) of each run in a file.
 
     Raises:
-        InputError: a file that is missing, or has no such scores.
+        InputError: a missing file, or one without such scores.
     """
     if not path.is_file():
         raise InputError(f"expected a results.jsonl or a metrics.csv, got no file {path}; train first")
@@ -65,7 +65,7 @@ def place(run: dict[str, Any]) -> str:
 
 
 def reached(run: dict[str, Any]) -> dict[str, Any]:
-    """When the score is first at the bar (None: never), how high it comes, and how long the run is."""
+    """Time at which the score first reaches the bar (None: never), the best score, and the length of the run."""
     minutes = [seconds / 60 for seconds, score in run["points"] if score >= BAR]
     best, length = max(score for _, score in run["points"]), run["points"][-1][0] / 60
     note = {"name": run["name"], "note": run["note"]}
@@ -73,7 +73,7 @@ def reached(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """Of the quickstart's runs; none where nothing has been trained."""
+    """The quickstart's runs; empty without a training."""
     there = [path for path in (ROOT / name for name in FILES) if path.is_file()]
     return [reached(run) for run in runs_of(there[0])] if there else []
 

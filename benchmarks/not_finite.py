@@ -1,10 +1,10 @@
-"""What it costs to look whether a training step's numbers are finite, against the whole step.
+"""Cost of checking whether a training step's numbers are finite, against the full step.
 
     python -m benchmarks.not_finite
 
-The step is that of `configs/quickstart.yaml`, forward, backward and optimiser, on a batch of noise; the looking is what
-`setpred.training.SetPrediction` does in each: losses, predictions, targets, weights and statistics, the buffers kept
-for a repeat, and the norm of the gradient. Medians, in turns, on one thread.
+The step is that of `configs/quickstart.yaml`, forward, backward and optimiser, on a batch of noise. The check is that
+of `setpred.training.SetPrediction`: losses, predictions, targets, weights and statistics, the buffers kept for a
+repeat, and the norm of the gradient. Medians, in turns, on one thread.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROUNDS = 7
 
 
 def main() -> None:
-    """Prints the two and their ratio."""
+    """Print both times and their ratio."""
     torch.set_num_threads(1)
     cli = build(["--config", str(CONFIG), "--trainer.logger=false", "--trainer.accelerator=cpu"])
     module, size = cli.model, cli.datamodule.batch_size
@@ -45,15 +45,15 @@ def main() -> None:
         finite_norm(parameter.grad for parameter in module.parameters() if parameter.grad is not None).item()
         optimizer.step()
 
-    def look() -> None:
+    def check() -> None:
         module.guard.keep(module.buffers(), next(steps))
-        whole = [each.isfinite().all() for each in seen]
-        torch.stack([*whole, finite_norm(trained(module).values(), largest=True)]).all().item()
+        finite = [each.isfinite().all() for each in seen]
+        torch.stack([*finite, finite_norm(trained(module).values(), largest=True)]).all().item()
         finite_norm(parameter.grad for parameter in module.parameters() if parameter.grad is not None).item()
 
-    found = in_turns({"step": step, "look": look}, ROUNDS)
-    whole, looking = (1000 * median(times) for times in found.values())
-    print(f"a step {whole:.0f} ms, of which looking {looking:.1f} ms: {100 * looking / whole:.1f} %")
+    found = in_turns({"step": step, "check": check}, ROUNDS)
+    full, checking = (1000 * median(times) for times in found.values())
+    print(f"a step {full:.0f} ms, of which the check {checking:.1f} ms: {100 * checking / full:.1f} %")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Two processes with half a batch each against one with the whole: the quickstart's training, on the cores there are.
+"""Two processes with half a batch each against one with the full batch, on the quickstart's training.
 
     python -m benchmarks.processes            # 2 turns of 3 epochs of 40 steps
     python -m benchmarks.processes --quick    # 1 turn of 2 epochs of 4 steps
 
-One process has all cores, each of two has half of them; so the processor does the same work, and what two cost more is
-the price of gathering gradients (gloo), of the batches and of starting. An epoch's time is that of metrics.csv, without
-the first epoch's; the ratio is one process / two, more is better.
+One process uses all cores, each of two processes half of them. The processor does the same work, so the difference is
+the cost of gathering gradients (gloo), of the batches and of starting. Times of epochs come from metrics.csv, without
+the first epoch; the ratio is one process / two processes, larger is better.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BATCH = 32  # the quickstart's
 
 
 def epoch_seconds(folder: Path, processes: int, *, epochs: int, steps: int) -> float:
-    """Seconds of an epoch of training in so many processes."""
+    """Seconds of a training epoch with this number of processes."""
     options = {
         "config": ROOT / "configs" / "quickstart.yaml",
         "runs": folder / "runs",

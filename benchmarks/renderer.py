@@ -1,12 +1,12 @@
-"""Images a second of the renderer against image size, number of objects, batch and samples, and the memory it takes.
+"""Images per second of the renderer against image size, number of objects, batch and samples, and its memory.
 
     python benchmarks/renderer.py                   # the CPU, all cores in one process
     python benchmarks/renderer.py --workers 2       # two processes of one thread each, as `setpred.data render` works
     python benchmarks/renderer.py --device cuda     # a GPU
 
-All effects of light are on. A figure is the median of repeated runs after one to warm up, with the lowest and highest.
-Memory is the most that torch held beyond the scenes (GPU), or by how much the process had grown by then (CPU; it never
-shrinks, so a row has at least what the rows above it have).
+All effects of light are on. Figures are medians of repeated runs after a warm-up, with minimum and maximum. Memory is
+torch's peak beyond the scenes (GPU), or the growth of the process so far (CPU; a process never shrinks, so a row has at
+least the value of the rows above).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def sampled(objects: tuple[int, int], count: int) -> list[Scene]:
 
 
 def rates(work: Callable[[], object], images: int, device: torch.device) -> str:
-    """Images a second: median, lowest and highest."""
+    """Images per second: median, minimum and maximum."""
     found = []
     for _ in range(REPEATS + 1):
         start = time.perf_counter()
@@ -49,7 +49,7 @@ def rates(work: Callable[[], object], images: int, device: torch.device) -> str:
 
 
 def held(device: torch.device) -> float:
-    """Most MiB held so far."""
+    """Peak memory so far in MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -104,7 +104,7 @@ def of_processes(workers: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch", type=int, help="scenes at a time; 32 on a CPU and 256 on a GPU unless given")
+    parser.add_argument("--batch", type=int, help="scenes at a time; 32 on a CPU and 256 on a GPU by default")
     parser.add_argument("--workers", type=int, default=0, help="measure this many processes instead")
     options = parser.parse_args()
     if options.workers:

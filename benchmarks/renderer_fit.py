@@ -1,11 +1,11 @@
-"""Fits the renderer's constants of indirect light and of blur to pictures made with Blender.
+"""Fit the renderer's constants of indirect light and of blur to images from Blender.
 
     python benchmarks/renderer_fit.py ROOT
 
-ROOT is a CLEVR folder with `cameras.jsonl`. One constant after the other is moved up or down by a step as long as that
-lowers the squared error on the first half of the images, at half their size; then all steps are halved. The second half
-is never looked at, so that `python -m setpred data compare ROOT --first N` tells the errors on unseen pictures. The
-constants stand in `setpred/rendering/materials.py`; this prints new ones and changes nothing.
+ROOT is a CLEVR folder with `cameras.jsonl`. Coordinate descent: move one constant after the other up or down by a step
+as long as that lowers the squared error on the first half of the images, at half their size; then halve all steps. The
+second half stays unseen, so `python -m setpred data compare ROOT --first N` gives the errors on unseen images. The
+constants are in `setpred/rendering/materials.py`; this prints new ones and changes nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""What `make bench` found: one table for people, docs/benchmarks.md, and the same for machines, docs/benchmarks.json.
+"""Results of `make bench`: docs/benchmarks.md, a table for people, and docs/benchmarks.json for machines.
 
-Text that somebody wrote into benchmarks.md stays: what is generated lies between marks, `<!-- table -->` to
-`<!-- /table -->`, and a run replaces that alone.
+A run replaces only the generated parts of benchmarks.md, between marks such as `<!-- table -->` and `<!-- /table -->`.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ TITLES = ("", "plain, ms", "ours, ms", "ratio", "±", "floor, ms", "ours / floor
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on: processor, cores, threads, the instructions that matter, GPU."""
+    """Properties that the results depend on: processor, cores, threads, relevant instructions, GPU."""
     has = cpu_capabilities()
     return {
         "processor": processor(),
@@ -57,7 +56,7 @@ def versions() -> dict[str, str]:
 
 
 def described(run: Mapping[str, Any]) -> str:
-    """Machine and versions as one sentence."""
+    """Machine and versions as a sentence."""
     found = run["machine"]
     sets = {"avx2": "AVX2", "avx512": "AVX-512", "bfloat16": "bfloat16 instructions", "amx": "AMX"}
     parts = [
@@ -73,12 +72,12 @@ def described(run: Mapping[str, Any]) -> str:
 
 
 def above_floor(row: Mapping[str, Any]) -> float | None:
-    """How many times what the machine needs at the least ours takes."""
+    """Time of ours over the floor."""
     return row["ours_ms"] / row["floor_ms"] if row["floor_ms"] else None
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """All rows, grouped by topic; the head of each group has the command that makes it."""
+    """All rows, grouped by topic; the head of each group has its command."""
     lines: list[list[str]] = []
     for topic in dict.fromkeys(row["topic"] for row in rows):
         lines.append([f"**{topic.replace('_', ' ')}**", *[""] * 6, f"`python -m benchmarks.{topic}`"])
@@ -92,16 +91,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def filled(text: str, parts: Mapping[str, str]) -> str:
-    """`text` with each part between its marks, and everything else as it was.
+    """Replace the parts of `text` between their marks.
 
     Raises:
-        InputError: marks that are not there once each, in order.
+        InputError: marks that are missing, repeated or out of order.
     """
     for name, content in parts.items():
         first, last = f"<!-- {name} -->", f"<!-- /{name} -->"
         if [text.count(mark) for mark in (first, last)] != [1, 1] or text.index(first) > text.index(last):
             raise InputError(
-                f"expected {first} and, below it, {last} once each in {PAGE}; put them where the {name} shall stand"
+                f"expected {first} and, below it, {last} once each in {PAGE}; add them where the {name} belongs"
             )
         before, _, rest = text.partition(first)
         after = rest.partition(last)[2]
@@ -114,16 +113,16 @@ def of_gpu(row: Mapping[str, Any]) -> bool:
 
 
 class Report:
-    """The figures of a folder, to which those of a run are added.
+    """The results in a folder, to which a run adds its own.
 
     Args:
-        folder: of benchmarks.md and benchmarks.json. What is there is read: a topic measured alone does not lose the
-            others, a machine without a GPU not the rows of one that has, and text written by hand stays.
-        afresh: whether all topics will be measured; the figures of another machine then give way.
+        folder: folder of benchmarks.md and benchmarks.json. Results of other topics, of a GPU on a machine without one,
+            and text written by hand are kept.
+        afresh: whether all topics will be measured; results of another machine are then dropped.
 
     Raises:
-        InputError: figures of another machine that would stay beside those of this one; marks that benchmarks.md
-            lacks.
+        InputError: results of another machine that would stay next to those of this one; missing marks in
+            benchmarks.md.
     """
 
     def __init__(self, folder: Path, *, afresh: bool) -> None:
@@ -133,18 +132,18 @@ class Report:
         old = json.loads(record.read_text()) if record.exists() else {}
         if old and not afresh and any(old[name] != run[name] for name in run):
             raise InputError(
-                f"the figures in {record} are of another machine, or of other versions or threads: "
-                f"{described(old)} Measure all topics, or give another folder by --out"
+                f"the results in {record} are from another machine, or other versions or threads: "
+                f"{described(old)} Measure all topics, or pass another folder with --out"
             )
         if afresh:
             kept = [] if run["machine"]["gpu"] else [row for row in old.get("rows", []) if of_gpu(row)]
             elsewhere = {"gpu_run": old.get("gpu_run") or {name: old[name] for name in run}} if kept else {}
             old = {"rows": kept} | elsewhere
         self.content: dict[str, Any] = run | {"ratios": {}, "rows": []} | old | run
-        self.page()  # says what is wrong with it before an hour of measuring
+        self.page()  # raises its errors before an hour of measuring
 
     def add(self, topic: str, found: Any) -> None:
-        """What a topic found, in place of what it had."""
+        """Replace the results of a topic."""
         if topic in EXTRAS:
             self.content[topic] = found
             return
@@ -153,7 +152,7 @@ class Report:
         self._set_rows(kept + [{"topic": topic} | row.as_dict() for row in found])
 
     def add_gpu(self, path: Path) -> None:
-        """The rows of a GPU in another machine's benchmarks.json, in place of those that are here."""
+        """Replace the rows of a GPU by those of another machine's benchmarks.json."""
         other = json.loads(path.read_text())
         new = [row for row in other["rows"] if of_gpu(row)]
         if not new:
@@ -169,7 +168,7 @@ class Report:
         self.content["above_floor"] = {key: value for key, value in above.items() if value is not None}
 
     def page(self) -> str:
-        """benchmarks.md as it shall be."""
+        """The text of benchmarks.md."""
         path = self.folder / PAGE
         parts = {"machine": described(self.content), "table": table(self.content["rows"])}
         if "gpu_run" in self.content:
@@ -179,7 +178,7 @@ class Report:
         return filled(path.read_text() if path.exists() else EMPTY_PAGE, parts)
 
     def write(self) -> None:
-        """Both files and the plot, each whole or not at all."""
+        """Write both files and the plot, each atomically."""
         page = self.page()
         if "growth" in self.content:
             growth.draw(self.folder / growth.PICTURE, self.content["growth"])

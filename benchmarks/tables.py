@@ -1,4 +1,4 @@
-"""Tables in Markdown that can also be read in a terminal."""
+"""Markdown tables that are readable in a terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def number(value: float | None) -> str:
-    """Three digits that count, and no digit less before the point.
+    """Format with three significant digits, and all digits before the point.
 
     >>> [number(value) for value in (1234.5, 99.96, 41.27, 0.01234, None)]
     ['1,234', '100', '41.3', '0.0123', '']
@@ -18,7 +18,7 @@ def number(value: float | None) -> str:
 
 
 def cell(text: str) -> str:
-    """Text that cannot break a table: no bare bars, no line breaks.
+    """Escape text for a cell: no bare bars, no line breaks.
 
     >>> print(cell("a | b"))
     a \\| b
@@ -27,7 +27,7 @@ def cell(text: str) -> str:
 
 
 def markdown(titles: Sequence[str], lines: Iterable[Sequence[str]], *, numbers: Iterable[int] = ()) -> str:
-    """Columns as wide as their widest cell, but for the last; those in `numbers` set to the right."""
+    """Columns as wide as their widest cell, except the last; those in `numbers` right-aligned."""
     rows, numbers = [list(map(cell, line)) for line in (titles, *lines)], set(numbers)
     widths = [max(3, *(len(row[column]) for row in rows)) for column in range(len(titles))]
     if len(titles) - 1 not in numbers:

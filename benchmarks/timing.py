@@ -1,4 +1,4 @@
-"""How everything here is timed: in turns, medians, with the spread, against what the machine can do."""
+"""Timing in turns: medians, their spread, and the limits of the machine."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Way = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: our way against the plain way, both timed in one run.
+    """A row of the table: our implementation against the plain one, timed in one run.
 
     Args:
-        name: what is timed, with its sizes.
-        key: under which machines find the ratio in docs/benchmarks.json.
+        name: the problem and its sizes.
+        key: key of the ratio in docs/benchmarks.json.
         plain_ms, ours_ms: medians.
         ratio: median over the turns of plain / ours.
-        spread: half the distance of the quartiles of that ratio.
-        floor_ms: what the machine needs for the products, at its measured peak or run alone; None where nothing says.
-        note: the rest.
+        spread: half the interquartile range of that ratio.
+        floor_ms: time of the products at the machine's measured peak, or run alone; None if unknown.
+        note: everything else.
     """
 
     name: str
@@ -44,13 +44,13 @@ class Row:
 
 
 def compared(name: str, key: str, plain: list[float], ours: list[float], **rest: Any) -> Row:
-    """The row of two lists of seconds, taken in turns."""
+    """Build a row from two lists of seconds, measured in turns."""
     ratio, spread = ratio_of(plain, ours)
     return Row(name, key, 1e3 * statistics.median(plain), 1e3 * statistics.median(ours), ratio, spread, **rest)
 
 
 def seconds(way: Way, device: str = "cpu") -> float:
-    """Wall time of one call, to the end of its work on a GPU."""
+    """Wall time of one call, including its work on a GPU."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -61,7 +61,7 @@ def seconds(way: Way, device: str = "cpu") -> float:
 
 
 def in_turns(ways: Mapping[str, Way], turns: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of each way in each turn; one after the other, so that a slow minute is slow for all.
+    """Seconds of each implementation in each turn, alternating, so that a slow minute slows all of them.
 
     One call of each comes first, unmeasured: memory, caches and compilation.
     """
@@ -75,27 +75,27 @@ def in_turns(ways: Mapping[str, Way], turns: int, device: str = "cpu") -> dict[s
 
 
 def ratio_of(slow: list[float], fast: list[float]) -> tuple[float, float]:
-    """Median over the turns of how many times slower, and half the distance of its quartiles."""
+    """Median over the turns of the ratio, and half its interquartile range."""
     ratios = [a / b for a, b in zip(slow, fast, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
     return middle, (high - low) / 2
 
 
 def peak_flops(rows: int, width: int, device: str = "cpu") -> float:
-    """Most multiplications and additions a second that a product `[rows, width] @ [width, width]` reaches here."""
+    """Highest measured rate of multiplications and additions per second of `[rows, width] @ [width, width]`."""
     features, weight = torch.randn(rows, width, device=device), torch.randn(width, width, device=device)
     return 2 * rows * width * width / min(seconds(lambda: features @ weight, device) for _ in range(30))
 
 
 def peak_bandwidth(device: str = "cpu", *, numbers: int = 2**25) -> float:
-    """Most bytes a second that copying far more than the caches hold moves here, read and written."""
+    """Highest measured rate of bytes per second, read and written, when copying far more than the caches hold."""
     source = torch.randn(numbers, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / min(seconds(lambda: target.copy_(source), device) for _ in range(10))
 
 
 class _Products(TorchDispatchMode):
-    """Counts as `torch.utils.flop_counter.FlopCounterMode` does, which fails where a gradient is taken inside."""
+    """A counter like `torch.utils.flop_counter.FlopCounterMode`, which fails where a gradient is taken inside."""
 
     def __init__(self, *, keep: bool = False) -> None:
         super().__init__()
@@ -113,17 +113,17 @@ class _Products(TorchDispatchMode):
 
 
 def flops(way: Way) -> int:
-    """Multiplications and additions in the matrix products and convolutions of one call, which must not be compiled."""
+    """Multiplications and additions in the matrix products and convolutions of one uncompiled call."""
     with _Products() as counter:
         way()
     return counter.total
 
 
 def products_alone(way: Way) -> Way:
-    """The matrix products and convolutions of one call of `way`, which must not be compiled, and nothing else.
+    """Record the matrix products and convolutions of one uncompiled call of `way`, to replay only these.
 
-    A floor that keeps the shapes, precision and layout of every product, and can take turns with the ways. It holds
-    what they read in memory.
+    A floor with the shapes, precision and layout of every product, which can take turns with the implementations. It
+    keeps their operands in memory.
     """
     with _Products(keep=True) as counter:
         way()

@@ -1,4 +1,4 @@
-"""What there is to measure, and how one topic of it is."""
+"""The topics of the benchmarks, and how to measure one."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 from benchmarks import growth, memory, minutes_to_ap
 
-TOPICS = ("decoder", "voting", "train_step", "matching", "average_precision", "data", "inference")  # that have rows
-# that have a page of their own, and `measure` and `markdown`
+TOPICS = ("decoder", "voting", "train_step", "matching", "average_precision", "data", "inference")  # with rows
+# with a separate section, `measure` and `markdown`
 EXTRAS = {"memory": memory, "growth": growth, "minutes_to_ap": minutes_to_ap}
 
 
 def measure(topic: str, quick: bool) -> Any:
-    """The rows of a topic, or what an extra measures."""
+    """Measure a topic: its rows, or the result of an extra."""
     module = importlib.import_module(f"benchmarks.{topic}")
     return module.measure(quick) if topic in EXTRAS else module.rows(quick)
 
 
 def measure_alone(topic: str, quick: bool) -> Any:
-    """The same by a process of its own, which inherits no threads, caches or memory of another topic."""
+    """Measure a topic in a fresh process, without the threads, caches or memory of another topic."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
         return process.submit(measure, topic, quick).result()

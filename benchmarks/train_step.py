@@ -1,14 +1,14 @@
-"""A whole training step of configs/clevr_fspool.yaml: the library's, against an obvious one.
+"""A full training step of configs/clevr_fspool.yaml, against a plain one.
 
     python -m benchmarks.train_step            # ResNet-18, 128x128, batch 128: a step takes seconds on a CPU
     python -m benchmarks.train_step --quick    # 64x64, batch 4
 
-From a batch of uint8 images and their sets in the host's memory to changed weights. Ours is the `training_step` of
-`SetPrediction` with the model of the configuration (channels-last, the compiled descent), its checks and its AdamW;
-where the library trains the encoder in bfloat16 (`setpred.training.mixed_precision`), so it does here. The plain way is
-in float32 and NCHW: the host makes numbers of the images, the decoder is that of benchmarks/decoder.py, each example
-is matched on its own, with a transfer each, and Adam. Both have the same weights, images and random starts, and their
-losses are compared.
+From a batch of uint8 images and their sets in the host's memory to updated weights. Ours is the `training_step` of
+`SetPrediction` with the configured model (channels-last, compiled descent), checks and AdamW; where the library trains
+the encoder in bfloat16 (`setpred.training.mixed_precision`), so does this benchmark. The plain step runs in float32 and
+NCHW: the host converts the images, the decoder is that of benchmarks/decoder.py, each example is matched separately,
+with a transfer each, and the optimiser is Adam. Both have the same weights, images and random starts, and their losses
+must agree.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Ours:
         return loss.detach()
 
     def parts(self) -> dict[str, float]:
-        """Seconds of each part, forward and backward, in one step that is cut between them."""
+        """Seconds of each part, forward and backward, in one step that is split into them."""
         model, found = self.module.model, dict.fromkeys(PARTS, 0.0)
         kept: dict[str, Any] = {}
 
@@ -110,7 +110,7 @@ class Ours:
 
 @dataclass
 class Plain:
-    """What one would write first, with the same weights."""
+    """A first draft with the same weights."""
 
     module: SetPrediction
     batch: dict[str, Tensor]
@@ -161,7 +161,7 @@ def matched(elements: Tensor, target: Tensor, loss: HungarianLoss) -> Tensor:
 
 
 def module_of(config: Path, device: str, *options: str) -> SetPrediction:
-    """The model of a configuration as training has it."""
+    """The model of a configuration, as in training."""
     torch.manual_seed(0)
     usual = ["--trainer.accelerator", "cpu", "--trainer.logger", "false"]
     module = build(["--config", str(config), *usual, *options]).model.to(device)
@@ -170,7 +170,7 @@ def module_of(config: Path, device: str, *options: str) -> SetPrediction:
 
 
 def batch_of(count: int, module: SetPrediction, device: str) -> dict[str, Tensor]:
-    """Images as the files give them, pinned for a GPU as the data module does, and sets of 3 objects or more."""
+    """Images as in the files, pinned for a GPU as in the data module, and sets of at least 3 objects."""
     generator = torch.Generator().manual_seed(0)
     side = module.model.encoder.image_size
     images = torch.randint(0, 256, (count, side, side, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
@@ -191,7 +191,7 @@ def agree(ours: Tensor, plain: Tensor, *, tolerance: float) -> None:
 
 @contextmanager
 def of_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """What is drawn inside has this dtype."""
+    """Draw random numbers inside in this dtype."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -201,9 +201,9 @@ def of_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def floor_ms(plain: Plain, step: int, sizes: Sizes, device: str, *, half: bool) -> float:
-    """Milliseconds of the products of a step: the encoder's at the peak of its precision, the rest in float32.
+    """Milliseconds of a step's products: the encoder's at the peak of its precision, the rest in float32.
 
-    `step` is how many there are, multiplications and additions, in the whole of it.
+    `step` is the number of multiplications and additions of the full step.
     """
     few = plain.batch["image"][:2].float().to(device)
     encoder = flops(lambda: plain.encoder(few).sum().backward()) * sizes.batch / len(few)
@@ -216,7 +216,7 @@ def floor_ms(plain: Plain, step: int, sizes: Sizes, device: str, *, half: bool) 
 
 
 def step_row(module: SetPrediction, sizes: Sizes, iterations: int, device: str) -> Row:
-    """A whole step, ours and plain, with the share of each part of ours."""
+    """A full step, ours and plain, with the share of each part of ours."""
     module.iterations_by_epoch = {0: iterations}
     batch, half = batch_of(sizes.batch, module, device), trains_in_half(device)
     plain = Plain(module, batch, device, partial(plain_sets, iterations=iterations))
@@ -246,7 +246,7 @@ def step_row(module: SetPrediction, sizes: Sizes, iterations: int, device: str) 
 
 
 def shares(ours: Ours, turns: int) -> str:
-    """How much of a step each of its parts takes."""
+    """Share of a step of each of its parts."""
     cuts = [ours.parts() for _ in range(turns)]
     parts = {part: statistics.median(cut[part] for cut in cuts) for part in PARTS}
     return "ours: " + ", ".join(f"{part} {100 * taking / sum(parts.values()):.1f} %" for part, taking in parts.items())
@@ -289,7 +289,7 @@ def trains_in_half(device: str) -> bool:
 
 
 def rows(quick: bool) -> list[Row]:
-    """Whole steps, and the encoder alone, on the CPU and on a GPU if there is one."""
+    """Full steps, and the encoder alone, on the CPU and on a GPU if there is one."""
     sizes, found = QUICK if quick else Sizes(), []
     options = [f"--{part}.image_size={sizes.image_size}" for part in ("model.encoder.init_args", "data.init_args")]
     options += ["--model.decoder.init_args.compile=true"]

@@ -1,14 +1,13 @@
-"""What a model trained on rendered scenes makes of Blender's pictures, and what it loses where.
+"""Scores of a model trained on rendered scenes on Blender's images, and the causes of the loss.
 
     python benchmarks/transfer.py CHECKPOINT ROOT [--rendered FILE.h5]
 
-ROOT is a CLEVR folder with `cameras.jsonl`. Scenes of more objects than the model has slots are left out. The model
-sees Blender's pictures and our own pictures of the very same scenes, cameras and lamps: drawn at Blender's size and
-resized as `setpred.data prepare` does, so that the difference of the two rows is the renderer's alone, and drawn at the
-model's size directly, as rendered training files are. Spread: scenes drawn again with replacement (bootstrap, 1,000
-times). Then the two kinds of resized pictures are mixed: rows `ours but ...` show ours with Blender's pixels in place
-of the ground or of objects of one material. Last, more scenes of ours, of 3 objects up to the model's slots, to tell
-better what drawing small makes of the score.
+ROOT is a CLEVR folder with `cameras.jsonl`. Scenes with more objects than the model has slots are skipped. The model
+sees Blender's images and our images of the same scenes, cameras and lamps: rendered at Blender's size and resized as
+`setpred.data prepare` does, so that the renderer alone makes the difference, and rendered directly at the model's size,
+as training files are. Spread: bootstrap over scenes, 1,000 draws. Rows `ours but ...` mix the two kinds of resized
+images: ours with Blender's pixels for the ground or for the objects of one material. The last rows use more of our
+scenes, of 3 objects up to the model's slots, to measure the effect of rendering at a small size.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def row(name: str, values: np.ndarray) -> None:
 
 
 def resized(images: Iterable[np.ndarray], side: int) -> Tensor:
-    """As `setpred.data prepare` makes them: `[n, side, side, 3]`."""
+    """Resize as `setpred.data prepare` does: `[n, side, side, 3]`."""
     small = [
         Image.fromarray(image.astype(np.uint8)).resize((side, side), Image.Resampling.BILINEAR) for image in images
     ]

@@ -1,12 +1,12 @@
-"""The voting decoder, and a training step with it: against the plain way, its floor, and implicit Slot Attention.
+"""The voting decoder and its training step, against a plain one, its floor, and implicit Slot Attention.
 
     python -m benchmarks.voting            # configs/quickstart.yaml and configs/voting_128.yaml, batches of 32
     python -m benchmarks.voting --quick    # configs/quickstart.yaml, batches of 4, one turn
 
-The plain way writes out the distance of each element to each vote and descends as benchmarks/decoder.py does; its
+The plain decoder writes out the distance of each element to each vote and descends like benchmarks/decoder.py; its
 training step is that of benchmarks/train_step.py. Ours is as configured, not compiled. Implicit Slot Attention is
 configs/compare/slot_attention_implicit.yaml on the same trunk, images and set size. The floor of each model is its
-matrix products and convolutions alone, on the same numbers. All take turns in one run. Prediction is in
+matrix products and convolutions alone, on the same numbers. All take turns in one run. For prediction see
 benchmarks/inference.py.
 """
 
@@ -110,7 +110,7 @@ def slots_module(config: Path, device: str) -> SetPrediction:
 
 
 def decoder_ways(parts: nn.Module, features: Tensor, finders: dict[str, Callable[[], Tensor]]) -> dict[str, Way]:
-    """Name to one forward and backward, each to the features and all parameters of the decoder."""
+    """One forward and backward pass by name, each to the features and all parameters of the decoder."""
     torch.manual_seed(0)
     upstream = torch.randn(len(features), parts.set_size, parts.set_dim, dtype=features.dtype, device=features.device)
     wanted = [features, *parts.parameters()]
@@ -118,7 +118,7 @@ def decoder_ways(parts: nn.Module, features: Tensor, finders: dict[str, Callable
 
 
 def voting_ways(parts: IDSPN, features: Tensor) -> dict[str, Way]:
-    """The plain way and ours."""
+    """The plain decoder and ours."""
     return decoder_ways(
         parts, features, {"plain": lambda: plain_sets(parts, features), "ours": lambda: parts(features)}
     )
@@ -133,7 +133,7 @@ def against_slots(what: str, key: str, taken: dict[str, list[float]], floor_ms: 
         taken["slots"],
         taken["ours"],
         floor_ms=floor_ms,
-        note=f"implicit Slot Attention takes {of_its_floor:.2f} of its own floor; under 1 voting is dearer",
+        note=f"implicit Slot Attention takes {of_its_floor:.2f} of its floor; below 1 voting is slower",
     )
 
 
@@ -182,7 +182,7 @@ def step_rows(
 
 
 def rows(quick: bool) -> list[Row]:
-    """For each configuration the decoder and the training step, on the CPU, and on a GPU if there is one."""
+    """Rows for the decoder and the training step of each configuration, on the CPU and on a GPU if there is one."""
     sizes, found = QUICK if quick else Sizes(), []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for name in sizes.configs:

@@ -1,4 +1,4 @@
-"""CLEVR's rules hold for sampled scenes and for real ones, and both come from one distribution."""
+"""CLEVR's rules hold for sampled and for real scenes, and both have the same distribution."""
 
 import json
 from dataclasses import replace
@@ -9,12 +9,12 @@ import pytest
 from scipy import stats
 
 from setpred.errors import InputError
+from setpred.rendering import sampling
 from setpred.rendering.camera import NOMINAL_CAMERA
-from setpred.rendering.occlusion import all_visible, count_visible, visible_bound
 from setpred.rendering.records import read_cameras, scene_of
 from setpred.rendering.renderer import annotate
-from setpred.rendering.sampling import COGENT_A, COGENT_B, DIRECTIONS, SceneRules, sample_scene, sample_scenes
-from setpred.rendering.scenes import COLORS, HALF_SIZE, NOMINAL_LAMPS, Scene, SceneObject
+from setpred.rendering.sampling import DIRECTIONS, SceneRules, all_visible, count_visible, sample_scenes
+from setpred.rendering.scenes import COLORS, HALF_SIZE, NOMINAL_LAMPS, SceneObject
 from setpred.schema import CLEVR
 
 ATTRIBUTES = ("material", "color", "shape", "size")
@@ -22,6 +22,10 @@ ATTRIBUTES = ("material", "color", "shape", "size")
 
 def generators(count, seed=0):
     return [np.random.default_rng([seed, number]) for number in range(count)]
+
+
+def crowded(count):
+    return sample_scenes(generators(count, seed=2), SceneRules(objects=(9, 9), min_visible_pixels=0))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,7 @@ def visible_pixels(scenes, width, height):
 
 
 def shifts(scenes):
-    """How far camera and lamps were moved, `[scenes, 3]` by name."""
+    """Jitter of camera and lamps, `[scenes, 3]` by name."""
     moved = {"camera": [np.subtract(scene.camera.location, NOMINAL_CAMERA.location) for scene in scenes]}
     moved |= {name: [np.subtract(scene.lamps[name], at) for scene in scenes] for name, at in NOMINAL_LAMPS.items()}
     return {name: np.array(shift) for name, shift in moved.items()}
@@ -62,8 +66,7 @@ def measures(scenes):
     """Numbers whose distributions describe a set of scenes, by name."""
     objects = [obj for scene in scenes for obj in scene.objects]
     places = np.array([obj.coords[:2] for obj in objects])
-    between = [pairs(scene) for scene in scenes]
-    seen = visible_pixels(scenes, 120, 80)
+    between, seen = [pairs(scene) for scene in scenes], visible_pixels(scenes, 120, 80)
     columns = {
         "x y": places,
         "right behind": places @ DIRECTIONS.T,
@@ -78,22 +81,21 @@ def measures(scenes):
     return {(name, k): column for name, table in columns.items() for k, column in enumerate(np.array(table).T)}
 
 
-def classes(scenes, name):
-    """How often each class of an attribute occurs."""
+@pytest.fixture(scope="module")
+def ours(scenes):
+    return measures(scenes)
+
+
+def classes(objects, name):
+    """Number of objects of each class of an attribute."""
     names = CLEVR.field(name).classes
-    drawn = [names.index(getattr(obj, name)) for scene in scenes for obj in scene.objects]
-    return np.bincount(drawn, minlength=len(names))
+    return np.bincount([names.index(getattr(obj, name)) for obj in objects], minlength=len(names))
 
 
 def uniform(counts):
     """Whether counts of equally likely outcomes are within 4.5 standard deviations."""
     total, share = counts.sum(), 1 / len(counts)
     return bool(np.abs(counts - total * share).max() < 4.5 * np.sqrt(total * share * (1 - share)))
-
-
-@pytest.fixture(scope="module")
-def ours(scenes):
-    return measures(scenes)
 
 
 @pytest.mark.parametrize("which", ["scenes", "real_scenes"])
@@ -108,15 +110,15 @@ def test_the_rules_hold(which, request):
             assert 0 <= obj.rotation < 360
     for name, shift in shifts(scenes).items():
         assert np.abs(shift).max() <= (0.5 if name == "camera" else 1) + 1e-6
-    # the floor, which rises by up to 0.03 under far objects, hides a few pixels here that it does not in the rule
+    # the floor rises by up to 0.03 under far objects and hides a few pixels, which the rule ignores
     assert min(row.min() for row in visible_pixels(scenes[:40], 480, 320)) > 180
 
 
-def test_sampled_and_real_scenes_come_from_one_distribution(ours, scenes, real_scenes):
+def test_sampled_and_real_scenes_have_one_distribution(ours, scenes, real_scenes):
     real = measures(real_scenes)
     chances = {name: stats.ks_2samp(ours[name], real[name]).pvalue for name in real}
     for name in ATTRIBUTES:
-        tables = [classes(scenes, name), classes(real_scenes, name)]
+        tables = [classes([obj for scene in group for obj in scene.objects], name) for group in (scenes, real_scenes)]
         chances[name] = stats.chi2_contingency(tables).pvalue
     assert min(chances.values()) > 1e-3, chances
 
@@ -124,143 +126,98 @@ def test_sampled_and_real_scenes_come_from_one_distribution(ours, scenes, real_s
 @pytest.mark.parametrize(
     ("change", "seen_in"),
     [
-        ({"min_distance": 0.0}, ("least gap margin margin", 0)),
-        ({"margin": 0.2}, ("least gap margin margin", 1)),
-        ({"margin": 0.2}, ("least gap margin margin", 2)),
-        ({"half_side": 2.5}, ("x y", 0)),
-        ({"camera_jitter": 0.25}, ("camera", 2)),
-        ({"lamp_jitter": 0.5}, ("fill", 0)),
-        ({"objects": (3, 8)}, ("count", 0)),
+        ({"min_distance": 0.0}, [("least gap margin margin", 0)]),
+        ({"margin": 0.2}, [("least gap margin margin", 1), ("least gap margin margin", 2)]),
+        ({"half_side": 2.5}, [("x y", 0)]),
+        ({"camera_jitter": 0.25, "lamp_jitter": 0.5, "objects": (3, 8)}, [("camera", 2), ("fill", 0), ("count", 0)]),
     ],
 )
-def test_scenes_by_other_rules_are_told_apart(ours, change, seen_in):
-    """The comparison with real scenes would notice it if a rule were missing."""
-    others = sample_scenes(generators(80, seed=1), replace(SceneRules(min_visible_pixels=0), **change))
-    assert stats.ks_2samp(ours[seen_in], measures(others)[seen_in]).pvalue < 1e-3
+def test_the_comparison_detects_other_rules(ours, change, seen_in):
+    others = measures(sample_scenes(generators(80, seed=1), replace(SceneRules(min_visible_pixels=0), **change)))
+    for name in seen_in:
+        assert stats.ks_2samp(ours[name], others[name]).pvalue < 1e-3
 
 
-def test_counts_and_attributes_are_uniform(scenes):
+def test_counts_attributes_and_jitters_are_uniform(scenes):
+    objects = [obj for scene in scenes for obj in scene.objects]
     assert uniform(np.bincount([len(scene.objects) for scene in scenes], minlength=11)[3:])
-    # size is left out: restarts of crowded scenes favour small objects, here as in CLEVR
     for name in ("material", "color", "shape"):
-        assert uniform(classes(scenes, name))
-    rotations = np.array([obj.rotation for scene in scenes for obj in scene.objects])
-    assert uniform(np.bincount((rotations // 45).astype(int), minlength=8))
-
-
-def test_sizes_are_uniform_where_there_is_room():
-    assert uniform(classes(sample_scenes(generators(400), SceneRules(objects=(1, 1))), "size"))
-
-
-def test_jitters_use_their_whole_range(scenes):
+        assert uniform(classes(objects, name))
+    # restarts of crowded scenes favour small objects, here as in CLEVR: single ones have uniform sizes
+    lonely = sample_scenes(generators(400), SceneRules(objects=(1, 1)))
+    assert uniform(classes([obj for scene in lonely for obj in scene.objects], "size"))
+    assert uniform(np.bincount((np.array([obj.rotation for obj in objects]) // 45).astype(int), minlength=8))
     for name, shift in shifts(scenes).items():
-        reach = 0.5 if name == "camera" else 1
-        assert shift.max(axis=0).min() > 0.95 * reach
-        assert shift.min(axis=0).max() < -0.95 * reach
+        reach = 0.95 * (0.5 if name == "camera" else 1)
+        assert shift.max(axis=0).min() > reach
+        assert shift.min(axis=0).max() < -reach
 
 
-def test_without_jitter_camera_and_lamps_are_nominal():
-    scene = SceneRules(camera_jitter=0, lamp_jitter=0).sample(np.random.default_rng(0))
-    assert scene.camera == NOMINAL_CAMERA
-    assert scene.lamps == NOMINAL_LAMPS
-
-
-def test_directions_are_those_of_the_nominal_camera():
+def test_nominal_camera_lamps_and_directions():
+    scene = SceneRules(camera_jitter=0, lamp_jitter=0, objects=(0, 0)).sample(np.random.default_rng(0))
+    assert (scene.objects, scene.camera, scene.lamps) == ((), NOMINAL_CAMERA, NOMINAL_LAMPS)
     right, _, backward = NOMINAL_CAMERA.axes()
     np.testing.assert_allclose(DIRECTIONS[0], right[:2], atol=1e-7)
     np.testing.assert_allclose(DIRECTIONS[1], -backward[:2] / np.hypot(*backward[:2]), atol=1e-7)
 
 
-def test_conditions_of_cogent():
-    """Cubes and cylinders share no colour, have exchanged theirs in the other condition, and spheres have all."""
-    seen = {}
-    for name, palettes in (("a", COGENT_A), ("b", COGENT_B)):
-        rules = SceneRules(objects=(5, 5), palettes=palettes, min_visible_pixels=0)
-        drawn = [obj for scene in sample_scenes(generators(120), rules) for obj in scene.objects]
-        for shape, colors in palettes.items():
-            mine = [colors.index(obj.color) for obj in drawn if obj.shape == shape]
-            assert uniform(np.bincount(mine, minlength=len(colors)))
-            seen[name, shape] = {obj.color for obj in drawn if obj.shape == shape}
-        assert uniform(np.bincount([list(palettes).index(obj.shape) for obj in drawn]))
-    assert seen["a", "cube"] == seen["b", "cylinder"] == {"gray", "blue", "brown", "yellow"}
-    assert seen["b", "cube"] == seen["a", "cylinder"] == {"red", "green", "purple", "cyan"}
-    assert seen["a", "sphere"] == seen["b", "sphere"] == set(COLORS)
+@pytest.mark.parametrize("condition", ["cogent-a", "cogent-b"])
+def test_conditions_of_cogent(condition):
+    """Cubes and cylinders have disjoint colours, exchanged in the other condition; spheres have all."""
+    palettes = sampling.CONDITIONS[condition]
+    rules = SceneRules(objects=(5, 5), palettes=palettes, min_visible_pixels=0)
+    drawn = [obj for scene in sample_scenes(generators(120), rules) for obj in scene.objects]
+    halves = {"gray", "blue", "brown", "yellow"}, {"red", "green", "purple", "cyan"}
+    cube, cylinder = halves if condition == "cogent-a" else halves[::-1]
+    for shape, expected in {"cube": cube, "cylinder": cylinder, "sphere": set(COLORS)}.items():
+        mine = [palettes[shape].index(obj.color) for obj in drawn if obj.shape == shape]
+        assert set(palettes[shape]) == expected
+        assert uniform(np.bincount(mine, minlength=len(expected)))
+    assert uniform(classes(drawn, "shape"))
 
 
 def test_attributes_can_be_restricted():
     rules = SceneRules(sizes=("large",), materials=("metal",), palettes={"cube": ("red", "blue")})
-    for scene in sample_scenes(generators(20), rules):
-        for obj in scene.objects:
-            assert (obj.size, obj.material, obj.shape) == ("large", "metal", "cube")
-            assert obj.color in ("red", "blue")
+    drawn = [obj for scene in sample_scenes(generators(20), rules) for obj in scene.objects]
+    assert {(obj.size, obj.material, obj.shape) for obj in drawn} == {("large", "metal", "cube")}
+    assert {obj.color for obj in drawn} == {"red", "blue"}
 
 
 def test_a_scene_depends_on_its_generator_alone():
     rules = SceneRules(objects=(3, 9))
     together = sample_scenes(generators(12), rules)
     assert sample_scenes(generators(12)[::-1], rules)[::-1] == together
-    assert [rules.sample(rng) for rng in generators(12)] == together
     np.random.seed(1)
-    assert sample_scene(np.random.default_rng([0, 5]), objects=(3, 9)) == together[5]
-    assert together[4] != together[5]
     rng = np.random.default_rng([0, 5])
-    assert sample_scene(rng, objects=(3, 9)) == together[5]
-    assert sample_scene(rng, objects=(3, 9)) != together[5]
+    assert rules.sample(rng) == together[5] != together[4]
+    assert rules.sample(rng) != together[5]
     assert sample_scenes([]) == []
 
 
-@pytest.mark.parametrize("count", [0, 1, 10])
-def test_the_count_is_within_its_range(count):
-    assert len(sample_scene(np.random.default_rng(0), objects=(count, count)).objects) == count
-
-
-def test_objects_encode_by_the_schema(scenes):
-    for scene in scenes[:20]:
-        elements = CLEVR.encode([obj.as_dict() for obj in scene.objects])
-        for got, obj in zip(CLEVR.decode(elements), scene.objects, strict=True):
-            np.testing.assert_allclose(got["coords"], obj.coords, atol=1e-6)
-            assert [got[name] for name in ATTRIBUTES] == [getattr(obj, name) for name in ATTRIBUTES]
-
-
-def crowded(count):
-    return sample_scenes(generators(count, seed=2), SceneRules(objects=(9, 9), min_visible_pixels=0))
-
-
-def test_visible_pixels_are_those_of_the_picture():
+def test_counted_pixels_are_those_of_the_image_and_above_their_bound():
     for scene, expected in zip(crowded(6), visible_pixels(crowded(6), 480, 320), strict=True):
         counts = np.array([count_visible(scene.objects, number, scene.camera) for number in range(9)])
-        assert (counts >= expected - 2).all()  # a pixel or two are a matter of rounding
-        assert (counts <= expected + 40).all()  # the floor again
+        assert (counts >= expected - 2).all()  # rounding
+        assert (counts <= expected + 40).all()  # the floor, as above
     assert min(row.min() for row in visible_pixels(crowded(20), 240, 160)) < 30  # without the rule
-
-
-def test_what_is_certainly_visible_is():
     for scene in crowded(40):
-        bound = visible_bound(scene.objects, scene.camera)
+        bound = sampling.visible_bound(scene.objects, scene.camera)
         for number in np.flatnonzero((bound > 150) & (bound < 600)):  # near the rule's 200
             assert bound[number] < count_visible(scene.objects, number, scene.camera) + 50
 
 
-def block(x, y, size="small"):
-    return SceneObject((x, y, HALF_SIZE[size]), 0.0, "metal", "red", "cube", size)
+def test_hidden_and_cut_objects_are_rejected():
+    def block(position, size="small"):
+        return SceneObject((*position, HALF_SIZE[size]), 0.0, "metal", "red", "cube", size)
 
-
-def test_hidden_and_cut_objects_are_noticed():
     toward = np.array(NOMINAL_CAMERA.location[:2]) / np.hypot(*NOMINAL_CAMERA.location[:2])
-    behind, front = block(*(-2.4 * toward)), block(*(-1.2 * toward), "large")
-    assert all_visible([behind], NOMINAL_CAMERA, 200)
-    assert all_visible([front], NOMINAL_CAMERA, 200)
-    assert not all_visible([behind, front], NOMINAL_CAMERA, 200)
-    assert not all_visible([front, behind], NOMINAL_CAMERA, 200)
-    assert all_visible([front, behind], NOMINAL_CAMERA, 0)
-    outside, back = block(*(6 * DIRECTIONS[0])), block(*(12 * toward))
-    for obj in (outside, back):
-        assert count_visible([obj], 0, NOMINAL_CAMERA) == 0
-        assert not all_visible([obj], NOMINAL_CAMERA, 1)
-    assert all_visible([], NOMINAL_CAMERA, 200)
-
-
-def test_the_wanted_pixels_can_be_chosen():
+    behind, front = block(-2.4 * toward), block(-1.2 * toward, "large")
+    for objects, pixels, visible in (
+        ([], 200, True), ([behind], 200, True), ([front], 200, True),
+        ([behind, front], 200, False), ([front, behind], 200, False), ([front, behind], 0, True),
+        ([block(6 * DIRECTIONS[0])], 1, False), ([block(12 * toward)], 1, False),
+    ):  # fmt: skip
+        assert all_visible(objects, NOMINAL_CAMERA, pixels) == visible
     scenes = sample_scenes(generators(10), SceneRules(objects=(3, 4), min_visible_pixels=900))
     assert min(row.min() for row in visible_pixels(scenes, 480, 320)) > 880
 
@@ -283,22 +240,10 @@ def test_the_wanted_pixels_can_be_chosen():
         ({"palettes": {}}, "palettes: expected one or more of sphere, cube, cylinder"),
         ({"palettes": {"cone": ("red",)}}, "palettes: expected one or more of sphere, cube, cylinder"),
         ({"palettes": {"cube": ("pink",)}}, "palettes, cube: expected one or more of gray, red"),
+        ({"objects": (40, 40), "restarts": 50}, r"no room for 40 objects in 50 tries \(0 had room"),
+        ({"objects": (2, 2), "min_visible_pixels": 1e6, "restarts": 50}, r"\(50 had room for all, but hid one\)"),
     ],
 )
-def test_senseless_rules_are_refused(rules, words):
+def test_invalid_and_impossible_rules_raise(rules, words):
     with pytest.raises(InputError, match=words):
-        SceneRules(**rules)
-
-
-def test_what_does_not_fit_ends():
-    rng = np.random.default_rng(0)
-    with pytest.raises(InputError, match=r"no room for 40 objects in 50 tries \(0 had room"):
-        SceneRules(objects=(40, 40), restarts=50).sample(rng)
-    with pytest.raises(InputError, match=r"no room for 2 objects in 50 tries \(50 had room for all, but hid one\)"):
-        SceneRules(objects=(2, 2), min_visible_pixels=1e6, restarts=50).sample(rng)
-
-
-def test_an_empty_scene_is_one():
-    scene = sample_scene(np.random.default_rng(0), objects=(0, 0))
-    assert scene.objects == ()
-    assert scene != Scene(())  # camera and lamps are jittered all the same
+        SceneRules(**rules).sample(np.random.default_rng(0))

@@ -1,5 +1,5 @@
-"""CLEVR's pictures made anew: scenes by its rules, its camera, lamps, shapes and materials, as a ray caster in torch.
+"""A fast copy of CLEVR's renderer: a ray caster in PyTorch, and scenes by CLEVR's rules.
 
-Exact: `camera`, `shapes`, `ground`, `visibility`. Approximated, with constants measured on Blender's pictures:
-`lighting`, `materials`. Which scenes there are: `scenes`, `sampling`. All of it together: `renderer`.
+Exact: `camera`, `shapes`, `ground`, `visibility`. Approximate, with constants fitted to Blender's images: `lighting`,
+`materials`. Scenes: `scenes`, `sampling`, `records`. Images: `renderer`.
 """

@@ -1,4 +1,4 @@
-"""The objects of all scenes of a batch in one row, for the stages of rendering."""
+"""The objects of all scenes of a batch in one list, for the stages of rendering."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ GROUND = -1  # in place of an object's number
 
 @dataclass(frozen=True)
 class Bodies:
-    """The O objects that are present in B scenes, ordered by shape, then scene, then their place in the scene.
+    """The O objects of B scenes, ordered by shape, then scene, then slot.
 
-    scene, slot: where an object stands in the batch, int64 `[O]`; number: the other way round, int64 `[B, N]`, -1 in
-    the padding; centre `[3, O]`; half (size) `[O]`; cosine, sine of the yaw `[O]`; color (linear RGB) `[3, O]`; metal,
-    bool `[O]`; shape, index into `SHAPES`, int64 `[O]`; reach: radius of a ball around the
-    object `[O]`.
+    scene, slot: the object's place in the batch, int64 `[O]`; number: the inverse, int64 `[B, N]`, -1 in the padding;
+    centre: `[3, O]`; half: half sizes `[O]`; cosine, sine: of the yaw `[O]`; color: linear RGB `[3, O]`; metal: bool
+    `[O]`; shape: index into `SHAPES`, int64 `[O]`; reach: radius of a ball around the object `[O]`.
     """
 
     scene: Tensor
@@ -39,17 +38,18 @@ class Bodies:
 
     @classmethod
     def of(cls, scenes: SceneBatch) -> Bodies:
+        count, slots = scenes.present.shape
         shape = torch.where(scenes.present, scenes.shape, len(SHAPES)).flatten()
         place = torch.argsort(shape, stable=True)[: int(scenes.present.sum())]
         number = torch.full_like(shape, -1)
         number[place] = torch.arange(len(place), device=place.device)
-        scene = torch.arange(len(scenes.present), device=place.device).repeat_interleave(scenes.present.shape[1])[place]
+        scene = torch.arange(count, device=place.device).repeat_interleave(slots)[place]
         half = scenes.half.flatten()[place]
         cosine, sine = scenes.yaw.reshape(-1, 2)[place].unbind(1)
         return cls(
             scene=scene,
-            slot=place - scene * scenes.present.shape[1],
-            number=number.reshape(scenes.present.shape),
+            slot=place - scene * slots,
+            number=number.reshape(count, slots),
             centre=scenes.centre.reshape(-1, 3)[place].T.contiguous(),
             half=half,
             cosine=cosine,
@@ -64,13 +64,13 @@ class Bodies:
         return len(self.half)
 
     def others(self, scene: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """In turn one object of each of the scenes `[n]`, and whether there is such a one `[n]`."""
+        """For each slot, the object there in each of the scenes `[n]`, and whether the slot is filled `[n]`."""
         for slot in range(self.number.shape[1] if len(self) else 0):
             others = take(self.number[:, slot], scene)
             yield others.clamp(min=0), others != GROUND
 
     def to_unit(self, owner: Tensor, vectors: Tensor) -> Tensor:
-        """World vectors `[3, ..., n]` in the unit coordinates of their owners `[n]` (without the shift by `centre`)."""
+        """World vectors `[3, ..., n]`, relative to their owners' centres, in the unit coordinates of owners `[n]`."""
         half = take(self.half, owner)
         c, s = take(self.cosine, owner) / half, take(self.sine, owner) / half
         x, y, z = vectors

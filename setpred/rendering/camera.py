@@ -1,4 +1,4 @@
-"""CLEVR's camera: projection of world points to the image, rays of pixels, and the camera found from annotations.
+"""CLEVR's camera: projection of world points, rays of pixels, and the camera fitted to annotations.
 
 World: z up, the ground at z = 0, the unit of CLEVR's `3d_coords`. Image: origin at the top left corner, pixel
 centres at half integers. Source: the official scene file, whose camera always looks at the origin without roll.
@@ -15,7 +15,7 @@ ASPECT = 1.5  # CLEVR v1.0 is 480x320; other sizes show the same view stretched
 FOCAL = 35 / 32  # lens over sensor width: focal length in image widths
 ROUNDING = 12**-0.5  # standard deviation of an annotated pixel coordinate, which is rounded to an integer
 DEPTH_ERROR = 1e-4  # annotated depths are float32 numbers near 10
-TRUSTED = 0.1  # a fitted location less certain than this (one standard deviation) counts as not determined
+TRUSTED = 0.1  # largest standard deviation of a fitted location that counts as determined
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Camera:
     """A camera at `location` that looks at the origin, its horizontal axis level.
 
     With c = location, b = c/|c| (backward), r = (-b_y, b_x, 0)/|(b_x, b_y)| (right) and u = b x r (up), the point p
-    has X = (p - c).r, Y = (p - c).u, depth Z = -(p - c).b and is seen at
+    with X = (p - c).r, Y = (p - c).u and depth Z = -(p - c).b appears at
 
         px = width/2 + f_x X/Z,    py = height/2 - f_y Y/Z,    f_x = 35/32 width,    f_y = 35/32 aspect height.
 
-    `aspect` is width over height of the view; when the image has another shape, the view is stretched to fill it, as
-    CLEVR images are when they are resized to a square.
+    `aspect` is width over height of the view. An image of another shape shows the view stretched, as a CLEVR image
+    resized to a square does.
     """
 
     location: tuple[float, float, float]
@@ -50,11 +50,17 @@ class Camera:
         py = height / 2 - focal_y * local[..., 1] / depth
         return np.stack([px, py, depth], axis=-1)
 
-    def rays(self, width: int, height: int, *, aspect: float = ASPECT) -> np.ndarray:
-        """Directions `[height, width, 3]` through the pixel centres: location + Z * direction has depth Z."""
+    def rays(
+        self, width: int, height: int, *, aspect: float = ASPECT, box: tuple[int, int, int, int] | None = None
+    ) -> np.ndarray:
+        """Directions `[height, width, 3]` through the pixel centres: location + Z * direction has depth Z.
+
+        `box` (left, top, right, bottom) restricts them to some of the pixels.
+        """
         right, up, backward = self.axes()
-        x = ((np.arange(width) + 0.5) / width - 0.5) / FOCAL
-        y = (0.5 - (np.arange(height) + 0.5) / height) / (FOCAL * aspect)
+        left, top, end, bottom = box or (0, 0, width, height)
+        x = ((np.arange(left, end) + 0.5) / width - 0.5) / FOCAL
+        y = (0.5 - (np.arange(top, bottom) + 0.5) / height) / (FOCAL * aspect)
         return x[None, :, None] * right + y[:, None, None] * up - backward
 
 
@@ -64,18 +70,21 @@ NOMINAL_CAMERA = Camera((7.481131553649902, -6.5076398849487305, 5.3436651229858
 def fit_camera(
     coords: np.ndarray, pixel_coords: np.ndarray, width: int, height: int, *, aspect: float = ASPECT
 ) -> Camera | None:
-    """The camera that took an image, from the annotations of its objects.
+    """Fit the camera of an image to the annotations of its objects.
 
-    Weighted least squares in the location: the differences of px and py, which are rounded to integers, and of the
-    depth, which is exact, each over its standard deviation; Gauss-Newton from the nominal camera.
+    Weighted least squares in the location by Gauss-Newton from the nominal camera: the residuals of px and py (rounded
+    to integers) and of the depth (exact), each over its standard deviation.
 
     Args:
         coords: object centres `[objects, 3]` in world units.
         pixel_coords: the annotated (px, py, depth) `[objects, 3]`, for an image of `width` x `height`.
 
     Returns:
-        The camera, or None when the objects do not determine it (none, one, or nearly so) or when no camera explains
-        the annotations to within their rounding.
+        The camera, or None if the objects do not determine it (fewer than two, or nearly coincident) or if no camera
+        explains the annotations to within their rounding.
+
+    Raises:
+        ValueError: different numbers of `coords` and `pixel_coords`.
     """
     coords = np.asarray(coords, dtype=np.float64).reshape(-1, 3)
     pixel_coords = np.asarray(pixel_coords, dtype=np.float64).reshape(-1, 3)

@@ -1,10 +1,9 @@
-"""CLEVR's four lights and the soft shadows that objects cast. The lamps are exact, their shadows approximated.
+"""CLEVR's four lights (exact) and the soft shadows of objects (approximate).
 
 Key, fill and back are square lamps that face the origin and fall off with the square of the distance; the sun is a
-disc far away. A blocker that clears the straight line to a light's centre by `gap` (negative: it cuts it) at distance
-a leaves the share smoothstep(1/2 + gap / (2 a tan)) of the light, where tan is half the light's size over its
-distance. Whether the centre is hidden is exact up to the blockers' rounded edges. Lights that several objects hide in
-part are hidden independently.
+distant disc. A blocker at distance a that clears the line to a light's centre by `gap` (negative: it cuts the line)
+leaves the share smoothstep(1/2 + gap / (2 a tan)) of the light, where tan is half the light's size over its distance.
+Whether the centre is hidden is exact up to the blockers' rounded edges; the shares of several blockers multiply.
 """
 
 from __future__ import annotations
@@ -24,27 +23,18 @@ from setpred.rendering.visibility import View
 TINY = 1e-6
 
 
-class Lamp(NamedTuple):
-    """Radiance times area (a lamp's strength straight ahead), half its side, linear colour."""
-
-    intensity: float
-    half_side: float
-    color: tuple[float, float, float]
-
-
-KEY = Lamp(25.0, 0.25, (1.0, 0.9323092, 0.8166636))
-FILL = Lamp(7.5, 0.25, (0.7616662, 0.8177196, 1.0))
-BACK = Lamp(12.5, 0.5, (1.0, 1.0, 1.0))
-LAMPS = (KEY, FILL, BACK)
+# key, fill and back: radiance times area, and half the side
+INTENSITY, HALF_SIDE = (25.0, 7.5, 12.5), (0.25, 0.25, 0.5)
+KEY_COLOR, FILL_COLOR = (1.0, 0.9323092, 0.8166636), (0.7616662, 0.8177196, 1.0)  # linear; back and sun are white
 SUN_DIRECTION = (0.414496, -0.194583, 0.889005)
 SUN_IRRADIANCE = 0.45
 SUN_TANGENT = 0.1
 
 
 class Lights(NamedTuple):
-    """What key, fill, back and sun send to n points.
+    """Key, fill, back and sun at n points.
 
-    direction: unit vectors towards them `[3, 4, n]`; irradiance: on a surface that faces them `[4, n]`;
+    direction: unit vectors towards the lights `[3, 4, n]`; irradiance: on a surface that faces them `[4, n]`;
     tangent: half their size over their distance `[4, n]`.
     """
 
@@ -53,53 +43,44 @@ class Lights(NamedTuple):
     tangent: Tensor
 
     def part(self, which: Tensor) -> Lights:
-        """The lights of some of the points."""
+        """The lights at some of the points."""
         return Lights(*(take(part, which) for part in self))
 
 
-class LampTable(NamedTuple):
-    """Numbers of the lamps on a device: intensity, half side `[3]`; sun `[3]`; colours of all four lights `[4, 3]`."""
-
-    intensity: Tensor
-    half_side: Tensor
-    sun: Tensor
-    color: Tensor
-
-
 @cache
-def lamp_table(device: torch.device) -> LampTable:
-    color = [*(lamp.color for lamp in LAMPS), (1.0, 1.0, 1.0)]
-    numbers = [lamp.intensity for lamp in LAMPS], [lamp.half_side for lamp in LAMPS], SUN_DIRECTION, color
-    return LampTable(*(torch.tensor(part, dtype=torch.float32, device=device) for part in numbers))
+def lamp_table(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Intensities and half sides of the three lamps and the direction of the sun, each `[3]`."""
+    numbers = INTENSITY, HALF_SIDE, SUN_DIRECTION
+    return tuple(torch.tensor(part, dtype=torch.float32, device=device) for part in numbers)
 
 
 def coloured(parts: Tensor) -> Tensor:
-    """What the four lights give `[4, n]`, in their colours: linear RGB `[3, n]`."""
+    """Linear RGB `[3, n]` of light that comes from the four lights in parts `[4, n]`."""
     key, fill, back, sun = parts
     white = back + sun
-    return torch.stack([key * k + fill * f + white for k, f in zip(KEY.color, FILL.color, strict=True)])
+    return torch.stack([key * k + fill * f + white for k, f in zip(KEY_COLOR, FILL_COLOR, strict=True)])
 
 
 def lights_at(points: Tensor, lamps: Tensor) -> Lights:
-    """The unblocked lights at points `[3, n]`; `lamps [3, 3, n]` are the places (x, y, z) of key, fill and back."""
-    table = lamp_table(points.device)
+    """The unblocked lights at points `[3, n]`; `lamps [3, 3, n]` are (x, y, z) of key, fill and back."""
+    intensity, half_side, sun = lamp_table(points.device)
     towards = lamps - points[:, None]
     inverse = 1 / dot(towards, towards).sqrt()
     direction = towards * inverse
-    facing = dot(direction, normalised(lamps)).clamp(min=0) * table.intensity[:, None]
+    facing = dot(direction, normalised(lamps)).clamp(min=0) * intensity[:, None]
     one = torch.ones_like(inverse[:1])
     return Lights(
-        torch.cat([direction, table.sun[:, None, None] * one], dim=1),
+        torch.cat([direction, sun[:, None, None] * one], dim=1),
         torch.cat([facing * inverse * inverse, SUN_IRRADIANCE * one]),
-        torch.cat([table.half_side[:, None] * inverse, SUN_TANGENT * one]),
+        torch.cat([half_side[:, None] * inverse, SUN_TANGENT * one]),
     )
 
 
 def block(lights: Lights, points: Tensor, owner: Tensor, scene: Tensor, bodies: Bodies) -> Lights:
     """The lights that reach points `[3, n]` of scenes `[n]` past the objects.
 
-    `owner [n]` is the object that each point lies on, or `GROUND`. An object does not block its own points: all shapes
-    are convex, and points on their far sides are turned away from the light anyway.
+    `owner [n]` is the object that each point is on, or `GROUND`. An object does not block its own points: all shapes
+    are convex, and points on the far side face away from the light.
     """
     count = points.shape[1]
     place, blocker = [scene[:0]], [scene[:0]]
@@ -113,9 +94,9 @@ def block(lights: Lights, points: Tensor, owner: Tensor, scene: Tensor, bodies: 
 
 
 def block_ground(lights: Lights, points: Tensor, bodies: Bodies, view: View, lamps: Tensor) -> Lights:
-    """`block` for the ground seen in every pixel, points `[3, B * P]`, looking only where shadows may fall.
+    """`block` for the ground in every pixel, points `[3, B * P]`, restricted to where shadows may fall.
 
-    `lamps [3, 3, B]` are the places of the lamps.
+    `lamps [3, 3, B]` are (x, y, z) of key, fill and back.
     """
     box, x, y = pixels_of(shadow_boxes(bodies, view, lamps).flatten(0, 1))
     light = box // max(len(bodies), 1)
@@ -129,14 +110,14 @@ def block_ground(lights: Lights, points: Tensor, bodies: Bodies, view: View, lam
 
 
 def _may_hide(to_centre: Tensor, direction: Tensor, tangent: Tensor, reach: Tensor) -> Tensor:
-    """Whether the ball around an object comes near the line to a light; cheap, to leave out what surely does not."""
+    """Whether the ball around an object comes near the line to a light: a cheap first test."""
     along = dot(to_centre, direction)
     around = reach + tangent * along
     return (dot(to_centre, to_centre) - along * along < around * around) & (along > 0)
 
 
 def _blocked(lights: Lights, points: Tensor, place: Tensor, point: Tensor, blocker: Tensor, bodies: Bodies) -> Lights:
-    """The lights after each of k blockers `[k]` took its share at `place` = light * n + `point`, `[k]`."""
+    """The lights after each of k blockers `[k]` takes its share at `place` = light * n + `point`, `[k]`."""
     irradiance = lights.irradiance.clone()
     direction, tangent = lights.direction.flatten(1), lights.tangent.flatten()
     shape = take(bodies.shape, blocker)
@@ -152,23 +133,23 @@ def _blocked(lights: Lights, points: Tensor, place: Tensor, point: Tensor, block
 def shadow_boxes(bodies: Bodies, view: View, lamps: Tensor) -> Tensor:
     """Pixels (left, top, right, bottom) of the ground that each object's shadows may reach: int64 `[4 lights, O, 4]`.
 
-    They lie in the hull of the object's foot and its top's shadow on the plane z = 0, penumbra included.
+    They contain the hull of the object's foot and its top's shadow on the plane z = 0, penumbra included.
     """
-    table = lamp_table(bodies.half.device)
+    _, half_side, sun = lamp_table(bodies.half.device)
     reach = torch.where(bodies.shape == SHAPES.index("cube"), 2**0.5 * bodies.half, bodies.half)
     one = reach.new_tensor([-1.0, 1.0])
     side = torch.cartesian_prod(one, one, one[:1] * 0).T[:, :, None]
     foot = torch.stack([*bodies.centre[:2], torch.zeros_like(reach)])[:, None] + side * reach
     top = foot + torch.stack([torch.zeros_like(reach), torch.zeros_like(reach), 2 * bodies.half])[:, None]
     boxes = []
-    for light in range(len(LAMPS) + 1):
-        if light < len(LAMPS):
+    for light in range(4):
+        if light < 3:
             lamp = take(lamps[:, light], bodies.scene)[:, None]
             fall = top[2] / (lamp[2] - top[2]).clamp(min=0.1)
-            shadow, penumbra = top + (top - lamp) * fall, table.half_side[light] * fall
+            shadow, penumbra = top + (top - lamp) * fall, half_side[light] * fall
         else:
             fall = top[2] / SUN_DIRECTION[2]
-            shadow, penumbra = top - table.sun[:, None, None] * fall, SUN_TANGENT * fall
+            shadow, penumbra = top - sun[:, None, None] * fall, SUN_TANGENT * fall
         soft = (shadow[:, :, None] + side[:, None] * penumbra[:, None]).flatten(1, 2)
         boxes.append(view.boxes(torch.cat([foot, soft], dim=1), bodies.scene))
     return torch.stack(boxes)
@@ -182,10 +163,10 @@ def _sphere_gap(points: Tensor, direction: Tensor, bodies: Bodies, blocker: Tens
 
 
 def _below_top(points: Tensor, direction: Tensor, bodies: Bodies, blocker: Tensor, edge: float) -> tuple[Tensor, ...]:
-    """Upright shapes in the ground plane: the stretch of each light ray between the blocker's bottom and top edges.
+    """The part of each light ray between the bottom and top edges of an upright blocker.
 
-    Returns the ray's start relative to the blocker's axis and its direction (x, y each), and where the stretch begins
-    and ends along the ray. `edge` is the height of the rounded edges over the half size.
+    Returns the ray's start relative to the blocker's axis and its direction (x, y each), and the part's begin and end
+    along the ray. `edge` is the height of the rounded edges over the half size.
     """
     centre, half = take(bodies.centre, blocker), take(bodies.half, blocker)
     inverse = 1 / direction[2].clamp(min=0.01)

@@ -1,7 +1,7 @@
-"""Scenes in CLEVR's JSON form, both ways: the records of `CLEVR_SPLIT_scenes.json`, and lines that say where camera
-and lamps stood, which CLEVR itself does not publish.
+"""Scenes as JSON, both ways: records of `CLEVR_SPLIT_scenes.json`, and lines with the locations of camera and lamps,
+which CLEVR does not publish.
 
-Source: the official generator (see `sampling`) and the scene files that it wrote.
+Source: the official generator (see `sampling`) and its scene files.
 """
 
 from __future__ import annotations
@@ -19,46 +19,32 @@ from setpred.rendering.camera import Camera, fit_camera
 from setpred.rendering.sampling import DIRECTIONS
 from setpred.rendering.scenes import NOMINAL_LAMPS, Scene, SceneObject
 
-NOT_RELATED = 0.2  # objects that lie no further than this along a direction are not related by it
+NOT_RELATED = 0.2  # largest distance along a direction that does not count as a relation
+Lamps = Mapping[str, tuple[float, float, float]]  # locations by name
 LAMPS = {"Lamp_Key": "key", "Lamp_Back": "back", "Lamp_Fill": "fill"}
 
 
-def _directions() -> dict[str, list[float]]:
-    right, behind = DIRECTIONS.tolist()
-    left = [-right[0], -right[1], 0.0]
-    found = {"behind": [*behind, 0.0], "left": left, "above": [0.0, 0.0, 1.0]}
-    opposite = {"front": "behind", "right": "left", "below": "above"}
-    found |= {name: [-value for value in found[other]] for name, other in opposite.items()}
-    return {name: found[name] for name in ("behind", "front", "left", "right", "above", "below")}
+WORLD_DIRECTIONS: dict[str, list[float]] = {}  # those of the unjittered camera, as CLEVR writes them into every scene
+for _name, _opposite, _direction in (
+    ("behind", "front", [*DIRECTIONS[1].tolist(), 0.0]),
+    ("left", "right", [*(-DIRECTIONS[0]).tolist(), 0.0]),
+    ("above", "below", [0.0, 0.0, 1.0]),
+):
+    WORLD_DIRECTIONS |= {_name: _direction, _opposite: [-value for value in _direction]}
 
 
-WORLD_DIRECTIONS = _directions()  # CLEVR writes these into every scene, however the camera was moved
-
-
-def scene_record(
-    scene: Scene, *, index: int, split: str, width: int = 480, height: int = 320, file_name: str | None = None
-) -> dict[str, Any]:
-    """The record of a scene as CLEVR writes it, for an image of `width` x `height`.
-
-    Args:
-        file_name: of the image; `CLEVR_SPLIT_000000.png` with the index in it unless given.
-    """
+def scene_record(scene: Scene, *, index: int, split: str, width: int = 480, height: int = 320) -> dict[str, Any]:
+    """Convert a scene to CLEVR's record, for an image of `width` x `height`."""
     coords = np.array([obj.coords for obj in scene.objects]).reshape(-1, 3)
     pixels = scene.camera.project(coords, width, height).tolist()
     return {
         "split": split,
         "image_index": index,
-        "image_filename": image_name(split, index) if file_name is None else file_name,
+        "image_filename": image_name(split, index),
         "objects": [
-            {
-                "shape": obj.shape,
-                "size": obj.size,
-                "material": obj.material,
-                "3d_coords": list(obj.coords),
-                "rotation": obj.rotation,
-                "pixel_coords": [round(px), round(py), depth],
-                "color": obj.color,
-            }
+            {name: getattr(obj, name) for name in ("shape", "size", "material")}
+            | {"3d_coords": list(obj.coords), "rotation": obj.rotation}
+            | {"pixel_coords": [round(px), round(py), depth], "color": obj.color}
             for obj, (px, py, depth) in zip(scene.objects, pixels, strict=True)
         ],
         "directions": {name: list(direction) for name, direction in WORLD_DIRECTIONS.items()},
@@ -67,11 +53,12 @@ def scene_record(
 
 
 def image_name(split: str, index: int) -> str:
+    """CLEVR's file name of an image."""
     return f"CLEVR_{split}_{index:06d}.png"
 
 
 def relationships(coords: np.ndarray) -> dict[str, list[list[int]]]:
-    """For behind, front, left and right: for each object of `coords` `[n, 3]`, which others are that of it.
+    """Indices of the objects behind, in front, left and right of each object of `coords` `[n, 3]`.
 
     Object j is left of object i if (p_j - p_i) . left > 0.2, and so on.
     """
@@ -83,51 +70,46 @@ def relationships(coords: np.ndarray) -> dict[str, list[list[int]]]:
 def scene_of(
     record: Mapping[str, Any],
     camera: Camera | None = None,
-    lamps: Mapping[str, tuple[float, float, float]] | None = None,
+    lamps: Lamps | None = None,
     *,
     width: int = 480,
     height: int = 320,
 ) -> Scene:
-    """The scene of a record.
+    """Convert CLEVR's record to a scene.
 
     Args:
-        camera: where it stood; unless given it is found from `pixel_coords`, which count in `width` x `height`.
-        lamps: where `key`, `fill` and `back` stood; unless given, where they stand without jitter.
+        camera: the camera; by default fitted to `pixel_coords`, which refer to an image of `width` x `height`.
+        lamps: locations of `key`, `fill` and `back`; by default those without jitter.
 
     Raises:
-        InputError: something is missing in the record, or its objects do not determine the camera.
+        InputError: an invalid record, or objects that do not determine the camera.
     """
     name = record.get("image_filename", "a scene")
     try:
         objects = tuple(
             SceneObject(
-                coords=(float(obj["3d_coords"][0]), float(obj["3d_coords"][1]), float(obj["3d_coords"][2])),
-                rotation=float(obj["rotation"]),
-                material=obj["material"],
-                color=obj["color"],
-                shape=obj["shape"],
-                size=obj["size"],
+                tuple(float(obj["3d_coords"][axis]) for axis in range(3)),
+                float(obj["rotation"]),
+                *(obj[name] for name in ("material", "color", "shape", "size")),
             )
             for obj in record["objects"]
         )
         if not np.isfinite([number for obj in objects for number in (*obj.coords, obj.rotation)]).all():
-            raise ValueError("a number that is not finite")
+            raise ValueError("a non-finite number")
         if camera is None:
             pixels = np.array([obj["pixel_coords"] for obj in record["objects"]], dtype=np.float64)
             camera = fit_camera(np.array([obj.coords for obj in objects]), pixels, width, height)
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise InputError(
-            f"{name} is not a scene as CLEVR writes it ({error!r}); see setpred.rendering.records"
-        ) from error
+        raise InputError(f"{name}: expected a scene in CLEVR's format, got {error!r}") from error
     if camera is None:
-        raise InputError(f"{name}: its {len(objects)} objects do not determine the camera; say where it stood")
+        raise InputError(f"{name}: its {len(objects)} objects do not determine the camera; pass `camera`")
     return Scene(objects, camera, dict(NOMINAL_LAMPS if lamps is None else lamps))
 
 
 def camera_record(scene: Scene, *, index: int, split: str) -> dict[str, Any]:
-    """Where camera and lamps of a scene stood, in plain types.
+    """Locations of a scene's camera and lamps, in plain types.
 
-    `camera_matrix` `[4, 4]` takes camera coordinates (right, up, backward) to the world's.
+    `camera_matrix` `[4, 4]` maps camera coordinates (right, up, backward) to world coordinates.
     """
     matrix = np.eye(4)
     matrix[:3, :3], matrix[:3, 3] = scene.camera.axes().T, scene.camera.location
@@ -140,16 +122,14 @@ def camera_record(scene: Scene, *, index: int, split: str) -> dict[str, Any]:
     }
 
 
-def read_cameras(
-    path: str | os.PathLike[str], *, split: str | None = None
-) -> dict[int, tuple[Camera, dict[str, tuple[float, float, float]]]]:
-    """Camera and lamps by image index, from a file with a `camera_record` in each line.
+def read_cameras(path: str | os.PathLike[str], *, split: str | None = None) -> dict[int, tuple[Camera, Lamps]]:
+    """Load cameras and lamps by image index from a file with a `camera_record` in each line.
 
     Args:
-        split: lines of this split, and lines that name none; all lines unless given.
+        split: skip lines that name another split.
 
     Raises:
-        InputError: the file cannot be read or has another content.
+        InputError: an unreadable or invalid file.
     """
     found, number = {}, 0
     try:
@@ -169,5 +149,5 @@ def read_cameras(
 def _three(values: Any) -> tuple[float, float, float]:
     x, y, z = map(float, values)
     if not np.isfinite((x, y, z)).all():
-        raise ValueError(f"three finite numbers are expected, not {values}")
+        raise ValueError(f"expected three finite numbers, got {values}")
     return x, y, z

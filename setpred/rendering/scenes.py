@@ -1,4 +1,4 @@
-"""What a scene is: objects, the camera that looks at them, the lamps that light them; and many scenes as tensors."""
+"""Scenes (objects, camera and lamps), and batches of scenes as tensors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ NOMINAL_LAMPS = {
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object. `coords` is its centre, at the height of its half size; `rotation` is the yaw in radians."""
+    """An object; `coords` is its centre, at the height of its half size, and `rotation` the yaw in radians."""
 
     coords: tuple[float, float, float]
     rotation: float
@@ -53,7 +53,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects, the camera that looks at them, and the locations of the lamps `key`, `fill` and `back`."""
+    """Objects, the camera, and the locations of the lamps `key`, `fill` and `back`."""
 
     objects: tuple[SceneObject, ...]
     camera: Camera = NOMINAL_CAMERA
@@ -61,9 +61,9 @@ class Scene:
 
 
 class SceneBatch(NamedTuple):
-    """B scenes of up to N objects as tensors, so that they travel through loaders and onto devices.
+    """B scenes of up to N objects as tensors, for data loaders and devices.
 
-    present: bool `[B, N]`, false in the padding; centre: float32 `[B, N, 3]`, world units; half: half sizes `[B, N]`;
+    present: bool `[B, N]`, False in the padding; centre: float32 `[B, N, 3]`, world units; half: half sizes `[B, N]`;
     yaw: cosine and sine of the rotation `[B, N, 2]`; color: linear RGB `[B, N, 3]`; metal: bool `[B, N]`;
     shape: int64 index into `SHAPES` `[B, N]`; camera: `[B, 3]`; lamps: key, fill, back `[B, 3, 3]`.
     """
@@ -80,14 +80,14 @@ class SceneBatch(NamedTuple):
 
     @classmethod
     def of(cls, scenes: Sequence[Scene], *, max_objects: int | None = None) -> SceneBatch:
-        """The scenes as tensors on the CPU.
+        """Convert scenes to tensors on the CPU.
 
         Args:
-            max_objects: pad to so many objects; the most that any of the scenes has unless given.
+            max_objects: number of objects to pad to; by default that of the largest scene.
 
         Raises:
-            InputError: no scene, a scene of more than `max_objects`, an object of an unknown kind, a lamp that is
-                missing, a number that is not finite, a camera straight above the origin.
+            InputError: no scene, a scene of more than `max_objects`, an object with an unknown class, a missing lamp,
+                a non-finite number, a camera straight above the origin.
         """
         if not scenes:
             raise InputError("expected at least one scene, got none")
@@ -98,8 +98,8 @@ class SceneBatch(NamedTuple):
         try:
             lamps = [[scene.lamps[name] for name in NOMINAL_LAMPS] for scene in scenes]
         except KeyError as error:
-            raise InputError(f"expected lamps {', '.join(NOMINAL_LAMPS)} in every scene, one lacks {error}") from error
-        count, real = len(scenes), torch.float32  # whatever torch's default type is
+            raise InputError(f"expected lamps {', '.join(NOMINAL_LAMPS)} in every scene, {error} is missing") from error
+        count, real = len(scenes), torch.float32  # not torch's default type
         batch = cls(
             present=torch.zeros(count, size, dtype=torch.bool),
             centre=torch.zeros(count, size, 3, dtype=real),
@@ -112,8 +112,7 @@ class SceneBatch(NamedTuple):
             lamps=torch.tensor(lamps, dtype=real),
         )
         for number, scene in enumerate(scenes):
-            present = len(scene.objects)
-            if not present:
+            if not (present := len(scene.objects)):
                 continue
             try:
                 columns = [
@@ -128,7 +127,7 @@ class SceneBatch(NamedTuple):
                     for obj in scene.objects
                 ]
             except (KeyError, ValueError) as error:
-                raise InputError(f"scene {number} has an object that CLEVR does not know: {error}") from error
+                raise InputError(f"scene {number}: expected objects of CLEVR's classes, got {error}") from error
             batch.present[number, :present] = True
             for tensor, column in zip(batch[1:7], zip(*columns, strict=True), strict=True):
                 tensor[number, :present] = torch.tensor(column, dtype=tensor.dtype)
@@ -136,16 +135,15 @@ class SceneBatch(NamedTuple):
             if not (finite := tensor.isfinite().flatten(1).all(1)).all():
                 raise InputError(f"scene {int(finite.int().argmin())}: expected finite numbers in {name}")
         if (above := (batch.camera[:, :2] == 0).all(1)).any():
-            raise InputError(
-                f"scene {int(above.int().argmax())}: a camera straight above the origin has no level axis; move it"
-            )
+            number = int(above.int().argmax())
+            raise InputError(f"scene {number}: a camera straight above the origin has no level axis; move it")
         return batch
 
     def to(self, device: torch.device | str) -> SceneBatch:
-        """The same on another device."""
-        ordered = torch.device(device).type == "cuda"  # elsewhere numbers may be read before they have arrived
+        """Copy to a device."""
+        ordered = torch.device(device).type == "cuda"  # other devices may read the numbers before they arrive
         return SceneBatch(*(part.to(device, non_blocking=ordered) for part in self))
 
     def part(self, which: slice | Tensor) -> SceneBatch:
-        """Some of the scenes."""
+        """Select scenes."""
         return SceneBatch(*(tensor[which] for tensor in self))

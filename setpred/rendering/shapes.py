@@ -1,9 +1,9 @@
-"""The three shapes in their own unit coordinates: exact ray intersection and surface normals.
+"""The three shapes in unit coordinates: exact ray intersections and surface normals.
 
 Unit coordinates: centre at the origin, half size 1, the cylinder's axis along z. Rays are origin + t * direction, both
-`[3, n]`, the direction of any length, so that t keeps its meaning when world rays are turned and scaled to unit
-coordinates. Edges are rounded as in CLEVR's meshes: with e_i = max(|q_i| - (1 - w), 0)/w the surface is
-e_x^3 + e_y^3 + e_z^3 = 1, w = 1/4, for the cube, and e_rho^4 + e_z^4 = 1, w = 1/10, for the cylinder.
+`[3, n]`, the direction of any length, so t is the same in the world and in unit coordinates. Edges are rounded as in
+CLEVR's meshes: with e_i = max(|q_i| - (1 - w), 0)/w the surface is e_x^3 + e_y^3 + e_z^3 = 1, w = 1/4, for the cube,
+and e_rho^4 + e_z^4 = 1, w = 1/10, for the cylinder.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from setpred.rendering.vectors import dot, take
 CUBE_EDGE, CYLINDER_EDGE = 0.25, 0.1
 TINY = 1e-12  # keeps divisions finite; far under the rounding of float32 at these sizes
 NEWTON_STEPS = 4  # at the rounded edges
-ON_SURFACE, GRAZING = 1e-3, 0.03  # of the edges' equations: good enough at once, good enough in the end
+ON_SURFACE, GRAZING = 1e-3, 0.03  # tolerances of the edges' equations: before and after Newton's iteration
 MISS = torch.inf
 
 
@@ -71,10 +71,10 @@ def _cylinder_excess(q: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 def _round(
     enter: Tensor, leave: Tensor, origin: Tensor, direction: Tensor, excess: Callable[[Tensor, Tensor], tuple]
 ) -> Tensor:
-    """First hits of a rounded shape, from where the rays enter and leave the sharp one.
+    """First hits of a rounded shape, given where the rays enter and leave the sharp one.
 
-    The excess is convex along a ray, so Newton's iteration from outside comes to the first root from the left; where
-    the slope is no longer negative, the ray passes the edge by.
+    The excess is convex along a ray, so Newton's iteration from outside reaches the first root from the left; a slope
+    that is no longer negative means that the ray misses the edge.
     """
     hit = torch.where(enter < leave, enter, MISS)
     index = (enter < leave).nonzero().squeeze(1)

@@ -1,9 +1,7 @@
-"""Many vectors at once, and lists of pixels.
+"""Operations on vectors `[3, ...]` and on lists of pixels.
 
-Vectors are stored along the first axis, `[3, ...]`: x, y and z each lie together in memory. On numbers that decide a
-pixel only + - * / and the square root are used: these are rounded in the same way whether a processor takes numbers
-one by one or in groups, so a picture does not depend on what else is in its batch. Sums over an axis are written out
-for the same reason.
+Numbers that decide a pixel use only + - * / and the square root, and sums over an axis are written out. These
+operations round in the same way one by one and in groups, so a picture does not depend on the rest of its batch.
 """
 
 from __future__ import annotations
@@ -18,17 +16,17 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
-    """`values[..., index]`; on a CPU six times as fast."""
+    """`values[..., index]`, six times as fast on a CPU."""
     return values.index_select(-1, index)
 
 
 def normalised(vectors: Tensor) -> Tensor:
-    """Vectors `[3, ...]` of length one."""
+    """Vectors `[3, ...]` scaled to length one."""
     return vectors / (dot(vectors, vectors) + 1e-24).sqrt()
 
 
 def added(parts: Tensor) -> Tensor:
-    """The sum over the first axis, in order."""
+    """Sum over the first axis, in order."""
     total, *rest = parts.unbind(0)
     for part in rest:
         total = total + part
@@ -42,7 +40,7 @@ def smoothstep(x: Tensor) -> Tensor:
 
 
 def pixels_of(boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All pixels of boxes (left, top, right, bottom) `[boxes, 4]`: the number of the box, x and y, each int64 `[n]`."""
+    """All pixels of boxes (left, top, right, bottom) `[boxes, 4]`: the box's index, x and y, each int64 `[n]`."""
     left, top, right, bottom = boxes.unbind(1)
     width = (right - left).clamp(min=0)
     count = width * (bottom - top).clamp(min=0)

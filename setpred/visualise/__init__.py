@@ -1,15 +1,13 @@
-"""Figures of what a model predicts, how it got there and where it errs (`write_report`); of how trainings compare."""
+"""Figures of predictions, refinement and errors (`write_report`), and of training runs."""
 
 from setpred.visualise.confusion import draw_confusion
 from setpred.visualise.curves import draw_precision_recall
 from setpred.visualise.distances import draw_distance_errors
-from setpred.visualise.outlined import draw_outlined_image
-from setpred.visualise.own_training import draw_own_training
-from setpred.visualise.predictions import draw_predictions
+from setpred.visualise.predictions import draw_outlined_image, draw_predictions
 from setpred.visualise.refinement import Descent, draw_refinement_film, draw_refinement_strip
 from setpred.visualise.report import write_report
 from setpred.visualise.supports import Voting, draw_supports
-from setpred.visualise.training_curves import draw_training_curves
+from setpred.visualise.training_curves import draw_own_training, draw_training_curves
 
 __all__ = [
     "Descent",

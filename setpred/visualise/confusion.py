@@ -1,4 +1,4 @@
-"""Which class is taken for which, attribute by attribute."""
+"""Confusion matrices of the categorical fields."""
 
 from __future__ import annotations
 
@@ -10,72 +10,59 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from setpred.schema import ElementSchema
-from setpred.visualise.style import INK, heading, in_english_order, new_figure, plural, save_png, styled, word
+from setpred.visualise.style import INK, Sheet, in_english_order, plural, styled, word
 
-CELL, NAMES, ABOVE, GAP, HEAD = 0.62, 1.0, 1.15, 0.35, 1.05  # inches
-_PER_LINE = 4
+CELL, NAMES, ABOVE, GAP, HEAD = 0.62, 1.0, 1.15, 0.35, 0.8  # inches
+_FAINT = "#b5b5b5"
 
 
 @styled()
 def draw_confusion(path: Path, report: Mapping[str, Any], *, schema: ElementSchema, about: str) -> Path:
-    """A matrix for each categorical field, its rows normalised; `report` is that of `attribute_report`."""
-    fields = in_english_order(schema)
-    fields.sort(key=lambda field: -field.size)
-    # the largest matrix alone at the left, the others stacked beside it, as far as its height goes
+    """Draw a matrix with normalised rows for each categorical field; `report` is from `attribute_report`."""
+    fields = sorted(in_english_order(schema), key=lambda field: -field.size)
+    # the largest matrix alone at the left, the others in columns of at most its height
     columns: list[list[Any]] = []
-    room = 0.0
+    room, largest = 0.0, ABOVE + CELL * fields[0].size
     for field in fields:
         need = ABOVE + CELL * field.size
-        if not columns or need > room + 1e-9:
+        if need > room + 1e-9:
             columns.append([])
-            room = max(ABOVE + CELL * fields[0].size, need)
+            room = largest
         columns[-1].append(field)
         room -= need + GAP
-    widths = [NAMES + CELL * max(max(field.size for field in column), 3) + GAP for column in columns]
-    width = max(0.3 + sum(widths), 7.5)
-    height = HEAD + ABOVE + CELL * fields[0].size + 0.35
-    figure = new_figure(width, height)
+    widths = [NAMES + CELL * max(3, *(field.size for field in column)) + GAP for column in columns]
+    sheet = Sheet(max(0.3 + sum(widths), 7.5), HEAD + largest + 0.35)
     matched = int(np.sum(report["confusion"][fields[0].name]))
-    heading(
-        figure,
-        "Which class is taken for which",
-        f"{plural(matched, 'real object')} and the predictions that stand for them, paired one to one by place alone. "
-        "Share of the row, and how many.",
-        about,
+    subtitle = (
+        f"{plural(matched, 'real object')}, matched one to one to predictions by position alone. Each cell: share of "
+        "the row, and count."
     )
+    sheet.heading("Confusion of classes", subtitle, about)
     x = 0.3
-    for column, column_width in zip(columns, widths, strict=True):
-        y = HEAD
+    for column, width in zip(columns, widths, strict=True):
+        y = sheet.height - HEAD
         for field in column:
             side = CELL * field.size
-            box = (x + NAMES, height - y - ABOVE - side, side, side)
-            axes = figure.add_axes((box[0] / width, box[1] / height, box[2] / width, box[3] / height))
-            names = [word(name) for name in field.classes]
-            _matrix(axes, np.array(report["confusion"][field.name]), names)
+            y -= ABOVE + side
+            axes = sheet.panel(x + NAMES, y, side, side)
+            _draw_matrix(axes, np.array(report["confusion"][field.name]), [word(name) for name in field.classes])
             share = report["accuracy"][field.name]
-            axes.set_title(
-                f"{word(field.name)}: " + ("no object" if np.isnan(share) else f"{100 * share:.1f} % right"),
-                fontweight="bold", x=0, y=1 + 0.68 / side, pad=0,
-            )  # fmt: skip
-            y += ABOVE + side + GAP
-        x += column_width
-    return save_png(figure, path)
+            right = "no object" if np.isnan(share) else f"{100 * share:.1f} % right"
+            axes.set_title(f"{word(field.name)}: {right}", fontweight="bold", x=0, y=1 + 0.68 / side, pad=0)
+            y -= GAP
+        x += width
+    return sheet.save(path)
 
 
-def _matrix(axes: Axes, counts: np.ndarray, names: list[str]) -> None:
-    totals = counts.sum(1, keepdims=True)
-    shares = counts / np.maximum(totals, 1)
-    axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1.15)  # the root shows rare mistakes
-    for row, column in np.ndindex(*counts.shape):
-        if not totals[row]:
-            text, colour = "none", "#b5b5b5"
-        else:
-            text = (
-                f"{_per_cent(counts[row, column], totals[row, 0])}\n{counts[row, column]:,}"
-                if counts[row, column]
-                else "0"
-            )
-            colour = "white" if shares[row, column] > 0.45 else INK if counts[row, column] else "#b5b5b5"
+def _draw_matrix(axes: Axes, counts: np.ndarray, names: list[str]) -> None:
+    totals = counts.sum(1)
+    shares = counts / np.maximum(totals, 1)[:, None]
+    axes.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=1.15)  # the root makes rare mistakes visible
+    for (row, column), count in np.ndenumerate(counts):
+        text, colour = "0" if totals[row] else "none", _FAINT
+        if count:
+            text = f"{_per_cent(count, totals[row])}\n{count:,}"
+            colour = "white" if shares[row, column] > 0.45 else INK
         axes.text(column, row, text, ha="center", va="center", fontsize=7.5, color=colour, linespacing=1.25)
     ticks = range(len(names))
     axes.set_xticks(ticks, names, rotation=40, ha="left", rotation_mode="anchor", fontsize=9)
@@ -86,15 +73,14 @@ def _matrix(axes: Axes, counts: np.ndarray, names: list[str]) -> None:
     axes.set_ylabel("real", fontsize=9, color="#666666")
     axes.xaxis.set_label_position("bottom")
     axes.spines[:].set_visible(False)
-    axes.set_xticks(np.arange(-0.5, len(names)), minor=True)
-    axes.set_yticks(np.arange(-0.5, len(names)), minor=True)
-    axes.grid(which="minor", color="white", linewidth=1.5)
-    axes.tick_params(which="minor", length=0)
+    edges = np.arange(-0.5, len(names))
+    axes.hlines(edges, *edges[[0, -1]], color="white", linewidth=1.5)
+    axes.vlines(edges, *edges[[0, -1]], color="white", linewidth=1.5)
 
 
-def _per_cent(part: int, whole: int) -> str:
-    """Rounded, but neither 0 nor 100 unless it is so."""
-    rounded = f"{100 * part / whole:.0f} %"
-    if part < whole and rounded == "100 %":
+def _per_cent(part: int, total: int) -> str:
+    """Round to whole per cent, but to 0 or 100 only if exact."""
+    rounded = f"{100 * part / total:.0f} %"
+    if part < total and rounded == "100 %":
         return "> 99 %"
     return "< 1 %" if rounded == "0 %" and part else rounded

@@ -1,4 +1,4 @@
-"""How far predictions lie from the objects they stand for."""
+"""Distances between predictions and their matched objects."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from setpred.metrics import pairwise_distance, threshold_name
 from setpred.schema import ElementSchema
 from setpred.sets import presence_mask
-from setpred.visualise.style import INK, PLAIN, heading, new_figure, plural, save_png, styled
+from setpred.visualise.style import INK, PLAIN, Sheet, plural, styled
 
 
 @styled()
@@ -26,30 +26,24 @@ def draw_distance_errors(
     schema: ElementSchema,
     about: str,
 ) -> Path:
-    """Histogram of the distance on a logarithmic axis, with the share of the objects under each threshold."""
+    """Draw a histogram of the distances on a logarithmic axis, and the share of the objects below each threshold."""
     image, slot = (presence_mask(target) & (assignment >= 0)).nonzero(as_tuple=True)
     distance = pairwise_distance(predicted, target, schema=schema)[image, assignment[image, slot], slot].cpu().numpy()
-    figure = new_figure(9.2, 5.4)
-    axes = figure.add_axes((0.08, 0.13, 0.89, 0.62))
     limits = sorted(threshold for threshold in thresholds if math.isfinite(threshold))
-    middle = f"; median {np.median(distance):.3g}" if len(distance) else ""
-    heading(
-        figure,
-        "How far predictions lie from the objects",
-        f"{plural(len(distance), 'real object')} and the predictions that stand for them, paired one to one by place "
-        f"alone{middle}.",
-        about,
-    )
+    sheet = Sheet(9.2, 5.4)
+    median = f"; median {np.median(distance):.3g}" if len(distance) else ""
+    subtitle = f"{plural(len(distance), 'real object')}, matched one to one to predictions by position alone{median}."
+    sheet.heading("Distance errors", subtitle, about)
+    axes = sheet.panel(0.75, 0.7, 8.2, 3.35)
     low = min([0.01, *(limit / 4 for limit in limits)])
     high = max([10.0, *(4 * limit for limit in limits)])
     edges = np.geomspace(low, high, 61)
     shares = np.histogram(np.clip(distance, low, high), edges)[0] / max(len(distance), 1)
     axes.bar(edges[:-1], 100 * shares, np.diff(edges), align="edge", color=PLAIN, edgecolor="white", linewidth=0.4)
     axes.set(xscale="log", xlim=(low, high), ylim=(0, max(100 * shares.max() * 1.08, 1)))
-    axes.set_xlabel("distance between prediction and real object (units; the ends hold what lies beyond)")
+    axes.set_xlabel("distance between prediction and real object (units; the end bins include all values beyond)")
     axes.set_ylabel("share of the real objects (%)")
-    ticks = sorted({10.0**power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)})
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.xaxis.set_major_formatter("{x:g}")
     above = {"fontsize": 9, "va": "bottom", "annotation_clip": False, "textcoords": "offset points"}
     axes.annotate("closer than\nshare", (0, 1), (0, 4), xycoords="axes fraction", ha="left", **above)
     for limit in limits:
@@ -57,4 +51,4 @@ def draw_distance_errors(
         share = f"{100 * np.mean(distance < limit):.1f} %" if len(distance) else "none"
         text = f"{threshold_name(limit)}\n{share}"
         axes.annotate(text, (limit, 1), (0, 4), xycoords=("data", "axes fraction"), ha="center", **above)
-    return save_png(figure, path)
+    return sheet.save(path)

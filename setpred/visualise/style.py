@@ -1,6 +1,6 @@
-"""What all figures share: type, colours, words, and files that are whole or absent.
+"""Fonts, colours, words, layout in inches, and atomic files for all figures.
 
-Figures are drawn on matplotlib's Agg canvas without pyplot: no display, no global state.
+Figures use matplotlib's Agg canvas without pyplot: no display, no global state.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -20,108 +22,95 @@ from setpred.files import write_atomically
 from setpred.schema import ElementSchema, Field
 
 DPI = 110
-INK = "#222222"
-FAINT = "#8a8a8a"
-GROUND = "#e9e9e6"
-WRONG = "#d1381c"  # vermilion, told from INK and from the blues with any colour vision
-
-# CLEVR's own colours (properties file of its generator)
+INK, FAINT, GROUND, GRID = "#222222", "#8a8a8a", "#e9e9e6", "#e4e4e4"
+WRONG = "#d1381c"  # vermilion, distinct from INK and from blue with any colour vision
+PLAIN = "#4477aa"  # of elements without a colour
+# CLEVR's colours, from the properties file of its generator
 CLASS_COLOURS = {
-    "gray": "#575757",
-    "red": "#ad2323",
-    "blue": "#2a4bd7",
-    "green": "#1d6914",
-    "brown": "#814a19",
-    "purple": "#8126c0",
-    "cyan": "#29d0d0",
-    "yellow": "#ffee33",
-}
-PLAIN = "#4477aa"  # for elements without a colour
-
-# British words for CLEVR's names, and the order in which English lists adjectives
+    "gray": "#575757", "red": "#ad2323", "blue": "#2a4bd7", "green": "#1d6914",
+    "brown": "#814a19", "purple": "#8126c0", "cyan": "#29d0d0", "yellow": "#ffee33",
+}  # fmt: skip
+# British words for CLEVR's names, and the English order of adjectives
 WORDS = {"color": "colour", "gray": "grey"}
 ADJECTIVES = ("size", "color", "material", "shape")
 
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """The style of all figures, whatever matplotlibrc says; `@styled()` over a function that draws and saves."""
+    """Apply the style of all figures, whatever matplotlibrc says; decorate drawing functions with `@styled()`."""
     with mpl.rc_context():
         mpl.rcdefaults()
-        mpl.rcParams |= {
-            "font.family": "DejaVu Sans",
-            "font.size": 10,
-            "axes.titlesize": 11,
-            "axes.titlelocation": "left",
-            "axes.edgecolor": FAINT,
-            "axes.labelcolor": INK,
-            "text.color": INK,
-            "xtick.color": INK,
-            "ytick.color": INK,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "legend.frameon": False,
-        }
+        mpl.rcParams |= {"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "legend.frameon": False}
+        mpl.rcParams |= {"axes.titlesize": 11, "axes.titlelocation": "left", "axes.edgecolor": FAINT}
+        mpl.rcParams |= {"axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}
+        mpl.rcParams |= {"axes.spines.top": False, "axes.spines.right": False, "grid.color": GRID}
+        mpl.rcParams |= {"grid.linewidth": 0.7, "axes.axisbelow": True}
         yield
-
-
-def new_figure(width: float, height: float, *, dpi: int = DPI) -> Figure:
-    """An empty figure of so many inches."""
-    figure = Figure(figsize=(width, height), dpi=dpi, facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def heading(figure: Figure, title: str, subtitle: str, about: str) -> Text:
-    """Title and a line under it; beside the title, small and cut to fit, what was evaluated. Returns the title."""
-    left, top, right = 0.3, 0.32, 0.2  # inches
-    width, height = figure.get_size_inches()
-    line = 1 - top / height
-    name = figure.text(left / width, line, title, fontsize=14, fontweight="bold", va="center")
-    figure.text(left / width, 1 - (top + 0.29) / height, subtitle, fontsize=10, color="#555555", va="center")
-    if about:
-        renderer = figure.canvas.get_renderer()
-        start = name.get_window_extent(renderer).x1 / figure.dpi + 0.3
-        style = {"fontsize": 9, "color": "#555555", "va": "center", "ha": "right"}
-        aside = figure.text(1 - right / width, line, about, parse_math=False, **style)
-        with boxes_for_missing_glyphs():
-            while len(about) > 1 and aside.get_window_extent(renderer).x0 / figure.dpi < start:
-                about = about[1:]  # the end of a path says more than its start
-                aside.set_text("…" + about)
-    return name
 
 
 @contextmanager
 def boxes_for_missing_glyphs() -> Iterator[None]:
-    """Within, matplotlib does not warn of characters that its font lacks."""
+    """Silence matplotlib's warnings about characters that its font lacks."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
 
-def save_png(figure: Figure, path: Path) -> Path:
-    """Writes the figure whole or not at all; characters that the font lacks are drawn as boxes."""
-    buffer = io.BytesIO()
-    with boxes_for_missing_glyphs():
-        figure.savefig(buffer, format="png")
-    write_atomically(path, buffer.getvalue())
-    return path
+class Sheet(Figure):
+    """A figure laid out in inches from its lower left corner."""
+
+    def __init__(self, width: float, height: float, *, dpi: int = DPI) -> None:
+        super().__init__(figsize=(width, height), dpi=dpi, facecolor="white")
+        self.width, self.height = width, height
+        FigureCanvasAgg(self)
+
+    def panel(self, left: float, bottom: float, width: float, height: float) -> Axes:
+        """Add axes."""
+        return self.add_axes((left / self.width, bottom / self.height, width / self.width, height / self.height))
+
+    def note(self, x: float, y: float, text: str, **style: Any) -> Text:
+        """Write text, centred vertically."""
+        return self.text(x / self.width, y / self.height, text, va="center", **style)
+
+    def heading(self, title: str, subtitle: str, about: str) -> None:
+        """Write title and subtitle and, right of the title, the end of `about` that fits."""
+        name = self.note(0.3, self.height - 0.32, title, fontsize=14, fontweight="bold")
+        self.note(0.3, self.height - 0.61, subtitle, color="#555555")
+        if not about:
+            return
+        renderer = self.canvas.get_renderer()
+        start = name.get_window_extent(renderer).x1 / self.dpi + 0.3
+        style = {"fontsize": 9, "color": "#555555", "ha": "right", "parse_math": False}
+        aside = self.note(self.width - 0.2, self.height - 0.32, about, **style)
+        with boxes_for_missing_glyphs():
+            while len(about) > 1 and aside.get_window_extent(renderer).x0 / self.dpi < start:
+                about = about[1:]  # the end of a path is its most specific part
+                aside.set_text("…" + about)
+
+    def save(self, path: Path) -> Path:
+        """Write a PNG atomically."""
+        buffer = io.BytesIO()
+        with boxes_for_missing_glyphs():
+            self.savefig(buffer, format="png")
+        write_atomically(path, buffer.getvalue())
+        return path
 
 
 def word(name: str) -> str:
-    """A name of the schema as prose spells it."""
+    """Spell a name of the schema as English prose does."""
     return WORDS.get(name, name)
 
 
 def in_english_order(schema: ElementSchema) -> list[Field]:
-    """Categorical fields in the order that English lists adjectives: large red metal cube."""
-
-    def rank(field: Field) -> int:
-        return ADJECTIVES.index(field.name) if field.name in ADJECTIVES else len(ADJECTIVES)
-
-    return sorted(schema.categorical, key=rank)
+    """Categorical fields in the English order of adjectives: large red metal cube."""
+    rank = {name: place for place, name in enumerate(ADJECTIVES)}
+    return sorted(schema.categorical, key=lambda field: rank.get(field.name, len(rank)))
 
 
 def plural(count: int, noun: str) -> str:
-    """'1 object', '2,000 objects'."""
+    """Format a count with its noun.
+
+    >>> plural(1, "object"), plural(2000, "object")
+    ('1 object', '2,000 objects')
+    """
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -1,71 +1,65 @@
-"""A score against the training spent on it, of many trainings."""
+"""Scores against the training spent on them."""
 
 from __future__ import annotations
 
+import csv
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from setpred.visualise.style import heading, new_figure, save_png, styled
+from setpred.errors import InputError
+from setpred.files import make_folder
+from setpred.metrics import AveragePrecision
+from setpred.visualise.style import Sheet, plural, styled
 
-Curve = Sequence[tuple[float, float]]  # (spent, score), rising in what is spent
+Curve = Sequence[tuple[float, float]]  # (spent, score), ordered by what is spent
 
-# told from each other with any colour vision (Okabe and Ito's, without yellow, which is faint on white); a dash each
-# time round
+# distinct with any colour vision (Okabe and Ito without yellow, which is faint on white)
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#222222")
-_DASHES = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)))
+_DASHES = ("-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)))  # one after another, when the colours repeat
 
 
 @styled()
 def draw_training_curves(
-    path: Path,
-    curves: Mapping[str, Sequence[Curve]],
-    *,
-    spent: str,
-    score: str,
-    subtitle: str,
-    about: str = "",
+    path: Path, curves: Mapping[str, Sequence[Curve]], *, spent: str, score: str, subtitle: str, about: str = ""
 ) -> Path:
-    """For each name the mean over its trainings as a line, with a band from the least to the greatest.
+    """Draw for each name the mean over its training runs as a line, and a band from the least to the greatest.
 
     Args:
-        path: of the PNG.
-        curves: the trainings of each name, in the order of the legend; the best first reads well.
-        spent, score: what the axes show.
-        subtitle, about: see `heading`.
+        path: path of the PNG.
+        curves: training runs of each name, in the order of the legend.
+        spent, score: labels of the axes.
+        subtitle, about: text under and right of the title.
     """
-    rows = max(len(curves), 12)
-    figure = new_figure(10.4, max(5.6, 1.7 + 0.29 * rows))
-    heading(figure, "Score against training", subtitle, about)
-    axes = figure.add_axes((0.08, 0.115, 0.585, 0.73))
-    for number, (name, trainings) in enumerate(curves.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
-        dashes = _DASHES[number // len(_COLOURS) % len(_DASHES)]
-        where, scores = _together(trainings)
+    sheet = Sheet(10.4, max(5.6, 1.7 + 0.29 * max(len(curves), 12)))
+    sheet.heading("Score against training", subtitle, about)
+    axes = sheet.panel(0.83, 0.64, 6.08, sheet.height - 1.5)
+    for number, (name, runs) in enumerate(curves.items()):
+        style = {"color": _COLOURS[number % len(_COLOURS)]}
+        where, scores = _common(runs)
         if not len(where):
             continue
-        middle = scores.mean(0)
-        marker = "o" if len(where) == 1 else None
-        label = f"{name}  {_short(middle[-1])}"
-        axes.plot(where, middle, color=colour, linestyle=dashes, marker=marker, linewidth=1.9, label=label)
+        mean = scores.mean(0)
         if len(scores) > 1:
-            axes.fill_between(where, scores.min(0), scores.max(0), color=colour, alpha=0.13, linewidth=0)
+            axes.fill_between(where, scores.min(0), scores.max(0), alpha=0.13, linewidth=0, **style)
+        style["linestyle"] = _DASHES[number // len(_COLOURS) % len(_DASHES)]
+        style["marker"] = "o" if len(where) == 1 else None
+        final = f"{mean[-1]:.1f}" if abs(mean[-1]) >= 10 else f"{mean[-1]:.3g}"
+        axes.plot(where, mean, linewidth=1.9, label=f"{name}  {final}", **style)
     axes.set(xlabel=spent, ylabel=score)
     axes.set_xlim(left=0)
-    axes.grid(color="#e4e4e4", linewidth=0.7)
-    axes.set_axisbelow(True)
+    axes.grid()
     if axes.lines:
-        axes.legend(
-            loc="upper left", bbox_to_anchor=(1.02, 1.02), handlelength=3.2, fontsize=9.5,
-            title="with the score at the end", alignment="left",
-        )  # fmt: skip
-    return save_png(figure, path)
+        title = {"title": "with the final score", "alignment": "left", "handlelength": 3.2, "fontsize": 9.5}
+        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.02), **title)
+    return sheet.save(path)
 
 
-def _together(trainings: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
-    """Where the shortest training was scored, and the scores of all there `[trainings, points]`, between by lines."""
-    arrays = [np.array(curve, dtype=float).reshape(-1, 2) for curve in trainings]
+def _common(runs: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the shortest run, and the scores of all runs there, interpolated linearly: `[runs, points]`."""
+    arrays = [np.array(curve, dtype=float).reshape(-1, 2) for curve in runs]
     arrays = [array[np.isfinite(array).all(1)] for array in arrays]
     arrays = [array for array in arrays if len(array)]
     if not arrays:
@@ -74,5 +68,29 @@ def _together(trainings: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
     return where, np.stack([np.interp(where, *array.T) for array in arrays])
 
 
-def _short(value: float) -> str:
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.3g}"
+def draw_own_training(folder: Path, checkpoint: str | os.PathLike[str]) -> list[Path]:
+    """Draw training.png: the validation AP of a checkpoint's run at each threshold, against the training time.
+
+    Returns:
+        The path written; nothing without scores in a metrics.csv in the checkpoint's folder.
+
+    Raises:
+        InputError: an invalid metrics.csv.
+    """
+    path = Path(checkpoint).parent / "metrics.csv"
+    if not path.is_file():
+        return []
+    prefix, curves = f"val_{AveragePrecision.monitor}_", {}
+    try:
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        for name in reversed([name for name in rows[0] if name.startswith(prefix)] if rows else []):
+            spent = [(float(row["seconds"]) / 60, 100 * float(row[name])) for row in rows if row[name]]
+            curves[f"AP at {name.removeprefix(prefix)}"] = [spent]
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise InputError(f"{path} is not as train.py writes it ({error}); move or correct it") from error
+    if not curves:
+        return []
+    labels = {"spent": "minutes of training and validation", "score": "AP on the validation data (%)"}
+    labels |= {"subtitle": f"{plural(len(rows), 'epoch')} of training.", "about": str(checkpoint)}
+    return [draw_training_curves(make_folder(folder) / "training.png", curves, **labels)]
