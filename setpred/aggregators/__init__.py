@@ -1,11 +1,11 @@
-"""Set to vector, one family a file; all usable alone and inside the decoder's objective."""
+"""Aggregators, from a set to a vector; usable alone and inside a decoder's objective."""
 
 from setpred.aggregators.attsets import AttSets
 from setpred.aggregators.base import Aggregator
 from setpred.aggregators.canonical_order import CanonicalOrder
 from setpred.aggregators.equilibrium import EquilibriumAggregation, ResidualPotential
 from setpred.aggregators.frame_averaging import FrameAverage
-from setpred.aggregators.fspool import FSPool, sort_features
+from setpred.aggregators.fspool import FSPool
 from setpred.aggregators.gigp import OrbitPool
 from setpred.aggregators.inset import SupersetPool
 from setpred.aggregators.monoid import LearnableMonoid
@@ -30,5 +30,4 @@ __all__ = [
     "SetEncoder",
     "SumPool",
     "SupersetPool",
-    "sort_features",
 ]
