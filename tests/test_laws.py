@@ -95,7 +95,7 @@ def modules(parts):
 
 def test_every_aggregator_is_in_the_family():
     family = built(test_aggregators.FAMILY)
-    # which depends on the order, so that its laws are its own: below, and in test_aggregators_more.py
+    # which depends on the order, so that its laws are its own: below, and in test_aggregators.py
     assert public(aggregators, aggregators.Aggregator, but={"Aggregator"}) - names(family) == {"LearnableMonoid"}
     assert public(aggregators, nn.Module, but={"Aggregator"}) <= modules(family)
 
