@@ -13,10 +13,8 @@ class AttSets(Aggregator):
     """out_k = Σ_n s_nk x_nk,   s_nk = softmax over n of c_nk,   c_n = W x_n (Yang, Wang, Markham, Trigoni, IJCV 2020).
 
     Each feature is a weighted mean with its own weights; W = 0 gives the plain mean. Differentiable any number of
-    times. Equal elements get equal gradients.
-
-    The weight of the only element of a set is 1 for every W, so such sets train the rest of a model and not the
-    attention. That is the first stage of the paper's training, FASet. The callback `setpred.training.FASet` runs it by
+    times. Equal elements get equal gradients. The weight of the only element of a set is 1 for every W, so such sets
+    train the rest of a model alone: the first stage of the paper's training, which `setpred.training.FASet` runs by
     setting `single`. It suits models that encode input sets; inside an objective, each descent step would draw anew.
 
     Args:

@@ -18,13 +18,10 @@ from setpred.sets import check_set, mean_present
 class EquilibriumAggregation(Aggregator):
     """φ*(X) = argmin_φ E(X, φ),   E(X, φ) = λ/2 |φ - r(X)|² + γ/n Σ_i F(x_i, φ).
 
-    Bartunov, Fuchs, Lillicrap (UAI 2022), with two additions. The prior r is another aggregator (the paper has r = 0):
-    with F = 0 the result is r(X), so every aggregator is a special case. The gain γ is learned and may start at zero,
-    so that training starts from that special case.
-
-    With a bounded potential (such as `ResidualPotential`) a minimum exists for γ of either sign. It is unique where
-    γ F is convex in φ or λ exceeds its curvature. The mean over the n present elements (the paper: log₂(n+1)/n times
-    the sum) keeps F and the prior in balance for every n.
+    Bartunov, Fuchs, Lillicrap (UAI 2022); there r = 0, γ = 1, and log₂(n+1) γ/n in place of γ/n. The prior r is another
+    aggregator, which the result equals for γ = 0; γ is learned and may start there. With a bounded potential (such as
+    `ResidualPotential`) a minimum exists for γ of either sign. It is unique where γ F is convex in φ or λ exceeds its
+    curvature.
 
     Args:
         in_dim: features of an element.

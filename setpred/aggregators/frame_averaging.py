@@ -18,14 +18,13 @@ class FrameAverage(Aggregator):
     """out(X) = mean over frames R of φ([(P - t) R, F]), for elements X = [P, F] with positions P and features F.
 
     The frames are the principal axes of the positions, with every choice of signs: t is the centroid, and R holds the
-    eigenvectors of C = Σ_i (p_i - t)(p_i - t)ᵀ, smallest eigenvalue first (Puny et al., ICLR 2022). The frames turn
-    with the set, so the average is exactly invariant to rotations and translations, and to permutations as φ is. If φ
-    is already invariant, the average is φ of the centred set.
+    eigenvectors of C = Σ_i (p_i - t)(p_i - t)ᵀ, smallest eigenvalue first (Puny et al., ICLR 2022). They turn with the
+    set, so the average is exactly invariant to rotations and translations, and to permutations as φ is.
 
     Differentiable any number of times where the eigenvalues of C differ. Where two agree (the corners of a square) the
-    axes are arbitrary within their plane: the average is neither invariant nor continuous, and its gradients are finite
-    but omit how these axes turn (see `Eigenvectors`). Sets that do not span the space are no such case, since their
-    coordinates along the missing axes are zero. Positions and frames use at least float32, also under autocast.
+    axes are arbitrary within their plane: the average is not continuous, and its gradients are finite but omit how
+    these axes turn (see `Eigenvectors`). Sets that do not span the space are no such case, since their coordinates
+    along the missing axes are zero. Positions and frames use at least float32, also under autocast.
 
     Args:
         aggregator: φ, which is evaluated on 2ᵈ copies of the set, or half as many without reflections.

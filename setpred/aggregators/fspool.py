@@ -52,15 +52,11 @@ class FSPool(Aggregator):
 def feature_ranks(values: Tensor) -> Tensor:
     """Rank of each value within its feature: how many values are larger, or equal and earlier in the set.
 
-    The ranks of a feature are a permutation of 0..n-1, also with equal values. Small sets are counted on a CPU: n²
-    comparisons, but no sort and no scatter, three times as fast for ten values. So are all sets in compiled code,
-    where the comparisons happen in registers. Other sets are sorted; on a GPU each comparison would be a launch.
+    The ranks of a feature are a permutation of 0..n-1, also with equal values. Small sets on a CPU are counted: n²
+    comparisons, but no sort and no scatter, three times as fast for ten values. So are all sets in compiled code, where
+    the comparisons happen in registers. Other sets are sorted; on a GPU each comparison would be a launch.
 
-    Args:
-        values: `[batch, set_size, dim]`, -inf to come last.
-
-    Returns:
-        Ranks of the same shape, as integers of some number type.
+    `[batch, set_size, dim]` to the same shape, in an integer type that depends on the way.
     """
     if torch.compiler.is_compiling():
         return _count_in_blocks(values)

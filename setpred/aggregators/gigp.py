@@ -15,22 +15,19 @@ class OrbitPool(Aggregator):
 
         out = (1/n) Σ_q w_q (A h_q + o_q MLP([h_q, q])),    h_q = Σ_i m_iq f_i,    o_q = 1 - Π_i (1 - m_iq)
 
-    Rotations about c move a position p_i on the sphere of radius |p_i - c|, its orbit. The orbits q are `orbits` radii
-    from 0 to `largest`. Element i belongs to q by the share m_iq >= 0, Σ_q m_iq = 1; o_q is near 0 for empty orbits.
-    The MLP starts at 0 and w at 1, so training starts from A (the identity where it fits) times mean pooling.
+    Rotations about c keep the radius |p_i - c| of a position: its orbit. The orbits q are `orbits` radii from 0 to
+    `largest`. m_iq, a softmax over q of -½ (radius_i - q)² / spacing², is the share of element i in q; o_q is near 0
+    for empty orbits. The MLP starts at 0 and w at 1, so training starts from A (the identity where it fits) times mean
+    pooling. Only radii are read, so the result is exactly invariant, also to a separate rotation of each element; the
+    features must say how positions relate. Differentiable any number of times, also for positions at c, since radii
+    are √(|p - c|² + (spacing / 10)²).
 
-    The result reads only the radius of a position. It is exactly invariant, also to a separate rotation of each
-    element. The features must say how positions relate, through an equivariant network before this one. A
-    `SetEncoder` around it must keep the positions (`kept=position_dim`), or the invariance is lost. Differentiable any
-    number of times, also for positions at c, since radii are √(|p - c|² + (spacing / 10)²).
-
-    Two choices differ from the published code. There m has bins with edges; here it is a softmax over q of
-    -½ (radius_i - q)² / spacing², so gradients reach the positions. There radii span the batch; here they end at
-    `largest`, so a set's result does not depend on others. (On QM9 the published run takes a coordinate as the orbit.)
+    In the published code m has bins with edges, through which no gradient reaches the positions, and radii span the
+    batch, so a set's result depends on the others.
 
     Args:
-        in_dim: numbers of an element, the position first.
-        position_dim: d, how many of them are the position.
+        in_dim: numbers of an element, the position first. A `SetEncoder` must keep it (`kept=position_dim`).
+        position_dim: d, length of the position.
         out_dim: length of the vector; that of f by default. Without features, f_i = 1 and elements are counted.
         orbits: number of radii q.
         largest: largest radius, in units of the positions; farther elements belong to it.

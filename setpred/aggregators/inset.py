@@ -12,12 +12,11 @@ class SupersetPool(Aggregator):
     """INSET: out = σ(W_S Σ_i m_i x_i + W_V Σ_i x_i + b), for elements [m_i, x_i] (Xie et al., ICLR 2024).
 
     The superset V is all present elements. The membership m_i is 1 in the subset S and 0 outside; a descent on a
-    relaxed subset may take any value, without clamping. Unlike a pooling of S alone, the result depends on the
-    superset. It is invariant to permutations of S, of V and of both.
+    relaxed subset may take any value. Unlike a pooling of S alone, the result depends on the superset. A `Conditioned`
+    objective, which prepends the memberships, finds a subset of given elements.
 
     The paper has σ(θ₁(Σ_S φ(x)) + θ₂(Σ_V φ(x))). Here a `SetEncoder` with `kept=1` has the network φ, the θ are linear,
-    and σ is SiLU, so that an objective has a continuous Hessian. Differentiable any number of times. Equal elements get
-    equal gradients. A `Conditioned` objective, which prepends the memberships, finds a subset of given elements.
+    and σ is SiLU, which is differentiable any number of times. Equal elements get equal gradients.
 
     Args:
         in_dim: numbers of an element, the membership first.

@@ -14,10 +14,9 @@ class LearnableMonoid(Aggregator):
 
         a ⊕ b = ½ (f(a, b) + f(b, a)),    f a GRU cell: input a, state b
 
-    Exact for every f: ⊕ commutes, so siblings and branches of the tree may be swapped, and an absent element is
-    neutral, so padding has no influence. Learned: ⊕ is associative, so the order of the elements does not matter.
-    **Unlike all other aggregators, an untrained one depends on the order.** To train this, shuffle the sets or add
-    `associator` to the loss; a smaller `associator` means less dependence. `CanonicalOrder` makes it exact at once.
+    For every f, ⊕ commutes and absent elements are neutral. That ⊕ is associative has to be learned: **unlike all other
+    aggregators, an untrained one depends on the order of the elements.** To train this, shuffle the sets or add
+    `associator` to the loss. `CanonicalOrder` makes the result invariant at once.
 
     Differentiable any number of times. Equal elements can get unequal gradients, by their places in the tree.
 

@@ -43,11 +43,9 @@ class DETRCriterion(SetLoss):
 
         [Σ_matched E - u Σ_unmatched w_presence log(1 - p)] / [matched + u · unmatched] + mean over matched of distance
 
-    with the last two terms of the matching cost as the distance. An example without real objects trains all predictions
-    towards no object. Predictions are raw scores, without sigmoid or softmax.
-
-    Differences from the published code: each example is averaged over itself (there: over the batch); "no object" is
-    one number for all fields; the loss scores one layer (there: the sum over all layers of the decoder).
+    with the last two terms of the matching cost as the distance. Predictions are raw scores. Unlike the published code,
+    this averages over an example (there: over the batch), has one "no object" number for all fields, and scores one
+    layer (there: all layers of the decoder).
 
     Args:
         no_object: u, weight of the predictions without a match.

@@ -22,9 +22,8 @@ class SinkhornDivergence(SetLoss):
     best matching; as ε grows, half the squared distance of the means. Sizes may differ, since mass can be split. A pair
     with an empty set costs 0.
 
-    The potentials are fitted in turns while the temperature falls from the example's largest cost to ε. Equal sets take
-    the same steps, so their divergence is 0 after any number. The gradient holds the potentials fixed; it is exact at
-    convergence, and its memory does not grow with the iterations.
+    The potentials are fitted in turns while the temperature falls from the largest cost to ε. Equal sets take the same
+    steps, so their divergence is 0 after any number. The gradient holds the potentials fixed: exact at convergence.
 
     Args:
         epsilon: ε, in the unit of the cost: an entropic blur of about √(2ε dim) in the distance of elements.

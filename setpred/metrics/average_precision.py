@@ -36,10 +36,10 @@ def average_precision(
 ) -> dict[float, float]:
     """Average precision over all images together.
 
-    The predictions of all images are ranked by presence, largest first; equal ones by (image, slot). There is no cut on
-    the confidence. Each prediction aims at the nearest real object of its image with all its classes (of equally near
-    ones, the first). It is a true positive if the distance is strictly under the threshold and no prediction ranked
-    before has claimed that object at this threshold. There is no second choice. Then
+    The predictions of all images are ranked by presence, without a cut, largest first; equal ones by (image, slot).
+    Each aims at the nearest real object of its image with all its classes (of equally near ones, the first). It is a
+    true positive if the distance is strictly under the threshold and no prediction ranked before has claimed that
+    object at this threshold. There is no second choice. Then
 
         recall_i = TP_i / objects,  precision_i = TP_i / i,  AP = Σ_i (recall_i − recall_{i−1}) max_{j ≥ i} precision_j
 
@@ -83,10 +83,9 @@ def average_precision_per_image(
     """Mean over images of the average precision of each image: the protocol of the published iDSPN code.
 
     The predictions of an image claim objects in turn, ranked by presence, largest first (equal ones by slot). Each
-    claims the nearest free real object with all its classes, even beyond every threshold. So there is a second choice,
-    and one claim for all thresholds. A prediction at an infinite distance claims nothing. Recall, precision and area
-    are those of `average_precision`, within the image. Images without real objects have no recall and are left out of
-    the mean. Arguments, result and errors are those of `average_precision`.
+    claims the nearest free real object with all its classes, even beyond every threshold, except at an infinite
+    distance. So there is a second choice, and one claim for all thresholds. The mean omits images without real objects.
+    Recall, precision, area, arguments, result and errors are those of `average_precision`.
     """
     check_scorable(predicted, target, schema, thresholds)
     claimed = torch.cat([_claim_in_turn(*block, schema) for block in _blocks(predicted, target)])
