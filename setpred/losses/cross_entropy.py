@@ -22,13 +22,16 @@ class CrossEntropy(nn.Module):
 
     def forward(self, predicted: Tensor, target: Tensor) -> Tensor:
         """Loss of each example, `[batch]`, of logits and classes `[batch, n, classes]`."""
-        check_pair(predicted, target)
-        if predicted.shape != target.shape:
-            raise ValueError(
-                f"expected as many logits as classes, got {list(predicted.shape)} and {list(target.shape)}"
-            )
+        check_aligned(predicted, target)
         with torch.autocast(predicted.device.type, enabled=False):
             if predicted.dtype in (torch.float16, torch.bfloat16):
                 predicted = predicted.float()
             each = functional.cross_entropy(predicted.mT, target.mT.to(predicted.dtype), reduction="none")
         return mean_present(each, target.sum(-1) > 0)
+
+
+def check_aligned(predicted: Tensor, target: Tensor) -> None:
+    """Raise `ValueError` unless both are sets `[batch, n, dim]` of one shape."""
+    check_pair(predicted, target)
+    if predicted.shape != target.shape:
+        raise ValueError(f"expected sets of one shape, got {list(predicted.shape)} and {list(target.shape)}")

@@ -14,12 +14,10 @@ class NumberingLoss(nn.Module):
 
         d(y, t) = |y - t|₂,    or with cross entropy    -log softmax(y)_t
 
-    Prediction i answers target element i, whose class it has; any order of the numbers within a class is right. For
-    predictions on the simplex the distance is not squared, as published (Zhang et al., ICLR 2022); the baselines there
-    use cross entropy. The gradient holds the matching fixed, and is 0 where a distance is 0.
-
-    Target elements without a class are padding: they and their predictions have no influence, even if these are NaN. A
-    set of only padding costs 0.
+    Prediction i answers target element i, whose class it has; any order of the numbers within a class is right. The
+    distance, not squared, is published for predictions on the simplex (Zhang et al., ICLR 2022), cross entropy for the
+    baselines. The gradient holds the matching fixed, and is 0 where a distance is 0. Target elements without a class
+    are padding: they and their predictions have no influence, even if these are NaN. A set of only padding costs 0.
 
     Args:
         classes: how many leading numbers of a target element are its one-hot class; the others, as many as a predicted
@@ -65,11 +63,7 @@ class NumberingLoss(nn.Module):
 
 
 def split_target(predicted: Tensor, target: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Split a target into classes `[batch, n, classes]` and numbers `[batch, n, numbers]`.
-
-    Raises:
-        ValueError: shapes that do not fit.
-    """
+    """Split a target into classes `[batch, n, classes]` and numbers `[batch, n, numbers]`, or raise `ValueError`."""
     if predicted.ndim != 3 or target.shape != (*predicted.shape[:2], classes + predicted.shape[-1]):
         raise ValueError(
             f"expected predictions [batch, n, numbers] and targets [batch, n, {classes} + numbers], got "

@@ -23,8 +23,8 @@ class MatchingWithTransport(HungarianLoss):
 
     The paper predicts labels, with a likelihood as the matched cost and word embeddings in the cosine; here both terms
     read the elements. λ is in the unit of the matched cost: 8 suits a likelihood in nats; smooth L1 is some hundred
-    times smaller. The paper's plan takes 50 proximal points, P ← argmin <P, C> + β KL(P | P before), β = 1. Each
-    multiplies the plan by exp(-C/β) and rescales it, so k of them give the entropic plan at temperature β / k.
+    times smaller. The paper's k = 50 proximal points, P ← argmin <P, C> + β KL(P | P before), β = 1, each multiply the
+    plan by exp(-C/β) and rescale it: together they are the entropic plan at temperature β / k, which is taken here.
 
     Args:
         transport: λ.

@@ -17,15 +17,13 @@ class SlicedWasserstein(SetLoss):
     """SW_p^p = mean over L directions θ, uniform on the sphere, of W_p^p(θᵀX, θᵀY) (Bonneel et al., JMIV 2015).
 
     In one dimension W_p^p = ∫₀¹ |F_X⁻¹(t) - F_Y⁻¹(t)|^p dt: the sorted numbers side by side, O(n log n). Sets are
-    uniform measures over their present elements; sizes may differ. For single elements and p = 2 the mean over all
-    directions is mean_d (x_d - y_d)². Zero only for equal multisets, in the limit of many directions. A pair with an
-    empty set costs 0.
+    uniform measures over their present elements; sizes may differ. With many directions, zero only for equal multisets;
+    for single elements and p = 2, mean_d (x_d - y_d)². A pair with an empty set costs 0.
 
     Args:
         projections: number L of directions.
         power: p, at least 1.
-        seed: seed of the directions in evaluation, which are fixed; in training each call draws new ones from torch's
-            generator. All examples of a batch share them.
+        seed: seed of the directions in evaluation; in training each call draws new ones, the same for all examples.
         common: `weights`, `schema` and `presence_threshold` of `SetLoss`; a weight w scales its numbers by w^(1/p).
     """
 
@@ -60,8 +58,8 @@ class MaxSlicedWasserstein(SlicedWasserstein):
     """max-SW_p^p = max over directions θ of W_p^p(θᵀX, θᵀY) (Deshpande et al., CVPR 2019).
 
     Each example climbs from the best of L random directions by θ ← (θ + η ∇W / |∇W|) / |·|. η starts at 1 and halves
-    whenever a step would lead down, so the value is at least that of `SlicedWasserstein` with the same directions. It
-    is a lower bound of the maximum, since W is not concave. The gradient holds the direction fixed.
+    whenever a step would lead down. W is not concave, so the value is a lower bound of the maximum, but at least that
+    of `SlicedWasserstein` with the same directions. The gradient holds the direction fixed.
 
     Args:
         steps: steps of the climb.
@@ -97,8 +95,8 @@ class DistributionalSlicedWasserstein(SlicedWasserstein):
 
         e = unit vector of ½ [mean_i att(X)_i + mean_j att(Y)_j]
 
-    The model descends this loss with e held fixed. The attention climbs it, to find directions along which the sets
-    differ (Nguyen, Nguyen and Ho, ICML 2023). There the two alternate; here both move at once, by one optimiser: the
+    The model descends this loss with e held fixed; the attention climbs it, to find directions along which the sets
+    differ (Nguyen, Nguyen and Ho, ICML 2023). There the two alternate; here one optimiser moves both at once, since the
     gradient of the attention's parameters has the opposite sign.
 
     Args:
@@ -141,9 +139,7 @@ class DistributionalSlicedWasserstein(SlicedWasserstein):
     def _around_first_axis(self, like: Tensor) -> Tensor:
         """Draw θ ~ vMF(first axis, κ) `[L, dim]`; no parameter takes part, so gradients reach e by the reflection.
 
-        The cosine w to the axis is drawn by inverting its distribution on a grid. Its density is proportional to
-        exp(κ w) (1 - w²)^((dim - 3) / 2); in terms of the angle φ, w = cos φ, exp(κ cos φ) sin^(dim - 2) φ, which is
-        bounded.
+        Its angle φ to the axis has a density proportional to exp(κ cos φ) sin^(dim - 2) φ, inverted here on a grid.
         """
         dim = like.shape[-1]
         generator = None if self.training else torch.Generator().manual_seed(self.seed + 1)
@@ -162,7 +158,7 @@ class DistributionalSlicedWasserstein(SlicedWasserstein):
 def reflected(directions: Tensor, centre: Tensor) -> Tensor:
     """Reflect directions around the first axis `[L, dim]` to directions around each centre: `[batch, L, dim]`.
 
-    By the Householder reflection that swaps axis and centre: θ - 2 u uᵀθ, with u the unit vector of axis - centre.
+    The Householder reflection that swaps axis and centre: θ - 2 u uᵀθ, with u the unit vector of axis - centre.
     """
     axis = functional.one_hot(torch.zeros((), dtype=torch.long, device=centre.device), centre.shape[-1]).to(centre)
     normal = functional.normalize(axis - centre, dim=-1).unsqueeze(1)
@@ -174,8 +170,8 @@ def transport_along(
 ) -> Tensor:
     """W_p^p(θᵀX, θᵀY) for each direction θ, with the sets as uniform measures.
 
-    x `[batch, n, dim]`, y `[batch, m, dim]`, directions `[1 or batch, L, dim]` -> `[batch, L]`. The result for an empty
-    set is a number without meaning.
+    x `[batch, n, dim]`, y `[batch, m, dim]`, directions `[1 or batch, L, dim]` -> `[batch, L]`; arbitrary if a set is
+    empty.
     """
     x_mask, y_mask = (None if mask is None else mask | ~mask.any(1, keepdim=True) for mask in masks)
     x_sorted, y_sorted = _sorted_along(x, directions, x_mask), _sorted_along(y, directions, y_mask)

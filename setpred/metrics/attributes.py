@@ -21,12 +21,9 @@ _SHY = 1e3  # cost of a slot that claims no object: more than a set of far ones
 def match_by_position(predicted: Tensor, target: Tensor, *, schema: ElementSchema = CLEVR) -> Tensor:
     """Match a predicted slot to each real object: one to one, by the least total distance, ignoring classes.
 
-    Confident slots (presence over one half) come first; the others are used only in images with fewer confident slots
-    than real objects. Otherwise an idle slot that happens to be near an object would take it.
-
-    Returns:
-        long `[images, target_size]` for `attribute_report`: -1 for padding, and for the real objects that are left
-        over when a predicted set is smaller than the real one.
+    Confident slots (presence over one half) come first; the others serve only where an image has too few of them.
+    Otherwise an idle slot that happens to be near an object would take it. Returns long `[images, target_size]` for
+    `attribute_report`: -1 for padding, and for real objects left over by a smaller predicted set.
     """
     check_scorable(predicted, target, schema)
     real = presence_mask(target)
@@ -54,13 +51,13 @@ def attribute_report(
             read for padding. `match_by_position` matches without the classes that are scored.
 
     Returns:
-        Plain numbers, dictionaries and lists; NaN for an empty mean. "images", "objects"; over the matched real
-        objects: "accuracy" by categorical field, "all_attributes" (all of them right), "confusion" by field (counts,
-        rows the real class, columns the predicted one), "distance" (L2 over the continuous fields in their units: mean,
-        median, p90, p99), "within" (share strictly under each threshold), "axis_errors" by continuous field (per axis:
-        mean and median of the absolute error, bias = mean of the signed one); over all slots: "presence_accuracy"
-        (confident exactly where matched to a real object); over the real objects: "found" (share whose match is
-        confident); over images: "count_error" (mean of |confident − real|), "count_exact" (share where it is 0).
+        Plain numbers, dictionaries and lists; NaN for an empty mean. "images", "objects". Over matched real objects:
+        "accuracy" by categorical field, "all_attributes" (all right), "confusion" by field (counts, rows the real
+        class), "distance" (L2 over the continuous fields in their units: mean, median, p90, p99), "within" (share
+        strictly under each threshold), "axis_errors" by continuous field (per axis: mean and median of the absolute
+        error, bias = mean of the signed one). Over all slots: "presence_accuracy" (confident exactly if matched). Over
+        real objects: "found" (share whose match is confident). Over images: "count_error" (mean of |confident − real|),
+        "count_exact" (share where it is 0).
     """
     check_scorable(predicted, target, schema)
     real = presence_mask(target)

@@ -28,11 +28,7 @@ def threshold_name(threshold: float) -> str:
 
 
 def average_precision(
-    predicted: Tensor,
-    target: Tensor,
-    *,
-    thresholds: Sequence[float] = THRESHOLDS,
-    schema: ElementSchema = CLEVR,
+    predicted: Tensor, target: Tensor, *, thresholds: Sequence[float] = THRESHOLDS, schema: ElementSchema = CLEVR
 ) -> dict[float, float]:
     """Average precision over all images together.
 
@@ -74,11 +70,7 @@ def average_precision(
 
 
 def average_precision_per_image(
-    predicted: Tensor,
-    target: Tensor,
-    *,
-    thresholds: Sequence[float] = THRESHOLDS,
-    schema: ElementSchema = CLEVR,
+    predicted: Tensor, target: Tensor, *, thresholds: Sequence[float] = THRESHOLDS, schema: ElementSchema = CLEVR
 ) -> dict[float, float]:
     """Mean over images of the average precision of each image: the protocol of the published iDSPN code.
 

@@ -6,7 +6,7 @@ import torch
 import torchmetrics
 from torch import Tensor
 
-from setpred.matching import check_pair
+from setpred.losses.cross_entropy import check_aligned
 
 
 class Mean(torchmetrics.MeanMetric):
@@ -87,10 +87,3 @@ class AbsoluteError(MeanMetric):
         check_aligned(predicted, target)
         error = (predicted.double() - target.double()).abs().flatten(1)
         return {"absolute_error": error.mean(1), "exact": (error < 0.5).all(1)}
-
-
-def check_aligned(predicted: Tensor, target: Tensor) -> None:
-    """Raise `ValueError` unless both are sets `[batch, n, dim]` of one shape."""
-    check_pair(predicted, target)
-    if predicted.shape != target.shape:
-        raise ValueError(f"expected as many numbers as targets, got {list(predicted.shape)} and {list(target.shape)}")
