@@ -100,8 +100,7 @@ def test_sinkhorn_plan_has_the_given_marginals():
 def test_sinkhorn_continues_from_a_start():
     cost = normal(3, 4, 6)
     first = sinkhorn(cost, epsilon=0.5, iterations=3)
-    whole = sinkhorn(cost, epsilon=0.5, iterations=7)
-    assert_close(sinkhorn(cost, epsilon=0.5, iterations=4, start=first), whole)
+    assert_close(sinkhorn(cost, epsilon=0.5, iterations=4, start=first), sinkhorn(cost, epsilon=0.5, iterations=7))
 
 
 def test_sinkhorn_minimises_its_objective():

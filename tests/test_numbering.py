@@ -85,10 +85,10 @@ def test_classes_are_uniform_and_splits_apart():
     assert torch.equal(data.val_data.tensors["elements"], again.val_data.tensors["elements"])
 
 
-@pytest.mark.parametrize("numbers", [{"set_size": 0}, {"classes": 0}])
-def test_a_world_without_elements_is_refused(numbers):
-    with pytest.raises(InputError, match="at least one element"):
-        world(**numbers)
+def test_a_world_has_elements_and_classes():
+    for numbers in ({"set_size": 0}, {"classes": 0}):
+        with pytest.raises(InputError, match="at least one element"):
+            world(**numbers)
 
 
 # --- the loss -----------------------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def test_gradients_of_decoders(name):
 
 @every
 def test_padding_of_tokens_has_no_influence(name):
-    """Wherever it stands and whatever it holds."""
+    """Wherever it is and whatever it holds."""
     decoder, given = build(name), normal(2, SIZE, DIM)
     mask = torch.tensor([[True, False, True, True, False, True], [True] * SIZE])
     expected = decoder(given, mask=mask)
@@ -374,39 +374,36 @@ def test_the_transformer_is_that_of_torch():
     decoder = build("transformer")
     theirs = nn.Transformer(8, 2, 2, 2, 7, dropout=0.0, batch_first=True).double().eval()
 
-    def copied(ours, other):
-        projections = (ours.query, ours.key, ours.value)
-        other.in_proj_weight.copy_(torch.cat([layer.weight for layer in projections]))
-        other.in_proj_bias.copy_(torch.cat([ours.query.bias, torch.zeros(8), ours.value.bias]))
-        other.out_proj.load_state_dict(ours.out.state_dict())
-
-    with torch.no_grad():
-        for ours, other in zip(
-            [*decoder.encoder, *decoder.decoder], [*theirs.encoder.layers, *theirs.decoder.layers], strict=True
-        ):
-            attentions = [ours.attention] if hasattr(ours, "attention") else [ours.own, ours.across]
-            for mine, its in zip(attentions, [other.self_attn, getattr(other, "multihead_attn", None)], strict=False):
-                copied(mine, its)
-            other.linear1.load_state_dict(ours.network[0].state_dict())
-            other.linear2.load_state_dict(ours.network[2].state_dict())
-            for mine, its in zip(ours.norms, [other.norm1, other.norm2, getattr(other, "norm3", None)], strict=False):
-                its.load_state_dict(mine.state_dict())
+    layers = zip([*decoder.encoder, *decoder.decoder], [*theirs.encoder.layers, *theirs.decoder.layers], strict=True)
+    for ours, other in layers:
+        kinds = (
+            {"self_attn": "attention"}
+            if hasattr(ours, "attention")
+            else {"self_attn": "own", "multihead_attn": "across"}
+        )
+        for name, kind in kinds.items():
+            mine, its = getattr(ours, kind), getattr(other, name)
+            weight = torch.cat([layer.weight for layer in (mine.query, mine.key, mine.value)])
+            bias = torch.cat([mine.query.bias, torch.zeros(8), mine.value.bias])
+            out = {f"out_proj.{name}": value for name, value in mine.out.state_dict().items()}
+            its.load_state_dict({"in_proj_weight": weight, "in_proj_bias": bias} | out)
+        parts = {"linear1": ours.network[0], "linear2": ours.network[2]}
+        parts |= {f"norm{i}": norm for i, norm in enumerate(ours.norms, 1)}
+        for name, part in parts.items():
+            getattr(other, name).load_state_dict(part.state_dict())
     given = normal(2, SIZE, DIM)
     expected = decoder.head(theirs(decoder.source(given), decoder.first(given)))
     close(decoder(given), expected, rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    "refused",
-    [
+def test_arguments_of_decoders_are_checked():
+    for make in (
         lambda: DeepSets(layers=0, **SIZES),
         lambda: ElementTransformer(decoder_layers=-1, **SIZES),
         lambda: ElementTransformer(RandomPositions(), dim=9, heads=3, **SIZES),
-    ],
-)
-def test_numbers_that_cannot_be_are_refused(refused):
-    with pytest.raises(InputError, match="expected"):
-        refused()
+    ):
+        with pytest.raises(InputError, match="expected"):
+            make()
 
 
 # --- who can number ---------------------------------------------------------------------------------------------------
@@ -427,7 +424,7 @@ def furthest_apart_of_equals(elements, given):
 
 
 @pytest.mark.parametrize("differentiation", [Implicit(), Unrolled()], ids=["idspn", "dspn"])
-def test_idspn_separates_equal_elements_and_set_equivariant_decoders_cannot(differentiation):
+def test_idspn_with_sorting_separates_equal_elements_and_with_a_sum_cannot(differentiation):
     """Exclusive multiset equivariance (Zhang et al., ICLR 2022).
 
     Exchanging two equal elements leaves the input as it is, so a set-equivariant function must exchange their equal

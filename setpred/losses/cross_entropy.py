@@ -14,7 +14,7 @@ class CrossEntropy(nn.Module):
     """(1/m) Σ_i -Σ_k target_ik log softmax_k(predicted_i): logits against classes, in nats.
 
     Elements are aligned: prediction i belongs to target i, without a matching, so the order counts (unlike in every
-    `SetLoss`). The class of a set as a whole is the one element of `[batch, 1, classes]`.
+    `SetLoss`). The class of a complete set is the one element of `[batch, 1, classes]`.
 
     Targets are one-hot or distributions. A row of zeros has no class: it costs nothing and does not count in m. An
     example without classes costs 0. The precision is at least float32, also under autocast.

@@ -54,7 +54,7 @@ class Accuracy(MeanMetric):
     """ "accuracy": share of elements whose greatest logit is that of their class; the first of equal logits counts.
 
     Elements are aligned and targets one-hot, as in `setpred.losses.CrossEntropy`; a row of zeros has no class and does
-    not count. The class of a set as a whole is the one element of `[batch, 1, classes]`.
+    not count. The class of a complete set is the one element of `[batch, 1, classes]`.
     """
 
     keys = ("accuracy",)
