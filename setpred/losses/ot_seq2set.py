@@ -45,9 +45,8 @@ class MatchingWithTransport(HungarianLoss):
         self.transport, self.temperature, self.iterations = transport, temperature, iterations
 
     def compare(self, predicted: Tensor, target: Tensor, predicted_mask: Mask, target_mask: Mask) -> Tensor:
-        real = presence_mask(target) if target_mask is None else presence_mask(target) & target_mask
         costs = 1 - functional.normalize(predicted, dim=-1) @ functional.normalize(target, dim=-1).mT
-        a, b = uniform_mass(predicted, predicted_mask), uniform_mass(target, real)
+        a, b = uniform_mass(predicted, predicted_mask), uniform_mass(target, presence_mask(target))
         with torch.no_grad():
             plan = sinkhorn(costs, a, b, epsilon=self.temperature, iterations=self.iterations).plan
         carried = (plan * costs).sum((1, 2))
