@@ -24,11 +24,11 @@ class SetLoss(nn.Module):
     presence included; this is how presence is learned.
 
     Args:
-        weights: weight of a group of numbers, by its name in the schema: `{"coords": 10.0}`; 1 by default. It
-            multiplies the group's share of an element's cost. Weights are not normalised.
+        weights: factor of a group's share of an element's cost, by its name in the schema: `{"coords": 10.0}`; 1 by
+            default, not normalised.
         schema: schema with the groups, CLEVR by default; unused without `weights`.
-        presence_threshold: elements of either set whose presence, their last number, is not above it are masked. The
-            cut has no gradient, so leave it out where presence is to be learned.
+        presence_threshold: masks elements of either set whose presence, their last number, is not above it. The cut
+            has no gradient, so leave it out where presence is to be learned.
 
     Raises:
         InputError: a negative weight, or one of an unknown group.

@@ -18,9 +18,8 @@ from setpred.sets import mean_present, set_sizes
 def generalised_iou(a: Tensor, b: Tensor) -> Tensor:
     """GIoU = |A ∩ B| / |A ∪ B| - |H \\ (A ∪ B)| / |H|, H the smallest box around both (Rezatofighi et al., CVPR 2019).
 
-    In (-1, 1], 1 for equal boxes. Unlike the intersection over union it has a gradient where boxes are apart. Boxes
-    are centre x, centre y, width, height, in the last axis `[..., 4]`; they broadcast to `[...]`. Negative sides count
-    as 0. Two equal boxes without area have 0.
+    In (-1, 1], 1 for equal boxes, 0 if they have no area. Boxes are centre x, centre y, width, height, in the last axis
+    `[..., 4]`; they broadcast to `[...]`. Negative sides count as 0.
     """
     from torchvision.ops import box_convert, generalized_box_iou_loss  # slow to import, and rarely used
 
@@ -32,9 +31,8 @@ def generalised_iou(a: Tensor, b: Tensor) -> Tensor:
 class DETRCriterion(SetLoss):
     """Loss of DETR (Carion et al., ECCV 2020), for elements of any schema.
 
-    A prediction is an object with probability p = σ(presence - ½), so that decoding cuts at even odds, and then has
-    class k of a field with probability softmax(scores)_k. The real objects of the target are matched to predictions
-    one to one by the least total of
+    A prediction is an object with probability p = σ(presence - ½), so that decoding cuts at even odds, and has class k
+    of a field with probability softmax(scores)_k. Real objects are matched to predictions one to one by the least total
 
         -exp(-E_ij) + λ Σ_continuous w |ŷ_i - y_j|₁ + λ_box w_box (1 - GIoU_ij),
         E_ij = -w_presence log p_i - Σ_categorical w log softmax(scores_i)_{class of j}

@@ -18,17 +18,14 @@ from setpred.sets import mean_present, set_sizes
 class HungarianLoss(SetLoss):
     """min_π (1/m) Σ_j mean_d w_d smooth_L1(predicted_π(j) - target_j; β_d), the minimum over one-to-one matchings.
 
-    This is the loss of the published iDSPN (Zhang et al., ICLR 2022). Slot Attention's (Locatello et al., NeurIPS 2020)
-    is m times as large; its published rows weigh the coordinates differently. Padding takes part: a target of zeros
-    trains a prediction towards zeros, presence included. The gradient holds the matching fixed.
-
-    With masks, the smaller set is filled up with zeros to the size of the larger one, over which the mean is taken: an
-    element too many costs its distance to zeros. Two empty sets cost 0.
+    The loss of the published iDSPN (Zhang et al., ICLR 2022); Slot Attention's (Locatello et al., NeurIPS 2020) is m
+    times as large. Padding takes part: a target of zeros trains a prediction towards zeros, presence included. With
+    masks, the smaller set is filled up with zeros to the size of the larger one, which the mean divides by; two empty
+    sets cost 0. The gradient holds the matching fixed.
 
     Args:
         beta: error β at which the cost of a group turns from quadratic to linear, by its name in the schema:
-            `{"coords": 0.05}`; 1, as published, by default. With a small β small errors count in proportion instead of
-            squared, so coordinates become precise sooner.
+            `{"coords": 0.05}`; 1, as published, by default. With a small β, coordinates become precise sooner.
         common: `weights`, `schema` and `presence_threshold` of `SetLoss`.
 
     Raises:

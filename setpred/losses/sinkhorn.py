@@ -18,9 +18,8 @@ class SinkhornDivergence(SetLoss):
         OT(α, β) = min_P Σ_ij P_ij C_ij + ε KL(P | a bᵀ),    C_ij = ½ mean_d w_d (x_id - y_jd)²
 
     with P's row sums a_i = 1/n and column sums b_j = 1/m. It is smooth, positive, and zero only for equal multisets
-    (Feydy et al., AISTATS 2019). As ε -> 0 it becomes the least cost of transport, for sets of equal size that of the
-    best matching; as ε grows, half the squared distance of the means. Sizes may differ, since mass can be split. A pair
-    with an empty set costs 0.
+    (Feydy et al., AISTATS 2019). As ε -> 0 it becomes the least cost of transport (sets of equal size: of the best
+    matching); as ε grows, half the squared distance of the means. A pair with an empty set costs 0.
 
     The potentials are fitted in turns while the temperature falls from the largest cost to ε. Equal sets take the same
     steps, so their divergence is 0 after any number. The gradient holds the potentials fixed: exact at convergence.

@@ -156,10 +156,7 @@ class DistributionalSlicedWasserstein(SlicedWasserstein):
 
 
 def reflected(directions: Tensor, centre: Tensor) -> Tensor:
-    """Reflect directions around the first axis `[L, dim]` to directions around each centre: `[batch, L, dim]`.
-
-    The Householder reflection that swaps axis and centre: θ - 2 u uᵀθ, with u the unit vector of axis - centre.
-    """
+    """Householder reflections θ - 2 u uᵀθ of `[L, dim]` that swap the first axis and each centre: `[batch, L, dim]`."""
     axis = functional.one_hot(torch.zeros((), dtype=torch.long, device=centre.device), centre.shape[-1]).to(centre)
     normal = functional.normalize(axis - centre, dim=-1).unsqueeze(1)
     return directions - 2 * (directions @ normal.mT) * normal
@@ -190,10 +187,10 @@ def _sorted_along(elements: Tensor, directions: Tensor, mask: Mask) -> Tensor:
 
 
 def monotone_coupling(n: Tensor, m: Tensor, n_padded: int, m_padded: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Mass that the i-th smallest of n equal masses and the j-th smallest of m share when the order is kept.
+    """Best transport in one dimension for every convex cost: the order is kept.
 
-    This is the best transport in one dimension for every convex cost. n, m `[batch]`, in floating point -> (i, j,
-    mass), each `[batch, n_padded + m_padded]`; the masses of an example sum to 1, many may be 0.
+    n and m equal masses, `[batch]` in floating point -> (i, j, mass), each `[batch, n_padded + m_padded]`: mass from
+    the i-th smallest to the j-th smallest. The masses of an example sum to 1, many may be 0.
 
     >>> i, j, mass = monotone_coupling(torch.tensor([1.0]), torch.tensor([2.0]), 1, 2)
     >>> [(a, b, c) for a, b, c in zip(i[0].tolist(), j[0].tolist(), mass[0].tolist()) if c > 0]

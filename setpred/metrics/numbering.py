@@ -12,9 +12,8 @@ from setpred.metrics.averages import MeanMetric
 def right_numbers(predicted: Tensor, target: Tensor, *, classes: int) -> tuple[Tensor, Tensor]:
     """Number of elements of each set that are right, and number of elements: int64 `[batch]` each.
 
-    The answer of an element is the number of its largest score. As many answers are right as a one-to-one matching
-    within classes can make right: for each class of n elements, how many of its target's numbers 0, …, n - 1 are
-    answered at least once. Target elements without a class are padding.
+    The answer of an element is the number of its largest score. Answers are right by the best one-to-one matching
+    within classes: as many of a class as its numbers that are answered. Target elements without a class are padding.
 
     Args:
         predicted: scores `[batch, n, numbers]`.
