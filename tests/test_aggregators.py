@@ -9,7 +9,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from setpred.aggregators import (
-    AttentionPool,
+    GIGP,
+    INSET,
+    PMA,
     AttSets,
     CanonicalOrder,
     EquilibriumAggregation,
@@ -18,12 +20,10 @@ from setpred.aggregators import (
     LearnableMonoid,
     MaxPool,
     MeanPool,
-    OrbitPool,
     PairwiseSetEncoder,
     ResidualPotential,
     SetEncoder,
     SumPool,
-    SupersetPool,
 )
 from setpred.aggregators.frame_averaging import Eigenvectors
 from setpred.decoders import IDSPN
@@ -64,17 +64,17 @@ FAMILY = {
     "fspool, other knots": lambda: FSPool(DIM, set_size=9),
     "equilibrium": equilibrium,
     "equilibrium, r = 0": lambda: equilibrium(prior=False),
-    "attention": lambda: AttentionPool(DIM, heads=2),
-    "attention, seeds": lambda: AttentionPool(DIM, seeds=3, heads=3, normalise=False),
+    "attention": lambda: PMA(DIM, heads=2),
+    "attention, seeds": lambda: PMA(DIM, seeds=3, heads=3, normalise=False),
     "attsets": lambda: AttSets(DIM),
     "attsets, bounded": lambda: AttSets(DIM, bounded=True),
     "monoid in canonical order": lambda: CanonicalOrder(LearnableMonoid(DIM)),
     "frames, O(3)": lambda: FrameAverage(encoder_of(FSPool(4, set_size=SIZE))),
     "frames, SO(2)": lambda: FrameAverage(FSPool(DIM, set_size=SIZE), position_dim=2, reflections=False),
-    "orbits": lambda: OrbitPool(DIM, orbits=4, largest=2.0),
-    "orbits, positions alone": lambda: OrbitPool(DIM, position_dim=DIM, out_dim=4, orbits=4, largest=3.0),
-    "superset": lambda: SupersetPool(DIM, out_dim=4),
-    "set encoder that keeps positions": lambda: encoder_of(OrbitPool(5, position_dim=2, orbits=4), kept=2),
+    "orbits": lambda: GIGP(DIM, orbits=4, largest=2.0),
+    "orbits, positions alone": lambda: GIGP(DIM, position_dim=DIM, out_dim=4, orbits=4, largest=3.0),
+    "superset": lambda: INSET(DIM, out_dim=4),
+    "set encoder that keeps positions": lambda: encoder_of(GIGP(5, position_dim=2, orbits=4), kept=2),
     "set encoder": lambda: encoder_of(FSPool(4, set_size=SIZE)),
     "pairwise": lambda: PairwiseSetEncoder(encoder_of(FSPool(4, set_size=SIZE**2), set_dim=2 * DIM)),
 }
@@ -190,14 +190,14 @@ def test_shapes_are_checked():
     [
         (lambda: FrameAverage(SumPool(2), position_dim=3), "position_dim from 1 to the 2"),
         (lambda: FrameAverage(SumPool(12), position_dim=11), "at most 10"),
-        (lambda: OrbitPool(2, position_dim=3), "3 of 2"),
-        (lambda: OrbitPool(4, orbits=1), "at least 2 orbits"),
-        (lambda: OrbitPool(4, largest=0.0), "positive largest"),
-        (lambda: SupersetPool(1), "at least one more number"),
-        (lambda: SetEncoder(OrbitPool(8), set_dim=3, kept=3), "kept to leave some of 3 numbers"),
-        (lambda: AttentionPool(DIM, heads=4), "heads that divides in_dim"),
-        (lambda: AttentionPool(DIM, heads=0), "heads that divides in_dim"),
-        (lambda: AttentionPool(DIM, seeds=0, heads=2), "heads that divides in_dim"),
+        (lambda: GIGP(2, position_dim=3), "3 of 2"),
+        (lambda: GIGP(4, orbits=1), "at least 2 orbits"),
+        (lambda: GIGP(4, largest=0.0), "positive largest"),
+        (lambda: INSET(1), "at least one more number"),
+        (lambda: SetEncoder(GIGP(8), set_dim=3, kept=3), "kept to leave some of 3 numbers"),
+        (lambda: PMA(DIM, heads=4), "heads that divides in_dim"),
+        (lambda: PMA(DIM, heads=0), "heads that divides in_dim"),
+        (lambda: PMA(DIM, seeds=0, heads=2), "heads that divides in_dim"),
         (lambda: PairwiseSetEncoder(SumPool(3)), "even in_dim"),
         (lambda: EquilibriumMatching(encoder_of(FSPool(DIM, set_size=SIZE))), "EquilibriumAggregation"),
         (lambda: ResidualPotential(DIM, DIM, widths=(8,)), "at least two widths"),
@@ -312,7 +312,7 @@ def test_nested_and_residual_objectives_agree_on_the_optimum():
 
 def test_attention_is_torchs():
     """The same weights in torch's own attention and layer norm."""
-    pool = scrambled(AttentionPool(DIM, seeds=2, heads=3))
+    pool = scrambled(PMA(DIM, seeds=2, heads=3))
     theirs = nn.MultiheadAttention(DIM, 3, batch_first=True, dtype=torch.float64)
     with torch.no_grad():
         theirs.in_proj_weight.copy_(torch.cat([pool.query.weight, pool.key.weight, pool.value.weight]))
@@ -594,17 +594,17 @@ def test_eigenvectors_have_the_gradients_of_torchs():
 
 @pytest.mark.parametrize("position_dim", [2, 3])
 def test_orbits_do_not_turn(position_dim):
-    pool = scrambled(OrbitPool(DIM, position_dim=position_dim, orbits=6, largest=2.0))
+    pool = scrambled(GIGP(DIM, position_dim=position_dim, orbits=6, largest=2.0))
     elements = random_set()
     for reflect in (False, True):
         other = moved(elements, position_dim, reflect=reflect)
         assert_close(pool.orbit(other, MASK)[MASK], pool.orbit(elements, MASK)[MASK])
         assert_close(pool(other, MASK), pool(elements, MASK))
-    fixed = scrambled(OrbitPool(DIM, position_dim=position_dim, orbits=6, largest=2.0, centred=False))
+    fixed = scrambled(GIGP(DIM, position_dim=position_dim, orbits=6, largest=2.0, centred=False))
     assert_close(fixed(moved(elements, position_dim, shift=False)), fixed(elements))
     assert not torch.allclose(fixed(moved(elements, position_dim)), fixed(elements))
     # a set encoder must keep the positions
-    encoders = [encoder_of(OrbitPool(8, position_dim=position_dim), kept=kept).double() for kept in (position_dim, 0)]
+    encoders = [encoder_of(GIGP(8, position_dim=position_dim), kept=kept).double() for kept in (position_dim, 0)]
     assert [torch.allclose(pool(moved(elements, position_dim)), pool(elements)) for pool in encoders] == [True, False]
 
 
@@ -624,18 +624,18 @@ def orbit_twin(pool, elements):
 
 
 def test_orbit_pooling_is_its_twin_and_starts_as_the_mean():
-    pool = scrambled(OrbitPool(DIM, position_dim=2, out_dim=3, orbits=4, largest=2.0, centred=False))
+    pool = scrambled(GIGP(DIM, position_dim=2, out_dim=3, orbits=4, largest=2.0, centred=False))
     elements = random_set()
     assert_close(pool(elements), torch.stack([orbit_twin(pool, each) for each in elements]))
-    fresh = OrbitPool(DIM, position_dim=2).double()
+    fresh = GIGP(DIM, position_dim=2).double()
     assert_close(fresh(elements, MASK), MeanPool(DIM)(elements, MASK)[:, 2:])
     # positions alone count the elements
-    assert_close(OrbitPool(2, position_dim=2).double()(elements[..., :2]), torch.ones(3, 1).double())
+    assert_close(GIGP(2, position_dim=2).double()(elements[..., :2]), torch.ones(3, 1).double())
 
 
 def test_positions_have_gradients_along_the_radius_and_none_around_it():
     """Also at the centre they are finite."""
-    pool = scrambled(OrbitPool(2, position_dim=2, orbits=5, largest=2.0, centred=False))
+    pool = scrambled(GIGP(2, position_dim=2, orbits=5, largest=2.0, centred=False))
     leaf = random_set(dim=2)
     leaf[0, 0] = 0.0
     leaf.requires_grad_()
@@ -651,7 +651,7 @@ def test_positions_have_gradients_along_the_radius_and_none_around_it():
 
 
 def test_superset_pooling_is_two_sums():
-    pool = SupersetPool(3, out_dim=2)
+    pool = INSET(3, out_dim=2)
     with torch.no_grad():
         pool.subset.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
         pool.superset.weight.copy_(torch.tensor([[0.0, 10.0], [0.0, 0.0]]))
@@ -667,7 +667,7 @@ def test_superset_pooling_is_two_sums():
 
 def test_a_subset_is_found_by_descent_on_its_memberships():
     """z is the encoding of a subset; the memberships that fit it best are those of the subset."""
-    encoder = scrambled(SetEncoder(SupersetPool(17), set_dim=4, hidden_dim=16, kept=1))
+    encoder = scrambled(SetEncoder(INSET(17), set_dim=4, hidden_dim=16, kept=1))
     features = random_set(batch=4, size=4, dim=3)
     wanted = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]).double().unsqueeze(-1)
     latent = encoder(torch.cat([wanted, features], dim=-1)).detach()

@@ -10,8 +10,8 @@ from setpred.errors import InputError
 from setpred.sets import mean_present, set_sizes
 
 
-class OrbitPool(Aggregator):
-    """GIGP for SO(2), SO(3) and every SO(d) (Bujel, Gideoni, Joshi, Liò, 2023), for elements [p_i, f_i].
+class GIGP(Aggregator):
+    """Group invariant global pooling for SO(d), of elements [p_i, f_i] (Bujel, Gideoni, Joshi, Liò, 2023).
 
         out = (1/n) Σ_q w_q (A h_q + o_q MLP([h_q, q])),    h_q = Σ_i m_iq f_i,    o_q = 1 - Π_i (1 - m_iq)
 

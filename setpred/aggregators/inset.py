@@ -8,8 +8,10 @@ from setpred.aggregators.base import Aggregator, masked_fill, zeros_where_empty
 from setpred.errors import InputError
 
 
-class SupersetPool(Aggregator):
-    """INSET: out = σ(W_S Σ_i m_i x_i + W_V Σ_i x_i + b), for elements [m_i, x_i] (Xie et al., ICLR 2024).
+class INSET(Aggregator):
+    """Pooling of a subset and its superset, of elements [m_i, x_i] (Xie et al., ICLR 2024).
+
+        out = σ(W_S Σ_i m_i x_i + W_V Σ_i x_i + b)
 
     The superset V is all present elements. The membership m_i is 1 in the subset S and 0 outside; a descent on a
     relaxed subset may take any value. Unlike a pooling of S alone, the result depends on the superset. A `Conditioned`

@@ -19,8 +19,8 @@ def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     return scores.masked_fill(absent, torch.finfo(scores.dtype).min).softmax(1).masked_fill(absent, 0.0)
 
 
-class AttentionPool(Aggregator):
-    """PMA of the Set Transformer: learned seeds S attend to the elements Z (Lee et al., ICML 2019).
+class PMA(Aggregator):
+    """Pooling by attention, of the Set Transformer: learned seeds S attend to the elements Z (Lee et al., ICML 2019).
 
         PMA(Z) = LN(H + r(H)),    H = LN(S + [A_1 V_1, …, A_h V_h] W + b),    A_j = softmax_n(Q_j K_jᵀ / √d)
 
