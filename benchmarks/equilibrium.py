@@ -28,7 +28,6 @@ from setpred.aggregators import (
     ResidualPotential,
     SetEncoder,
     SumPool,
-    sort_features,
 )
 from setpred.data.datamodule import RenderedScenes
 from setpred.decoders import IDSPN
@@ -54,7 +53,7 @@ class RankedPotential(nn.Module):
 
     def forward(self, elements: Tensor, state: Tensor) -> Tensor:
         rank = self.rank.expand(len(elements), -1, -1)
-        return self.potential(torch.cat([sort_features(elements), rank], dim=-1), state)
+        return self.potential(torch.cat([elements.sort(dim=1, descending=True).values, rank], dim=-1), state)
 
 
 def equilibrium(

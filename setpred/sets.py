@@ -24,3 +24,18 @@ def check_set(elements: Tensor, mask: Tensor | None = None, *, set_dim: int | No
 def presence_mask(elements: Tensor) -> Tensor:
     """Mask `[..., set_size]` of target elements: True where presence, the last number, is over one half."""
     return elements[..., -1] > 0.5
+
+
+def set_sizes(elements: Tensor, mask: Tensor | None) -> Tensor:
+    """Number of present elements of each set, `[batch]`, in the elements' dtype."""
+    if mask is None:
+        return elements.new_full((elements.shape[0],), elements.shape[1])
+    return mask.sum(1).to(elements.dtype)
+
+
+def mean_present(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over the present elements: `[batch, set_size, ...]` to `[batch, ...]`; 0 for an empty set."""
+    sizes = set_sizes(values, mask).clamp(min=1).view(-1, *[1] * (values.ndim - 2))
+    if mask is not None:
+        values = values.masked_fill(~mask.view(*mask.shape, *[1] * (values.ndim - 2)), 0.0)
+    return values.sum(1) / sizes

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.decoder import KINDS, Sizes, objective_of, ways_of
-from setpred.aggregators import FSPool, PairwiseSetEncoder, SetEncoder, SumPool, sort_features
+from setpred.aggregators import FSPool, PairwiseSetEncoder, SetEncoder, SumPool
 from setpred.aggregators.fspool import COUNTED, at_ranks, feature_ranks
 from setpred.decoders import IDSPN, LearnedStart
 from setpred.inner import (
@@ -70,7 +70,10 @@ def test_ranks_of_what_is_no_number_are_still_places(how):
 
 
 def sorted_form(pool, elements, mask):
-    return (sort_features(elements, mask) * pool.weights(elements.shape[1], mask)).sum(1)
+    present = mask if mask is not None else torch.ones(elements.shape[:2], dtype=torch.bool)
+    ranked = elements.masked_fill(~present.unsqueeze(-1), -torch.inf).sort(dim=1, descending=True).values
+    ranked = ranked.masked_fill(~present.sort(dim=1, descending=True).values.unsqueeze(-1), 0.0)
+    return (ranked * pool.weights(elements.shape[1], mask)).sum(1)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])

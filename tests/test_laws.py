@@ -95,7 +95,7 @@ def modules(parts):
 
 def test_every_aggregator_is_in_the_family():
     family = built(test_aggregators.FAMILY)
-    # which depends on the order, so that its laws are its own: below, and in test_aggregators_more.py
+    # which depends on the order, so that its laws are its own: below, and in test_aggregators.py
     assert public(aggregators, aggregators.Aggregator, but={"Aggregator"}) - names(family) == {"LearnableMonoid"}
     assert public(aggregators, nn.Module, but={"Aggregator"}) <= modules(family)
 
@@ -112,8 +112,7 @@ def test_every_decoder_is_in_a_family():
 
 
 def test_every_loss_is_in_the_family_or_has_laws_of_its_own():
-    elsewhere = {"MatchingWithTransport": "test_transport_loss.py", "NumberingLoss": "test_numbering.py"}
-    elsewhere |= {"CrossEntropy": "test_worlds.py"}
+    elsewhere = {"NumberingLoss": "test_numbering.py", "CrossEntropy": "test_worlds.py"}
     family = names(built(test_losses.LOSSES))
     assert public(losses, nn.Module, but={"SetLoss"}) - family == set(elsewhere)
     for name, file in elsewhere.items():

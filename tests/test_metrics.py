@@ -25,10 +25,9 @@ TOY = ElementSchema("toy", [continuous("at", 2, scale=2.0), categorical("kind", 
 ONLY_NUMBERS = ElementSchema("numbers", [continuous("at", 1)], max_objects=3)
 ONLY_CLASSES = ElementSchema("classes", [categorical("kind", "a", "b", "c")], max_objects=3)
 SCHEMAS = [CLEVR, TOY, ONLY_NUMBERS, ONLY_CLASSES]
-TWINS = [
-    (average_precision, average_precision_twin),
-    (average_precision_per_image, average_precision_per_image_twin),
-]
+TWINS = {average_precision: average_precision_twin, average_precision_per_image: average_precision_per_image_twin}
+every_protocol = pytest.mark.parametrize("protocol", TWINS)
+every_schema = pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.name)
 
 
 def full_of_ties(schema, images, set_size, target_size, seed, present=0.6):
@@ -38,8 +37,7 @@ def full_of_ties(schema, images, set_size, target_size, seed, present=0.6):
     def grid(*shape, levels=3):
         return torch.randint(0, levels, shape, generator=generator) / 2
 
-    target = grid(images, target_size, schema.set_dim)
-    predicted = grid(images, set_size, schema.set_dim)
+    target, predicted = grid(images, target_size, schema.set_dim), grid(images, set_size, schema.set_dim)
     if images and min(set_size, target_size):  # let many predictions agree with an object
         agree = torch.randint(0, target_size, (images, set_size), generator=generator)
         copied = target.gather(1, agree[..., None].expand(-1, -1, schema.set_dim)).clone()
@@ -53,113 +51,95 @@ def full_of_ties(schema, images, set_size, target_size, seed, present=0.6):
     return predicted, target
 
 
-def same(scores, expected):
-    return list(scores) == list(expected) and all(
-        scores[t] == expected[t] or (math.isnan(scores[t]) and math.isnan(expected[t])) for t in expected
-    )
+# --- average precision ---
 
 
-@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.name)
-@pytest.mark.parametrize(("function", "twin"), TWINS)
+@every_schema
+@every_protocol
 @pytest.mark.parametrize(
     ("images", "set_size", "target_size", "present"),
     [(25, 6, 6, 0.6), (25, 3, 7, 0.5), (25, 8, 2, 0.5), (4, 5, 5, 0.0), (3, 0, 4, 0.5), (3, 4, 0, 0.5), (0, 4, 4, 0.5)],
 )
-def test_equals_the_twin_exactly(schema, function, twin, images, set_size, target_size, present):
+def test_equals_the_twin_exactly(schema, protocol, images, set_size, target_size, present):
     thresholds = (*THRESHOLDS, 1.5, math.sqrt(0.5))
     for seed in range(3):
         predicted, target = full_of_ties(schema, images, set_size, target_size, seed, present)
-        scores = function(predicted, target, thresholds=thresholds, schema=schema)
-        assert same(scores, twin(predicted.tolist(), target.tolist(), thresholds, schema))
+        scores = protocol(predicted, target, thresholds=thresholds, schema=schema)
+        expected = TWINS[protocol](predicted.tolist(), target.tolist(), thresholds, schema)
+        assert repr(scores) == repr(expected)  # equal, NaN too
 
 
 def test_the_random_sets_reach_every_case():
     """The comparison above would be empty if nothing were ever hit or the protocols never differed."""
     predicted, target = full_of_ties(TOY, 25, 6, 6, seed=0)
-    whole = average_precision(predicted, target, schema=TOY)
-    assert 0 < whole[0.0625] < whole[1.0] < whole[math.inf] < 1
-    assert whole != average_precision_per_image(predicted, target, schema=TOY)
+    scores = average_precision(predicted, target, schema=TOY)
+    assert 0 < scores[0.0625] < scores[1.0] < scores[math.inf] < 1
+    assert scores != average_precision_per_image(predicted, target, schema=TOY)
     assert predicted.isinf().any()
 
 
 def numbers(*rows):
     """One image of elements (place, presence)."""
-    return torch.tensor([rows]) if rows else torch.zeros(1, 0, 2)
+    return torch.tensor([rows])
 
 
-@pytest.mark.parametrize("function", [average_precision, average_precision_per_image])
-def test_perfect_and_empty_predictions(function):
-    target = torch.rand(20, 6, TOY.set_dim, generator=torch.Generator().manual_seed(1))
-    target[..., -1] = (target[..., -1] > 0.3).float()
-    assert set(function(target, target, schema=TOY).values()) == {1.0}
-    assert set(function(target[:, :0], target, schema=TOY).values()) == {0.0}
+def both(predicted, target, *thresholds):
+    """Scores by both protocols."""
+    return [list(f(predicted, target, thresholds=thresholds, schema=ONLY_NUMBERS).values()) for f in TWINS]
 
 
 def test_by_hand():
     """Hit, miss, hit: precisions 1, 1/2, 2/3 over two objects of three: (1 + 2/3) / 3."""
     target = numbers((0.0, 1.0), (10.0, 1.0), (20.0, 1.0))
     predicted = numbers((0.1, 0.9), (0.2, 0.8), (10.1, 0.7))
-    scores = average_precision(predicted, target, thresholds=(1.0, math.inf), schema=ONLY_NUMBERS)
-    assert list(scores.values()) == pytest.approx(2 * [(1 + 2 / 3) / 3])
+    of_all, per_image = both(predicted, target, 1.0, math.inf)
+    assert of_all == pytest.approx(2 * [(1 + 2 / 3) / 3])
     # per image the second falls back on the object at 10, so that the third gets the one at 20
-    scores = average_precision_per_image(predicted, target, thresholds=(1.0, math.inf), schema=ONLY_NUMBERS)
-    assert list(scores.values()) == pytest.approx([1 / 3, 1.0])
+    assert per_image == pytest.approx([1 / 3, 1.0])
     recall, precision = precision_recall(predicted, target, 1.0, schema=ONLY_NUMBERS)
     assert recall.tolist() == pytest.approx([1 / 3, 1 / 3, 2 / 3])
     assert precision.tolist() == pytest.approx([1, 1 / 2, 2 / 3])
 
 
 def test_a_far_prediction_keeps_the_object_from_others_only_per_image():
-    target, predicted = numbers((0.0, 1.0)), numbers((3.0, 0.9), (0.1, 0.8))
-    arguments = {"thresholds": (1.0,), "schema": ONLY_NUMBERS}
-    assert average_precision(predicted, target, **arguments) == {1.0: 0.5}
-    assert average_precision_per_image(predicted, target, **arguments) == {1.0: 0.0}
-
-
-@pytest.mark.parametrize("place", [math.inf, -math.inf])
-@pytest.mark.parametrize("function", [average_precision, average_precision_per_image])
-def test_a_prediction_at_infinity_keeps_no_object_from_others(function, place):
-    target, predicted = numbers((0.0, 1.0)), numbers((place, 0.9), (0.1, 0.8))
-    scores = function(predicted, target, thresholds=(1.0, math.inf), schema=ONLY_NUMBERS)
-    assert list(scores.values()) == [0.5, 0.5]
+    target = numbers((0.0, 1.0))
+    assert both(numbers((3.0, 0.9), (0.1, 0.8)), target, 1.0) == [[0.5], [0.0]]
+    for place in (math.inf, -math.inf):  # one at infinity never does
+        assert both(numbers((place, 0.9), (0.1, 0.8)), target, 1.0, math.inf) == [[0.5, 0.5], [0.5, 0.5]]
 
 
 def test_the_threshold_is_strict_and_infinity_means_finite():
-    target = numbers((0.0, 1.0))
     for place, expected in ((0.5, [0.0, 1.0]), (0.25, [1.0, 1.0]), (math.inf, [0.0, 0.0])):
-        for function in (average_precision, average_precision_per_image):
-            scores = function(numbers((place, 1.0)), target, thresholds=(0.5, math.inf), schema=ONLY_NUMBERS)
-            assert list(scores.values()) == expected
+        assert both(numbers((place, 1.0)), numbers((0.0, 1.0)), 0.5, math.inf) == [expected, expected]
 
 
 def test_ties_of_presence_go_by_image_then_slot():
     target = torch.cat([numbers((0.0, 1.0)), numbers((0.0, 1.0))])
     miss_first = torch.cat([numbers((9.0, 0.7)), numbers((0.0, 0.7))])
-    arguments = {"thresholds": (1.0,), "schema": ONLY_NUMBERS}
-    assert average_precision(miss_first, target, **arguments) == {1.0: 0.25}
-    assert average_precision(miss_first.flip(0), target, **arguments) == {1.0: 0.5}
+    assert both(miss_first, target, 1.0)[0] == [0.25]
+    assert both(miss_first.flip(0), target, 1.0)[0] == [0.5]
 
 
 def test_an_image_without_objects_costs_the_data_set_but_not_the_mean_over_images():
     target = torch.cat([numbers((0.0, 0.0)), numbers((0.0, 1.0))])
     predicted = torch.cat([numbers((0.0, 0.9)), numbers((0.0, 0.8))])
-    arguments = {"thresholds": (1.0,), "schema": ONLY_NUMBERS}
-    assert average_precision(predicted, target, **arguments) == {1.0: 0.5}
-    assert average_precision_per_image(predicted, target, **arguments) == {1.0: 1.0}
+    assert both(predicted, target, 1.0) == [[0.5], [1.0]]
 
 
-@pytest.mark.parametrize("function", [average_precision, average_precision_per_image])
-def test_order_within_sets_padding_and_scale_of_presence_do_not_matter(function):
+@every_protocol
+def test_order_within_sets_padding_and_scale_of_presence_do_not_matter(protocol):
     generator = torch.Generator().manual_seed(3)
     target = torch.randn(30, 6, CLEVR.set_dim, generator=generator)
     target[..., -1] = (torch.rand(30, 6, generator=generator) < 0.7).float()
     predicted = target + 0.05 * torch.randn(target.shape, generator=generator)
-    scores = function(predicted, target)
-    shuffled = function(predicted[:, torch.randperm(6)], target[:, torch.randperm(6)])
-    padded = function(predicted, torch.cat([target, torch.zeros(30, 4, CLEVR.set_dim)], 1))
+    scores = protocol(predicted, target)
+    shuffled = protocol(predicted[:, torch.randperm(6)], target[:, torch.randperm(6)])
+    padded = protocol(predicted, torch.cat([target, torch.zeros(30, 4, CLEVR.set_dim)], 1))
     predicted[..., -1] = 5 * predicted[..., -1] - 3  # strictly rising
-    assert scores == shuffled == padded == function(predicted, target)
+    assert scores == shuffled == padded == protocol(predicted, target)
     assert 0 < scores[0.25] < scores[1.0] < 1
+    assert set(protocol(target, target).values()) == {1.0}
+    assert set(protocol(target[:, :0], target).values()) == {0.0}
 
 
 def test_area_of_the_curve_is_the_average_precision():
@@ -171,7 +151,7 @@ def test_area_of_the_curve_is_the_average_precision():
         assert float((steps * envelope).sum()) == pytest.approx(score, abs=1e-12)
 
 
-@pytest.mark.parametrize("protocol", [average_precision, average_precision_per_image])
+@every_protocol
 @pytest.mark.parametrize("batch", [1, 7, 30])
 def test_gathered_equals_the_function_for_any_batching(protocol, batch):
     predicted, target = full_of_ties(TOY, 30, 5, 6, seed=5)
@@ -187,26 +167,27 @@ def test_gathered_equals_the_function_for_any_batching(protocol, batch):
     assert one["ap_inf"].item() == protocol(predicted[:3], target[:3], schema=TOY)[math.inf]
 
 
-@pytest.mark.parametrize("function", [average_precision, average_precision_per_image])
-def test_bad_input_is_named(function):
+@every_protocol
+def test_bad_input_is_named(protocol):
     predicted, target = full_of_ties(TOY, 5, 3, 3, seed=6)
     target = target.nan_to_num(0.0)
-    with pytest.raises(ValueError, match=r"expected floating point predicted .*, 5\], got .*\[5, 3, 4\]"):
-        function(predicted[..., 1:], target, schema=TOY)
-    with pytest.raises(ValueError, match=r"got torch\.int64"):
-        function(predicted, target.long(), schema=TOY)
-    with pytest.raises(ValueError, match="got 5 and 4"):
-        function(predicted, target[:4], schema=TOY)
+    with_nan, infinite = predicted.clone(), target.clone()
+    with_nan[2, 1, 0] = with_nan[4, 0, -1] = math.nan
+    infinite[3, 0] = math.inf
+    for given, message in (
+        ((predicted[..., 1:], target), r"expected floating point predicted .*, 5\], got .*\[5, 3, 4\]"),
+        ((predicted, target.long()), r"got torch\.int64"),
+        ((predicted, target[:4]), "got 5 and 4"),
+        ((with_nan, target), "NaN in 2 images, first image 2"),
+        ((predicted, infinite), "first in image 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            protocol(*given, schema=TOY)
     with pytest.raises(ValueError, match="thresholds over 0"):
-        function(predicted, target, thresholds=(-1,), schema=TOY)
-    broken = predicted.clone()
-    broken[2, 1, 0] = broken[4, 0, -1] = math.nan
-    with pytest.raises(ValueError, match="NaN in 2 images, first image 2"):
-        function(broken, target, schema=TOY)
-    broken = target.clone()
-    broken[3, 0] = math.inf
-    with pytest.raises(ValueError, match="first in image 3"):
-        function(predicted, broken, schema=TOY)
+        protocol(predicted, target, thresholds=(-1,), schema=TOY)
+
+
+# --- the report ---
 
 
 def kinds(*rows):
@@ -218,22 +199,26 @@ def test_report_by_hand():
     target = kinds((0, 0, "a", 1), (4, 0, "b", 1), (9, 9, "b", 1), (0, 0, "a", 0))
     predicted = kinds((4, 3, "a", 0.9), (0, 1, "a", 0.8), (9, 9, "b", 0.1), (5, 5, "a", 0.7))
     report = attribute_report(predicted, target, torch.tensor([[1, 0, 2, 3]]), schema=TOY)
-    assert report["objects"] == 3
-    assert report["accuracy"] == {"kind": pytest.approx(2 / 3)}
-    assert report["all_attributes"] == pytest.approx(2 / 3)
-    assert report["confusion"] == {"kind": [[1, 0], [1, 1]]}
-    assert report["distance"] == {"mean": pytest.approx(4 / 3), "median": 1.0, "p90": 3.0, "p99": 3.0}
-    assert report["within"]["inf"] == 1.0
-    assert report["within"]["1"] == pytest.approx(1 / 3)
-    assert report["axis_errors"]["at"][0] == {"mean": 0.0, "median": 0.0, "bias": 0.0}
-    assert report["axis_errors"]["at"][1] == {"mean": pytest.approx(4 / 3), "median": 1.0, "bias": pytest.approx(4 / 3)}
-    assert report["presence_accuracy"] == 0.5  # slot 2 is too shy, slot 3 too bold
-    assert report["found"] == pytest.approx(2 / 3)
-    assert (report["count_error"], report["count_exact"]) == (0.0, 1.0)
+    third, off, none = pytest.approx(1 / 3), pytest.approx(4 / 3), {"mean": 0.0, "median": 0.0, "bias": 0.0}
+    within = report.pop("within")
+    assert (within["inf"], within["1"]) == (1.0, third)
+    assert report == {
+        "images": 1,
+        "objects": 3,
+        "accuracy": {"kind": pytest.approx(2 / 3)},
+        "all_attributes": pytest.approx(2 / 3),
+        "confusion": {"kind": [[1, 0], [1, 1]]},
+        "distance": {"mean": off, "median": 1.0, "p90": 3.0, "p99": 3.0},
+        "axis_errors": {"at": [none, {"mean": off, "median": 1.0, "bias": off}]},
+        "presence_accuracy": 0.5,  # slot 2 is too shy, slot 3 too bold
+        "found": pytest.approx(2 / 3),
+        "count_error": 0.0,
+        "count_exact": 1.0,
+    }
     assert json.loads(json.dumps(report)) == report
 
 
-@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.name)
+@every_schema
 def test_report_of_perfect_and_of_no_objects(schema):
     generator = torch.Generator().manual_seed(7)
     target = torch.rand(8, 5, schema.set_dim, generator=generator)
@@ -275,20 +260,22 @@ def test_a_predicted_set_too_small_leaves_objects_without_partner():
     assignment = match_by_position(predicted, target, schema=TOY)
     assert assignment.tolist() == [[1, 0, -1]]
     report = attribute_report(predicted, target, assignment, schema=TOY)
-    assert (report["objects"], report["found"]) == (3, pytest.approx(1 / 3))
+    assert (report["objects"], report["found"], report["count_error"]) == (3, pytest.approx(1 / 3), 2.0)
     assert report["accuracy"] == {"kind": 0.5}  # over the two that have a partner
-    assert report["count_error"] == 2.0
     assert match_by_position(predicted[:, :0], target, schema=TOY).tolist() == [[-1, -1, -1]]
     assert match_by_position(predicted, target[:, :0], schema=TOY).shape == (1, 0)
 
 
-def test_report_refuses_bad_assignments():
-    target = kinds((0, 0, "a", 1), (4, 0, "b", 1))
-    for assignment, message in (
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
         (torch.tensor([[0, 0]]), "one-to-one"),
         (torch.tensor([[0, 2]]), r"slots in -1\.\.1, got 0\.\.2"),
         (torch.tensor([[0.0, 1.0]]), "expected long assignment"),
         (torch.tensor([[0, 1, 2]]), r"expected long assignment \[1, 2\], got torch.int64 \[1, 3\]"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            attribute_report(target, target, assignment, schema=TOY)
+    ],
+)
+def test_assignments_are_checked(assignment, message):
+    target = kinds((0, 0, "a", 1), (4, 0, "b", 1))
+    with pytest.raises(ValueError, match=message):
+        attribute_report(target, target, assignment, schema=TOY)

@@ -13,7 +13,7 @@ import yaml
 from setpred.decoders import MESH
 from setpred.decoders.sinkhorn_mesh import entropy
 from setpred.inner import Problem, Proximity
-from setpred.matching import hungarian, sinkhorn
+from setpred.matching import sinkhorn
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -39,6 +39,11 @@ def upstream(values):
 def slopes(values, *tensors):
     """Gradients of the sum; zeros for a tensor that it does not depend on."""
     return torch.autograd.grad(values.sum(), tensors, retain_graph=True, allow_unused=True, materialize_grads=True)
+
+
+def compare_slopes(found, expected, *tensors):
+    for mine, theirs in zip(slopes(found, *tensors), slopes(expected, *tensors), strict=True):
+        close(mine, theirs)
 
 
 def random_problem(seed, tokens=6, slots=3, examples=4):
@@ -80,8 +85,7 @@ def test_sinkhorn_starts_at_scalings_of_one(iterations):
     found = sinkhorn(cost, a, b, epsilon=0.5, iterations=iterations).plan
     expected = torch.stack([scaled(*of, iterations)[0] for of in zip(cost / 0.5, a, b, strict=True)])
     close(found, expected)
-    for mine, theirs in zip(slopes(found * weights, cost, a, b), slopes(expected * weights, cost, a, b), strict=True):
-        close(mine, theirs)
+    compare_slopes(found * weights, expected * weights, cost, a, b)
 
 
 def test_slots_without_mass_are_as_absent_from_the_start():
@@ -125,8 +129,8 @@ def published_mesh(cost, a, b, iterations, step_size):
     right = None
     for _ in range(iterations):
         plan, right = scaled(cost, a, b, 5, right)
-        terms = [-p * p.log() for p in plan.flatten() if p < 1]
-        (slope,) = torch.autograd.grad(sum(terms), cost, retain_graph=True)
+        terms = -plan * plan.log()
+        (slope,) = torch.autograd.grad(terms[plan < 1].sum(), cost, retain_graph=True)
         cost = cost - step_size * slope / slope.norm()
     return scaled(cost, a, b, 5, right)[0]
 
@@ -169,24 +173,9 @@ def test_mesh_is_its_definition_unrolled(iterations, step_size):
     assert expected.max() > 1
     weights = upstream(cost)
     close(found, expected)
-    for mine, theirs in zip(slopes(weights * found, cost, a, b), slopes(weights * expected, cost, a, b), strict=True):
-        close(mine, theirs)
+    compare_slopes(weights * found, weights * expected, cost, a, b)
     with torch.no_grad():
         close(mesh_plan(cost, a, b, iterations=iterations, step_size=step_size), expected)
-
-
-# --- the Hungarian algorithm ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
-@pytest.mark.parametrize(
-    "cost", [[[1.0, 1.0 + 1e-12], [1.0, 1.0]], [[1e39, 2e39], [3e39, 1e39]]], ids=["fine", "large"]
-)
-def test_hungarian_keeps_the_precision_and_range_of_float64(cost, masked):
-    """argmin_π Σ_j C_π(j),j: the identity, by differences and at sizes that float32 does not have."""
-    masks = [torch.ones(1, 2, dtype=torch.bool)] * 2 if masked else []
-    for order in ([0, 1], [1, 0]):
-        assert hungarian(torch.tensor([cost], dtype=torch.float64)[:, order], *masks).tolist() == [order]
 
 
 # --- iDSPN and DSPN (davzha/multiset-equivariance) --------------------------------------------------------------------

@@ -1,22 +1,24 @@
-"""Set to vector, one family a file; all usable alone and inside the decoder's objective."""
+"""Aggregators, from a set to a vector; usable alone and inside a decoder's objective."""
 
 from setpred.aggregators.attsets import AttSets
 from setpred.aggregators.base import Aggregator
 from setpred.aggregators.canonical_order import CanonicalOrder
 from setpred.aggregators.equilibrium import EquilibriumAggregation, ResidualPotential
 from setpred.aggregators.frame_averaging import FrameAverage
-from setpred.aggregators.fspool import FSPool, sort_features
-from setpred.aggregators.gigp import OrbitPool
-from setpred.aggregators.inset import SupersetPool
+from setpred.aggregators.fspool import FSPool
+from setpred.aggregators.gigp import GIGP
+from setpred.aggregators.inset import INSET
 from setpred.aggregators.monoid import LearnableMonoid
-from setpred.aggregators.pma import AttentionPool
+from setpred.aggregators.pma import PMA
 from setpred.aggregators.set_encoder import PairwiseSetEncoder, SetEncoder
 from setpred.aggregators.sum_mean_max import MaxPool, MeanPool, SumPool
 
 __all__ = [
+    "GIGP",
+    "INSET",
+    "PMA",
     "Aggregator",
     "AttSets",
-    "AttentionPool",
     "CanonicalOrder",
     "EquilibriumAggregation",
     "FSPool",
@@ -24,11 +26,8 @@ __all__ = [
     "LearnableMonoid",
     "MaxPool",
     "MeanPool",
-    "OrbitPool",
     "PairwiseSetEncoder",
     "ResidualPotential",
     "SetEncoder",
     "SumPool",
-    "SupersetPool",
-    "sort_features",
 ]

@@ -1,4 +1,4 @@
-"""What every aggregator shares: the door where sets are checked."""
+"""Base class of the aggregators, and helpers for masked sets."""
 
 from __future__ import annotations
 
@@ -8,15 +8,18 @@ from setpred.sets import check_set
 
 
 class Aggregator(nn.Module):
-    """Set to vector: `elements [batch, set_size, in_dim]` and `mask` to `[batch, out_dim]`.
+    """Base class of functions from a set to a vector: `[batch, set_size, in_dim]` and a mask to `[batch, out_dim]`.
 
-    Subclasses write `aggregate(elements, mask)`. Equal multisets give equal vectors, in any order of the
-    elements (`LearnableMonoid` has to learn that), and masked elements have no influence (value and gradient). An
-    empty set gives zeros.
+    A subclass implements `aggregate(elements, mask)`. Equal multisets give equal vectors, whatever the order of their
+    elements (`LearnableMonoid` has to learn that). Masked elements have no influence on value and gradient. An empty
+    set gives zeros.
 
     Args:
         in_dim: numbers of an element.
-        out_dim: length of the vector; `in_dim` unless given.
+        out_dim: length of the vector, `in_dim` by default.
+
+    Raises:
+        ValueError: elements or a mask of a wrong shape or type.
     """
 
     def __init__(self, in_dim: int, out_dim: int | None = None) -> None:
@@ -33,5 +36,15 @@ class Aggregator(nn.Module):
 
     @property
     def latent_dim(self) -> int:
-        """`out_dim`, under the name that decoders have for it."""
+        """`out_dim`, under the name that encoders use."""
         return self.out_dim
+
+
+def masked_fill(elements: Tensor, mask: Tensor | None, value: float) -> Tensor:
+    """Replace absent elements by `value`, so that their content (even NaN) has no influence."""
+    return elements if mask is None else elements.masked_fill(~mask.unsqueeze(-1), value)
+
+
+def zeros_where_empty(vectors: Tensor, mask: Tensor | None) -> Tensor:
+    """Replace the vectors `[batch, dim]` of empty sets by zeros."""
+    return vectors if mask is None else vectors.masked_fill(~mask.any(1, keepdim=True), 0.0)

@@ -1,31 +1,29 @@
-"""A canonical order of a set, which makes functions of sequences functions of sets."""
+"""Canonical order: turns a function of sequences into a function of sets."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from setpred.aggregators.base import Aggregator
-from setpred.aggregators.sum_mean_max import masked_fill
+from setpred.aggregators.base import Aggregator, masked_fill
 
 
 class CanonicalOrder(Aggregator):
-    """Any function of a sequence made a function of the set: the elements come to it sorted by u · x_i.
+    """Set function f(x_(1), …, x_(n)) of a sequence function f, with the elements sorted by u · x_i, largest first.
 
-    The frame average over permutations (Puny et al., ICLR 2022), whose frame here is the one order in which the
-    scores fall; u is fixed and the same for all. Exactly invariant, up to distinct elements with equal scores, which
-    have probability zero. The price is continuity: where two scores cross, the order jumps, and the result with it
-    unless the function does not mind the order. Away from there as often differentiable as the function.
+    The vector u is random and fixed, the same for every model. The result is exactly invariant, unless distinct
+    elements have equal scores (probability zero). It jumps where two scores cross, unless f ignores the order.
+    Elsewhere it is as often differentiable as f. This is the frame average over permutations (Puny et al., ICLR 2022)
+    whose frame is one order.
 
     Args:
-        aggregator: of ordered elements, such as `LearnableMonoid`.
+        aggregator: f, such as `LearnableMonoid`.
     """
 
     def __init__(self, aggregator: Aggregator) -> None:
         super().__init__(aggregator.in_dim, aggregator.out_dim)
         self.aggregator = aggregator
-        generator = torch.Generator().manual_seed(0)
-        self.register_buffer("direction", torch.randn(self.in_dim, generator=generator))
+        self.register_buffer("direction", torch.randn(self.in_dim, generator=torch.Generator().manual_seed(0)))
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
         scores = (masked_fill(elements, mask, 0.0).detach() * self.direction).sum(-1)

@@ -1,4 +1,4 @@
-"""Frame averaging: invariance to rotations for set functions that know nothing of it."""
+"""Frame averaging: makes any set function invariant to rotations."""
 
 from __future__ import annotations
 
@@ -9,40 +9,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from setpred.aggregators.base import Aggregator
-from setpred.aggregators.sum_mean_max import masked_fill, set_sizes
+from setpred.aggregators.base import Aggregator, masked_fill
 from setpred.errors import InputError
-
-MOST_POSITION_DIM = 10  # of which there are 1,024 frames
+from setpred.sets import mean_present
 
 
 class FrameAverage(Aggregator):
     """out(X) = mean over frames R of φ([(P - t) R, F]), for elements X = [P, F] with positions P and features F.
 
-    Puny et al. (ICLR 2022). The frames of a set are the principal axes of its positions, with every choice of signs:
-    t is the centroid and R holds the eigenvectors of C = Σ_i (p_i - t)(p_i - t)ᵀ, smallest eigenvalue first. Turning
-    the set turns its frames along, so the average is exactly invariant to rotations and translations, and also to
-    reflections if these are among the frames; to permutations as φ is. φ loses nothing by it: where φ is invariant
-    already, the average is φ of the centred set.
+    The frames are the principal axes of the positions, with every choice of signs: t is the centroid, and R holds the
+    eigenvectors of C = Σ_i (p_i - t)(p_i - t)ᵀ, smallest eigenvalue first (Puny et al., ICLR 2022). They turn with the
+    set, so the average is exactly invariant to rotations and translations, and to permutations as φ is.
 
-    Differentiable any number of times where the eigenvalues of C differ. Where two agree, as for the corners of a
-    square, the axes are arbitrary within their plane and so the average is neither invariant nor continuous there;
-    gradients leave out how such axes turn (see `Eigenvectors`) and stay finite. Sets with too few positions to span
-    the space are no such case: coordinates along the axes left over are zero.
-
-    Positions and frames are computed in float32 at least, also under autocast.
+    Differentiable any number of times where the eigenvalues of C differ. Where two agree (the corners of a square) the
+    axes are arbitrary within their plane: the average is not continuous, and its gradients are finite but omit how
+    these axes turn (see `Eigenvectors`). Sets that do not span the space are no such case, since their coordinates
+    along the missing axes are zero. Positions and frames use at least float32, also under autocast.
 
     Args:
-        aggregator: φ, called on 2ᵈ copies of the set, or half as many without reflections.
-        position_dim: d, how many leading numbers of an element are its position.
-        reflections: invariance to O(d); False leaves the frames that are rotations, for SO(d).
+        aggregator: φ, which is evaluated on 2ᵈ copies of the set, or half as many without reflections.
+        position_dim: d, how many leading numbers of an element are its position, at most 10.
+        reflections: True for invariance to O(d); False for the frames that are rotations, SO(d).
     """
 
     def __init__(self, aggregator: Aggregator, *, position_dim: int = 3, reflections: bool = True) -> None:
-        if not 1 <= position_dim <= min(aggregator.in_dim, MOST_POSITION_DIM):
+        if not 1 <= position_dim <= min(aggregator.in_dim, 10):  # 10 dimensions have 1,024 frames
             raise InputError(
-                f"expected position_dim from 1 to the {aggregator.in_dim} numbers of an element, and no more than "
-                f"{MOST_POSITION_DIM}, got {position_dim}; give the number of leading coordinates"
+                f"expected position_dim from 1 to the {aggregator.in_dim} numbers of an element, and at most 10, got "
+                f"{position_dim}; give the number of leading coordinates"
             )
         super().__init__(aggregator.in_dim, aggregator.out_dim)
         self.aggregator = aggregator
@@ -54,10 +48,10 @@ class FrameAverage(Aggregator):
     def frames(self, positions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Centroid `[batch, 1, d]` and frames `[batch, count, d, d]`, axes in columns, of positions `[batch, n, d]`."""
         positions = masked_fill(positions, mask, 0.0)
-        centroid = (positions.sum(1) / set_sizes(positions, mask).clamp(min=1)).unsqueeze(1)
+        centroid = mean_present(positions, mask).unsqueeze(1)
         centred = masked_fill(positions - centroid, mask, 0.0)
         axes = Eigenvectors.apply(centred.mT @ centred)
-        if not self.reflections:  # right-handed, so that flipping two axes at a time gives all rotations
+        if not self.reflections:  # right-handed axes: flipping two at a time then gives all rotations
             handed = torch.linalg.det(axes.detach()).sign()
             axes = torch.cat([axes[..., :-1], axes[..., -1:] * handed[:, None, None]], dim=-1)
         return centroid, axes.unsqueeze(1) * self.signs.to(axes.dtype)[:, None, :]
@@ -77,12 +71,12 @@ class FrameAverage(Aggregator):
 
 
 class Eigenvectors(torch.autograd.Function):
-    """Eigenvectors of symmetric matrices `[..., d, d]`, in columns, with a gradient that is finite for every matrix.
+    """Eigenvectors of symmetric matrices `[..., d, d]`, in columns, with gradients that are finite for every matrix.
 
         dU = U (K ∘ (Uᵀ dC U)),    K_ij = 1 / (λ_j - λ_i), or 0 on the diagonal and where λ_i = λ_j to rounding
 
-    Only within an eigenspace is the turning of its axes undefined, and there it is left out. Differentiable any
-    number of times, K being computed anew from C in each derivative.
+    The turning of axes is undefined only within an eigenspace, and is omitted there. Differentiable any number of
+    times, since each derivative computes K anew from C.
     """
 
     @staticmethod
@@ -93,7 +87,7 @@ class Eigenvectors(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Tensor:
-        matrix, vectors = context.saved_tensors  # the output itself, so further derivatives come back here
+        matrix, vectors = context.saved_tensors  # `vectors` is the output, so higher derivatives come back here
         values = (vectors * (matrix @ vectors)).sum(-2)
         gap = values.unsqueeze(-2) - values.unsqueeze(-1)
         smallest = 100 * torch.finfo(values.dtype).eps * values.detach().abs().amax(-1)[..., None, None]

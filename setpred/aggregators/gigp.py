@@ -1,44 +1,37 @@
-"""Group invariant global pooling: elements are pooled orbit by orbit."""
+"""Group invariant global pooling (GIGP): pools elements orbit by orbit."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from setpred.aggregators.base import Aggregator
-from setpred.aggregators.sum_mean_max import masked_fill, set_sizes
+from setpred.aggregators.base import Aggregator, masked_fill
 from setpred.errors import InputError
+from setpred.sets import mean_present, set_sizes
 
 
-class OrbitPool(Aggregator):
-    """GIGP for SO(2), SO(3) and every SO(d) (Bujel, Gideoni, Joshi, Liò, 2023), for elements [p_i, f_i].
+class GIGP(Aggregator):
+    """Group invariant global pooling for SO(d), of elements [p_i, f_i] (Bujel, Gideoni, Joshi, Liò, 2023).
 
         out = (1/n) Σ_q w_q (A h_q + o_q MLP([h_q, q])),    h_q = Σ_i m_iq f_i,    o_q = 1 - Π_i (1 - m_iq)
 
-    Rotations about c move a position p_i on the sphere of its radius |p_i - c|: that is its orbit. The orbits q are
-    `orbits` radii, evenly from 0 to `largest`; m_iq >= 0, with Σ_q m_iq = 1, says how far element i is on q, and o_q
-    whether anything is (empty orbits are left out). The MLP starts at 0 and w at 1, so training begins at A applied to
-    mean pooling, with A the identity where it fits.
+    Rotations about c keep the radius |p_i - c| of a position: its orbit. The orbits q are `orbits` radii from 0 to
+    `largest`. m_iq, a softmax over q of -½ (radius_i - q)² / spacing², is the share of element i in q; o_q is near 0
+    for empty orbits. The MLP starts at 0 and w at 1, so training starts from A (the identity where it fits) times mean
+    pooling. Only radii are read, so the result is exactly invariant, also to a separate rotation of each element; the
+    features must say how positions relate. Differentiable any number of times, also for positions at c, since radii
+    are √(|p - c|² + (spacing / 10)²).
 
-    The radius is the only thing that is read of a position, so the result is invariant exactly, and to rotations of
-    each element by itself as well: what positions say of each other must be in the features, from an equivariant
-    network beforehand. A `SetEncoder` around it must keep the positions (`kept=position_dim`), or it loses the
-    invariance.
-
-    Two choices differ from the published code. m is smooth, a softmax over q of -½ (radius_i - q)² / spacing², where
-    the code has bins with edges: so gradients reach the positions. And radii run to a fixed `largest`, not from the
-    least to the greatest of the batch, so a set's result is its own. The code's run on QM9 takes one coordinate of the
-    position for the orbit, which rotations change; this does not.
-
-    Differentiable any number of times, positions at c included: radii are √(|p - c|² + (spacing / 10)²).
+    In the published code m has bins with edges, through which no gradient reaches the positions, and radii span the
+    batch, so a set's result depends on the others.
 
     Args:
-        in_dim: numbers of an element, the position first.
-        position_dim: d, how many of them are the position.
-        out_dim: length of the vector; that of f unless given. Without features, f_i = 1: elements are counted.
+        in_dim: numbers of an element, the position first. A `SetEncoder` must keep it (`kept=position_dim`).
+        position_dim: d, length of the position.
+        out_dim: length of the vector; that of f by default. Without features, f_i = 1 and elements are counted.
         orbits: number of radii q.
-        largest: the largest of them, in units of the positions; farther elements count as on it.
-        centred: True: c is the centroid, so translations change nothing either. False: c is the origin.
+        largest: largest radius, in units of the positions; farther elements belong to it.
+        centred: True: c is the centroid, which adds invariance to translations. False: c is the origin.
         hidden_dim: width of the MLP's hidden layers.
     """
 
@@ -76,7 +69,7 @@ class OrbitPool(Aggregator):
         """Radius of each present element's orbit, `[batch, set_size]`, in units of the positions; invariant."""
         positions = masked_fill(elements[..., : self.position_dim], mask, 0.0)
         if self.centred:
-            positions = positions - positions.sum(1, keepdim=True) / set_sizes(positions, mask).clamp(min=1)[..., None]
+            positions = positions - mean_present(positions, mask).unsqueeze(1)
         return (positions.square().sum(-1) + (0.1 * self.spacing) ** 2).sqrt()
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
@@ -90,4 +83,4 @@ class OrbitPool(Aggregator):
         occupied = 1 - (1 - share).prod(1)
         radii = self.radii.to(pooled.dtype).expand(len(pooled), -1)
         changed = occupied.unsqueeze(-1) * self.network(torch.cat([pooled, radii.unsqueeze(-1)], dim=-1))
-        return self.weight @ (self.skip(pooled) + changed) / set_sizes(elements, mask).clamp(min=1)
+        return self.weight @ (self.skip(pooled) + changed) / set_sizes(elements, mask).clamp(min=1).unsqueeze(1)

@@ -1,29 +1,28 @@
-"""Superset-aware pooling: a subset is pooled beside the set it was taken from."""
+"""Superset-aware pooling (INSET): pools a subset together with the set that contains it."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from setpred.aggregators.base import Aggregator
-from setpred.aggregators.sum_mean_max import masked_fill, zeros_where_empty
+from setpred.aggregators.base import Aggregator, masked_fill, zeros_where_empty
 from setpred.errors import InputError
 
 
-class SupersetPool(Aggregator):
-    """INSET: out = σ(W_S Σ_i m_i x_i + W_V Σ_i x_i + b), for elements [m_i, x_i] (Xie et al., ICLR 2024).
+class INSET(Aggregator):
+    """Pooling of a subset and its superset, of elements [m_i, x_i] (Xie et al., ICLR 2024).
 
-    The superset V is all present elements. Its subset S is said by the first number of each, the membership m_i: 1 in,
-    0 out, and anything between while a relaxed subset is descended on; it is not clamped. A pooling of S alone cannot
-    tell of which superset S is a part. This can, and is invariant to permutations of S, of V and of both.
+        out = σ(W_S Σ_i m_i x_i + W_V Σ_i x_i + b)
 
-    The paper has σ(θ₁(Σ_S φ(x)) + θ₂(Σ_V φ(x))). φ is the network of a `SetEncoder` with `kept=1`; the θ are linear
-    here, and σ is SiLU, smooth, so that an objective made of it has a continuous Hessian. Differentiable any number of
-    times. Equal elements get equal gradients. To find a subset of given elements by descent, a `Conditioned` objective
-    puts the memberships before them.
+    The superset V is all present elements. The membership m_i is 1 in the subset S and 0 outside; a descent on a
+    relaxed subset may take any value. Unlike a pooling of S alone, the result depends on the superset. A `Conditioned`
+    objective, which prepends the memberships, finds a subset of given elements.
+
+    The paper has σ(θ₁(Σ_S φ(x)) + θ₂(Σ_V φ(x))). Here a `SetEncoder` with `kept=1` has the network φ, the θ are linear,
+    and σ is SiLU, which is differentiable any number of times. Equal elements get equal gradients.
 
     Args:
         in_dim: numbers of an element, the membership first.
-        out_dim: length of the vector; `in_dim - 1`, that of x, unless given.
+        out_dim: length of the vector; by default `in_dim - 1`, the length of x.
     """
 
     def __init__(self, in_dim: int, *, out_dim: int | None = None) -> None:

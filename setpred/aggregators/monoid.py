@@ -1,12 +1,12 @@
-"""Learnable commutative monoid: a binary operation, learned, and a tree of it."""
+"""Learnable commutative monoid: a balanced tree of one learned binary operation."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from setpred.aggregators.base import Aggregator
-from setpred.aggregators.sum_mean_max import masked_fill, zeros_where_empty
+from setpred.aggregators.base import Aggregator, masked_fill, zeros_where_empty
+from setpred.sets import mean_present
 
 
 class LearnableMonoid(Aggregator):
@@ -14,18 +14,15 @@ class LearnableMonoid(Aggregator):
 
         a ⊕ b = ½ (f(a, b) + f(b, a)),    f a GRU cell: input a, state b
 
-    Exact to rounding, whatever f is: ⊕ commutes; an absent element leaves the other operand as it is, so there is a
-    neutral element and padding has no influence; siblings in the tree may be swapped, and whole branches alike.
-    Learned: that ⊕ is associative, and with it that the order of the elements does not matter. It does not start so:
-    **unlike all other aggregators this one depends on the order**, the less the smaller `associator` is. Sets that are
-    shuffled in training teach it, or `associator` in the loss; `CanonicalOrder` around it makes it exact at once.
+    For every f, ⊕ commutes and absent elements are neutral. That ⊕ is associative has to be learned: **unlike all other
+    aggregators, an untrained one depends on the order of the elements.** To train this, shuffle the sets or add
+    `associator` to the loss. `CanonicalOrder` makes the result invariant at once.
 
-    Differentiable any number of times. Equal elements can get unequal gradients, since they stand at different places
-    of the tree.
+    Differentiable any number of times. Equal elements can get unequal gradients, by their places in the tree.
 
     Args:
-        in_dim: features of an element, and of everything in the tree. A projection beforehand is that of `SetEncoder`.
-        operation: f, from a and b `[count, in_dim]` to `[count, in_dim]`; a GRU cell unless given.
+        in_dim: features of an element and of every node of the tree.
+        operation: f, from a and b `[count, in_dim]` to `[count, in_dim]`; a GRU cell by default.
     """
 
     def __init__(self, in_dim: int, *, operation: nn.Module | None = None) -> None:
@@ -44,25 +41,24 @@ class LearnableMonoid(Aggregator):
             if nodes.shape[1] % 2:
                 nodes, present = nn.functional.pad(nodes, (0, 0, 0, 1)), nn.functional.pad(present, (0, 1))
             left, right = nodes[:, 0::2], nodes[:, 1::2]
-            # the present ones are in front, so a right node without its left does not occur
+            # present nodes are in front: a right node is never without its left one
             nodes = torch.where(present[:, 1::2].unsqueeze(-1), self.combine(left, right), left)
             present = present[:, 0::2]
         return zeros_where_empty(nodes.sum(1), mask)
 
     def associator(self, elements: Tensor, mask: Tensor | None = None) -> Tensor:
-        """How far ⊕ is from associative, `[batch]`: the mean square of (a ⊕ b) ⊕ c - a ⊕ (b ⊕ c).
+        """Distance of ⊕ from associativity, `[batch]`: the mean square of (a ⊕ b) ⊕ c - a ⊕ (b ⊕ c).
 
-        Over features and all triples of neighbours among the present elements; 0 for sets of less than three.
+        The mean is over features and all triples of neighbours among the present elements; 0 with fewer than three.
         """
         nodes, present = present_first(elements, mask)
         a, b, c = (nodes[:, i : max(nodes.shape[1] - 2 + i, 0)] for i in range(3))
         gap = self.combine(self.combine(a, b), c) - self.combine(a, self.combine(b, c))
-        whole = present[:, 2:]
-        return (gap.square().mean(-1) * whole).sum(1) / whole.sum(1).clamp(min=1)
+        return mean_present(gap.square().mean(-1), present[:, 2:])
 
 
 def present_first(elements: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The present elements in front, in their order, with zeros behind; and the mask of them, never None."""
+    """Move present elements to the front, in their order, with zeros behind; returns them and their mask."""
     if mask is None:
         return elements, elements.new_ones(elements.shape[:2], dtype=torch.bool)
     order = mask.int().argsort(dim=1, descending=True, stable=True)

@@ -1,41 +1,38 @@
-"""Pooling by attention of learned queries to the elements."""
+"""Pooling by multi-head attention (PMA): learned seeds attend to the elements."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from setpred.aggregators.base import Aggregator
-from setpred.aggregators.sum_mean_max import masked_fill, zeros_where_empty
+from setpred.aggregators.base import Aggregator, masked_fill, zeros_where_empty
 from setpred.errors import InputError
 from setpred.nn import LayerNorm
 
 
 def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax over the set, axis 1 of `scores [batch, set_size, ...]`, in which absent elements weigh 0."""
+    """Softmax over the set, axis 1 of `scores [batch, set_size, ...]`, with weight 0 for absent elements."""
     if mask is None:
         return scores.softmax(1)
     absent = ~mask.view(*mask.shape, *[1] * (scores.ndim - 2))
-    # the least number, not -inf: where every element is absent, softmax and gradient stay finite
+    # the least finite number instead of -inf keeps softmax and gradient of an empty set finite
     return scores.masked_fill(absent, torch.finfo(scores.dtype).min).softmax(1).masked_fill(absent, 0.0)
 
 
-class AttentionPool(Aggregator):
-    """PMA of the Set Transformer: learned seeds S ask the elements Z by multi-head attention (Lee et al., ICML 2019).
+class PMA(Aggregator):
+    """Pooling by attention, of the Set Transformer: learned seeds S attend to the elements Z (Lee et al., ICML 2019).
 
         PMA(Z) = LN(H + r(H)),    H = LN(S + [A_1 V_1, …, A_h V_h] W + b),    A_j = softmax_n(Q_j K_jᵀ / √d)
 
-    with Q, K, V = S W_Q, Z W_K, Z W_V cut into h heads of d numbers; biases there would change nothing that S and b
-    cannot. r is a linear layer and SiLU, where the paper has a ReLU: smooth, so that an objective made of it has a
-    continuous Hessian. The paper's row-wise network on Z is that of `SetEncoder`. Differentiable any number of times.
-
-    Each element's weight depends on its value alone, so equal elements get equal gradients.
+    with Q, K, V = S W_Q, Z W_K, Z W_V cut into h heads of d numbers; biases there would add nothing to S and b. r is a
+    linear layer and SiLU (the paper: ReLU), so that an objective has a continuous Hessian. A `SetEncoder` has the
+    paper's row-wise network on Z. Differentiable any number of times. Equal elements get equal gradients.
 
     Args:
         in_dim: features of an element and of a seed; a multiple of `heads`.
-        seeds: rows of S, and so of the result; the vector is these rows end to end, of `seeds * in_dim` numbers.
+        seeds: number of rows of S; the result is its rows end to end, `seeds * in_dim` numbers.
         heads: h.
-        normalise: False leaves out LN, as the released code does unless told otherwise.
+        normalise: False omits LN, the default of the released code.
     """
 
     def __init__(self, in_dim: int, *, seeds: int = 1, heads: int = 4, normalise: bool = True) -> None:
@@ -58,7 +55,7 @@ class AttentionPool(Aggregator):
             layer(rows).unflatten(-1, (self.heads, -1))
             for layer, rows in ((self.query, self.seeds), (self.key, elements), (self.value, elements))
         )
-        # spelled out, since torch's fused attention cannot be differentiated twice
+        # written out, since torch's fused attention cannot be differentiated twice
         scores = torch.einsum("bnhd,khd->bnhk", keys, queries) / queries.shape[-1] ** 0.5
         read = torch.einsum("bnhk,bnhd->bkhd", masked_softmax(scores, mask), values)
         hidden = self.norms[0](self.seeds + self.out(read.flatten(2)))

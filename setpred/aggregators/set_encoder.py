@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from setpred.aggregators.base import Aggregator
-from setpred.aggregators.sum_mean_max import masked_fill
+from setpred.aggregators.base import Aggregator, masked_fill
 from setpred.errors import InputError
 from setpred.nn import MLP
 from setpred.schema import CLEVR
@@ -16,13 +15,13 @@ from setpred.sets import check_set
 class SetEncoder(Aggregator):
     """g(Y) = aggregate_i [k_i, MLP(f_i)] for elements y_i = [k_i, f_i], with an MLP of one hidden layer.
 
-    Nothing is kept, k_i = [], unless the aggregator reads numbers of its own from an element: positions or membership.
+    k_i is empty, unless the aggregator itself reads numbers of an element, such as positions or a membership.
 
     Args:
-        aggregator: pools features; its `in_dim` is the width of the MLP's output, and what is kept.
+        aggregator: pools features; its `in_dim` is `kept` plus the width of the MLP's output.
         set_dim: numbers of an element.
         hidden_dim: width of the hidden layer.
-        kept: how many leading numbers of an element go to the aggregator as they are.
+        kept: how many leading numbers of an element the aggregator gets unchanged.
     """
 
     def __init__(
@@ -35,19 +34,18 @@ class SetEncoder(Aggregator):
             )
         super().__init__(set_dim, aggregator.out_dim)
         self.network = MLP(set_dim - kept, hidden_dim, aggregator.in_dim - kept)
-        self.aggregator = aggregator
-        self.kept = kept
+        self.aggregator, self.kept = aggregator, kept
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
         return self.aggregator(self._features(elements, mask), mask)
 
     def residual(self, elements: Tensor, latent: Tensor, mask: Tensor | None = None) -> Tensor:
-        """How far `latent` is from the equilibrium of the encoded set; for equilibrium aggregators."""
+        """`EquilibriumAggregation.residual` of the encoded set at φ = `latent`."""
         check_set(elements, mask, set_dim=self.in_dim)
         return self.aggregator.residual(self._features(elements, mask), latent, mask)
 
     def _features(self, elements: Tensor, mask: Tensor | None) -> Tensor:
-        # padding may hold anything, NaN too, which would reach the weights' gradients
+        # a NaN in padding would reach the weights' gradients
         elements = masked_fill(elements, mask, 0.0)
         if self.kept == 0:
             return self.network(elements)
@@ -57,7 +55,7 @@ class SetEncoder(Aggregator):
 class PairwiseSetEncoder(Aggregator):
     """g(Y) = g'({[y_i, y_j]}_ij): a set encoder over all ordered pairs of elements.
 
-    With FSPool of `set_size²` knots inside, this is the relational FSPool encoder of DSPN and iDSPN (RNFS).
+    With FSPool of `set_size²` knots inside, this is the relational encoder (RNFS) of DSPN and iDSPN.
 
     Args:
         set_encoder: g', over elements of twice the size.
@@ -71,7 +69,7 @@ class PairwiseSetEncoder(Aggregator):
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
         pair_mask = None if mask is None else (mask.unsqueeze(2) & mask.unsqueeze(1)).flatten(1, 2)
-        # exactly this class: another may pool what it likes
+        # not for a subclass, which may do something else
         if type(self.set_encoder) is SetEncoder and self.set_encoder.kept == 0:
             return self.set_encoder.aggregator(self._pair_features(masked_fill(elements, mask, 0.0)), pair_mask)
         size = elements.shape[1]
@@ -80,12 +78,11 @@ class PairwiseSetEncoder(Aggregator):
         return self.set_encoder(torch.cat([first, second], dim=-1).flatten(1, 2), pair_mask)
 
     def _pair_features(self, elements: Tensor) -> Tensor:
-        """The network of [y_i, y_j], whose first layer W [y_i, y_j] = W' y_i + W'' y_j takes each element once only."""
+        """Network of [y_i, y_j]; its first layer W [y_i, y_j] = W' y_i + W'' y_j takes each element only once."""
         layer, *rest = self.set_encoder.network
         ours, theirs = layer.weight.chunk(2, dim=1)
         first = nn.functional.linear(elements, ours, layer.bias).unsqueeze(2)
-        second = nn.functional.linear(elements, theirs).unsqueeze(1)
-        features = (first + second).flatten(1, 2)
+        features = (first + nn.functional.linear(elements, theirs).unsqueeze(1)).flatten(1, 2)
         for part in rest:
             features = part(features)
         return features

@@ -5,24 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from setpred.aggregators.base import Aggregator
-
-
-def masked_fill(elements: Tensor, mask: Tensor | None, value: float) -> Tensor:
-    """Absent elements replaced by `value`; whatever they held (NaN too) has no influence."""
-    return elements if mask is None else elements.masked_fill(~mask.unsqueeze(-1), value)
-
-
-def set_sizes(elements: Tensor, mask: Tensor | None) -> Tensor:
-    """Number of present elements of each set, `[batch, 1]`, in the elements' dtype."""
-    if mask is None:
-        return elements.new_full((elements.shape[0], 1), elements.shape[1])
-    return mask.sum(1, keepdim=True).to(elements.dtype)
-
-
-def zeros_where_empty(vectors: Tensor, mask: Tensor | None) -> Tensor:
-    """`vectors [batch, dim]` with zeros for sets without elements, what every aggregator gives them."""
-    return vectors if mask is None else vectors.masked_fill(~mask.any(1, keepdim=True), 0.0)
+from setpred.aggregators.base import Aggregator, masked_fill, zeros_where_empty
+from setpred.sets import mean_present
 
 
 class SumPool(Aggregator):
@@ -36,7 +20,7 @@ class MeanPool(Aggregator):
     """out = (1/n) Σ_i x_i over the n present elements."""
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
-        return masked_fill(elements, mask, 0.0).sum(1) / set_sizes(elements, mask).clamp(min=1)
+        return mean_present(elements, mask)
 
 
 class MaxPool(Aggregator):

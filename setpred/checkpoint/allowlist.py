@@ -19,6 +19,7 @@ PART_MODULES: tuple[ModuleType, ...] = (aggregators, decoders, encoders, inner, 
 # where the modules of earlier versions are now, of files that name classes in them
 MOVED = {"setpred.schedules": "setpred.training", "setpred.callbacks": "setpred.training"}
 MOVED |= {"setpred.data.worlds": "setpred.data.toy"}
+RENAMED = {"AttentionPool": "PMA", "OrbitPool": "GIGP", "SupersetPool": "INSET"}  # classes of setpred.aggregators
 CLASS_PATH = re.compile(r"(setpred(?:\.[a-z_0-9]+)+)\.([A-Z]\w*)")
 
 
@@ -27,6 +28,8 @@ def moved(value: Any) -> Any:
 
     >>> moved({"class_path": "setpred.schedules.StepDecay"}), moved("setpred.decoders.mlp.MLPDecoder")
     ({'class_path': 'setpred.training.StepDecay'}, 'setpred.decoders.MLPDecoder')
+    >>> moved(["setpred.aggregators.AttentionPool", "setpred.aggregators.orbits.OrbitPool"])
+    ['setpred.aggregators.PMA', 'setpred.aggregators.GIGP']
     """
     if isinstance(value, dict):
         return {key: moved(item) for key, item in value.items()}
@@ -35,11 +38,13 @@ def moved(value: Any) -> Any:
     if not isinstance(value, str) or not (found := CLASS_PATH.fullmatch(value)):
         return value
     module, name = found.groups()
+    if f"{module}.".startswith("setpred.aggregators."):
+        name = RENAMED.get(name, name)
     for old, new in MOVED.items():
         if module == old or module.startswith(f"{old}."):
             return f"{new}.{name}"
     for part in PART_MODULES:  # the modules within a package may move; what it exports stays
-        if module.startswith(f"{part.__name__}.") and name in part.__all__:
+        if f"{module}.".startswith(f"{part.__name__}.") and name in part.__all__:
             return f"{part.__name__}.{name}"
     return value
 

@@ -1,4 +1,4 @@
-"""Set losses, per example: `[batch, n, dim]` predicted and `[batch, m, dim]` target sets to `[batch]`."""
+"""Set losses, per example: sets `[batch, n, dim]` and `[batch, m, dim]` to `[batch]`."""
 
 from setpred.losses.base import SetLoss
 from setpred.losses.chamfer import ChamferLoss

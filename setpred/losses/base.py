@@ -1,4 +1,4 @@
-"""What every set loss shares: the door where sets are checked, weights per group of numbers, and masks."""
+"""Base class of the set losses: checks, weights by group of numbers, and masks."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from torch.nn import functional
 from setpred.errors import InputError
 from setpred.matching import check_pair
 from setpred.schema import CLEVR, ElementSchema
-from setpred.sets import check_set
+from setpred.sets import check_set, set_sizes
+
+Mask = Tensor | None  # bool `[batch, set_size]`, True for present elements; None if all are
 
 
 class SetLoss(nn.Module):
-    """A predicted and a target set to one number: `[batch, n, dim]` and `[batch, m, dim]` to `[batch]`.
+    """Base class of losses between a predicted and a target set: `[batch, n, dim]`, `[batch, m, dim]` to `[batch]`.
 
-    Subclasses write `compare`. None of them sees the order of either set, and masked elements have no influence
-    (value and gradient), whatever they hold. Without masks padding takes part, as elements that are zeros, presence
-    included; that is how presence is learned.
+    A subclass implements `compare`. The loss does not depend on the order of either set. Masked elements have no
+    influence on value and gradient, even if they hold NaN. Without masks, padding takes part as elements of zeros,
+    presence included; this is how presence is learned.
 
     Args:
-        weights: how much a group of numbers counts, by its name in the schema, `{"coords": 10.0}`; 1 where not
-            named. Weights multiply the group's share of an element's cost and are not normalised.
-        schema: where the groups lie in an element; CLEVR's unless given. Read only for `weights`.
-        presence_threshold: elements of either set whose presence, their last number, is not over it count as
-            masked: real objects against confident predictions. A cut has no gradient, so a presence that is to be
-            learned needs None.
+        weights: factor of a group's share of an element's cost, by its name in the schema: `{"coords": 10.0}`; 1 by
+            default, not normalised.
+        schema: schema with the groups, CLEVR by default; unused without `weights`.
+        presence_threshold: masks elements of either set whose presence, their last number, is not above it. The cut
+            has no gradient, so leave it out where presence is to be learned.
 
     Raises:
-        InputError: a weight that is negative, or of a group that the schema does not have.
+        InputError: a negative weight, or one of an unknown group.
     """
 
     def __init__(
@@ -43,72 +44,57 @@ class SetLoss(nn.Module):
         super().__init__()
         self.schema = CLEVR if schema is None else schema
         self.group_weights = dict(weights or {})
-        self.grouped = bool(weights)  # reads where the groups lie
+        self.grouped = bool(weights)  # whether elements must fit the schema
         self.presence_threshold = presence_threshold
         for name, weight in self.group_weights.items():
             if not weight >= 0:
                 raise InputError(f"weight of {name!r}: expected at least 0, got {weight}")
-        # not persistent: a checkpoint's configuration says it, and its weights fit whatever the loss
+        # not persistent: it follows from the configuration, and a checkpoint must fit every loss
         self.register_buffer("_weights", self.by_group(self.group_weights), persistent=False)
 
     def forward(
-        self,
-        predicted: Tensor,
-        target: Tensor,
-        predicted_mask: Tensor | None = None,
-        target_mask: Tensor | None = None,
+        self, predicted: Tensor, target: Tensor, predicted_mask: Mask = None, target_mask: Mask = None
     ) -> Tensor:
         """Loss of each example, `[batch]`.
 
         Args:
             predicted, target: elements `[batch, n, dim]` and `[batch, m, dim]`.
-            predicted_mask, target_mask: which of them are present, bool `[batch, n]` and `[batch, m]`; all unless
-                given.
+            predicted_mask, target_mask: bool `[batch, n]` and `[batch, m]`, which elements are present; all by default.
         """
         check_set(predicted, predicted_mask, set_dim=self.schema.set_dim if self.grouped else None)
         check_set(target, target_mask)
         check_pair(predicted, target)
         predicted, predicted_mask = self._present(predicted, predicted_mask)
         target, target_mask = self._present(target, target_mask)
-        with torch.autocast(predicted.device.type, enabled=False):  # full precision where a model trains in half
+        with torch.autocast(predicted.device.type, enabled=False):  # full precision, also where a model uses half
             return self.compare(predicted, target, predicted_mask, target_mask)
 
-    def compare(
-        self, predicted: Tensor, target: Tensor, predicted_mask: Tensor | None, target_mask: Tensor | None
-    ) -> Tensor:
-        """`[batch]`; absent elements are zeros here."""
+    def compare(self, predicted: Tensor, target: Tensor, predicted_mask: Mask, target_mask: Mask) -> Tensor:
+        """Loss of each example, `[batch]`; absent elements are zeros here."""
         raise NotImplementedError
 
     def element_weights(self, elements: Tensor) -> Tensor | None:
-        """w `[dim]` in the elements' dtype, or None where all are 1."""
+        """w `[dim]` in the elements' dtype; None if all are 1."""
         return None if self._weights is None else self._weights.to(elements.dtype)
 
     def by_group(self, values: Mapping[str, float]) -> Tensor | None:
-        """`[dim]`: the value of each number's group, 1 where not named; None where none is."""
+        """Spread values of groups over their numbers: `[dim]`, 1 for other groups; None without values."""
         vector = torch.ones(self.schema.set_dim)
         for name, value in values.items():
             vector[self.schema.slice(name)] = value
         return vector if values else None
 
-    def _present(self, elements: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Which elements count, with zeros in the place of the others."""
+    def _present(self, elements: Tensor, mask: Mask) -> tuple[Tensor, Mask]:
+        """Apply the threshold, and replace absent elements by zeros."""
         if self.presence_threshold is not None:
             confident = elements.detach()[..., -1] > self.presence_threshold
             mask = confident if mask is None else mask & confident
-        if not elements.shape[1]:  # one absent element instead of none, for which every minimum and sum is defined
+        if not elements.shape[1]:  # one absent element, so that every minimum and sum is defined
             elements, mask = functional.pad(elements, (0, 0, 0, 1)), elements.new_zeros(elements.shape[0], 1).bool()
         return (elements, None) if mask is None else (elements.masked_fill(~mask.unsqueeze(-1), 0.0), mask)
 
 
-def counts(elements: Tensor, mask: Tensor | None) -> Tensor:
-    """Number of present elements of each set, `[batch]`, in the elements' dtype."""
-    if mask is None:
-        return elements.new_full((elements.shape[0],), elements.shape[1])
-    return mask.sum(1).to(elements.dtype)
-
-
-def uniform_mass(elements: Tensor, mask: Tensor | None) -> Tensor:
-    """One unit of mass spread evenly over the present elements, `[batch, n]`; zeros for an empty set."""
-    share = 1 / counts(elements, mask).clamp(min=1)
-    mass = share.unsqueeze(1).expand(elements.shape[:2])
+def uniform_mass(elements: Tensor, mask: Mask) -> Tensor:
+    """Spread one unit of mass evenly over the present elements, `[batch, n]`; zeros for an empty set."""
+    mass = (1 / set_sizes(elements, mask).clamp(min=1)).unsqueeze(1).expand(elements.shape[:2])
     return mass if mask is None else mass * mask

@@ -1,4 +1,4 @@
-"""The loss of classes, where each element has its place."""
+"""Cross entropy of classes, for aligned elements."""
 
 from __future__ import annotations
 
@@ -7,28 +7,31 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from setpred.matching import check_pair
+from setpred.sets import mean_present
 
 
 class CrossEntropy(nn.Module):
     """(1/m) Σ_i -Σ_k target_ik log softmax_k(predicted_i): logits against classes, in nats.
 
-    Elements are aligned: predicted i is compared with target i, so no matching is made and the order is seen, unlike
-    in every `SetLoss`. The class of a whole set is the one element of `[batch, 1, classes]`.
+    Elements are aligned: prediction i belongs to target i, without a matching, so the order counts (unlike in every
+    `SetLoss`). The class of a complete set is the one element of `[batch, 1, classes]`.
 
-    Targets are one-hot, or distributions. A row of zeros has no class: it costs nothing, and m counts the others. An
-    example without any costs 0. Computed in float32 at least, also under autocast.
+    Targets are one-hot or distributions. A row of zeros has no class: it costs nothing and does not count in m. An
+    example without classes costs 0. The precision is at least float32, also under autocast.
     """
 
     def forward(self, predicted: Tensor, target: Tensor) -> Tensor:
         """Loss of each example, `[batch]`, of logits and classes `[batch, n, classes]`."""
-        check_pair(predicted, target)
-        if predicted.shape != target.shape:
-            raise ValueError(
-                f"expected as many logits as classes, got {list(predicted.shape)} and {list(target.shape)}"
-            )
+        check_aligned(predicted, target)
         with torch.autocast(predicted.device.type, enabled=False):
             if predicted.dtype in (torch.float16, torch.bfloat16):
                 predicted = predicted.float()
             each = functional.cross_entropy(predicted.mT, target.mT.to(predicted.dtype), reduction="none")
-        classed = target.sum(-1) > 0
-        return each.sum(-1) / classed.sum(-1).clamp(min=1)
+        return mean_present(each, target.sum(-1) > 0)
+
+
+def check_aligned(predicted: Tensor, target: Tensor) -> None:
+    """Raise `ValueError` unless both are sets `[batch, n, dim]` of one shape."""
+    check_pair(predicted, target)
+    if predicted.shape != target.shape:
+        raise ValueError(f"expected sets of one shape, got {list(predicted.shape)} and {list(target.shape)}")

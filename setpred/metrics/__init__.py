@@ -1,4 +1,4 @@
-"""How good predictions are: average precision in two protocols and what lies behind it, errors and distances."""
+"""Metrics: average precision in two protocols, its parts, accuracies, errors and distances."""
 
 from setpred.metrics.attributes import attribute_report, match_by_position
 from setpred.metrics.average_precision import (
@@ -10,10 +10,8 @@ from setpred.metrics.average_precision import (
     precision_recall,
     threshold_name,
 )
-from setpred.metrics.averages import Mean, MeanMetric
-from setpred.metrics.classification import Accuracy
+from setpred.metrics.averages import AbsoluteError, Accuracy, Mean, MeanMetric
 from setpred.metrics.numbering import NumberingAccuracy, right_numbers
-from setpred.metrics.regression import AbsoluteError
 from setpred.metrics.set_distances import SetDistances
 
 __all__ = [

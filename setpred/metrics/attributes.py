@@ -1,4 +1,4 @@
-"""What lies behind an average precision: attributes, distance and presence apart."""
+"""Attribute report: the parts of an average precision, each scored separately."""
 
 from __future__ import annotations
 
@@ -10,28 +10,24 @@ import torch
 from torch import Tensor
 
 from setpred.matching import hungarian
-from setpred.metrics.average_precision import THRESHOLDS, check_pair, pairwise_distance, threshold_name
+from setpred.metrics.average_precision import THRESHOLDS, check_scorable, pairwise_distance, threshold_name
 from setpred.schema import CLEVR, ElementSchema
 from setpred.sets import presence_mask
 
-_FAR = 100.0  # a distance that counts no further
-_SHY = 1e3  # what it costs to use a slot that claims no object: more than a whole set of far ones
+_FAR = 100.0  # larger distances count as this
+_SHY = 1e3  # cost of a slot that claims no object: more than a set of far ones
 
 
 def match_by_position(predicted: Tensor, target: Tensor, *, schema: ElementSchema = CLEVR) -> Tensor:
-    """Which predicted slot stands for each real object: one to one, least total distance, classes ignored.
+    """Match a predicted slot to each real object: one to one, by the least total distance, ignoring classes.
 
-    Confident slots (presence over one half) come first; the others fill in only where an image has fewer confident
-    slots than real objects. Otherwise an idle slot that happens to rest near an object would take it.
-
-    Returns:
-        long `[images, target_size]` for `attribute_report`: -1 for padding, and for the real objects that are left
-        over when a predicted set is smaller than the real one.
+    Confident slots (presence over one half) come first; the others serve only where an image has too few of them.
+    Otherwise an idle slot that happens to be near an object would take it. Returns long `[images, target_size]` for
+    `attribute_report`: -1 for padding, and for real objects left over by a smaller predicted set.
     """
-    check_pair(predicted, target, schema)
+    check_scorable(predicted, target, schema)
     real = presence_mask(target)
-    target = torch.where(real[..., None], target, 0.0)
-    cost = pairwise_distance(predicted, target, schema=schema).clamp(max=_FAR)
+    cost = pairwise_distance(predicted, torch.where(real[..., None], target, 0.0), schema=schema).clamp(max=_FAR)
     cost = cost + _SHY * ~presence_mask(predicted)[..., None]
     lacking = max(target.shape[1] - predicted.shape[1], 0)
     cost = torch.cat([cost, cost.new_full((len(cost), lacking, cost.shape[2]), 10 * _SHY)], 1)
@@ -47,25 +43,23 @@ def attribute_report(
     thresholds: Sequence[float] = THRESHOLDS,
     schema: ElementSchema = CLEVR,
 ) -> dict[str, Any]:
-    """What an AP near zero is made of: each attribute, the distance and the presence apart.
+    """Score each attribute, the distance and the presence separately, to explain an average precision.
 
     Args:
         predicted, target: as in `average_precision`.
-        assignment: long `[images, target_size]`, the predicted slot matched to each target slot, one to one, or -1
-            for none; read only where the target is a real object. `match_by_position` gives one in which the
-            classes do not choose the partners that they are judged against.
+        assignment: long `[images, target_size]`, the slot matched to each real object, one to one, or -1 for none; not
+            read for padding. `match_by_position` matches without the classes that are scored.
 
     Returns:
-        Plain numbers, dictionaries and lists. "images", "objects"; over the matched real objects: "accuracy" by
-        categorical field, "all_attributes" (all of them right at once), "confusion" by field (counts, rows the
-        real class, columns the predicted one), "distance" (L2 over the continuous fields in their units: mean,
-        median, p90, p99), "within" (share strictly under each threshold, classes ignored), "axis_errors" by
-        continuous field (per axis: mean of the absolute error, median of it, and bias = mean of the signed one);
-        over all slots: "presence_accuracy" (confident, over one half, exactly where matched to a real object);
-        "found" (share of the real objects whose match is confident), "count_error" (mean of |confident − real|
-        per image), "count_exact" (share of the images where it is 0). NaN where nothing is there to average.
+        Plain numbers, dictionaries and lists; NaN for an empty mean. "images", "objects". Over matched real objects:
+        "accuracy" by categorical field, "all_attributes" (all right), "confusion" by field (counts, rows the real
+        class), "distance" (L2 over the continuous fields in their units: mean, median, p90, p99), "within" (share
+        strictly under each threshold), "axis_errors" by continuous field (per axis: mean and median of the absolute
+        error, bias = mean of the signed one). Over all slots: "presence_accuracy" (confident exactly if matched). Over
+        real objects: "found" (share whose match is confident). Over images: "count_error" (mean of |confident − real|),
+        "count_exact" (share where it is 0).
     """
-    check_pair(predicted, target, schema)
+    check_scorable(predicted, target, schema)
     real = presence_mask(target)
     if assignment.shape != real.shape or assignment.dtype != torch.long:
         raise ValueError(
@@ -99,6 +93,7 @@ def attribute_report(
             {"mean": _mean(axis.abs()), "median": _quantile(axis.abs(), 0.5), "bias": _mean(axis)} for axis in error.T
         ]
     distance = squared.sqrt()
+    quantiles = {name: _quantile(distance, share) for name, share in (("median", 0.5), ("p90", 0.9), ("p99", 0.99))}
     miscount = (confident.sum(1) - real.sum(1)).abs()
     return {
         "images": len(real),
@@ -106,8 +101,7 @@ def attribute_report(
         "accuracy": accuracy,
         "all_attributes": _mean(all_right),
         "confusion": confusion,
-        "distance": {"mean": _mean(distance)}
-        | {name: _quantile(distance, q) for name, q in (("median", 0.5), ("p90", 0.9), ("p99", 0.99))},
+        "distance": {"mean": _mean(distance)} | quantiles,
         "within": {threshold_name(threshold): _mean(distance < threshold) for threshold in thresholds},
         "axis_errors": axis_errors,
         "presence_accuracy": _mean(confident == matched),
@@ -122,5 +116,5 @@ def _mean(values: Tensor) -> float:
 
 
 def _quantile(values: Tensor, share: float) -> float:
-    """Nearest-rank quantile: `torch.quantile` refuses more than 16 million numbers."""
+    """Nearest-rank quantile; `torch.quantile` takes at most 16 million numbers."""
     return float(values.sort().values[math.ceil(share * len(values)) - 1]) if len(values) else math.nan
