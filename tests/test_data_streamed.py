@@ -32,8 +32,8 @@ def folder(tmp_path_factory):
 
 def prepare(data: StreamedScenes) -> None:
     """`prepare_data`, but rendering in this process: starting another one takes longer than the rest."""
-    which = {"objects": data.rules.objects, "seed": data.file.seed, "condition": data.file.condition}
-    render_file(data.val_path, images=data.file.images, image_size=data.image_size, **which)
+    which = {"objects": data.rules.objects, "seed": data.files[0].seed, "condition": data.condition}
+    render_file(data.val_path, images=data.files[0].images, image_size=data.image_size, **which)
     data.prepare_data()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from setpred.data.clevr import ClevrFolder
-from setpred.data.images import BROKEN, open_image, upright
+from setpred.data.images import read_image
 from setpred.errors import InputError
 from setpred.files import make_folder, writing
 from setpred.rendering.camera import ASPECT
@@ -110,15 +110,11 @@ def scenes_with_images(
         index = record["image_index"]
         if index not in known:
             raise InputError(f"{root}: cameras.jsonl does not say where the camera of image {index} stood")
-        yield scene_of(record, *known[index]), record, _picture(folder.path(number))
-
-
-def _picture(path: Path) -> np.ndarray:
-    try:
-        with open_image(path) as image:
-            return np.asarray(upright(image).convert("RGB")).astype(np.float64)
-    except BROKEN as error:
-        raise InputError(f"{path} is not an image, cut short or damaged ({error}); copy or make it again") from error
+        yield (
+            scene_of(record, *known[index]),
+            record,
+            np.asarray(read_image(folder.path(number)).convert("RGB")).astype(np.float64),
+        )
 
 
 def mean(comparisons: list[Comparison]) -> Comparison:
