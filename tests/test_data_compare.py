@@ -77,7 +77,7 @@ def test_what_is_missing_is_said(folder, tmp_path):
     whole = picture.read_bytes()
     for broken in (b"", b"text", whole[: len(whole) // 2]):
         picture.write_bytes(broken)
-        with pytest.raises(InputError, match=r"CLEVR_val_000000\.png is not an image, cut short or damaged"):
+        with pytest.raises(InputError, match=r"CLEVR_val_000000\.png is (not an image|cut short or damaged)"):
             list(compare(root))
     picture.write_bytes(whole)
     scenes = root / "scenes" / "CLEVR_val_scenes.json"
