@@ -65,8 +65,8 @@ def streamed_folder(tmp_path_factory):
 def prepare(data) -> None:
     """`prepare_data`, but rendering in this process: starting another one takes longer than the rest."""
     for file in data.files:
-        which = {"objects": file.objects, "seed": file.seed, "condition": file.condition}
-        render_file(file.path, images=file.images, image_size=file.image_size, **which)
+        which = {name: value for name, value in file.header.source.items() if name != "kind"}
+        render_file(file.path, images=file.header.images, image_size=file.header.image_size, **which)
     data.prepare_data()
 
 

@@ -47,19 +47,19 @@ def _render_folder(out: Path, **options: Any) -> None:
 
 
 def _compare(json: Path | None, **options: Any) -> None:
-    from dataclasses import asdict
     from json import dumps
 
-    from setpred.data.fidelity import HEADER, compare, mean, table
+    from setpred.data.fidelity import HEADER, compare, mean
     from setpred.files import write_atomically
 
     rows = []
     for row in compare(**options):
-        print(table(row) if rows else f"{HEADER}\n{table(row)}", flush=True)
+        print(row.line() if rows else f"{HEADER}\n{row.line()}", flush=True)
         rows.append(row)
-    print(table(mean(rows)))
+    print(mean(rows).line())
     if json is not None:
-        write_atomically(json, dumps(asdict(mean(rows)) | {"images": list(map(asdict, rows))}, indent=1) + "\n")
+        figures = mean(rows)._asdict() | {"images": [row._asdict() for row in rows]}
+        write_atomically(json, dumps(figures, indent=1) + "\n")
 
 
 def _verify(file: Path) -> None:

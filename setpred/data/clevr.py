@@ -55,9 +55,8 @@ class ClevrFolder:
         if images is not None and images < 1:
             raise InputError(f"expected at least 1 image, got {images}")
         scenes_file = _scenes_file(self.root, split)
-        self.folder = self.root / "images" / split
-        if scenes_file.parent == self.root:  # as clevr-dataset-gen leaves them
-            self.folder = self.root / "images"
+        # clevr-dataset-gen leaves its images beside those of splits
+        self.folder = self.root / "images" / ("" if scenes_file.parent == self.root else split)
         content = _read(scenes_file)
         scenes = self._parse(content, scenes_file)[:images]
         self.file_names, index, *arrays = zip(*scenes, strict=True)
@@ -134,13 +133,13 @@ class ClevrFolder:
             raise InputError(f"{name}: expected a list 'objects' of records")
         if type(index) is not int or not 0 <= index <= LARGEST_NUMBER:  # a bool is an int to Python
             raise InputError(f"{name}: expected an 'image_index' of at least 0, got {shown(index)}")
-        if len(objects) > self.schema.max_objects:
+        if len(objects) > (most := self.schema.max_objects):
             raise InputError(
-                f"{name} has {len(objects)} objects, but schema {self.schema.name!r} holds at most "
-                f"{self.schema.max_objects}; leave the image out or use a larger schema"
+                f"{name} has {len(objects)} objects, but schema {self.schema.name!r} holds at most {most}; leave the "
+                "image out or use a larger schema"
             )
-        elements = np.zeros((self.schema.max_objects, self.schema.set_dim), dtype=np.float32)
-        centres, pixels = np.full((2, self.schema.max_objects, 3), np.nan)
+        elements = np.zeros((most, self.schema.set_dim), dtype=np.float32)
+        centres, pixels = np.full((2, most, 3), np.nan)
         for number, obj in enumerate(objects):
             try:
                 if "3d_coords" not in obj:
@@ -174,27 +173,22 @@ def _scenes_file(root: Path, split: str) -> Path:
         raise InputError(f"the split {shown(split)}: expected a plain name, such as train or val")
     if not root.is_dir():
         raise InputError(f"expected a folder in the CLEVR_v1.0 layout, but {root} is no folder; see data/README.md")
-    scenes_file = root / "scenes" / f"CLEVR_{split}_scenes.json"
-    if scenes_file.is_file():
-        return scenes_file
-    generated = root / "CLEVR_scenes.json"
-    if split == "new" and generated.is_file():
-        return generated
-    found = sorted(path.name[len("CLEVR_") : -len("_scenes.json")] for path in root.glob("scenes/CLEVR_*_scenes.json"))
-    found += ["new"] if generated.is_file() else []
-    which = f"in {root} there are those of {' and '.join(found)}" if found else f"in {root} there are none"
+    there = {path.name.removeprefix("CLEVR_").removesuffix("_scenes.json"): path for path in root.glob("scenes/*.json")}
+    if (generated := root / "CLEVR_scenes.json").is_file():  # as clevr-dataset-gen leaves it
+        there.setdefault("new", generated)
+    if split in there:
+        return there[split]
+    which = f"in {root} there are those of {' and '.join(sorted(there)) or 'none'}"
     if split == "test":
         raise InputError(f"CLEVR publishes no scenes for the split 'test', only for train and val; {which}")
-    raise InputError(f"the split {split!r} has no scenes: expected {scenes_file}, but {which}")
+    expected = root / "scenes" / f"CLEVR_{split}_scenes.json"
+    raise InputError(f"the split {split!r} has no scenes: expected {expected}, but {which}")
 
 
 def _read(path: Path) -> bytes:
     try:
-        size = require_regular(path, advice="unpack CLEVR again")
-        if size > MOST_BYTES:
-            raise InputError(
-                f"{path} has {size:,} bytes, expected at most {MOST_BYTES:,}, as it is read as a whole; split it"
-            )
+        if (size := require_regular(path, advice="unpack CLEVR again")) > MOST_BYTES:
+            raise InputError(f"{path} has {size:,} bytes, expected at most {MOST_BYTES:,} to read at once; split it")
         return path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror})") from error

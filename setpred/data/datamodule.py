@@ -44,8 +44,7 @@ class SetData(LightningDataModule, ABC):
 
     def __init__(self, *, batch_size: int, eval_batch_size: int | None = None, seed: int | None = None) -> None:
         super().__init__()
-        least = {"batch_size": (batch_size, 1), "eval_batch_size": (eval_batch_size, 1), "seed": (seed, 0)}
-        _check_least(least)
+        _check_least({"batch_size": (batch_size, 1), "eval_batch_size": (eval_batch_size, 1), "seed": (seed, 0)})
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size or batch_size, seed
         self.train_data: Dataset | None = None
         self.val_data: Dataset | None = None
@@ -113,8 +112,8 @@ class ImageData(SetData):
     ) -> None:
         super().__init__(batch_size=batch_size, **arguments)
         _check_least({"image_size": (image_size, 1), "num_workers": (num_workers, 0)})
-        self.image_size, self.set_size, self.in_memory = image_size, set_size, in_memory
-        self.num_workers = num_workers
+        self.image_size, self.set_size = image_size, set_size
+        self.num_workers, self.in_memory = num_workers, in_memory
 
     def open_images(self, path: str, split: str = "val", images: int | None = None) -> SetFile | ClevrImages:
         """Open a file, or a split of a folder, of this module's image size, set size and schema."""
@@ -200,33 +199,27 @@ class SetDataModule(ImageData):
 
 @dataclass(frozen=True)
 class RenderedFile:
-    """A file of built-in scenes that is rendered if it does not exist; see `setpred.data.scenes.render_file`.
+    """A file of built-in scenes in a folder, rendered by `setpred.data.scenes.render_file` if it does not exist.
 
     Args:
-        folder: folder of the file.
+        header: description of the file.
         workers: processes that render; all cores by default.
     """
 
+    header: Header
     folder: str
-    images: int
-    image_size: int
-    objects: tuple[int, int]
-    seed: int
-    condition: str = "clevr"
     workers: int | None = None
 
     @property
-    def path(self) -> str:
-        scenes = "{}to{}".format(*self.objects) + ("" if self.condition == "clevr" else f"-{self.condition}")
-        name = f"rendered-{self.image_size}-{scenes}-seed{self.seed}-{self.images}.h5"
-        return str(Path(self.folder).expanduser() / name)
-
-    def header(self) -> Header:
-        """The header of the file; raises `InputError` if there is no such file."""
-        return rendered_header(images=self.images, image_size=self.image_size, **self._which())
-
     def _which(self) -> dict[str, Any]:
-        return {"objects": self.objects, "seed": self.seed, "condition": self.condition}
+        return {name: value for name, value in self.header.source.items() if name != "kind"}
+
+    @property
+    def path(self) -> str:
+        source = self.header.source
+        scenes = "{}to{}".format(*source["objects"]) + (f"-{source['condition']}" if "condition" in source else "")
+        name = f"rendered-{self.header.image_size}-{scenes}-seed{source['seed']}-{self.header.images}.h5"
+        return str(Path(self.folder).expanduser() / name)
 
     def prepare(self) -> None:
         """Render the file if it does not exist, and check it.
@@ -236,14 +229,14 @@ class RenderedFile:
         """
         if not os.path.exists(self.path):
             self._render_once()
-        data = SetFile(self.path, image_size=self.image_size, schema=CLEVR, in_memory=False)
-        expected = self.header().source
-        if data.source != expected or len(data) != self.images:
+        images, size, source = self.header.images, self.header.image_size, self.header.source
+        data = SetFile(self.path, image_size=size, schema=CLEVR, in_memory=False)
+        if data.source != source or len(data) != images:
             raise InputError(
-                f"expected {self.images} images of {expected} in {self.path}, got {len(data)} of {data.source}; move "
-                "it away and it will be rendered"
+                f"expected {images} images of {source} in {self.path}, got {len(data)} of {data.source}; move it away "
+                "and it will be rendered"
             )
-        now = render_records([0], image_size=self.image_size, **self._which())[0]
+        now = render_records([0], image_size=size, **self._which)[0]
         shades = np.abs(data[0]["image"].permute(1, 2, 0).numpy().astype(int) - now.image).mean()
         # other processors and versions of NumPy may round otherwise
         if shades >= 1 or not np.allclose(data[0]["elements"].numpy(), now.elements, atol=1e-4):
@@ -267,10 +260,10 @@ class RenderedFile:
 
     def _render(self) -> None:
         # Another process, for its workers import the main program, which here would be torch and Lightning.
-        options = {"images": self.images, "image-size": self.image_size, "seed": self.seed, "out": self.path}
-        options |= {"condition": self.condition} | ({} if self.workers is None else {"workers": self.workers})
-        command = [sys.executable, "-m", "setpred.data", "render", "--objects", *map(str, self.objects)]
-        command += [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        options = {"images": self.header.images, "image-size": self.header.image_size, "out": self.path} | self._which
+        options |= {} if self.workers is None else {"workers": self.workers}
+        words = ([f"--{name}", *(value if name == "objects" else [value])] for name, value in options.items())
+        command = [sys.executable, "-m", "setpred.data", "render", *(str(word) for each in words for word in each)]
         paths = filter(None, (str(Path(setpred.__file__).parents[1]), os.environ.get("PYTHONPATH")))
         if subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}).returncode != 0:
             raise InputError(f"rendering {self.path} failed, for the reason given above")
@@ -305,17 +298,15 @@ class BuiltInScenes(ImageData):
     ) -> None:
         super().__init__(**arguments)
         _check_least({"scenes_seed": (scenes_seed, 0)})
-        self.objects, self.scenes_seed, self.condition = tuple(objects), scenes_seed, condition
-        self.folder, self.workers = folder, workers
+        self.which = {"objects": tuple(objects), "condition": condition}
+        self.scenes_seed, self.folder, self.workers = scenes_seed, folder, workers
         self.files = (self.rendered(val_images, scenes_seed + VALIDATION_SEED),)
         self.train_path, self.val_path = None, self.files[0].path
 
     def rendered(self, images: int, seed: int) -> RenderedFile:
         """A file of these scenes, after checking the arguments."""
-        which = (self.objects, seed, self.condition, self.workers)
-        file = RenderedFile(self.folder, images, self.image_size, *which)
-        file.header()
-        return file
+        header = rendered_header(images=images, image_size=self.image_size, seed=seed, **self.which)
+        return RenderedFile(header, self.folder, self.workers)
 
     def prepare_data(self) -> None:
         """Render the files that do not exist; errors as in `RenderedFile.prepare`."""

@@ -51,7 +51,7 @@ class SetImages(Dataset, ABC):
     source: dict[str, Any]
     image_index: np.ndarray
 
-    def _set_elements(self, elements: np.ndarray, set_size: int | None, name: str) -> None:
+    def _keep(self, elements: np.ndarray, set_size: int | None, name: object) -> None:
         """Keep `elements [n, N, D]`, trimmed or padded to `set_size`."""
         self.set_size = elements.shape[1] if set_size is None else set_size
         counts = (self.schema.values(elements, PRESENCE) > 0.5).sum(1)
@@ -173,7 +173,7 @@ class SetFile(SetImages):
             self.schema, self.image_size, self.source = header.schema, header.image_size, dict(header.source)
             rows = read_sets(file, header, path, images)
             self.image_index, self._cameras = rows.index, rows.camera
-            self._set_elements(rows.elements, set_size, str(path))
+            self._keep(rows.elements, set_size, path)
         size = len(self) * self.image_size**2 * 3
         self.in_memory = size < IN_MEMORY_BYTES if in_memory is None else in_memory
 
@@ -189,11 +189,11 @@ class SetFile(SetImages):
         Raises:
             InputError: a GPU without enough free memory.
         """
-        if device is None and (not self.in_memory or self._images is not None):
+        if device is None and not self.in_memory:
+            return
+        if self._images is not None and device in (None, self._images.device):
             return
         device = torch.device("cpu" if device is None else device)
-        if self._images is not None and self._images.device == device:
-            return
         shape = (len(self), self.image_size, self.image_size, 3)
         if device.type == "cuda" and (size := math.prod(shape)) > (free := torch.cuda.mem_get_info(device)[0]):
             raise InputError(
@@ -264,7 +264,7 @@ class ClevrImages(SetImages):
         self.folder = ClevrFolder(root, split, schema=schema, images=images)
         self.schema, self.image_size, self.source = schema, image_size, self.folder.source
         self.image_index = self.folder.index
-        self._set_elements(self.folder.elements, set_size, str(root))
+        self._keep(self.folder.elements, set_size, root)
 
     def camera(self, index: int) -> np.ndarray:
         return self.folder.camera(index)
@@ -276,18 +276,20 @@ class ClevrImages(SetImages):
 def open_data(
     path: str | os.PathLike[str],
     *,
-    split: str = "val",
     image_size: int,
-    set_size: int | None = None,
+    split: str = "val",
     schema: ElementSchema = CLEVR,
-    images: int | None = None,
     in_memory: bool | None = None,
+    **size: int | None,
 ) -> SetFile | ClevrImages:
     """Open the data set at `path`: a prepared file, or a split of a CLEVR_v1.0 folder.
+
+    Args:
+        size: `set_size` and `images`, as of `SetFile`.
 
     Raises:
         InputError: neither, or what `SetFile` and `ClevrImages` raise.
     """
     if Path(path).is_dir():
-        return ClevrImages(path, split=split, image_size=image_size, set_size=set_size, schema=schema, images=images)
-    return SetFile(path, image_size=image_size, set_size=set_size, schema=schema, images=images, in_memory=in_memory)
+        return ClevrImages(path, split=split, image_size=image_size, schema=schema, **size)
+    return SetFile(path, image_size=image_size, schema=schema, in_memory=in_memory, **size)

@@ -50,12 +50,10 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """
     require_regular(path, advice="give an image file")
     image = Image.open(path, formats=FORMATS)
-    if image.width * image.height > MOST_PIXELS:
+    width, height = image.size
+    if width * height > MOST_PIXELS:
         image.close()
-        raise InputError(
-            f"the image {path} has {image.width}x{image.height} pixels, expected at most {MOST_PIXELS:,} in all; make "
-            "it smaller, a model sees it at a fraction of that"
-        )
+        raise InputError(f"the image {path} has {width}x{height} pixels, expected {MOST_PIXELS:,}; make it smaller")
     return image
 
 
@@ -81,10 +79,7 @@ def read_image(path: str | os.PathLike[str], *, advice: str = "unpack CLEVR agai
     try:
         with open_image(path) as image:
             if image.mode.startswith(("I", "F")):  # Pillow would clip values above 255
-                raise InputError(
-                    f"the image {path} is grey with more than 8 bits a pixel (mode {image.mode}), expected 8 bits; "
-                    "convert it to 8 bits first"
-                )
+                raise InputError(f"the image {path} is grey with more than 8 bits a pixel; convert it to 8 bits first")
             return _upright(image)
     except InputError:  # a ValueError, too
         raise

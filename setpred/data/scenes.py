@@ -40,33 +40,21 @@ def built_in_scenes(
     return sample_scenes([np.random.default_rng([seed, number]) for number in numbers], rules)
 
 
-def _rendered(
-    numbers: Sequence[int], which: Mapping[str, Any], width: int, height: int
-) -> Iterator[tuple[int, Scene, np.ndarray]]:
-    """Each number with its scene and its picture uint8 `[height, width, 3]`."""
-    scenes = built_in_scenes(numbers, **which)
+def _pictures(scenes: Sequence[Scene], width: int, height: int) -> Iterator[np.ndarray]:
+    """The picture uint8 `[height, width, 3]` of each scene."""
     size = max(1, BATCH_PIXELS // (width * height))
     for first in range(0, len(scenes), size):
-        some = slice(first, first + size)
-        yield from zip(
-            numbers[some], scenes[some], render(scenes[some], width=width, height=height).numpy(), strict=True
-        )
+        yield from render(scenes[first : first + size], width=width, height=height).numpy()
 
 
 def render_records(
     numbers: Sequence[int], *, seed: int, image_size: int, objects: tuple[int, int], condition: str = "clevr"
 ) -> list[Record]:
     """The rows of these numbers of a rendering."""
-    which = {"seed": seed, "objects": objects, "condition": condition}
-    return [
-        Record(
-            image=image,
-            elements=CLEVR.encode([obj.as_dict() for obj in scene.objects]),
-            camera=np.array(scene.camera.location, dtype=np.float64),
-            index=number,
-        )
-        for number, scene, image in _rendered(numbers, which, image_size, image_size)
-    ]
+    scenes = built_in_scenes(numbers, seed=seed, objects=objects, condition=condition)
+    sets = (CLEVR.encode([obj.as_dict() for obj in scene.objects]) for scene in scenes)
+    cameras = (np.array(scene.camera.location, dtype=np.float64) for scene in scenes)
+    return list(map(Record, _pictures(scenes, image_size, image_size), sets, cameras, numbers))
 
 
 def rendered_source(*, objects: tuple[int, int], seed: int, condition: str = "clevr") -> dict[str, Any]:
@@ -212,7 +200,8 @@ def _save_pictures(
     """Render the pictures of these numbers into `folder`; write two lines for each to `path`, scene and camera."""
     make_folder(folder)
     lines = []
-    for number, scene, picture in _rendered(numbers, which, width, height):
+    scenes = built_in_scenes(numbers, **which)
+    for number, scene, picture in zip(numbers, scenes, _pictures(scenes, width, height), strict=True):
         with open(folder / image_name(split, number), "wb") as file:
             Image.fromarray(picture).save(file, "png")
             file.flush()

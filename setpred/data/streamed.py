@@ -75,11 +75,9 @@ class StreamedScenes(BuiltInScenes):
     def __init__(self, *, scenes_per_epoch: int = 70_000, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.scenes_per_epoch = scenes_per_epoch
-        self.rules = SceneRules(objects=self.objects, palettes=CONDITIONS[self.condition])
-        if self.set_size is not None and self.set_size < self.objects[1]:
-            raise InputError(
-                f"a set_size of {self.set_size} does not hold scenes of up to {self.objects[1]} objects; use more"
-            )
+        self.rules = SceneRules(objects=self.which["objects"], palettes=CONDITIONS[self.which["condition"]])
+        if self.set_size is not None and self.set_size < (most := self.rules.objects[1]):
+            raise InputError(f"a set_size of {self.set_size} does not hold scenes of up to {most} objects; use more")
 
     def open_split(self, split: str) -> Dataset:
         if split == "val":
