@@ -38,10 +38,15 @@ def set_sizes(elements: Tensor, mask: Tensor | None = None) -> Tensor:
     return mask.sum(1).to(elements.dtype)
 
 
+def present_order(mask: Tensor) -> Tensor:
+    """Order the present elements first: indices `[batch, set_size]` for a mask `[batch, set_size]`, stable."""
+    return mask.int().argsort(dim=1, descending=True, stable=True)
+
+
 def present_first(elements: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The present elements in their order, then zeros; and the mask of them, never None."""
     if mask is None:
         return elements, elements.new_ones(elements.shape[:2], dtype=torch.bool)
-    order = mask.int().argsort(dim=1, descending=True, stable=True)
+    order = present_order(mask)
     elements = fill_absent(elements, mask)
     return elements.gather(1, order.unsqueeze(-1).expand_as(elements)), mask.gather(1, order)

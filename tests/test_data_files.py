@@ -1,6 +1,7 @@
 """Prepared files and rendered folders: what goes in comes out; nothing incomplete or damaged is taken for complete."""
 
 import errno
+import io
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from setpred import CLEVR, ElementSchema, InputError, files
+from setpred import CLEVR, ElementSchema, InputError, files, progress
 from setpred.commands.data import main
 from setpred.data import hdf5_writer, scenes, shards
 from setpred.data.clevr import ClevrFolder
@@ -233,6 +234,14 @@ def test_shards_of_something_else_are_not_used(tmp_path, change, capsys, small_s
         assert write(path, **options) == list(range(7))
         assert "starting again" in capsys.readouterr().err
     verify(path)
+
+
+def test_a_folder_in_the_way_is_left_alone(tmp_path):
+    (tmp_path / "a.h5.partial").mkdir()
+    (tmp_path / "a.h5.partial" / "notes").write_text("mine")
+    with pytest.raises(InputError, match="has notes, which is not a shard; move the folder away"):
+        write(tmp_path / "a.h5")
+    assert (tmp_path / "a.h5.partial" / "notes").read_text() == "mine"
 
 
 @pytest.fixture
@@ -678,3 +687,23 @@ def test_ordered_map_keeps_the_order_and_the_errors_and_takes_no_more_than_it_ne
 def test_ordered_map_reports_a_dead_worker():
     with pytest.raises(InputError, match=r"worker process died.*fewer --workers"):
         list(ordered_map(os._exit, range(30), workers=1))
+
+
+def test_progress_in_a_log(monkeypatch):
+    clock = iter(range(0, 1000, 4))  # each look at the clock is four seconds later
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    log = io.StringIO()
+    assert list(progress.progress("abcdefgh", total=10, initial=2, description="work", file=log)) == list("abcdefgh")
+    assert log.getvalue().splitlines() == [
+        "work: 5 of 10, 0.2 per second, 20 s left",
+        "work: 8 of 10, 0.2 per second, 8 s left",
+        "work: 10 of 10, 0.2 per second, 36.0 s",
+    ]
+
+
+def test_progress_on_a_terminal():
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    assert list(progress.progress(range(3), total=3, description="work", file=terminal)) == [0, 1, 2]
+    assert "work: 100%" in terminal.getvalue()
+    assert "3/3" in terminal.getvalue()

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 from problems import finite_difference
-from torchmetrics import Metric
 
 from setpred.aggregators import FSPool, SetEncoder, SumPool
 from setpred.checkpoint import load as checkpoint
@@ -640,37 +639,18 @@ def test_padding_of_an_input_set_has_no_influence():
         torch.testing.assert_close(model(sets, mask=mask)[:1], alone)
 
 
-class Mean(Metric):
-    """Mean of the predictions; counts every example once."""
-
-    monitor, mode = "mean", "max"
-
-    def __init__(self):
-        super().__init__()
-        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros(()), dist_reduce_fx="sum")
-
-    def update(self, predicted, target):
-        self.total += predicted.sum()
-        self.count += predicted.numel()
-
-    def compute(self):
-        return {"mean": self.total / self.count}
-
-
 def test_validate_scores_every_example_once():
-    encoder = SetEncoder(FSPool(8, set_size=3), set_dim=2, hidden_dim=8)
-    module = SetPrediction(
-        encoder, MLPDecoder(latent_dim=8, set_size=3, set_dim=2, hidden_dim=16), schema=None, metric=Mean()
-    )
-    assert (module.monitor, module.mode) == ("val_mean", "max")
-    data = Multisets(train_sets=8, val_sets=10, batch_size=4, set_size=3, set_dim=2)
-    data.setup()
+    encoder, metric = SetEncoder(FSPool(8, set_size=3), set_dim=2, hidden_dim=8), AbsoluteError()
+    decoder = MLPDecoder(latent_dim=8, set_size=3, set_dim=2, hidden_dim=16)
+    module = SetPrediction(encoder, decoder, schema=None, metric=metric)
+    assert (module.monitor, module.mode) == (f"val_{metric.monitor}", metric.mode)
+    data = built(Multisets, val_sets=10, set_size=3, set_dim=2)
     module.train()
     scores = module.validate(data.val_dataloader())
     assert module.training
     whole = data.val_data.__getitems__(range(10))
     predicted = module.model(whole["input"]).detach()
-    assert scores["val_mean"] == pytest.approx(float(predicted.mean()), rel=1e-5)
+    (expected,) = AbsoluteError()(predicted, whole["elements"]).values()
+    assert scores[module.monitor] == pytest.approx(float(expected), rel=1e-5)
     assert scores["val_loss"] == pytest.approx(float(HungarianLoss()(predicted, whole["elements"]).mean()), rel=1e-5)
     assert module.validate(data.val_dataloader()) == scores  # nothing remains of the first time

@@ -42,7 +42,7 @@ class SetData(LightningDataModule, ABC):
         seed: of the order of the training examples; None takes the seed of the run, from the command line.
     """
 
-    def __init__(self, *, batch_size: int, eval_batch_size: int | None = None, seed: int | None = None) -> None:
+    def __init__(self, *, batch_size: int = 128, eval_batch_size: int | None = None, seed: int | None = None) -> None:
         super().__init__()
         _check_least({"batch_size": (batch_size, 1), "eval_batch_size": (eval_batch_size, 1), "seed": (seed, 0)})
         self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size or batch_size, seed
@@ -89,7 +89,6 @@ class ImageData(SetData):
     Args:
         image_size: side of the images; a file of another size is an error.
         set_size: size of the sets; the schema's `max_objects` by default.
-        batch_size: training examples per step and process; the last, smaller batch of an epoch is left out.
         num_workers: processes that read; 0 suits files in memory, and is what a set in a GPU's memory gets.
         in_memory: keep a file's images in memory; None does so under 2 GB. "device" keeps them as uint8 in the memory
             of the device that trains, to which only the numbers of a batch's images are sent.
@@ -105,12 +104,11 @@ class ImageData(SetData):
         *,
         image_size: int = 128,
         set_size: int | None = None,
-        batch_size: int = 128,
         num_workers: int = 0,
         in_memory: InMemory = None,
         **arguments: Any,
     ) -> None:
-        super().__init__(batch_size=batch_size, **arguments)
+        super().__init__(**arguments)
         _check_least({"image_size": (image_size, 1), "num_workers": (num_workers, 0)})
         self.image_size, self.set_size = image_size, set_size
         self.num_workers, self.in_memory = num_workers, in_memory

@@ -79,9 +79,7 @@ class SetImages(Dataset, ABC):
         }
 
     def __getitem__(self, index: int) -> Batch:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"expected an index under {len(self)}, got {index}")
-        return {name: value[0] for name, value in self.__getitems__([index % len(self)]).items()}
+        return {name: value[0] for name, value in self.__getitems__([range(len(self))[index]]).items()}
 
     @abstractmethod
     def camera(self, index: int) -> np.ndarray:

@@ -71,13 +71,13 @@ def _remove_other_job(folder: Path, job: str) -> None:
     marker = folder / "job"
     if marker.exists() and marker.read_bytes() == job.encode():
         return
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != "lock":
-            path.unlink()
-            if path == marker:
-                print(f"{folder} holds other data, settings or code: starting again", file=sys.stderr)
+    found = [path for path in folder.iterdir() if not path.name.startswith("lock")]
+    if found and not marker.exists():
+        raise InputError(f"{folder} has {found[0].name}, which is not a shard; move the folder away")
+    if found:
+        print(f"{folder} holds other data, settings or code: starting again", file=sys.stderr)
+    for path in sorted(found, key=marker.__eq__):  # the marker last: without it the others are not known as ours
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_atomically(marker, job)
 
 

@@ -128,9 +128,9 @@ class RotatedDigits(World):
     """Digits as sets of points [x, y, intensity], turned about the centre by any angle; the target is the class.
 
     Trained on upright and tested on turned digits, a model has to be invariant by construction. As rotated MNIST for
-    group invariant pooling (Bujel, Gideoni, Joshi, Liò, 2023), whose training images are turned, too. A 6 and a 9 are
-    hard to tell apart then. Angles are uniform, one for each example. The target is one-hot, a set of one element. More
-    training sets than the 1,297 images show these again, at other angles if they are turned.
+    group invariant pooling (Bujel, Gideoni, Joshi, Liò, 2023), whose training images are turned, too. Angles are
+    uniform, one for each example. The target is one-hot, a set of one element. More training sets than the 1,297 images
+    show these again, at other angles if they are turned.
 
     Args:
         train_rotated, val_rotated: whether the digits of that part are turned.
