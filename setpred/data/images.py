@@ -150,11 +150,11 @@ def decoded(
         ahead: images that are decoded or under way before they are asked for, which bounds the memory.
         threads: all cores by default, but no more than 16.
     """
-    load = partial(_image_or_error, image_size=image_size)
+    load = partial(_load, image_size=image_size)
     return ordered_map(load, paths, workers=threads or min(available_cores(), MOST_THREADS), threads=True, ahead=ahead)
 
 
-def _image_or_error(path: str, image_size: int) -> np.ndarray | InputError:
+def _load(path: str, image_size: int) -> np.ndarray | InputError:
     try:
         return load_image(path, image_size, advice="repair it or leave it out")
     except InputError as error:
