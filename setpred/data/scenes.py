@@ -47,22 +47,23 @@ def _pictures(scenes: Sequence[Scene], width: int, height: int) -> Iterator[np.n
         yield from render(scenes[first : first + size], width=width, height=height).numpy()
 
 
-def render_records(
-    numbers: Sequence[int], *, seed: int, image_size: int, objects: tuple[int, int], condition: str = "clevr"
-) -> list[Record]:
-    """The rows of these numbers of a rendering."""
-    scenes = built_in_scenes(numbers, seed=seed, objects=objects, condition=condition)
+def render_records(numbers: Sequence[int], *, image_size: int, **which: Any) -> list[Record]:
+    """The rows of these numbers of a rendering; `which` are the arguments of `built_in_scenes`."""
+    scenes = built_in_scenes(numbers, **which)
     sets = (CLEVR.encode([obj.as_dict() for obj in scene.objects]) for scene in scenes)
     cameras = (np.array(scene.camera.location, dtype=np.float64) for scene in scenes)
     return list(map(Record, _pictures(scenes, image_size, image_size), sets, cameras, numbers))
 
 
-def rendered_source(*, objects: tuple[int, int], seed: int, condition: str = "clevr") -> dict[str, Any]:
-    """What determines the scenes, in plain types; the condition "clevr" is left out.
-
-    Raises:
-        InputError: there are no such scenes.
-    """
+def _source(
+    images: int, width: int, height: int, *, objects: tuple[int, int], seed: int, condition: str = "clevr"
+) -> dict[str, Any]:
+    """What determines the scenes, in plain types, after checking it; the condition "clevr" is left out."""
+    if not (1 <= images <= MOST_IMAGES and min(width, height) >= 8 and max(width, height) <= LARGEST_IMAGE):
+        raise InputError(
+            f"expected at least 1 image of at least 8x8 pixels, at most {MOST_IMAGES} images of at most "
+            f"{LARGEST_IMAGE}x{LARGEST_IMAGE} pixels, got {images} of {width}x{height}"
+        )
     if not 0 <= objects[0] <= objects[1] <= CLEVR.max_objects:
         raise InputError(f"objects: expected 0 <= least <= most <= {CLEVR.max_objects}, got {objects[0]} {objects[1]}")
     if seed < 0:
@@ -73,20 +74,13 @@ def rendered_source(*, objects: tuple[int, int], seed: int, condition: str = "cl
     return source if condition == "clevr" else source | {"condition": condition}
 
 
-def _check_size(images: int, width: int, height: int) -> None:
-    if not (1 <= images <= MOST_IMAGES and min(width, height) >= 8 and max(width, height) <= LARGEST_IMAGE):
-        raise InputError(
-            f"expected at least 1 image of at least 8x8 pixels, at most {MOST_IMAGES} images of at most "
-            f"{LARGEST_IMAGE}x{LARGEST_IMAGE} pixels, got {images} of {width}x{height}"
-        )
+def rendered_header(*, images: int, image_size: int, **which: Any) -> Header:
+    """The header of what `render_file` writes with these arguments; `which` are those of `built_in_scenes`.
 
-
-def rendered_header(
-    *, images: int, image_size: int, objects: tuple[int, int], seed: int, condition: str = "clevr"
-) -> Header:
-    """The header of what `render_file` writes with these arguments."""
-    _check_size(images, image_size, image_size)
-    return Header(images, image_size, CLEVR, rendered_source(objects=objects, seed=seed, condition=condition))
+    Raises:
+        InputError: an argument out of range.
+    """
+    return Header(images, image_size, CLEVR, _source(images, image_size, image_size, **which))
 
 
 def render_file(
@@ -161,11 +155,11 @@ def render_folder(
     Raises:
         InputError: the split exists, another process is writing it, the disk is full, no permission, a wrong argument.
     """
-    _check_size(images, width, height)
+    which = {"objects": objects, "seed": seed, "condition": condition}
+    source = _source(images, width, height, **which)
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", split, re.ASCII):
         raise InputError(f"expected a split's name of letters, digits, - and _, got {split!r}")
-    which = {"objects": objects, "seed": seed, "condition": condition}
-    settings = {"source": rendered_source(**which), "images": images, "width": width, "height": height}
+    settings = {"source": source, "images": images, "width": width, "height": height}
     root = Path(root)
     scenes, pictures, cameras = root / "scenes" / f"CLEVR_{split}_scenes.json", root / "images" / split, root / CAMERAS
     folder = scenes.with_name(scenes.name + ".partial")
