@@ -124,7 +124,7 @@ class ElementSchema:
 
         Args:
             objects: each maps every field name to its value: a class name, or `size` real numbers.
-            set_size: rows of the result; `max_objects` unless given.
+            set_size: rows of the result; `max_objects` by default.
 
         Returns:
             float32 `[set_size, set_dim]`, the objects in their order, then zeros.

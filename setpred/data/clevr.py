@@ -55,7 +55,7 @@ class ClevrFolder:
         if images is not None and images < 1:
             raise InputError(f"expected at least 1 image, got {images}")
         scenes_file = _scenes_file(self.root, split)
-        # clevr-dataset-gen leaves its images beside those of splits
+        # clevr-dataset-gen writes no folder for the split
         self.folder = self.root / "images" / ("" if scenes_file.parent == self.root else split)
         content = _read(scenes_file)
         scenes = self._parse(content, scenes_file)[:images]

@@ -111,11 +111,11 @@ def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def read_header(file: h5py.File, path: str | os.PathLike[str]) -> Header:
-    """Read the header of an open file; check that every array is as it says, and stored in this file.
+    """Read the header of an open file; check the arrays against it, and that this file stores them.
 
     Raises:
-        InputError: a file of another program or a newer version, a damaged one, or one whose arrays are taken from
-            other files, compressed, or have fewer bytes than numbers: they take no more memory than the file has bytes.
+        InputError: a file of another program or a newer version, a damaged one, or one whose arrays are in other files,
+            compressed, or have fewer bytes than numbers: arrays take no more memory than the file has bytes.
     """
     with _reading(path):
         if "format" not in file.attrs or _attribute(file, "format", str) != FORMAT:
@@ -157,7 +157,7 @@ def _attribute(file: h5py.File, name: str, kind: type) -> Any:
 
 
 def _fault_of_storage(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> str | None:
-    """What is wrong with an array, unless it has this shape and type and is stored in this file as it is."""
+    """The fault of an array that has another shape or type, or is not stored in this file as it is; None without."""
     if not isinstance(file.get(name, getlink=True), h5py.HardLink):
         return f"{name} is a link to elsewhere, expected the data itself"
     stored = file[name]
