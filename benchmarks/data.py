@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,13 +67,13 @@ def make_file(path: Path, images: int, image_size: int) -> None:
     elements = stream.__getitems__(range(images))["elements"].numpy()
     rng = np.random.default_rng(0)
 
-    def records(start: int) -> Iterator[Record]:
-        for index in range(start, images):
-            image = rng.integers(0, 256, (image_size, image_size, 3), dtype=np.uint8)
-            yield Record(image, elements[index], np.full(3, np.nan), index)
+    def records(numbers: Sequence[int]) -> list[Record]:
+        shape = (len(numbers), image_size, image_size, 3)
+        pictures = rng.integers(0, 256, shape, dtype=np.uint8)
+        return [Record(image, elements[n], np.full(3, np.nan), n) for n, image in zip(numbers, pictures, strict=True)]
 
-    header = Header(images, image_size, CLEVR, {"kind": "benchmark"})
-    write_set_file(path, header, records, producer="benchmark", description=f"writing {image_size}x{image_size}")
+    header, text = Header(images, image_size, CLEVR, {"kind": "benchmark"}), f"writing {image_size}x{image_size}"
+    write_set_file(path, header, range(images), records, producer="benchmark", description=text)
 
 
 class PlainData(Dataset):

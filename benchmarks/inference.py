@@ -34,11 +34,11 @@ from setpred.commands.predict import predict
 from setpred.commands.train import build
 from setpred.data.images import PIXEL_SIZE, decoded, find_images
 from setpred.data.scenes import built_in_scenes
-from setpred.data.workers import available_cores
 from setpred.evaluation import encoder_autocast
 from setpred.model import SetPredictor
 from setpred.rendering.renderer import render
 from setpred.schema import CLEVR
+from setpred.workers import available_cores
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 BATCH = 64

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from setpred.data.workers import available_cores
+from setpred.workers import available_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 32  # the quickstart's

@@ -22,10 +22,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from setpred.data.workers import ordered_map
 from setpred.rendering.renderer import annotate, render
 from setpred.rendering.sampling import SceneRules, sample_scenes
 from setpred.rendering.scenes import Scene, SceneBatch
+from setpred.workers import ordered_map
 
 REPEATS = 5
 SIZES = ((64, 64), (128, 128), (256, 256), (480, 320))

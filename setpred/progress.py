@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, a plain line now and then in a log."""
+"""Progress: a bar on a terminal, a line every ten seconds in a log."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ SECONDS_BETWEEN_LINES = 10.0
 def progress(
     iterable: Iterable[T], *, total: int, description: str, initial: int = 0, file: TextIO | None = None
 ) -> Iterator[T]:
-    """Passes on the items of `iterable` and says on `file` how far it is.
+    """Yield the items of `iterable` and print on `file` how many are done.
 
     Args:
         total: items in all, those done before included.
-        description: what is done, at the head of the bar or line.
+        description: text at the head of the bar or line.
         initial: items done before this call; they count as done but not for the rate.
-        file: stderr unless given. A terminal gets a bar, anything else a line every ten seconds and one at the end.
+        file: stderr by default. A terminal gets a bar, anything else a line every ten seconds and one at the end.
     """
     file = sys.stderr if file is None else file
     if file.isatty():

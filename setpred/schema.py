@@ -1,4 +1,4 @@
-"""What each number of an element means."""
+"""Meaning of each number of an element."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 from setpred.errors import InputError, shown
 
 PRESENCE = "presence"
-# 256 objects in all pairs, the largest number that a part of any configuration here stands for; with two of these as
-# width and length a model has no more numbers than can be counted
+# all pairs of 256 objects, more than a part of any configuration here has; two of these as width and length still give
+# a number of weights that fits into 64 bits
 LARGEST_SIZE = 2**16
 
 
@@ -103,7 +103,7 @@ class ElementSchema:
         raise InputError(f"schema {self.name!r} has no field {name!r}; it has {[f.name for f in self.fields]}")
 
     def slice(self, name: str) -> slice:
-        """Where a field (or "presence") lies in the last axis of `elements`."""
+        """Place of a field (or "presence") in the last axis of `elements`."""
         if name not in self._slices:
             raise InputError(f"schema {self.name!r} has no field {name!r}; it has {list(self._slices)}")
         return self._slices[name]
@@ -124,7 +124,7 @@ class ElementSchema:
 
         Args:
             objects: each maps every field name to its value: a class name, or `size` real numbers.
-            set_size: rows of the result; `max_objects` unless given.
+            set_size: rows of the result; `max_objects` by default.
 
         Returns:
             float32 `[set_size, set_dim]`, the objects in their order, then zeros.
@@ -168,8 +168,8 @@ class ElementSchema:
         """Elements `[set_size, set_dim]` to named objects, most confident first.
 
         Each object maps field names to a class name or a list of real values in the field's own units, and
-        "confidence" to the presence clipped to [0, 1]; elements whose confidence is under `threshold` are left out.
-        Inverse of `encode` up to the order.
+        "confidence" to the presence clipped to [0, 1]; elements under `threshold` are left out. Inverse of `encode` up
+        to the order.
 
         >>> CLEVR.decode(CLEVR.encode([dict(coords=(3, 0, .75), material="metal", color="red", shape="cube",
         ...                                 size="large")]))[0]["color"]
@@ -203,7 +203,7 @@ class ElementSchema:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ElementSchema:
-        """Inverse of `to_dict`; raises `InputError` when the record is not one, or asks for what cannot be meant."""
+        """Inverse of `to_dict`; raises `InputError` if the record is not one, or its sizes are over `LARGEST_SIZE`."""
         try:
             fields = [Field(f["name"], f["size"], tuple(f["classes"]), float(f["scale"])) for f in data["fields"]]
             name, max_objects = data["name"], data["max_objects"]
@@ -213,13 +213,13 @@ class ElementSchema:
                 raise TypeError(f"expected names, got {shown(texts)}")
             # a bool is an int to Python
             if any(type(size) is not int for size in sizes) or max(max_objects, sum(sizes[1:])) > LARGEST_SIZE:
-                raise TypeError(f"expected whole numbers up to {LARGEST_SIZE}, got {shown(sizes)}")
+                raise TypeError(f"expected integers up to {LARGEST_SIZE}, got {shown(sizes)}")
             return cls(name, fields, max_objects=max_objects)
         except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise InputError(f"not a schema record: {error!r}; expected name, max_objects and fields") from error
 
     def differences(self, other: ElementSchema) -> str:
-        """One sentence on how `other` differs, for error messages; empty when equal."""
+        """A sentence on how `other` differs, for error messages; empty if equal."""
         mine, theirs = self.to_dict(), other.to_dict()
         if mine == theirs:
             return ""

@@ -1,7 +1,7 @@
-"""Padded sets and masks: the one set convention, checked at the door.
+"""Padded sets and their masks.
 
-`elements [batch, set_size, set_dim]` float and `mask [batch, set_size]` bool, True where an element is present.
-Padded elements may hold anything; every consumer of a mask ignores them.
+`elements [batch, set_size, set_dim]` float and `mask [batch, set_size]` bool, True where an element is present; no mask
+(None) means that all are. Padded elements may hold anything (NaN too); every consumer of a mask ignores them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def check_set(elements: Tensor, mask: Tensor | None = None, *, set_dim: int | None = None) -> None:
-    """Raises `ValueError` unless `elements` (and `mask`) follow the convention."""
+    """Raise `ValueError` unless `elements` (and `mask`) follow the convention."""
     wanted = "set_dim" if set_dim is None else str(set_dim)
     if elements.ndim != 3 or (set_dim is not None and elements.shape[-1] != set_dim):
         raise ValueError(f"expected elements [batch, set_size, {wanted}], got {list(elements.shape)}")
@@ -26,7 +26,12 @@ def presence_mask(elements: Tensor) -> Tensor:
     return elements[..., -1] > 0.5
 
 
-def set_sizes(elements: Tensor, mask: Tensor | None) -> Tensor:
+def fill_absent(elements: Tensor, mask: Tensor | None, value: float = 0.0) -> Tensor:
+    """`elements` with `value` in the place of the absent ones."""
+    return elements if mask is None else elements.masked_fill(~mask.unsqueeze(-1), value)
+
+
+def set_sizes(elements: Tensor, mask: Tensor | None = None) -> Tensor:
     """Number of present elements of each set, `[batch]`, in the elements' dtype."""
     if mask is None:
         return elements.new_full((elements.shape[0],), elements.shape[1])
@@ -39,3 +44,17 @@ def mean_present(values: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         values = values.masked_fill(~mask.view(*mask.shape, *[1] * (values.ndim - 2)), 0.0)
     return values.sum(1) / sizes
+
+
+def present_order(mask: Tensor) -> Tensor:
+    """Order the present elements first: indices `[batch, set_size]` for a mask `[batch, set_size]`, stable."""
+    return mask.int().argsort(dim=1, descending=True, stable=True)
+
+
+def present_first(elements: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The present elements in their order, then zeros; and the mask of them, never None."""
+    if mask is None:
+        return elements, elements.new_ones(elements.shape[:2], dtype=torch.bool)
+    order = present_order(mask)
+    elements = fill_absent(elements, mask)
+    return elements.gather(1, order.unsqueeze(-1).expand_as(elements)), mask.gather(1, order)

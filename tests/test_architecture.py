@@ -16,7 +16,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # a room may import rooms of a strictly lower floor, and its own
 FLOORS = {
     "errors": 0, "progress": 0, "sets": 0,
-    "files": 1, "matching": 1, "nn": 1, "schema": 1,
+    "files": 1, "matching": 1, "nn": 1, "schema": 1, "workers": 1,
     "encoders": 2, "inner": 2, "losses": 2, "rendering": 2,
     "aggregators": 3, "data": 3, "decoders": 3, "metrics": 3, "model": 3,
     "checkpoint": 4, "evaluation": 4, "visualise": 4,

@@ -66,9 +66,9 @@ def test_a_shifted_picture_agrees_less(folder, tmp_path):
 
 def test_what_is_missing_is_said(folder, tmp_path):
     root = edited(folder, tmp_path, lambda image: image)
-    with pytest.raises(InputError, match="none from number 3"):
+    with pytest.raises(InputError, match="under 3, got 3"):
         list(compare(root, first=3))
-    with pytest.raises(InputError, match="at least 0, got -1"):
+    with pytest.raises(InputError, match="at least 0 and under 3, got -1"):
         list(compare(root, first=-1))
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match="a part of the path is a file"):
@@ -77,7 +77,7 @@ def test_what_is_missing_is_said(folder, tmp_path):
     whole = picture.read_bytes()
     for broken in (b"", b"text", whole[: len(whole) // 2]):
         picture.write_bytes(broken)
-        with pytest.raises(InputError, match=r"CLEVR_val_000000\.png is not an image, cut short or damaged"):
+        with pytest.raises(InputError, match=r"CLEVR_val_000000\.png is (not an image|cut short or damaged)"):
             list(compare(root))
     picture.write_bytes(whole)
     scenes = root / "scenes" / "CLEVR_val_scenes.json"
@@ -92,7 +92,7 @@ def test_what_is_missing_is_said(folder, tmp_path):
     scenes.write_text(whole)
     lines = (root / "cameras.jsonl").read_text().splitlines()
     (root / "cameras.jsonl").write_text("\n".join(lines[:-1]))
-    with pytest.raises(InputError, match="does not say where the camera of image 2 stood"):
+    with pytest.raises(InputError, match="does not have the camera of image 2"):
         list(compare(root))
     (root / "cameras.jsonl").unlink()
     with pytest.raises(InputError, match=r"cameras\.jsonl"):

@@ -1,26 +1,42 @@
-"""Files of sets: what goes in comes out, whatever happens on the way; a name never stands for half a file."""
+"""Prepared files and rendered folders: what goes in comes out; nothing incomplete or damaged is taken for complete."""
 
+import errno
+import io
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
+from functools import partial
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from setpred import CLEVR, InputError
+from setpred import CLEVR, ElementSchema, InputError, files, progress
 from setpred.commands.data import main
-from setpred.data import hdf5_writer as writer
-from setpred.data.hdf5 import Header, Record, open_set_file, read_header, verify
-from setpred.data.info import describe
-from setpred.data.scenes import render_file, rendered_header
-from setpred.data.workers import ordered_map
+from setpred.data import hdf5_writer, scenes, shards
+from setpred.data.clevr import ClevrFolder
+from setpred.data.dataset import SetFile, open_data
+from setpred.data.hdf5 import Header, Record, describe, open_set_file, read_header, verify
+from setpred.data.hdf5_writer import write_set_file
+from setpred.data.scenes import built_in_scenes, render_file, render_folder, rendered_header
 from setpred.files import locked
+from setpred.rendering.records import read_cameras, scene_of
+from setpred.rendering.renderer import render
+from setpred.rendering.sampling import COGENT_A
+from setpred.schema import continuous
+from setpred.workers import ordered_map
 
 HEADER = Header(7, 8, CLEVR, {"kind": "test"})
+FILE = {"images": 5, "image_size": 16, "objects": (1, 3)}
+FOLDER = {"split": "val", "images": 5, "objects": (2, 4), "width": 24, "height": 16}
 
 
 def some_records(count: int = 7, size: int = 8) -> list[Record]:
@@ -38,133 +54,448 @@ def some_records(count: int = 7, size: int = 8) -> list[Record]:
     return records
 
 
-def write(
-    path: Path, records: list[Record], *, header: Header = HEADER, stop: int | None = None, **options
-) -> list[int]:
-    """Writes the records, fails at number `stop`; returns the numbers asked for."""
-    asked = []
+RECORDS = some_records()
 
-    def produce(start):
-        for number in range(start, len(records)):
-            assert options.get("force") or not path.exists()
-            if number == stop:
+
+def write(path: Path, records: list[Record] = RECORDS, *, header=HEADER, stop=None, **options) -> list[int]:
+    """Write the records, fail at number `stop`; return the numbers that were made."""
+    made = []
+
+    def make(items):
+        for record in items:
+            if record.index == 100 + (-1 if stop is None else stop):
                 raise InputError("stopped")
-            asked.append(number)
-            yield records[number]
+            made.append(record.index - 100)
+        return items
 
-    writer.write_set_file(path, header, produce, **{"producer": "p", "description": "test"} | options)
-    return asked
+    write_set_file(path, header, records, make, **{"producer": "p", "description": "test"} | options)
+    return made
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Two images each."""
+    monkeypatch.setattr(shards, "SHARD", 2)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("made") / "made.h5"
+    render_file(path, **FILE)
+    return path
+
+
+@pytest.fixture
+def file(tmp_path, made) -> Path:
+    return Path(shutil.copy(made, tmp_path / "a.h5"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("folder")
+    render_folder(root, **FOLDER)
+    return root
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """What is in a file, or every file of a folder."""
+    if path.is_dir():
+        return {str(each.relative_to(path)): each.read_bytes() for each in path.rglob("*") if each.is_file()}
+    with open_set_file(path) as file:
+        arrays = {name: file[name][:].tobytes() for name in ("images", "elements", "camera", "index")}
+        return arrays | {name: str(value).encode() for name, value in file.attrs.items()}
+
+
+# --- content ------------------------------------------------------------------------------------------------------
 
 
 def test_what_goes_in_comes_out(tmp_path):
-    records = some_records()
-    write(tmp_path / "new" / "a.h5", records)
-    with open_set_file(tmp_path / "new" / "a.h5") as file:
+    path = tmp_path / "new" / "a.h5"
+    write(path)
+    with open_set_file(path) as file:
         assert read_header(file, "a").to_json() == HEADER.to_json()
         for name, part in (("images", 0), ("elements", 1), ("camera", 2), ("index", 3)):
-            np.testing.assert_array_equal(file[name][:], np.stack([record[part] for record in records]))
+            np.testing.assert_array_equal(file[name][:], np.stack([record[part] for record in RECORDS]))
         assert file["images"].chunks == (1, 8, 8, 3)
-        assert file.attrs["objects"] == sum(record.elements[:, -1].sum() for record in records)
-    assert verify(tmp_path / "new" / "a.h5").images == 7
+    assert verify(path).images == 7
     assert os.listdir(tmp_path / "new") == ["a.h5"]
+    text = describe(path)
+    present = [record.elements[:, -1] > 0 for record in RECORDS]
+    red = sum(int(record.elements[rows, 9].sum()) for record, rows in zip(RECORDS, present, strict=True))
+    assert f"7 images of 8x8, {sum(map(sum, present))} objects" in text
+    assert "cameras   known for 6 images" in text
+    assert "coords (3), material (2), color (8), shape (3), size (2), presence (1)" in text
+    assert any(line.split()[:2] == ["red", str(red)] for line in text.splitlines())
 
 
-def test_rendering_depends_on_the_seed_and_the_number_only(tmp_path):
+def test_rendering_depends_on_the_seed_and_the_number_only(tmp_path, folder, small_shards):
     arguments = {"image_size": 16, "objects": (0, 4)}
     alone = render_file(tmp_path / "a.h5", images=9, seed=5, workers=0, **arguments)
-    assert render_file(tmp_path / "b.h5", images=9, seed=5, workers=2, **arguments) == alone
     assert render_file(tmp_path / "c.h5", images=9, seed=6, workers=0, **arguments) != alone
     render_file(tmp_path / "d.h5", images=4, seed=5, workers=0, **arguments)
     with open_set_file(tmp_path / "a.h5") as nine, open_set_file(tmp_path / "d.h5") as four:
         for name in ("images", "elements", "camera", "index"):
             np.testing.assert_array_equal(nine[name][:4], four[name][:])
         assert np.isfinite(nine["camera"][:]).all()
+    render_folder(tmp_path / "same", **FOLDER, workers=2)
+    assert content(tmp_path / "same") == content(folder)
+    render_folder(tmp_path / "other", **FOLDER, seed=1)
+    assert content(tmp_path / "other").keys() == content(folder).keys()
+    assert not set(content(tmp_path / "other").values()) & set(content(folder).values())
+
+
+def test_the_layout_of_a_folder(folder):
+    names = [f"images/val/CLEVR_val_{number:06d}.png" for number in range(5)]
+    assert sorted(content(folder)) == ["cameras.jsonl", *names, "scenes/CLEVR_val_scenes.json"]
+    document = json.loads((folder / "scenes" / "CLEVR_val_scenes.json").read_text())
+    assert document["info"]["split"] == "val"
+    assert document["info"]["source"] == {"kind": "rendered", "objects": [2, 4], "seed": 0}
+    expected = built_in_scenes(range(5), seed=0, objects=(2, 4))
+    cameras = read_cameras(folder / "cameras.jsonl", split="val")
+    pictures = render(expected, width=24, height=16).numpy()
+    for number, record in enumerate(document["scenes"]):
+        assert scene_of(record, *cameras[number]) == expected[number]
+        with Image.open(folder / "images" / "val" / record["image_filename"]) as image:
+            np.testing.assert_array_equal(np.asarray(image), pictures[number])
+
+
+def test_a_folder_is_read_as_clevr_is(tmp_path):
+    """Its cameras are found from the annotations, also in pictures of another size; it can be prepared."""
+    size = {"width": 240, "height": 160}
+    render_folder(tmp_path / "folder", split="val", images=2, **size)
+    render_file(tmp_path / "a.h5", images=2, image_size=32)
+    prepare = ["prepare", str(tmp_path / "folder"), "--image-size", "32", "--workers", "0"]
+    assert main([*prepare, "--out", str(tmp_path / "b.h5")]) == 0
+    known = read_cameras(tmp_path / "folder" / "cameras.jsonl", split="val")
+    one, *others = (open_data(tmp_path / name, split="val", image_size=32) for name in ("a.h5", "b.h5", "folder"))
+    for other in others:
+        np.testing.assert_array_equal(one.__getitems__([0, 1])["elements"], other.__getitems__([0, 1])["elements"])
+        for number in range(2):
+            np.testing.assert_allclose(other.camera(number), known[number][0].location, atol=0.02)
+
+
+def test_conditions_are_kept_and_recorded(tmp_path):
+    render_folder(tmp_path, **FOLDER, condition="cogent-a")
+    document = json.loads((tmp_path / "scenes" / "CLEVR_val_scenes.json").read_text())
+    assert document["info"]["source"]["condition"] == "cogent-a"
+    for record in document["scenes"]:
+        assert all(obj["color"] in COGENT_A[obj["shape"]] for obj in record["objects"])
+    assert rendered_header(**FILE, seed=0, condition="cogent-b").source["condition"] == "cogent-b"
+
+
+def test_splits_share_a_folder(folder, tmp_path):
+    for split, seed in (("val", 0), ("train", 1), ("val", 0)):
+        render_folder(tmp_path, **FOLDER | {"split": split, "seed": seed}, force=True)
+    found = content(tmp_path)
+    assert all(found[name] == value for name, value in content(folder).items() if name != "cameras.jsonl")
+    lines = [json.loads(line) for line in found["cameras.jsonl"].splitlines()]
+    assert sorted((line["split"], line["image_index"]) for line in lines) == [
+        (split, number) for split in ("train", "val") for number in range(5)
+    ]
+    assert len(ClevrFolder(tmp_path, "train")) == 5
+    (tmp_path / "cameras.jsonl").write_bytes(found["cameras.jsonl"].rstrip())  # as some editors leave it
+    render_folder(tmp_path, **FOLDER | {"split": "more"})
+    for split in ("more", "val"):
+        assert read_cameras(tmp_path / "cameras.jsonl", split=split).keys() == set(range(5))
+    (tmp_path / "cameras.jsonl").write_text("my notes\n")
+    with pytest.raises(InputError, match=r"cameras.jsonl is not a file of cameras .*move it away"):
+        render_folder(tmp_path, **FOLDER | {"split": "new"})
+
+
+# --- shards: interrupted, killed, without room --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4, 6])
-def test_a_stopped_file_goes_on_and_ends_the_same(tmp_path, stop, capsys):
-    records, path, whole = some_records(), tmp_path / "a.h5", tmp_path / "b.h5"
-    write(whole, records)
+def test_a_stopped_file_resumes_at_its_last_shard(tmp_path, stop, capsys, small_shards):
+    path = tmp_path / "a.h5"
+    write(tmp_path / "b.h5")
     with pytest.raises(InputError, match="stopped"):
-        write(path, records, stop=stop)
+        write(path, stop=stop)
     assert sorted(os.listdir(tmp_path)) == ["a.h5.partial", "b.h5"]
-    assert write(path, records) == list(range(stop, 7))
-    assert f"goes on after {stop} of 7" in capsys.readouterr().err
-    assert content(path) == content(whole)
+    with pytest.raises(InputError, match=r"a\.h5\.partial is there: run the command that makes it again"):
+        SetFile(path)
+    capsys.readouterr()
+    done = stop // 2 * 2
+    assert write(path) == list(range(done, 7))
+    assert (f"after {done} of 7" in capsys.readouterr().err) == (done > 0)
+    assert content(path) == content(tmp_path / "b.h5")
+
+
+@pytest.mark.parametrize("change", ["code", "source", "damage"])
+def test_shards_of_something_else_are_not_used(tmp_path, change, capsys, small_shards):
+    path = tmp_path / "a.h5"
+    with pytest.raises(InputError, match="stopped"):
+        write(path, stop=4)
+    if change == "damage":
+        os.truncate(tmp_path / "a.h5.partial" / "000000000", 1000)
+        assert write(path) == [0, 1, 4, 5, 6]
+    else:
+        options = {"producer": "q"} if change == "code" else {"header": Header(7, 8, CLEVR, {"kind": "other"})}
+        assert write(path, **options) == list(range(7))
+        assert "starting again" in capsys.readouterr().err
+    verify(path)
+
+
+def test_a_folder_in_the_way_is_left_alone(tmp_path):
+    (tmp_path / "a.h5.partial").mkdir()
+    (tmp_path / "a.h5.partial" / "notes").write_text("mine")
+    with pytest.raises(InputError, match="has notes, which is not a shard; move the folder away"):
+        write(tmp_path / "a.h5")
+    assert (tmp_path / "a.h5.partial" / "notes").read_text() == "mine"
+
+
+@pytest.fixture
+def quick_folder(monkeypatch, small_shards):
+    """Renders its folder without torch, whose threads do not survive a fork."""
+    made = built_in_scenes(range(5), seed=0, objects=(2, 4))
+    pictures = torch.arange(5 * 16 * 24 * 3, dtype=torch.uint8).reshape(5, 16, 24, 3)
+    monkeypatch.setattr(scenes, "built_in_scenes", lambda numbers, **_: [made[number] for number in numbers])
+    monkeypatch.setattr(scenes, "render", lambda some, **_: torch.stack([pictures[made.index(one)] for one in some]))
+
+
+JOBS = {
+    "file": (lambda root, **options: write(root / "a.h5", **options), ["a.h5"]),
+    "folder": (
+        lambda root, **options: render_folder(root, **FOLDER, **options),
+        ["images/val", "scenes/CLEVR_val_scenes.json", "cameras.jsonl"],
+    ),
+}
+every_job = pytest.mark.parametrize("job", JOBS)
+CALLS = [(os, "fsync"), (os, "replace"), (shutil, "rmtree")]  # by which shards and results are written
+
+
+def count_calls(monkeypatch, act) -> None:
+    """`act()` before every call of `CALLS`."""
+    for module, name in CALLS:
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, **k: (act(), real(*a, **k))[1])
+
+
+@every_job
+def test_killed_at_any_moment_it_resumes_and_ends_the_same(job, tmp_path, monkeypatch, quick_folder):
+    run, _ = JOBS[job]
+    run(tmp_path / "undisturbed")
+    expected = {name: value for name, value in content(tmp_path / "undisturbed").items() if not name.endswith(".h5")}
+    moment = 0
+    while True:
+        root = tmp_path / str(moment)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of threads of this process, which the child does not have
+            child = os.fork()
+        if child == 0:
+            left = iter(range(moment, -1, -1))
+            count_calls(monkeypatch, lambda left=left: next(left) or os.kill(os.getpid(), signal.SIGKILL))
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            run(root)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if os.waitstatus_to_exitcode(status) == 0:
+            break
+        if job == "file" and (root / "a.h5").exists():
+            verify(root / "a.h5")
+            assert (root / "a.h5.partial").exists()  # only that was left to remove
+        else:
+            run(root)
+        found = {name: value for name, value in content(root).items() if ".h5" not in name}
+        assert found == expected
+        if job == "file":
+            assert content(root / "a.h5") == content(tmp_path / "undisturbed" / "a.h5")
+        moment += 1
+    assert moment > 10
+
+
+@every_job
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.ENOSPC, "disk is full"), (errno.EACCES, "no permission"), (errno.EIO, "check the disk")],
+)
+def test_a_failing_disk_is_one_sentence_and_publishes_nothing(job, tmp_path, monkeypatch, quick_folder, number, words):
+    run, names = JOBS[job]
+
+    def fail():
+        nonlocal moment
+        if moment == 0:
+            raise OSError(number, os.strerror(number))
+        moment -= 1
+
+    for chosen in (0, 1, 4, 9):
+        moment, root = chosen, tmp_path / str(chosen)
+        with monkeypatch.context() as context:
+            count_calls(context, fail)
+            with pytest.raises(InputError, match=rf"cannot write .*{words}"):
+                run(root)
+        assert not (root / names[0]).exists()
+        run(root)
+        assert (root / names[0]).exists()
+
+
+@pytest.mark.parametrize("limit", [2_000, 30_000], ids=["shard", "file"])
+def test_a_disk_that_fills_up_leaves_what_was_done(tmp_path, limit, small_shards):
+    """A limit on the size of files: the system refuses writes, under HDF5 too, as a full disk does."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*larger than this system allows.*"):
+            write(tmp_path / "a.h5")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert os.listdir(tmp_path) == ["a.h5.partial"]
+    assert write(tmp_path / "a.h5") == (list(range(7)) if limit == 2_000 else [])
+    verify(tmp_path / "a.h5")
+
+
+def test_too_little_room_is_an_error_at_once(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(hdf5_writer.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+    with pytest.raises(InputError, match=r"cannot write .*a\.h5: the disk is full; expected 0\.1 MB .*got 0\.1 MB"):
+        write(tmp_path / "a.h5")
+    assert os.listdir(tmp_path) == []
+
+
+@every_job
+def test_what_exists_is_replaced_only_by_force(job, tmp_path, quick_folder):
+    run, _ = JOBS[job]
+    run(tmp_path)
+    before = content(tmp_path)
+    with pytest.raises(InputError, match=r"exists already.*--force"):
+        run(tmp_path)
+    assert content(tmp_path) == before
+    if job == "file":
+        other = Header(7, 8, CLEVR, {"kind": "other"})
+        with pytest.raises(InputError, match="stopped"):
+            write(tmp_path / "a.h5", header=other, force=True, stop=5)
+        assert content(tmp_path)["a.h5"] == before["a.h5"]
+        write(tmp_path / "a.h5", header=other, force=True)
+        with open_set_file(tmp_path / "a.h5") as file:
+            assert read_header(file, "a.h5").source == {"kind": "other"}
+    else:
+        render_folder(tmp_path, **FOLDER | {"images": 3}, force=True)
+        assert len(content(tmp_path)) == 3 + 2
+
+
+def test_pictures_of_others_are_left_alone(tmp_path):
+    """As those of CLEVR's test split, which has no scenes."""
+    picture = tmp_path / "images" / "test" / "CLEVR_test_000000.png"
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(b"theirs")
+    with pytest.raises(InputError, match=r"images/test exists already"):
+        render_folder(tmp_path, **FOLDER | {"split": "test"})
+    assert content(tmp_path) == {"images/test/CLEVR_test_000000.png": b"theirs"}
+
+
+@every_job
+def test_two_writers_are_told_apart(job, tmp_path, quick_folder):
+    run, _ = JOBS[job]
+    shards_of_it = tmp_path / {"file": "a.h5.partial", "folder": "scenes/CLEVR_val_scenes.json.partial"}[job]
+    shards_of_it.mkdir(parents=True)
+    with locked(shards_of_it / "lock"), pytest.raises(InputError, match=r"another process is writing .*\.partial"):
+        run(tmp_path)
+    run(tmp_path)
+
+
+def test_names_that_cannot_be_written(tmp_path):
+    (tmp_path / "folder").write_text("not a folder")
+    for path in (tmp_path / "folder" / "a.h5", tmp_path / "folder" / "deeper" / "a.h5"):
+        with pytest.raises(InputError, match="is a file, not a folder"):
+            write(path)
+    with pytest.raises(InputError, match="a folder has this name"):
+        write(tmp_path)
+
+
+PREPARE = """
+import sys, time
+from setpred.commands.data import main
+from setpred.data import shards
+
+def slowly(items, **options):
+    for item in items:
+        time.sleep(0.05)
+        yield item
+
+if __name__ == "__main__":
+    shards.SHARD, shards.progress = 2, slowly
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_killed_command_resumes_and_leaves_no_process(tmp_path, folder, blow, capsys, small_shards):
+    root, path = tmp_path / "clevr", tmp_path / "out" / "a.h5"
+    shutil.copytree(folder, root)
+    document = json.loads((root / "scenes" / "CLEVR_val_scenes.json").read_text())
+    document["scenes"] = [
+        document["scenes"][number % 5] | {"image_filename": f"{number}.png", "image_index": number}
+        for number in range(60)
+    ]
+    for number in range(60):
+        shutil.copy(
+            root / "images" / "val" / f"CLEVR_val_{number % 5:06}.png", root / "images" / "val" / f"{number}.png"
+        )
+    (root / "scenes" / "CLEVR_val_scenes.json").write_text(json.dumps(document))
+    command = ["prepare", str(root), "--image-size", "16", "--out", str(path), "--workers"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", PREPARE, *command, "2"], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    unfinished = path.with_name("a.h5.partial")
+    while len(list(unfinished.glob("[0-9]" * 9))) < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    if blow == signal.SIGINT:
+        os.killpg(process.pid, blow)  # as a terminal does
+    else:
+        process.send_signal(blow)
+    process.communicate(timeout=20)
+    assert process.returncode == (-9 if blow == signal.SIGKILL else 130)
+    assert os.listdir(tmp_path / "out") == ["a.h5.partial"]
+    assert 2 <= len(list(unfinished.glob("[0-9]" * 9))) < 30
+    for _ in range(200):
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.05)
+    else:
+        pytest.fail("worker processes remain")
+    assert main([*command, "0"]) == 0
+    assert f"resuming {unfinished}" in capsys.readouterr().err
+    assert main(["prepare", str(root), "--image-size", "16", "--workers", "0", "--out", str(tmp_path / "b.h5")]) == 0
+    assert content(path) == content(tmp_path / "b.h5")
+
+
+# --- damage -------------------------------------------------------------------------------------------------------
+
+
+def change_number(name):
+    def change(file):
+        position = (5,) + (0,) * (file[name].ndim - 1)
+        file[name][position] = file[name][position] + 1
+
+    return change
+
+
+def change_attribute(name, *replaced):
+    def change(file):
+        value = file.attrs[name]
+        file.attrs[name] = value.replace(*replaced) if replaced else value + 1
+
+    return change
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"producer": "q"}, {"header": Header(7, 8, CLEVR, {"kind": "other"})}, {"damage": True}],
-    ids=["code", "source", "damaged"],
+    [
+        *map(change_number, ("images", "elements", "camera", "index")),
+        *(change_attribute("source", "test", "tess"), change_attribute("schema", "cyan", "cyam")),
+        *(change_attribute("sha256", "a", "b"), change_attribute("objects")),
+    ],
 )
-def test_a_partial_file_of_something_else_is_not_continued(tmp_path, change, capsys):
-    records, path = some_records(), tmp_path / "a.h5"
-    with pytest.raises(InputError, match="stopped"):
-        write(path, records, stop=4)
-    if change.pop("damage", False):
-        os.truncate(tmp_path / "a.h5.partial", 2000)
-    assert write(path, records, **change) == list(range(7))
-    assert "starting again" in capsys.readouterr().err
-    verify(path)
-
-
-def test_an_existing_file_is_kept_unless_told_otherwise(tmp_path):
-    records, path = some_records(), tmp_path / "a.h5"
-    write(path, records)
-    before = path.read_bytes()
-    with pytest.raises(InputError, match=r"exists already.*--force"):
-        write(path, records)
-    other = Header(7, 8, CLEVR, {"kind": "other"})
-    with pytest.raises(InputError, match="stopped"):
-        write(path, records, header=other, force=True, stop=5)
-    assert path.read_bytes() == before
-    write(path, records, header=other, force=True)
-    with open_set_file(path) as file:
-        assert read_header(file, path).source == {"kind": "other"}
-
-
-def test_two_cannot_write_one_file(tmp_path):
-    partial = tmp_path / "a.h5.partial"
-    with locked(partial), pytest.raises(InputError, match=r"another process is writing .*a\.h5\.partial"):
-        write(tmp_path / "a.h5", some_records())
-    write(tmp_path / "a.h5", some_records())
-    verify(tmp_path / "a.h5")
-
-
-@pytest.mark.parametrize("name", ["images", "elements", "camera", "index"])
-def test_a_changed_number_is_noticed(tmp_path, name):
+def test_a_change_is_noticed(tmp_path, change):
     path = tmp_path / "a.h5"
-    write(path, some_records())
+    write(path)
     with h5py.File(path, "r+") as file:
-        position = (5,) + (0,) * (file[name].ndim - 1)
-        file[name][position] = file[name][position] + 1
+        change(file)
     with pytest.raises(InputError, match=r"SHA-256 differs|malformed|have one number"):
-        verify(path)
-
-
-@pytest.mark.parametrize("attribute", ["source", "schema", "sha256", "objects"])
-def test_a_changed_attribute_is_noticed(tmp_path, attribute):
-    path = tmp_path / "a.h5"
-    write(path, some_records())
-    with h5py.File(path, "r+") as file:
-        value = file.attrs[attribute]
-        replaced = {"source": ("test", "tess"), "schema": ("cyan", "cyam"), "sha256": (value and str(value)[:1], "x")}
-        file.attrs[attribute] = value.replace(*replaced[attribute]) if attribute in replaced else value + 1
-    with pytest.raises(InputError, match="SHA-256 differs"):
-        verify(path)
-
-
-def test_flipped_bytes_of_the_content_are_noticed(tmp_path):
-    path = tmp_path / "a.h5"
-    records = some_records()
-    write(path, records)
-    content = bytearray(path.read_bytes())
-    where = content.find(records[4].image.tobytes())
-    assert where > 0
-    content[where + 17] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(InputError, match="SHA-256 differs"):
         verify(path)
 
 
@@ -179,133 +510,200 @@ def test_a_malformed_set_is_noticed(tmp_path, damage, where):
     )
     elements[where] = damage
     record = Record(np.zeros((8, 8, 3), np.uint8), elements, np.zeros(3), 41)
-    write(tmp_path / "a.h5", [record], header=Header(1, 8, CLEVR, {}))
     with pytest.raises(InputError, match="set of image 41 is malformed"):
-        verify(tmp_path / "a.h5")
+        write(tmp_path / "a.h5", [record], header=Header(1, 8, CLEVR, {}))
 
 
-def test_a_description_counts(tmp_path):
-    path = tmp_path / "a.h5"
-    records = some_records()
-    write(path, records)
-    text = describe(path)
-    present = [record.elements[:, -1] > 0 for record in records]
-    red = sum(int(record.elements[rows, 9].sum()) for record, rows in zip(records, present, strict=True))
-    assert f"7 images of 8x8, {sum(map(sum, present))} objects" in text
-    assert "cameras   known for 6 images" in text
-    assert "coords (3), material (2), color (8), shape (3), size (2), presence (1)" in text
-    assert any(line.split()[:2] == ["red", str(red)] for line in text.splitlines())
+@pytest.mark.parametrize("kept", [0.02, 0.3, 0.9, 0.98])
+def test_a_truncated_file(file, kept):
+    os.truncate(file, int(file.stat().st_size * kept))
+    for use in (SetFile, verify):
+        with pytest.raises(InputError, match="cut short or damaged"):
+            use(file)
 
 
-def content(path: Path) -> dict[str, bytes]:
-    with open_set_file(path) as file:
-        arrays = {name: file[name][:].tobytes() for name in ("images", "elements", "camera", "index")}
-        return arrays | {name: str(value).encode() for name, value in file.attrs.items()}
-
-
-RENDER = ["render", "--images", "60", "--image-size", "16", "--objects", "0", "3", "--seed", "2", "--workers"]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    path = tmp_path_factory.mktemp("whole") / "whole.h5"
-    assert main([*RENDER, "0", "--out", str(path)]) == 0
-    return path
-
-
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_killed_rendering_goes_on_and_ends_the_same(tmp_path, whole, blow):
-    path, partial = tmp_path / "a.h5", tmp_path / "a.h5.partial"
-    command = [sys.executable, "-c", SLOW, *RENDER, "2", "--out", str(path)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while committed(partial) < 4:
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
-    assert os.listdir(tmp_path) == ["a.h5.partial"]
-    if blow == signal.SIGINT:
-        os.killpg(process.pid, blow)  # as a terminal does
-    else:
-        process.send_signal(blow)
-    process.communicate(timeout=20)
-    assert process.returncode == (-9 if blow == signal.SIGKILL else 130)
-    assert os.listdir(tmp_path) == ["a.h5.partial"]
-    assert 4 <= committed(partial) < 60
-    wait_for_the_end_of(process.pid)
-    assert main([*RENDER, "0", "--out", str(path)]) == 0
-    assert content(path) == content(whole)
-
-
-# the command, but every image takes a while and is committed at once
-SLOW = """
-import sys, time
-from setpred.data import hdf5_writer as writer
-from setpred.data import scenes as rendered
-from setpred.commands.data import main, stop_as_on_ctrl_c
-
-def slowly(*arguments, **options):
-    for record in fast(*arguments, **options):
-        time.sleep(0.05)
-        yield record
-
-if __name__ == "__main__":
-    fast, rendered.ordered_map, writer.SECONDS_BETWEEN_COMMITS = rendered.ordered_map, slowly, 0
-    stop_as_on_ctrl_c()
-    sys.exit(main(sys.argv[1:]))
-"""
-
-
-def committed(partial: Path) -> int:
-    """Rows of a file that another process is writing."""
-    try:
-        with h5py.File(partial, "r", locking=False) as file:
-            return writer.rows_done(file)
-    except (OSError, KeyError):
-        return 0
-
-
-def wait_for_the_end_of(session: int) -> None:
-    """Returns when no process of the session is left."""
-    for _ in range(200):
+def test_a_flipped_bit_anywhere_is_noticed_or_harmless(file):
+    """No flip raises anything but an `InputError`, and none that passes `verify` changes what is read."""
+    good = file.read_bytes()
+    expected = SetFile(file).__getitems__(range(5))
+    rng = np.random.default_rng(0)
+    noticed = 0
+    for where, bit in zip(rng.integers(len(good), size=60), rng.integers(8, size=60), strict=True):
+        bad = bytearray(good)
+        bad[where] ^= 1 << bit
+        file.write_bytes(bad)
         try:
-            os.killpg(session, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.05)
-    pytest.fail("worker processes are left behind")
+            verify(file)
+            got = SetFile(file).__getitems__(range(5))
+        except InputError:
+            noticed += 1
+        else:
+            assert all((got[name] == expected[name]).all() for name in expected)
+    assert noticed > 15  # a good part of a file as small as this is content
 
 
-def double(number: int) -> int:
-    if number == 13:
-        os._exit(1)
-    if number == 31:
-        raise InputError("31 is not welcome")
-    return 2 * number
+def test_files_of_others_and_of_other_models(tmp_path, file):
+    with pytest.raises(InputError, match=r"there is no file .*none\.h5$"):
+        SetFile(tmp_path / "none.h5")
+    (tmp_path / "text.h5").write_text("hello")
+    with h5py.File(tmp_path / "foreign.h5", "w") as foreign:
+        foreign["images"] = np.zeros(3)
+    for use in (SetFile, verify):
+        with pytest.raises(InputError, match="is not an HDF5 file"):
+            use(tmp_path / "text.h5")
+        with pytest.raises(InputError, match="not one of setpred's"):
+            use(tmp_path / "foreign.h5")
+    with pytest.raises(InputError, match=r"expected images of 32x32, but .* has 16x16.*--image-size 32"):
+        open_data(file, image_size=32)
+    other = ElementSchema("clevr", [continuous("coords", 3, scale=2.0), *CLEVR.fields[1:]], max_objects=10)
+    with pytest.raises(InputError, match="another schema than the model: field 'coords'"):
+        open_data(file, image_size=16, schema=other)
+    first = int((SetFile(file).__getitems__(range(5))["mask"].sum(1) == 3).int().argmax())
+    with pytest.raises(InputError, match=f"image {first} has 3 objects, but the model holds sets of at most 2"):
+        open_data(file, image_size=16, set_size=2)
+    with h5py.File(file, "r+") as handle:
+        del handle["camera"]
+        handle["camera"] = np.zeros((5, 2))
+    with pytest.raises(InputError, match=r"expected camera \[5, 3\] <f8, got \[5, 2\] float64"):
+        SetFile(file)
+    with h5py.File(file, "r+") as handle:
+        handle.attrs["version"] = 99
+    with pytest.raises(InputError, match="format version 99, this setpred reads 1"):
+        SetFile(file)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_ordered_map_keeps_the_order_and_the_errors(workers):
-    results = ordered_map(double, range(14, 40), workers=workers)
-    assert [next(results) for _ in range(17)] == [2 * number for number in range(14, 31)]
-    with pytest.raises(InputError, match="31 is not welcome"):
+def test_small_files_are_written_completely_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "a.json"
+    files.write_atomically(path, "before")
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for operation in ("fsync", "replace"):
+        with monkeypatch.context() as context:
+            context.setattr(os, operation, fail)
+            with pytest.raises(InputError, match=r"cannot write .*a\.json: the disk is full"):
+                files.write_atomically(path, "after")
+        assert path.read_text() == "before"
+        assert os.listdir(path.parent) == ["a.json"]
+    files.write_atomically(path, b"after")
+    assert path.read_bytes() == b"after"
+
+
+# --- commands and workers -----------------------------------------------------------------------------------------
+
+
+def test_commands_answer_with_one_sentence(tmp_path, file, capsys):
+    output = ["--out", str(tmp_path / "b.h5")]
+    folder = ["render-folder", "--images", "1", "--workers", "0", "--out", str(tmp_path / "new")]
+    for arguments, words in [
+        (["verify", str(tmp_path / "none.h5")], "there is no file"),
+        (["info", str(tmp_path)], "there is no file"),
+        (["compare", str(tmp_path / "none")], "is no folder"),
+        (["render", "--images", "0", *output], "at least 1 image"),
+        (["render", "--images", "1000000000000", *output], "at most 100000000 images"),
+        (["render", "--images", "1", "--image-size", "100000", *output], "at most 4096x4096 pixels"),
+        (["render", "--images", "1", "--image-size", "4", *output], "at least 8x8 pixels"),
+        (["render", "--images", "3", "--objects", "5", "4", *output], "least <= most"),
+        (["render", "--images", "3", "--workers", "-1", *output], "--workers"),
+        (["render", "--images", "3", "--image-size", "8", "--out", str(file)], "exists already"),
+        (["prepare", str(tmp_path / "none"), *output], "is no folder"),
+        (["prepare", str(tmp_path), "--split", "test", *output], "'test'"),
+        (["prepare", str(tmp_path), "--images", "0", *output], "at least 1 image"),
+        ([*folder, "--images", "0"], "at least 1 image"),
+        ([*folder, "--width", "4"], "got 1 of 4x320"),
+        ([*folder, "--split", "../val"], "expected a split's name of letters"),
+        ([*folder, "--split", ""], "expected a split's name of letters"),
+        ([*folder, "--objects", "3", "11"], "most <= 10"),
+        ([*folder, "--seed", "-1"], "a seed of at least 0"),
+        ([*folder, "--condition", "cogent-c"], "a condition out of clevr, cogent-a, cogent-b, got 'cogent-c'"),
+    ]:
+        assert main(arguments) == 2
+        (sentence,) = capsys.readouterr().err.strip().splitlines()
+        assert sentence.startswith("error: ")
+        assert words in sentence
+        assert os.listdir(tmp_path) == ["a.h5"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["render", "--images", "3", *output, "--sede", "3"])
+    assert "--sede" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("", ["prepare", "render-folder", "verify"]),
+        ("prepare", ["ROOT", "--split"]),
+        ("render", ["--objects LEAST MOST", "--seed"]),
+        ("render-folder", ["CLEVR_v1.0 layout", "--split", "--width W", "cogent-a"]),
+        ("info", ["FILE.h5"]),
+    ],
+)
+def test_help_explains(command, words, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([*command.split(), "--help"])
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("usage: python -m setpred data", *words))
+
+
+def test_render_info_verify(tmp_path, capsys):
+    path = str(tmp_path / "a.h5")
+    command = ["render", "--images", "5", "--image-size", "8", "--objects", "2", "2", "--workers", "0", "--out", path]
+    assert main(command) == 0
+    assert main(["verify", path]) == 0
+    assert main(["info", path]) == 0
+    text = capsys.readouterr().out
+    assert "5 images of 8x8, content as written" in text
+    assert "5 images of 8x8, 10 objects" in text
+    assert "kind rendered, objects 2 to 2, seed 0" in text
+
+
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        ("setpred.commands.data, setpred.data.clevr, setpred.data.hdf5", "torch lightning matplotlib scipy"),
+        ("setpred.data.scenes", "lightning matplotlib scipy"),
+    ],
+)
+def test_producing_imports_little(modules, heavy):
+    """Every worker process imports what these modules import."""
+    code = f"import sys, {modules}; found = set('{heavy}'.split()) & set(sys.modules); assert not found, found"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("options", [{"workers": 0}, {"workers": 2}, {"workers": 2, "threads": True}], ids=str)
+def test_ordered_map_keeps_the_order_and_the_errors_and_takes_no_more_than_it_needs(tmp_path, options):
+    paths = [tmp_path / str(number) for number in range(30)]
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes(number))
+    taken = []
+    items = (taken.append(path) or path for path in [*paths, tmp_path, *[paths[0]] * 1000])
+    results = ordered_map(partial(files.require_regular, advice="give a file"), items, **options)
+    assert [next(results) for _ in range(30)] == list(range(30))
+    assert len(taken) < 50
+    with pytest.raises(InputError, match=r"not a regular file .*; give a file"):
         next(results)
 
 
 def test_ordered_map_reports_a_dead_worker():
     with pytest.raises(InputError, match=r"worker process died.*fewer --workers"):
-        list(ordered_map(double, range(30), workers=2))
+        list(ordered_map(os._exit, range(30), workers=1))
 
 
-def test_ordered_map_takes_no_more_than_it_needs():
-    taken = []
-    results = ordered_map(double, (taken.append(n) or n for n in range(100, 1000)), workers=1)
-    assert next(results) == 200
-    assert len(taken) < 20
-    results.close()
+def test_progress_in_a_log(monkeypatch):
+    clock = iter(range(0, 1000, 4))  # each look at the clock is four seconds later
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(clock)))
+    log = io.StringIO()
+    assert list(progress.progress("abcdefgh", total=10, initial=2, description="work", file=log)) == list("abcdefgh")
+    assert log.getvalue().splitlines() == [
+        "work: 5 of 10, 0.2 per second, 20 s left",
+        "work: 8 of 10, 0.2 per second, 8 s left",
+        "work: 10 of 10, 0.2 per second, 36.0 s",
+    ]
 
 
-def test_rendered_header_refuses_nonsense():
-    good = {"images": 1, "image_size": 8, "objects": (0, 10), "seed": 0}
-    assert rendered_header(**good).source == {"kind": "rendered", "objects": [0, 10], "seed": 0}
-    for bad in ({"images": 0}, {"image_size": 4}, {"objects": (4, 3)}, {"objects": (0, 11)}, {"seed": -1}):
-        with pytest.raises(InputError, match="expected"):
-            rendered_header(**good | bad)
+def test_progress_on_a_terminal():
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    assert list(progress.progress(range(3), total=3, description="work", file=terminal)) == [0, 1, 2]
+    assert "work: 100%" in terminal.getvalue()
+    assert "3/3" in terminal.getvalue()

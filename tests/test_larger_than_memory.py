@@ -1,4 +1,4 @@
-"""Files of more images than memory holds: read and trained on image by image, never taken in as a whole."""
+"""Files of more images than memory holds: read and trained on image by image."""
 
 import csv
 import hashlib
@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from tiny import CONFIG
 
-from setpred.data.hdf5 import FORMAT, VERSION, Header, plain_json
+from setpred.data.hdf5 import Header
+from setpred.data.hdf5_writer import create_arrays
 from setpred.data.scenes import render_records
 from setpred.schema import CLEVR
 
@@ -27,7 +28,7 @@ MOST_TRAINING = 3 * 10**9  # of one that trains, which keeps a thousand images f
 
 @pytest.fixture
 def folder(tmp_path):
-    """Where files of holes take no disk; what was made there is removed at once."""
+    """A folder where files of holes take no disk; what is made there is removed at once."""
     probe = tmp_path / "probe"
     with probe.open("wb") as file:
         file.truncate(2**26)
@@ -52,35 +53,19 @@ def sparse_file(path: Path, size: int) -> dict[int, bytes]:
     places = [0, images - 1, *np.random.default_rng(0).choice(np.arange(1, images - 1), 6, replace=False).tolist()]
     header = Header(images, SIDE, CLEVR, {"kind": "test"})
     with h5py.File(path, "w") as file:
-        for name, (shape, dtype) in header.layout().items():
-            properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-            properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)  # every image has its place
-            if name == "images":
-                properties.set_chunk((1, *shape[1:]))
-                properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)  # and no byte
-            space, kind = h5py.h5s.create_simple(shape), h5py.h5t.py_create(np.dtype(dtype))
-            h5py.h5d.create(file.id, name.encode(), kind, space, properties)
-        file["index"][:] = np.arange(images)
+        create_arrays(file, header, "test")
+        file["index"][:], file["elements"][:], file["camera"][:] = np.arange(images), 0, np.nan
         for place, scene in zip(places, scenes, strict=True):
             file["images"][place], file["elements"][place] = scene.image, scene.elements
-        file.attrs.update(
-            format=FORMAT,
-            version=VERSION,
-            schema=plain_json(CLEVR.to_dict()),
-            source=plain_json(dict(header.source)),
-            images=images,
-            image_size=SIDE,
-        )
     assert path.stat().st_size > size
     assert path.stat().st_blocks * 512 < 2**28
     return {place: scene.image.tobytes() for place, scene in zip(places, scenes, strict=True)}
 
 
 def measured(script: str, *arguments: object) -> dict:
-    """What a Python process of its own says in its last line, which is JSON."""
-    done = subprocess.run(
-        [sys.executable, "-c", script, *map(str, arguments)], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
-    )
+    """The last line, JSON, of a Python process."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -115,16 +100,16 @@ print(json.dumps({"found": found, "objects": objects, "dark": dark, "peak": 1024
 
 
 def check_read(path: Path, scenes: dict[int, bytes], *, limit: int, workers: int) -> dict:
-    said = measured(READ, path, limit, workers, json.dumps(list(scenes)))
-    assert said["found"] == {str(place): hashlib.sha256(image).hexdigest() for place, image in scenes.items()}
-    assert all(3 <= count <= 4 for count in said["objects"].values())
-    assert said["dark"] >= 40 - len(scenes)
-    assert said["peak"] < MOST
-    return said
+    found = measured(READ, path, limit, workers, json.dumps(list(scenes)))
+    assert found["found"] == {str(place): hashlib.sha256(image).hexdigest() for place, image in scenes.items()}
+    assert all(3 <= count <= 4 for count in found["objects"].values())
+    assert found["dark"] >= 40 - len(scenes)
+    assert found["peak"] < MOST
+    return found
 
 
 def test_a_file_larger_than_the_memory_allowed(folder):
-    """3.2 GB of images by a process that may have 1.5 GB; taking them in as a whole is what fails there."""
+    """3.2 GB of images by a process that may have 1.5 GB, where reading all of them at once fails."""
     scenes = sparse_file(folder / "large.h5", 3_200_000_000)
     assert check_read(folder / "large.h5", scenes, limit=1_500_000_000, workers=0)["refused"]
 
@@ -146,7 +131,7 @@ def test_a_file_larger_than_the_memory_of_the_machine(folder, capsys):
     )
     script = """
 import json, resource, sys
-from setpred.cli import train
+from setpred.commands.train import train
 
 run = train(["--config", sys.argv[1], "--runs", sys.argv[2]])
 print(json.dumps({"run": str(run), "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))

@@ -171,7 +171,7 @@ def test_a_threshold_that_is_no_confidence_is_refused(checkpoint, folder, tmp_pa
 def test_a_broken_image_stops_it_before_anything_is_written(checkpoint, broken, tmp_path):
     out = tmp_path / "predictions.json"
     out.write_text("from before")
-    with pytest.raises(InputError, match=r"2\.png is cut short or damaged .*; mend it or leave it out"):
+    with pytest.raises(InputError, match=r"2\.png is cut short or damaged .*; repair it or leave it out"):
         run([str(checkpoint), str(broken), "--out", str(out), "--batch-size", "1", "--figures", str(tmp_path / "f")])
     assert out.read_text() == "from before"
     assert {path.name for path in tmp_path.iterdir()} == {"predictions.json", "broken"}

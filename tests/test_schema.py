@@ -1,4 +1,4 @@
-"""Elements and schema: round trips, other domains, refusals."""
+"""Elements, schema and masks: round trips, other domains, errors."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 
 from setpred.errors import InputError
 from setpred.schema import CLEVR, PRESENCE, ElementSchema, Field, categorical, continuous
-from setpred.sets import check_set, presence_mask
+from setpred.sets import check_set, fill_absent, presence_mask, present_first, set_sizes
 
 CUBE = {"coords": [1.5, -3.0, 0.7], "material": "metal", "color": "brown", "shape": "cube", "size": "small"}
 BALL = {"coords": [0.0, 0.3, 0.35], "material": "rubber", "color": "cyan", "shape": "sphere", "size": "large"}
@@ -90,12 +90,12 @@ def test_differences_are_named():
         ({"shape": None}, "unknown shape"),
     ],
 )
-def test_bad_values_are_refused(change, message):
+def test_bad_values(change, message):
     with pytest.raises(InputError, match=message):
         CLEVR.encode([CUBE | change])
 
 
-def test_bad_sets_and_schemas_are_refused():
+def test_bad_sets_and_schemas():
     with pytest.raises(InputError, match="at most 10 objects in a set, got 11"):
         CLEVR.encode([CUBE] * 11)
     with pytest.raises(InputError, match="lacks 'size'"):
@@ -115,7 +115,28 @@ def test_bad_sets_and_schemas_are_refused():
 
 def test_set_convention():
     check_set(torch.zeros(2, 3, 4), torch.ones(2, 3, dtype=torch.bool), set_dim=4)
+    for elements, mask, words in (
+        (torch.zeros(2, 3), None, r"elements \[batch, set_size, 4\]"),
+        (torch.zeros(2, 3, 5), None, r"elements \[batch, set_size, 4\]"),
+        (torch.zeros(2, 3, 4, dtype=torch.int), None, "floating point"),
+        (torch.zeros(2, 3, 4), torch.ones(2, 3), "bool mask"),
+        (torch.zeros(2, 3, 4), torch.ones(2, 2, dtype=torch.bool), "bool mask"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check_set(elements, mask, set_dim=4)
     elements = torch.zeros(2, 3, 4)
     elements[0, :2, -1] = 1
-    mask = presence_mask(elements)
-    assert mask.tolist() == [[True, True, False], [False] * 3]
+    assert presence_mask(elements).tolist() == [[True, True, False], [False] * 3]
+
+
+def test_masks_leave_the_present_elements():
+    elements = torch.tensor([[1.0, float("nan"), 3.0], [float("nan")] * 3])[..., None]
+    mask = elements[..., 0].isfinite()
+    assert fill_absent(elements, mask, 7.0)[..., 0].tolist() == [[1, 7, 3], [7, 7, 7]]
+    assert set_sizes(elements, mask).tolist() == [2, 0]
+    front, there = present_first(elements, mask)
+    assert front[..., 0].tolist() == [[1, 3, 0], [0, 0, 0]]
+    assert there.tolist() == [[True, True, False], [False] * 3]
+    assert set_sizes(elements).tolist() == [3, 3]
+    assert present_first(elements)[0] is fill_absent(elements, None) is elements
+    assert present_first(elements)[1].all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,12 +20,12 @@ from torch.utils.data import DataLoader, Dataset
 import setpred
 from setpred.data.dataset import ClevrImages, SetFile, as_batch, fitting_workers, open_data
 from setpred.data.hdf5 import Header
-from setpred.data.loading import EpochPermutation, training_loader, validation_loader
+from setpred.data.loading import EpochOrder, EpochPermutation, training_loader, validation_loader
 from setpred.data.scenes import render_records, rendered_header
-from setpred.data.workers import leave_signals_to_parent
 from setpred.errors import InputError
 from setpred.files import locked, make_folder, writing
 from setpred.schema import CLEVR
+from setpred.workers import leave_signals_to_parent
 
 InMemory = bool | Literal["device"] | None
 
@@ -32,29 +33,143 @@ LONGEST_WAIT = 24 * 3600.0  # seconds, for another process that renders a file
 VALIDATION_SEED = 1_000_000  # added to the seed of the training scenes: no training seed comes near
 
 
-class SetDataModule(LightningDataModule):
-    """Training and validation data, each a prepared file or a CLEVR_v1.0 folder.
+class SetData(LightningDataModule, ABC):
+    """Batches of training examples in an order that the seed decides, and of validation examples in order.
 
     Args:
-        train: training data; None when only evaluating.
-        val: validation data.
-        train_split, val_split: which split, where the data is a folder.
-        image_size: side of the images; a file of another size is refused.
-        set_size: size of the sets; the schema's largest unless given.
         batch_size: training examples per step and process; the last, smaller batch of an epoch is left out.
-        eval_batch_size: validation examples at a time; as `batch_size` unless given.
-        num_workers: processes that read; 0 is right for files in memory, and what a set in a GPU's memory gets.
-        in_memory: keep a file's images in memory; None does so under 2 GB. "device" keeps them in the memory of the
-            device that trains, as uint8: a batch is picked there, and only the numbers of its images cross. On a CPU
-            that is the same as True.
+        eval_batch_size: validation examples at a time; `batch_size` by default.
         seed: of the order of the training examples; None takes the seed of the run, from the command line.
-        train_images, val_images: only so many, the first ones.
+    """
 
-    Raises:
-        InputError: on `setup`, whatever is wrong with the data.
+    def __init__(self, *, batch_size: int = 128, eval_batch_size: int | None = None, seed: int | None = None) -> None:
+        super().__init__()
+        _check_least({"batch_size": (batch_size, 1), "eval_batch_size": (eval_batch_size, 1), "seed": (seed, 0)})
+        self.batch_size, self.eval_batch_size, self.seed = batch_size, eval_batch_size or batch_size, seed
+        self.train_data: Dataset | None = None
+        self.val_data: Dataset | None = None
+
+    @abstractmethod
+    def open_split(self, split: str) -> Dataset:
+        """The examples of "train" or "val"."""
+
+    def order(self) -> EpochOrder:
+        """The order of the training examples."""
+        return EpochPermutation(len(self.train_data), seed=self.seed or 0)
+
+    def reading(self, data: Dataset) -> dict[str, Any]:
+        """The arguments of `DataLoader` that training and validation share."""
+        return {"collate_fn": as_batch}
+
+    def setup(self, stage: str | None = None) -> None:
+        if stage in (None, "fit") and self.train_data is None:
+            self.train_data = self.open_split("train")
+        if self.val_data is None:
+            self.val_data = self.open_split("val")
+
+    def train_dataloader(self) -> DataLoader:
+        assert self.train_data is not None, "setup('fit') comes first"
+        reading = self.reading(self.train_data)
+        return training_loader(self.train_data, self.batch_size, self.order(), self.trainer, **reading)
+
+    def val_dataloader(self) -> DataLoader:
+        assert self.val_data is not None, "setup comes first"
+        return validation_loader(self.val_data, self.eval_batch_size, self.trainer, **self.reading(self.val_data))
+
+
+def _check_least(values: dict[str, tuple[int | None, int]]) -> None:
+    for name, (value, least) in values.items():
+        if value is not None and value < least:
+            raise InputError(f"expected {name} of at least {least}, got {value}")
+
+
+class ImageData(SetData):
+    """Images with sets, read by worker processes.
+
+    Args:
+        image_size: side of the images; a file of another size is an error.
+        set_size: size of the sets; the schema's `max_objects` by default.
+        num_workers: processes that read; 0 suits files in memory, and is what a set in a GPU's memory gets.
+        in_memory: keep a file's images in memory; None does so under 2 GB. "device" keeps them as uint8 in the memory
+            of the device that trains, to which only the numbers of a batch's images are sent.
+        arguments: those of `SetData`.
     """
 
     schema = CLEVR
+    train_path: str | None
+    val_path: str
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 128,
+        set_size: int | None = None,
+        num_workers: int = 0,
+        in_memory: InMemory = None,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(**arguments)
+        _check_least({"image_size": (image_size, 1), "num_workers": (num_workers, 0)})
+        self.image_size, self.set_size = image_size, set_size
+        self.num_workers, self.in_memory = num_workers, in_memory
+
+    def open_images(self, path: str, split: str = "val", images: int | None = None) -> SetFile | ClevrImages:
+        """Open a file, or a split of a folder, of this module's image size, set size and schema."""
+        size = {"image_size": self.image_size, "set_size": self.set_size, "schema": self.schema, "images": images}
+        on_device = self.in_memory == "device"
+        data = open_data(path, split=split, in_memory=False if on_device else self.in_memory, **size)
+        if on_device and not isinstance(data, SetFile):
+            raise InputError(
+                f'in_memory "device" is for prepared files, and {path} is a folder; make a file of it with '
+                "python -m setpred data prepare, or leave in_memory out"
+            )
+        return data
+
+    def reading(self, data: Dataset) -> dict[str, Any]:
+        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+        if isinstance(data, SetFile):  # before the workers fork, so that they share the memory
+            data.load(device if self.in_memory == "device" else None)
+        there = isinstance(data, SetFile) and self.in_memory == "device" and device.type != "cpu"
+        # workers cannot read a GPU's memory
+        workers = 0 if there else fitting_workers(self.num_workers, data, max(self.batch_size, self.eval_batch_size))
+        return super().reading(data) | {
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "worker_init_fn": leave_signals_to_parent,
+            "pin_memory": device.type == "cuda" and not there,
+        }
+
+    def statistics_batches(self, images: int) -> Iterator[dict[str, Any]]:
+        """Full batches of the first training examples, of at most `images` examples; the same in each call."""
+        assert self.train_data is not None, "setup('fit') comes first"
+        last = min(images, len(self.train_data)) - self.batch_size
+        for first in range(0, max(last, 0) + 1, self.batch_size):
+            yield self.train_data.__getitems__(range(first, first + self.batch_size))
+
+    def teardown(self, stage: str | None = None) -> None:
+        """End the workers; torch would do so when the program ends, too late for their temporary folders."""
+        for loader in () if self.trainer is None else (self.trainer.train_dataloader, self.trainer.val_dataloaders):
+            if (iterator := getattr(loader, "_iterator", None)) is not None:
+                loader._iterator = None
+                iterator._shutdown_workers()
+
+    def on_exception(self, exception: BaseException) -> None:
+        self.teardown()
+
+
+class SetDataModule(ImageData):
+    """Training and validation data, each a prepared file or a CLEVR_v1.0 folder.
+
+    Args:
+        train: training data; None to evaluate only.
+        val: validation data.
+        train_split, val_split: split of the data, if it is a folder.
+        train_images, val_images: only the first so many.
+        arguments: those of `ImageData`.
+
+    Raises:
+        InputError: on `setup`, something is wrong with the data.
+    """
 
     def __init__(
         self,
@@ -63,176 +178,73 @@ class SetDataModule(LightningDataModule):
         *,
         train_split: str = "train",
         val_split: str = "val",
-        image_size: int = 128,
-        set_size: int | None = None,
-        batch_size: int = 128,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        in_memory: InMemory = None,
-        seed: int | None = None,
         train_images: int | None = None,
         val_images: int | None = None,
+        **arguments: Any,
     ) -> None:
-        super().__init__()
-        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "image_size": image_size}
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise InputError(f"expected {name} of at least 1, got {size}")
-        if num_workers < 0:
-            raise InputError(f"expected num_workers of at least 0, got {num_workers}")
-        train, val = (None if path is None else os.path.expanduser(path) for path in (train, val))
-        self.train_path, self.val_path = train, val
+        super().__init__(**arguments)
+        self.train_path, self.val_path = (None if path is None else os.path.expanduser(path) for path in (train, val))
         self.train_split, self.val_split = train_split, val_split
-        self.image_size, self.set_size, self.in_memory = image_size, set_size, in_memory
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
-        self.num_workers, self.seed = num_workers, seed
         self.train_images, self.val_images = train_images, val_images
-        self.train_data: Dataset | None = None
-        self.val_data: SetFile | ClevrImages | None = None
 
-    def setup(self, stage: str | None = None) -> None:
-        if stage in (None, "fit") and self.train_data is None:
-            if self.train_path is None:
-                raise InputError("this data has no training part; give `train` a file or a CLEVR folder")
-            self.train_data = self._open(self.train_path, self.train_split, self.train_images)
-            if len(self.train_data) < self.batch_size:
-                raise InputError(
-                    f"{self.train_path} has {len(self.train_data)} training images, fewer than one batch of "
-                    f"{self.batch_size}; use a smaller batch size"
-                )
-        if self.val_data is None:
-            self.val_data = self._open(self.val_path, self.val_split, self.val_images)
-
-    def train_dataloader(self) -> DataLoader:
-        assert self.train_data is not None, "setup('fit') comes first"
-        order = EpochPermutation(len(self.train_data), seed=self.seed or 0)
-        return training_loader(self.train_data, self.batch_size, order, self.trainer, **self._reading(self.train_data))
-
-    def val_dataloader(self) -> DataLoader:
-        assert self.val_data is not None, "setup comes first"
-        return validation_loader(self.val_data, self.eval_batch_size, self.trainer, **self._reading(self.val_data))
-
-    def teardown(self, stage: str | None = None) -> None:
-        self._end_workers()
-
-    def on_exception(self, exception: BaseException) -> None:
-        self._end_workers()
-
-    def _end_workers(self) -> None:
-        """Of a training that is over: torch would end them with the program, too late for their temporary folders."""
-        for loader in () if self.trainer is None else (self.trainer.train_dataloader, self.trainer.val_dataloaders):
-            if (iterator := getattr(loader, "_iterator", None)) is not None:
-                loader._iterator = None
-                iterator._shutdown_workers()
-
-    def statistics_batches(self, images: int) -> Iterator[dict[str, Any]]:
-        """The first training examples, at most so many, in whole batches: the same ones whenever it is asked."""
-        assert self.train_data is not None, "setup('fit') comes first"
-        last = min(images, len(self.train_data)) - self.batch_size
-        for first in range(0, max(last, 0) + 1, self.batch_size):
-            yield self.train_data.__getitems__(range(first, first + self.batch_size))
-
-    def _open(self, path: str, split: str, images: int | None) -> SetFile | ClevrImages:
-        data = open_data(
-            path,
-            split=split,
-            image_size=self.image_size,
-            set_size=self.set_size,
-            schema=self.schema,
-            images=images,
-            in_memory=False if self.in_memory == "device" else self.in_memory,
-        )
-        if self.in_memory == "device" and not isinstance(data, SetFile):
-            raise InputError(
-                f'in_memory "device" is for prepared files, and {path} is a folder; make a file of it with '
-                "python -m setpred data prepare, or leave in_memory out"
-            )
-        return data
-
-    def _reading(self, data: Dataset) -> dict[str, Any]:
-        """What the loaders have in common."""
-        device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-        if isinstance(data, SetFile):  # before the workers fork, so that they share the memory
-            data.load(device if self.in_memory == "device" else None)
-        there = isinstance(data, SetFile) and self.in_memory == "device" and device.type != "cpu"
-        # a GPU's memory is not for the workers
-        workers = 0 if there else fitting_workers(self.num_workers, data, max(self.batch_size, self.eval_batch_size))
-        return {
-            "num_workers": workers,
-            "collate_fn": as_batch,
-            "persistent_workers": workers > 0,
-            "worker_init_fn": leave_signals_to_parent,
-            "pin_memory": device.type == "cuda" and not there,
-        }
+    def open_split(self, split: str) -> SetFile | ClevrImages:
+        if split == "val":
+            return self.open_images(self.val_path, self.val_split, self.val_images)
+        if self.train_path is None:
+            raise InputError("this data has no training part; give `train` a file or a CLEVR folder")
+        return self.open_images(self.train_path, self.train_split, self.train_images)
 
 
 @dataclass(frozen=True)
 class RenderedFile:
-    """A file of built-in scenes that is rendered when it is not there yet; see `setpred.data.scenes.render_file`.
+    """A file of built-in scenes in a folder, rendered by `setpred.data.scenes.render_file` if it does not exist.
 
     Args:
-        folder: where it lies.
-        workers: processes that render; all cores unless given.
+        header: description of the file.
+        workers: processes that render; all cores by default.
     """
 
+    header: Header
     folder: str
-    images: int
-    image_size: int
-    objects: tuple[int, int]
-    seed: int
-    condition: str = "clevr"
     workers: int | None = None
 
     @property
-    def path(self) -> str:
-        least, most = self.objects
-        scenes = f"{least}to{most}" if self.condition == "clevr" else f"{least}to{most}-{self.condition}"
-        return str(
-            Path(self.folder).expanduser() / f"rendered-{self.image_size}-{scenes}-seed{self.seed}-{self.images}.h5"
-        )
-
-    def header(self) -> Header:
-        """What it holds.
-
-        Raises:
-            InputError: there is no such file.
-        """
-        return rendered_header(images=self.images, image_size=self.image_size, **self._which())
-
     def _which(self) -> dict[str, Any]:
-        return {"objects": self.objects, "seed": self.seed, "condition": self.condition}
+        return {name: value for name, value in self.header.source.items() if name != "kind"}
+
+    @property
+    def path(self) -> str:
+        source = self.header.source
+        scenes = "{}to{}".format(*source["objects"]) + (f"-{source['condition']}" if "condition" in source else "")
+        name = f"rendered-{self.header.image_size}-{scenes}-seed{source['seed']}-{self.header.images}.h5"
+        return str(Path(self.folder).expanduser() / name)
 
     def prepare(self) -> None:
-        """Renders it if it is not there, and checks it.
+        """Render the file if it does not exist, and check it.
 
         Raises:
-            InputError: rendering failed (it has said why), or a file of that name is something else.
+            InputError: the rendering failed (it has printed why), or a file of that name is something else.
         """
         if not os.path.exists(self.path):
             self._render_once()
-        data = SetFile(self.path, image_size=self.image_size, schema=CLEVR, in_memory=False)
-        expected = self.header().source
-        if data.source != expected or len(data) != self.images:
+        images, size, source = self.header.images, self.header.image_size, self.header.source
+        data = SetFile(self.path, image_size=size, schema=CLEVR, in_memory=False)
+        if data.source != source or len(data) != images:
             raise InputError(
-                f"{self.path} is not what its name says: expected {self.images} images of {expected}, "
-                f"got {len(data)} of {data.source}; move it away and it will be rendered"
+                f"expected {images} images of {source} in {self.path}, got {len(data)} of {data.source}; move it away "
+                "and it will be rendered"
             )
-        if not self._up_to_date(data):
+        now = render_records([0], image_size=size, **self._which)[0]
+        shades = np.abs(data[0]["image"].permute(1, 2, 0).numpy().astype(int) - now.image).mean()
+        # other processors and versions of NumPy may round otherwise
+        if shades >= 1 or not np.allclose(data[0]["elements"].numpy(), now.elements, atol=1e-4):
             raise InputError(
                 f"{self.path} was rendered by another version of the renderer, which draws other pictures; move it "
-                "away and it will be rendered again, or train on it as it is with "
-                "setpred.data.datamodule.SetDataModule"
+                "away to render it again, or train on it with setpred.data.datamodule.SetDataModule"
             )
 
-    def _up_to_date(self, data: SetFile) -> bool:
-        now = render_records([0], image_size=self.image_size, **self._which())[0]
-        stored = data[0]
-        shades = np.abs(stored["image"].permute(1, 2, 0).numpy().astype(int) - now.image).mean()
-        # other processors and versions of NumPy may round otherwise
-        return shades < 1 and np.allclose(stored["elements"].numpy(), now.elements, atol=1e-4)
-
     def _render_once(self) -> None:
-        """Renders it, or waits for another process that does: jobs that begin together share the file."""
+        """Render it, or wait for another process that does: jobs that start together share the file."""
         make_folder(Path(self.path).parent)
         lock = Path(f"{self.path}.lock")
         with writing(lock), ExitStack() as held:
@@ -245,70 +257,77 @@ class RenderedFile:
                 self._render()
 
     def _render(self) -> None:
-        # As a command of its own: worker processes import the main program, which here would be torch and all.
-        least, most = map(str, self.objects)
-        command = [sys.executable, "-m", "setpred.data", "render", "--images", str(self.images)]
-        command += ["--image-size", str(self.image_size), "--objects", least, most]
-        command += ["--seed", str(self.seed), "--condition", self.condition, "--out", self.path]
-        command += [] if self.workers is None else ["--workers", str(self.workers)]
-        here = str(Path(setpred.__file__).parents[1])
-        paths = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-        if subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}).returncode != 0:
+        # Another process, for its workers import the main program, which here would be torch and Lightning.
+        options = {"images": self.header.images, "image-size": self.header.image_size, "out": self.path} | self._which
+        options |= {} if self.workers is None else {"workers": self.workers}
+        words = ([f"--{name}", *(value if name == "objects" else [value])] for name, value in options.items())
+        command = [sys.executable, "-m", "setpred.data", "render", *(str(word) for each in words for word in each)]
+        paths = filter(None, (str(Path(setpred.__file__).parents[1]), os.environ.get("PYTHONPATH")))
+        if subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}).returncode != 0:
             raise InputError(f"rendering {self.path} failed, for the reason given above")
 
 
-class RenderedScenes(SetDataModule):
-    """Built-in scenes, no download: two files under `folder`, rendered when they are not there yet.
+class BuiltInScenes(ImageData):
+    """Built-in scenes, no download: files under `folder`, rendered if they do not exist.
 
     Args:
-        train_images, val_images: how many scenes.
+        val_images: number of validation scenes.
         objects: least and most objects of a scene.
-        scenes_seed: which scenes; the validation scenes have a seed of their own. `seed` is that of the order, so
-            that runs of several seeds share the files.
-        condition: which colours each shape may have: "clevr", "cogent-a" or "cogent-b".
-        folder: where the files lie, for the next run too.
-        workers: processes that render; all cores unless given.
+        scenes_seed: seed of the scenes, apart from `seed`, so that runs of several seeds share the files.
+        condition: colours that each shape may have: "clevr", "cogent-a" or "cogent-b".
+        folder: folder of the files, kept for the next run.
+        workers: processes that render; all cores by default.
+        arguments: those of `ImageData`.
+
+    Raises:
+        InputError: an argument out of range; on `prepare_data` and `setup`, what is wrong with the files.
     """
 
     def __init__(
         self,
         *,
-        train_images: int = 12_000,
         val_images: int = 1_000,
-        image_size: int = 64,
         objects: tuple[int, int] = (3, 10),
         scenes_seed: int = 0,
         condition: str = "clevr",
         folder: str = "data",
         workers: int | None = None,
-        set_size: int | None = None,
-        batch_size: int = 64,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        in_memory: InMemory = None,
-        seed: int | None = None,
+        **arguments: Any,
     ) -> None:
-        seeds = (scenes_seed, scenes_seed + VALIDATION_SEED)
-        self.files = tuple(
-            RenderedFile(folder, images, image_size, tuple(objects), seed, condition, workers)
-            for images, seed in zip((train_images, val_images), seeds, strict=True)
-        )
-        super().__init__(
-            *(file.path for file in self.files),
-            image_size=image_size,
-            set_size=set_size,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            in_memory=in_memory,
-            seed=seed,
-        )
+        super().__init__(**arguments)
+        _check_least({"scenes_seed": (scenes_seed, 0)})
+        self.which = {"objects": tuple(objects), "condition": condition}
+        self.scenes_seed, self.folder, self.workers = scenes_seed, folder, workers
+        self.files = (self.rendered(val_images, scenes_seed + VALIDATION_SEED),)
+        self.train_path, self.val_path = None, self.files[0].path
+
+    def rendered(self, images: int, seed: int) -> RenderedFile:
+        """A file of these scenes, after checking the arguments."""
+        header = rendered_header(images=images, image_size=self.image_size, seed=seed, **self.which)
+        return RenderedFile(header, self.folder, self.workers)
 
     def prepare_data(self) -> None:
-        """Renders the files that are not there yet.
-
-        Raises:
-            InputError: see `RenderedFile.prepare`.
-        """
+        """Render the files that do not exist; errors as in `RenderedFile.prepare`."""
         for file in self.files:
             file.prepare()
+
+    def open_split(self, split: str) -> Dataset:
+        return self.open_images(self.train_path if split == "train" else self.val_path)
+
+
+class RenderedScenes(BuiltInScenes):
+    """Built-in scenes in a file of training and a file of validation scenes.
+
+    Args:
+        train_images: number of training scenes.
+        image_size: side of the images.
+        batch_size: training examples per step and process; the last, smaller batch of an epoch is left out.
+        arguments: those of `BuiltInScenes`.
+    """
+
+    def __init__(
+        self, *, train_images: int = 12_000, image_size: int = 64, batch_size: int = 64, **arguments: Any
+    ) -> None:
+        super().__init__(image_size=image_size, batch_size=batch_size, **arguments)
+        self.files = (self.rendered(train_images, self.scenes_seed), *self.files)
+        self.train_path = self.files[0].path

@@ -27,21 +27,20 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Tensor]
 SHARED_MEMORY = "/dev/shm"
-IN_MEMORY_BYTES = 2_000_000_000  # files whose images take less are read into memory, unless told otherwise
+IN_MEMORY_BYTES = 2_000_000_000  # files whose images take less are kept in memory by default
 
 
 class SetImages(Dataset, ABC):
-    """Images with the sets of what is in them.
+    """Images with the sets of objects in them.
 
-    `data[i]` is a dict, and `data.__getitems__([i, j, ...])`, which a `DataLoader` calls, the same with a batch axis
-    in front:
+    `data[i]` is a dict; `data.__getitems__([i, j, ...])`, which a `DataLoader` calls, has a batch axis in front:
 
-        image     uint8   [3, S, S]          (in memory channels last, as it was stored)
+        image     uint8   [3, S, S]          (in memory channels last, as it is stored)
         elements  float32 [set_size, D]      zero padded
         mask      bool    [set_size]         True where an element is present
         index     int64   []                 position in this data set
 
-    Give a `DataLoader` `collate_fn=as_batch`: a batch is already one.
+    Give a `DataLoader` `collate_fn=as_batch`.
 
     Attributes: `schema`, `image_size`, `set_size`, `source` (plain types), `image_index` (numbers in the source).
     """
@@ -52,12 +51,12 @@ class SetImages(Dataset, ABC):
     source: dict[str, Any]
     image_index: np.ndarray
 
-    def _set_elements(self, elements: np.ndarray, set_size: int | None, name: str) -> None:
-        """Keeps `elements [n, N, D]`, trimmed or padded to `set_size`."""
+    def _keep(self, elements: np.ndarray, set_size: int | None, name: object) -> None:
+        """Keep `elements [n, N, D]`, trimmed or padded to `set_size`."""
         self.set_size = elements.shape[1] if set_size is None else set_size
         counts = (self.schema.values(elements, PRESENCE) > 0.5).sum(1)
-        if (too_many := counts > self.set_size).any():
-            first = int(too_many.argmax())
+        if counts.max(initial=0) > self.set_size:
+            first = int((counts > self.set_size).argmax())
             raise InputError(
                 f"{name}: image {first} has {counts[first]} objects, but the model holds sets of at most "
                 f"{self.set_size}; use a set size of at least {counts.max()}"
@@ -80,29 +79,27 @@ class SetImages(Dataset, ABC):
         }
 
     def __getitem__(self, index: int) -> Batch:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"expected an index under {len(self)}, got {index}")
-        return {name: value[0] for name, value in self.__getitems__([index % len(self)]).items()}
+        return {name: value[0] for name, value in self.__getitems__([range(len(self))[index]]).items()}
 
     @abstractmethod
     def camera(self, index: int) -> np.ndarray:
-        """Where the camera of an image stood, float64 `[3]`, NaN where unknown."""
+        """Location of the camera of an image, float64 `[3]`, NaN where unknown."""
 
     @abstractmethod
     def _read(self, index: np.ndarray) -> Tensor:
-        """Images `[batch, S, S, 3]` uint8, in memory of their own."""
+        """Images uint8 `[batch, S, S, 3]`, as a copy."""
 
 
 def as_batch(batch: Batch) -> Batch:
-    """The `collate_fn` for these data sets, whose batches are already batches."""
+    """Return the batch: the `collate_fn` for data sets whose `__getitems__` makes batches."""
     return batch
 
 
 def fitting_workers(workers: int, data: Dataset, batch_size: int) -> int:
-    """The most worker processes, up to `workers`, whose batches fit into shared memory at once; 0 reads without.
+    """The most worker processes, up to `workers`, whose batches fit into shared memory at once.
 
     A `DataLoader` holds two batches a worker in /dev/shm and the one in use, and waits for ever for one that does not
-    fit (containers have 64 MB unless told otherwise).
+    fit (containers have 64 MB by default).
     """
     try:
         space = os.statvfs(SHARED_MEMORY)
@@ -127,22 +124,21 @@ def fitting_workers(workers: int, data: Dataset, batch_size: int) -> int:
 class SetFile(SetImages):
     """A file made by `python -m setpred data`.
 
-    The sets are read at once, the images when asked for. The file is opened in each process that reads it and never
-    shared: a forked process closes what it has inherited first, and handles are not pickled. Threads may share it.
+    The sets are read at once, the images when asked for. Each process opens the file for itself: a forked process
+    closes an inherited handle first, and handles are not pickled. Threads may share the data set.
 
-    The layout and every set are checked on opening; the checksum, which needs all images, by `python -m setpred data
-    verify` alone. So pixels that a disk has changed, or numbers that still are those of a set, are noticed there.
+    The layout and every set are checked on opening. The checksum needs all images: `python -m setpred data verify`.
 
     Args:
-        image_size: what the images must have; None takes what the file has.
-        set_size: size of the sets; None takes the schema's largest.
-        schema: what the elements must be; None takes what the file has.
-        images: only so many, the first ones.
+        image_size: expected side of the images; that of the file by default.
+        set_size: size of the sets; the schema's `max_objects` by default.
+        schema: expected schema; that of the file by default.
+        images: only the first so many.
         in_memory: read all images at first use and keep them; None does so under 2 GB. A process that this data set
             was sent to reads from the file.
 
     Raises:
-        InputError: missing, cut short, damaged or foreign file; another image size or schema; sets too large.
+        InputError: a missing, damaged or foreign file; another image size or schema; sets too large.
     """
 
     def __init__(
@@ -169,14 +165,13 @@ class SetFile(SetImages):
                 )
             if image_size is not None and header.image_size != image_size:
                 raise InputError(
-                    f"expected images of {image_size}x{image_size}, but {path} has "
-                    f"{header.image_size}x{header.image_size}; "
-                    f"make it again with --image-size {image_size}, or set the image size to {header.image_size}"
+                    f"expected images of {image_size}x{image_size}, but {path} has {header.image_size}x"
+                    f"{header.image_size}; make it again with --image-size {image_size}, or set the image size to it"
                 )
             self.schema, self.image_size, self.source = header.schema, header.image_size, dict(header.source)
             rows = read_sets(file, header, path, images)
             self.image_index, self._cameras = rows.index, rows.camera
-            self._set_elements(rows.elements, set_size, str(path))
+            self._keep(rows.elements, set_size, path)
         size = len(self) * self.image_size**2 * 3
         self.in_memory = size < IN_MEMORY_BYTES if in_memory is None else in_memory
 
@@ -184,44 +179,39 @@ class SetFile(SetImages):
         return self._cameras[index]
 
     def load(self, device: torch.device | str | None = None) -> None:
-        """Reads the images into memory if they are to be there; before workers are forked, they share them.
+        """Read the images into memory if `in_memory` says so; call it before workers fork, so that they share it.
 
         Args:
-            device: read them into the memory of this device, in any case. Images of a batch are then there, too.
+            device: read them into the memory of this device in any case, where the images of a batch are then.
 
         Raises:
-            InputError: a GPU that has not so much memory left.
+            InputError: a GPU without enough free memory.
         """
-        if device is None and (not self.in_memory or self._images is not None):
+        if device is None and not self.in_memory:
+            return
+        if self._images is not None and device in (None, self._images.device):
             return
         device = torch.device("cpu" if device is None else device)
-        if self._images is not None and self._images.device == device:
-            return
         shape = (len(self), self.image_size, self.image_size, 3)
-        if device.type == "cuda":
-            self._check_room(math.prod(shape), device)
-        images = torch.empty(shape, dtype=torch.uint8, device=device)
-        for start in range(0, len(self), BLOCK):  # so that a GPU's set is never whole in the host's memory
-            rows = np.arange(start, min(start + BLOCK, len(self)))
-            images[start : start + BLOCK] = torch.from_numpy(self._stored(rows))
-        self._images = images  # not before all are there: a block may turn out to be damaged
-
-    def _check_room(self, size: int, device: torch.device) -> None:
-        free, _ = torch.cuda.mem_get_info(device)
-        if size > free:
+        if device.type == "cuda" and (size := math.prod(shape)) > (free := torch.cuda.mem_get_info(device)[0]):
             raise InputError(
                 f"the {len(self)} images of {self.path} take {size / 1e9:.1f} GB, but {device} has {free / 1e9:.1f} GB "
                 'free; keep them in the host\'s memory (in_memory: true instead of "device"), or use fewer images'
             )
+        images = torch.empty(shape, dtype=torch.uint8, device=device)
+        for start in range(0, len(self), BLOCK):  # the host's memory never has all of them at once
+            rows = np.arange(start, min(start + BLOCK, len(self)))
+            images[start : start + BLOCK] = torch.from_numpy(self._stored(rows))
+        self._images = images  # only now: a block may have been damaged
 
     def _read(self, index: np.ndarray) -> Tensor:
         if os.getpid() == self._owner:
             self.load()
         if self._images is None:
             return torch.from_numpy(self._stored(index))
-        if self._images.device.type == "cpu":  # NumPy picks whole images in two thirds of torch's time
+        if self._images.device.type == "cpu":  # NumPy takes two thirds of torch's time
             return torch.from_numpy(self._images.numpy()[index])
-        # the numbers are all that crosses; not waited for, they do not hold up what the device still has to do
+        # only the numbers cross, without waiting for the device
         return self._images.index_select(0, torch.from_numpy(index).to(self._images.device, non_blocking=True))
 
     def _stored(self, index: np.ndarray) -> np.ndarray:
@@ -241,8 +231,7 @@ _opened: weakref.WeakSet[SetFile] = weakref.WeakSet()
 
 
 def _close_inherited() -> None:
-    """In a forked process: HDF5 would take an inherited file for the one to open, and so share its place with the
-    other processes, who would move it under each other's reading where HDF5 was built without positioned reads."""
+    """Close files in a forked process: it would share the file position with its parent."""
     for data in list(_opened):
         if data._handle is not None:
             data._handle.close()
@@ -250,14 +239,14 @@ def _close_inherited() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_close_inherited)  # h5py sees to it that no thread is inside HDF5 then
+    os.register_at_fork(after_in_child=_close_inherited)  # h5py ensures that no thread is inside HDF5 then
 
 
 class ClevrImages(SetImages):
-    """A split of a CLEVR_v1.0 folder, decoded image by image; `prepare` a file when it is to be read more than once.
+    """A split of a CLEVR_v1.0 folder, decoded image by image; to read it often, `prepare` a file.
 
     Raises:
-        InputError: whatever is wrong with the folder; sets too large; later, an image that cannot be read.
+        InputError: something is wrong with the folder; sets too large; later, an image that cannot be read.
     """
 
     def __init__(
@@ -273,7 +262,7 @@ class ClevrImages(SetImages):
         self.folder = ClevrFolder(root, split, schema=schema, images=images)
         self.schema, self.image_size, self.source = schema, image_size, self.folder.source
         self.image_index = self.folder.index
-        self._set_elements(self.folder.elements, set_size, str(root))
+        self._keep(self.folder.elements, set_size, root)
 
     def camera(self, index: int) -> np.ndarray:
         return self.folder.camera(index)
@@ -285,18 +274,20 @@ class ClevrImages(SetImages):
 def open_data(
     path: str | os.PathLike[str],
     *,
-    split: str = "val",
     image_size: int,
-    set_size: int | None = None,
+    split: str = "val",
     schema: ElementSchema = CLEVR,
-    images: int | None = None,
     in_memory: bool | None = None,
+    **size: int | None,
 ) -> SetFile | ClevrImages:
-    """The data set at `path`: a prepared file, or a CLEVR_v1.0 folder, of which `split` is taken.
+    """Open the data set at `path`: a prepared file, or a split of a CLEVR_v1.0 folder.
+
+    Args:
+        size: `set_size` and `images`, as of `SetFile`.
 
     Raises:
         InputError: neither, or what `SetFile` and `ClevrImages` raise.
     """
     if Path(path).is_dir():
-        return ClevrImages(path, split=split, image_size=image_size, set_size=set_size, schema=schema, images=images)
-    return SetFile(path, image_size=image_size, set_size=set_size, schema=schema, images=images, in_memory=in_memory)
+        return ClevrImages(path, split=split, image_size=image_size, schema=schema, **size)
+    return SetFile(path, image_size=image_size, schema=schema, in_memory=in_memory, **size)

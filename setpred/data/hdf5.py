@@ -4,15 +4,14 @@ An HDF5 file of n square images of side S with their sets (N = schema.max_object
 
     images    uint8   [n, S, S, 3]   one chunk per image
     elements  float32 [n, N, D]      as `ElementSchema.encode` writes them: present first, zero padded
-    camera    float64 [n, 3]         where the camera stood, NaN where unknown
-    index     int64   [n]            the image's number in its source
+    camera    float64 [n, 3]         location of the camera, NaN where unknown
+    index     int64   [n]            number of the image in its source
 
 and the attributes `format`, `version`, `schema` and `source` (JSON), `images` and `objects` (counts), `image_size`,
 `producer` (a fingerprint of what made the images) and `sha256` (of header and rows).
 
-The images are not compressed. Measured on 128x128 Blender renderings, LZF halves the file (full CLEVR: 3.4 GB) and
-makes a batch of 128 random images ten times as slow to read (17 ms against 1.7 ms); without compression every image
-also has its place from the start, so that an interrupted file can be continued.
+The images are not compressed. On 128x128 Blender renderings LZF halves the file (full CLEVR: 3.4 GB) and makes a batch
+of 128 random images ten times as slow to read (17 ms against 1.7 ms).
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,22 +35,22 @@ from setpred.schema import PRESENCE, ElementSchema
 
 FORMAT, VERSION = "setpred", 1
 BLOCK = 256  # images per read
-MOST_IMAGES = 10**8  # of a file, as the commands that make them have it
+MOST_IMAGES = 10**8  # of a file, read or made: a slip of the finger should not fill a disk
 LONGEST_TEXT = 1_000_000  # characters of an attribute; schema and source of ours have a few hundred
 
 
 class Record(NamedTuple):
-    """One row of the file."""
+    """One row of a file, or several with an axis in front."""
 
     image: np.ndarray
     elements: np.ndarray
     camera: np.ndarray
-    index: int
+    index: int | np.ndarray
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file holds, known before the first image is written. `source` has plain types only."""
+    """The description of a file, known before the first image is written. `source` has plain types only."""
 
     images: int
     image_size: int
@@ -62,7 +62,7 @@ class Header:
         return plain_json(content | {"schema": self.schema.to_dict(), "source": dict(self.source)})
 
     def layout(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape and type of every data set."""
+        """Shape and type of every array."""
         n, side = self.images, self.image_size
         return {
             "images": ((n, side, side, 3), "|u1"),
@@ -73,12 +73,12 @@ class Header:
 
 
 def plain_json(value: Any) -> str:
-    """One way only to write a value, so that equal values have equal texts."""
+    """The one way to write a value, so that equal values have equal texts."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def open_set_file(path: str | os.PathLike[str]) -> h5py.File:
-    """Opens a finished file for reading.
+    """Open a finished file for reading.
 
     Raises:
         InputError: no such file, not HDF5, cut short, not readable.
@@ -86,7 +86,7 @@ def open_set_file(path: str | os.PathLike[str]) -> h5py.File:
     path = Path(path)
     if not path.is_file():
         unfinished = path.with_name(path.name + ".partial")
-        hint = f"; {unfinished.name} lies there: run the command that makes it again, it goes on" * unfinished.is_file()
+        hint = f"; {unfinished.name} is there: run the command that makes it again to resume" * unfinished.exists()
         raise InputError(f"expected a prepared HDF5 file, but there is no file {path}{hint}")
     try:
         # Finished files never change, and locks fail on some network and read-only file systems.
@@ -99,14 +99,25 @@ def open_set_file(path: str | os.PathLike[str]) -> h5py.File:
         raise InputError(f"{path} is cut short or damaged ({reason(error)[:200]}); copy or make it again") from error
 
 
+@contextmanager
+def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn the many errors of HDF5 at untrusted bytes into an `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{path} is damaged ({reason(error)[:200]}); copy or make it again") from error
+
+
 def read_header(file: h5py.File, path: str | os.PathLike[str]) -> Header:
-    """The header of an open file, after checking that the data sets are as it says, and all of them in the file.
+    """Read the header of an open file; check the arrays against it, and that this file stores them.
 
     Raises:
-        InputError: a file of another program or a newer version, a damaged one, or one whose data sets lie in other
-            files, are compressed, or have fewer bytes than numbers: the memory they take is that of the file.
+        InputError: a file of another program or a newer version, a damaged one, or one whose arrays are in other files,
+            compressed, or have fewer bytes than numbers: arrays take no more memory than the file has bytes.
     """
-    try:
+    with _reading(path):
         if "format" not in file.attrs or _attribute(file, "format", str) != FORMAT:
             raise InputError(f"{path} is an HDF5 file, but not one of setpred's; make one with python -m setpred data")
         if (version := _attribute(file, "version", int)) != VERSION:
@@ -116,16 +127,9 @@ def read_header(file: h5py.File, path: str | os.PathLike[str]) -> Header:
         except InputError as error:
             raise InputError(f"{path} is damaged: {error}; copy or make it again") from error
         for name, (shape, dtype) in header.layout().items():
-            _check_stored(file, name, shape, np.dtype(dtype), path)
-    except InputError:
-        raise
-    except Exception as error:  # HDF5 fails in many ways at the bytes of a stranger
-        raise _damaged(path, error) from error
+            if fault := _fault_of_storage(file, name, shape, np.dtype(dtype)):
+                raise InputError(f"{path}: {fault}; do not trust it, copy or make it again")
     return header
-
-
-def _damaged(path: str | os.PathLike[str], error: Exception) -> InputError:
-    return InputError(f"{path} is damaged ({reason(error)[:200]}); copy or make it again")
 
 
 def _parse_header(file: h5py.File) -> Header:
@@ -139,7 +143,7 @@ def _parse_header(file: h5py.File) -> Header:
 
 
 def _attribute(file: h5py.File, name: str, kind: type) -> Any:
-    """One text or whole number, as the writer writes them."""
+    """One text or integer."""
     if file.attrs.get_id(name).shape != ():
         raise InputError(f"its attribute {name} is an array, expected one value")
     value = file.attrs[name]
@@ -152,26 +156,26 @@ def _attribute(file: h5py.File, name: str, kind: type) -> Any:
     return value
 
 
-def _check_stored(
-    file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype, path: str | os.PathLike[str]
-) -> None:
-    """A data set of this shape and type, all of whose numbers lie in this file as they are."""
+def _fault_of_storage(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> str | None:
+    """The fault of an array that has another shape or type, or is not stored in this file as it is; None without."""
     if not isinstance(file.get(name, getlink=True), h5py.HardLink):
-        raise InputError(f"{path}: {name} is a link to elsewhere, expected the data itself; do not trust it")
+        return f"{name} is a link to elsewhere, expected the data itself"
     stored = file[name]
     if stored.shape != shape or stored.dtype != dtype:
-        raise InputError(f"{path}: expected {name} {list(shape)} {dtype.str}, got {list(stored.shape)} {stored.dtype}")
+        return f"expected {name} {list(shape)} {dtype.str}, got {list(stored.shape)} {stored.dtype}"
     properties = stored.id.get_create_plist()
     if stored.is_virtual or properties.get_external_count():
-        raise InputError(f"{path}: {name} is taken from other files, expected the data itself; do not trust it")
+        return f"{name} is taken from other files, expected the data itself"
     if properties.get_nfilters():
-        raise InputError(f"{path}: {name} is compressed or filtered, which ours never are; do not trust it")
-    size = math.prod(shape) * dtype.itemsize
-    if stored.id.get_storage_size() != size or size > file.id.get_filesize():
-        raise InputError(
-            f"{path} is damaged: {name} takes {size} bytes, of which it has {stored.id.get_storage_size()}, in a file "
-            f"of {file.id.get_filesize()}; copy or make it again"
-        )
+        return f"{name} is compressed or filtered, expected neither"
+    size, bytes_stored, bytes_of_file = (
+        math.prod(shape) * dtype.itemsize,
+        stored.id.get_storage_size(),
+        file.id.get_filesize(),
+    )
+    if bytes_stored != size or size > bytes_of_file:
+        return f"{name} takes {size} bytes, of which it has {bytes_stored}, in a file of {bytes_of_file}"
+    return None
 
 
 class Rows(NamedTuple):
@@ -183,40 +187,29 @@ class Rows(NamedTuple):
 
 
 def read_sets(file: h5py.File, header: Header, path: str | os.PathLike[str], images: int | None = None) -> Rows:
-    """The sets, cameras and numbers of the images (of the first `images`), checked to be such.
+    """Read and check the sets, cameras and numbers of the (first `images`) images.
 
     Raises:
-        InputError: a set is malformed, an image has no number of its own, a camera stands at infinity.
+        InputError: a set is malformed, two images have one number, a camera is at infinity.
     """
-    try:
+    with _reading(path):
         rows = Rows(*(file[name][:images] for name in Rows._fields))
-    except Exception as error:
-        raise _damaged(path, error) from error
-    check_rows(rows, header.schema, path)
-    _check_apart(rows.index, path)
-    return rows
-
-
-def _check_apart(index: np.ndarray, path: str | os.PathLike[str]) -> None:
-    if len(np.unique(index)) < len(index):  # one image would count twice
-        raise InputError(f"{path} is damaged: two of its images have one number; copy or make it again")
-
-
-def check_rows(rows: Rows, schema: ElementSchema, path: str | os.PathLike[str]) -> None:
-    """Raises `InputError` at the first row that is none."""
     for start in range(0, len(rows.index), BLOCK):
         elements, camera, index = (part[start : start + BLOCK] for part in rows)
         for fault, wrong in (
-            ("the set of image {} is malformed", malformed(elements, schema)),
+            ("the set of image {} is malformed", malformed(elements, header.schema)),
             ("an image has the number {}, expected at least 0", index < 0),
             ("the camera of image {} is at infinity", np.isinf(camera).any(1)),
         ):
             if wrong.any():
                 raise InputError(f"{path}: {fault.format(index[wrong.argmax()])}; make it again")
+    if len(np.unique(rows.index)) < len(rows.index):  # one image would count twice
+        raise InputError(f"{path} is damaged: two of its images have one number; copy or make it again")
+    return rows
 
 
 def read_images(file: h5py.File, index: np.ndarray) -> np.ndarray:
-    """The images with these numbers, in this order.
+    """Read the images of these numbers, in this order.
 
     One by one in the file's order: HDF5's own selection takes 383 ms for a batch of 128 random images, this 1.7 ms.
     """
@@ -225,15 +218,6 @@ def read_images(file: h5py.File, index: np.ndarray) -> np.ndarray:
     for position in np.argsort(index, kind="stable"):
         images[position] = stored[index[position]]
     return images
-
-
-def read_rows(file: h5py.File, stop: int | None = None) -> Iterator[tuple[np.ndarray, ...]]:
-    """Blocks of (images, elements, camera, index) in order."""
-    stop = len(file["index"]) if stop is None else stop
-    for start in range(0, stop, BLOCK):
-        rows = slice(start, min(start + BLOCK, stop))
-        images = read_images(file, np.arange(rows.start, rows.stop))
-        yield images, *(file[name][rows] for name in ("elements", "camera", "index"))
 
 
 class Checksum:
@@ -252,26 +236,20 @@ class Checksum:
 
 
 def verify(path: str | os.PathLike[str]) -> Header:
-    """Reads the whole file and compares its checksum; also checks that the sets are sets.
+    """Read a file completely, check its sets and compare its checksum; return its header.
 
     Raises:
         InputError: the file cannot be read, its content is not what was written, or a set is malformed.
     """
     with open_set_file(path) as file:
         header = read_header(file, path)
-        checksum, present, numbers = Checksum(header), 0, []
-        try:
-            for images, elements, camera, index in read_rows(file):
-                checksum.update(images, elements, camera, index)
-                check_rows(Rows(elements, camera, index), header.schema, path)
-                present += int(header.schema.values(elements, PRESENCE).sum())
-                numbers.append(index)
-            _check_apart(np.concatenate(numbers), path)
+        rows, checksum = read_sets(file, header, path), Checksum(header)
+        with _reading(path):
+            for start in range(0, header.images, BLOCK):
+                some = slice(start, min(start + BLOCK, header.images))
+                checksum.update(read_images(file, np.arange(some.start, some.stop)), *(part[some] for part in rows))
             objects, digest = _attribute(file, "objects", int), _attribute(file, "sha256", str)
-        except InputError:
-            raise
-        except Exception as error:
-            raise _damaged(path, error) from error
+    present = int(header.schema.values(rows.elements, PRESENCE).sum())
     if checksum.hexdigest() != digest or present != objects:
         raise InputError(f"{path}: the content is not what was written (SHA-256 differs); copy or make it again")
     return header
@@ -289,3 +267,44 @@ def malformed(elements: np.ndarray, schema: ElementSchema) -> np.ndarray:
         one_hot = np.isin(scores, (0, 1)).all(-1) & (scores.sum(-1) == 1)
         wrong |= (present & ~one_hot).any(1)
     return wrong
+
+
+def describe(path: str | os.PathLike[str]) -> str:
+    """Describe a file: counts, sizes, schema and source, objects per image, and how often each class occurs.
+
+    Raises:
+        InputError: the file cannot be read or is not one of setpred's.
+    """
+    with open_set_file(path) as file:
+        header = read_header(file, path)
+        rows, checksum = read_sets(file, header, path), _attribute(file, "sha256", str)
+    schema, size = header.schema, header.image_size
+    present = schema.values(rows.elements, PRESENCE) > 0.5
+    objects = rows.elements[present]
+    source = ((key, " to ".join(map(str, v)) if isinstance(v, list) else v) for key, v in header.source.items())
+    lines = [
+        f"{path}: {header.images} images of {size}x{size}, {len(objects)} objects, "
+        f"{Path(path).stat().st_size / 1e6:.1f} MB",
+        f"schema    {schema.name}: {schema.set_dim} numbers, up to {schema.max_objects} objects; "
+        + ", ".join([*(f"{field.name} ({field.size})" for field in schema.fields), f"{PRESENCE} (1)"]),
+        "source    " + ", ".join(f"{key} {value}" for key, value in source),
+        f"cameras   known for {np.isfinite(rows.camera).all(1).sum()} images",
+        f"sha256    {checksum}",
+    ]
+    counts = np.bincount(present.sum(1))
+    lines += ["", "objects per image", *_bars([(str(n), count) for n, count in enumerate(counts) if count])]
+    for field in schema.categorical:
+        counts = np.bincount(schema.values(objects, field.name), minlength=field.size)
+        lines += ["", field.name, *_bars(list(zip(field.classes, counts, strict=True)))]
+    for field in schema.continuous:
+        values = schema.values(objects, field.name)
+        if len(values):
+            ranges = zip(values.min(0), values.max(0), strict=True)
+            lines += ["", f"{field.name}: {', '.join(f'{low:.2f} to {high:.2f}' for low, high in ranges)}"]
+    return "\n".join(lines)
+
+
+def _bars(counts: list[tuple[str, int]]) -> list[str]:
+    """A line for each name, its count, share and bar."""
+    most, total = max(n for _, n in counts) or 1, sum(n for _, n in counts) or 1
+    return [f"  {name:<10} {n:>8} {n / total:>6.1%} {'#' * round(40 * n / most)}" for name, n in counts]

@@ -1,50 +1,49 @@
-"""Writing a file of prepared images: whole or not at all, continued after an interruption.
-
-HDF5 must not write to the disk by itself: when a delayed write of its fails (a full disk), the error surfaces while
-some object is freed, where Python can only print it, and closing the file then succeeds or crashes. So HDF5 writes to
-a `_Sink`, which always reports success and keeps the error for us.
-"""
+"""Writing a file of prepared images: complete or not at all, in shards, so that an interrupted job resumes."""
 
 from __future__ import annotations
 
-import io
 import math
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
-from setpred.data.hdf5 import BLOCK, FORMAT, VERSION, Checksum, Header, Record, plain_json, read_header, read_rows
+from setpred.data.hdf5 import FORMAT, VERSION, Checksum, Header, Record, plain_json, verify
+from setpred.data.shards import FINISHED, finished_shards
 from setpred.errors import InputError
-from setpred.files import locked, make_folder, publish, writing
-from setpred.progress import progress
+from setpred.files import make_folder, publish, writing
 from setpred.schema import PRESENCE
 
-SECONDS_BETWEEN_COMMITS = 1.0
+SPARE = 2**16  # bytes of a file beyond its arrays, more than the description takes
 
 
 def write_set_file(
     path: str | os.PathLike[str],
     header: Header,
-    records: Callable[[int], Iterator[Record]],
+    items: Sequence[Any],
+    make: Callable[[Sequence[Any]], list[Record]],
     *,
     producer: str,
     description: str,
+    workers: int = 0,
     force: bool = False,
 ) -> str:
-    """Writes `header.images` rows to `path`, with progress.
+    """Write a row for each item to `path`, with progress.
 
-    The rows go to `path` + ".partial", which takes the final name when it is complete and on the disk. A partial file
-    of the same header and producer is continued; another one is replaced, with one sentence.
+    Shards of rows go to the folder `path` + ".partial"; an interrupted call, repeated, makes those that are missing.
+    The file is assembled from them, read back, and only then takes its name. Until then the disk holds it twice.
 
     Args:
-        records: `records(start)` iterates over the rows from number `start` on.
+        items: as many as `header.images`, in the order of the rows.
+        make: the rows of some items; picklable.
         producer: fingerprint of the code that makes the rows: rows of two versions are not mixed.
-        force: replace a finished file of this name; it stays until the new one is complete.
+        workers: processes that make rows; 0 works in this one.
+        force: replace a finished file of this name, which stays until the new one is complete.
 
     Returns:
         The SHA-256 of the content.
@@ -58,158 +57,77 @@ def write_set_file(
     if path.exists() and not force:
         raise InputError(f"{path} exists already; choose another name, or replace it with --force")
     make_folder(path.parent)
-    partial = path.with_name(path.name + ".partial")
-    hint = f"; what was done stays in {partial.name}, and the same command goes on from there"
-    with writing(path), locked(partial) as descriptor:
-        sink = _Sink(descriptor)
-        file, done = _open(sink, partial, header, producer)
-        try:
-            _reserve(sink, partial, header, done)
-            with writing(path, hint=hint):
-                digest = _write_rows(file, sink, header, records, done, description)
-        finally:
-            file.close()
-        sink.check()
-        publish(partial, path)
+    folder = path.with_name(path.name + ".partial")
+    _check_space(path, folder, header)
+    job = plain_json({"producer": producer, "header": header.to_json()})
+    options = {"pixels": header.image_size**2, "workers": workers, "description": description}
+    with (
+        writing(path, hint=f"; the complete shards stay in {folder.name}, run the same command again to resume"),
+        finished_shards(folder, items, partial(_save_rows, make), _load_rows, job=job, **options) as shards,
+    ):
+        digest = _assemble(folder / FINISHED, header, shards, producer)
+        verify(folder / FINISHED)
+        publish(folder / FINISHED, path)
     return digest
 
 
-class _Sink(io.FileIO):
-    """A file that takes everything and tells the first error when asked."""
-
-    def __init__(self, descriptor: int) -> None:
-        super().__init__(descriptor, "r+b", closefd=False)
-        self._error: BaseException | None = None
-
-    def write(self, data: memoryview) -> int:
-        if self._error is None:
-            try:
-                rest = memoryview(data).cast("B")
-                while rest:  # on a disk that is nearly full the system writes a part
-                    rest = rest[super().write(rest) :]
-            except BaseException as error:  # Ctrl-C too
-                self._error = error
-        return len(data)
-
-    def truncate(self, size: int | None = None) -> int:
-        if self._error is None:
-            try:
-                return super().truncate(size)
-            except BaseException as error:
-                self._error = error
-        return size or 0
-
-    def check(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def sync(self) -> None:
-        """Everything written lies on the disk when this returns."""
-        self.check()
-        os.fsync(self.fileno())
-
-
-def _open(sink: _Sink, partial: Path, header: Header, producer: str) -> tuple[h5py.File, int]:
-    """The partial file and the number of rows that it has already."""
-    if os.fstat(sink.fileno()).st_size:
-        try:
-            file = h5py.File(sink, "r+")
-            if read_header(file, partial).to_json() == header.to_json() and file.attrs["producer"] == producer:
-                done = rows_done(file)
-                print(f"{partial} goes on after {done} of {header.images} images", file=sys.stderr)
-                return file, done
-            file.close()
-            print(f"{partial} was of other data, settings or code: starting again", file=sys.stderr)
-        except (OSError, RuntimeError, KeyError, InputError):
-            print(f"{partial} cannot be read: starting again", file=sys.stderr)
-        sink.truncate(0)
-    file = h5py.File(sink, "w")
-    file.attrs.update(
-        format=FORMAT,
-        version=VERSION,
-        schema=plain_json(header.schema.to_dict()),
-        source=plain_json(dict(header.source)),
-        images=header.images,
-        image_size=header.image_size,
-        producer=producer,
-    )
+def create_arrays(file: h5py.File, header: Header, producer: str) -> None:
+    """Give an empty file its description, and arrays without content that have their place already."""
+    content = {"schema": plain_json(header.schema.to_dict()), "source": plain_json(dict(header.source))}
+    content |= {"format": FORMAT, "version": VERSION, "images": header.images, "image_size": header.image_size}
+    file.attrs.update(content | {"producer": producer})
     for name, (shape, dtype) in header.layout().items():
-        # Every row has its place from the start, so that later writes change no structure of the file: a killed
-        # writer leaves a file that opens. `index` counts the rows: -1 until the rest of the row is written.
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
         if name == "images":
             properties.set_chunk((1, *shape[1:]))
-            properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        if name == "index":
-            properties.set_fill_value(np.array(-1, dtype=dtype))
         space = h5py.h5s.create_simple(shape)
         h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), space, properties)
-    file.flush()
-    return file, 0
 
 
-def _reserve(sink: _Sink, partial: Path, header: Header, done: int) -> None:
-    """Takes the disk space of the whole file now: better no file at once than a full disk an hour later."""
-    size = sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in header.layout().values())
-    with writing(partial, hint=f" (the file takes {size / 1e6:.1f} MB)"):
-        try:
-            sink.check()
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(sink.fileno(), 0, os.fstat(sink.fileno()).st_size)
-        except OSError:
-            if done == 0:
-                partial.unlink()
-            raise
+def _bytes(header: Header) -> int:
+    return SPARE + sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in header.layout().values())
 
 
-def rows_done(file: h5py.File) -> int:
-    """Rows of a partial file that are complete and on the disk."""
-    missing = file["index"][:] < 0
-    return int(missing.argmax()) if missing.any() else len(missing)
+def _check_space(path: Path, folder: Path, header: Header) -> None:
+    """Better no file at once than a full disk an hour later."""
+    free = shutil.disk_usage(path.parent).free + sum(shard.stat().st_size for shard in folder.glob("[0-9]*"))
+    if (needed := 2 * _bytes(header)) > free:
+        raise InputError(
+            f"cannot write {path}: the disk is full; expected {needed / 1e6:.1f} MB for the shards and the file, got "
+            f"{free / 1e6:.1f} MB; free some space or choose another place"
+        )
 
 
-def _write_rows(
-    file: h5py.File,
-    sink: _Sink,
-    header: Header,
-    records: Callable[[int], Iterator[Record]],
-    done: int,
-    description: str,
-) -> str:
-    checksum = Checksum(header)
-    for block in read_rows(file, done):
-        checksum.update(*block)
-    rows = records(done)
-    waiting: dict[int, Record] = {}
-    committed = time.monotonic()
-    try:
-        shown = progress(rows, total=header.images, initial=done, description=description)
-        for number, record in enumerate(shown, start=done):
-            waiting[number] = record
-            if len(waiting) == BLOCK or time.monotonic() - committed > SECONDS_BETWEEN_COMMITS:
-                _commit(file, sink, waiting, checksum)
-                waiting = {}
-                committed = time.monotonic()
-    finally:
-        rows.close()
-        _commit(file, sink, waiting, checksum)  # after an interruption too; rows have numbers, so twice does no harm
-    assert rows_done(file) == header.images
-    file.attrs["objects"] = int(header.schema.values(file["elements"][:], PRESENCE).sum())
-    file.attrs["sha256"] = checksum.hexdigest()
+def _save_rows(make: Callable[[Sequence[Any]], list[Record]], items: Sequence[Any], path: Path) -> None:
+    columns = zip(*make(items), strict=True)
+    with open(path, "wb") as file:
+        np.savez(file, **{name: np.stack(column) for name, column in zip(Record._fields, columns, strict=True)})
+
+
+def _load_rows(path: Path) -> Record:
+    with open(path, "rb") as file, np.load(file) as shard:
+        return Record(*(shard[name] for name in Record._fields))
+
+
+def _assemble(path: Path, header: Header, shards: list[Path], producer: str) -> str:
+    """Write the file from its shards; return its checksum."""
+    with h5py.File(path, "w") as file:
+        create_arrays(file, header, producer)
+    if hasattr(os, "posix_fallocate"):
+        # HDF5 writes late, and then can only print that the disk is full: have the space before
+        with open(path, "r+b") as stream:
+            os.posix_fallocate(stream.fileno(), 0, _bytes(header))
+    checksum, objects, start = Checksum(header), 0, 0
+    with h5py.File(path, "r+") as file:
+        for shard in shards:
+            rows = _load_rows(shard)
+            checksum.update(*rows)
+            objects += int(header.schema.values(rows.elements, PRESENCE).sum())
+            stop = start + len(rows.index)
+            for name, part in zip(header.layout(), rows, strict=True):
+                file[name][start:stop] = part
+            start = stop
+        file.attrs.update(objects=objects, sha256=checksum.hexdigest())
     return checksum.hexdigest()
-
-
-def _commit(file: h5py.File, sink: _Sink, waiting: dict[int, Record], checksum: Checksum) -> None:
-    """Writes the waiting rows, then, when they lie on the disk, their index."""
-    if not waiting:
-        return
-    images, elements, camera, index = map(np.stack, zip(*waiting.values(), strict=True))
-    rows = slice(min(waiting), max(waiting) + 1)
-    file["images"][rows], file["elements"][rows], file["camera"][rows] = images, elements, camera
-    file.flush()
-    sink.sync()
-    file["index"][rows] = index
-    file.flush()
-    sink.sync()
-    checksum.update(images, elements, camera, index)

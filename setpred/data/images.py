@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from setpred.data.workers import available_cores
 from setpred.errors import InputError, shown
 from setpred.files import require_regular
+from setpred.workers import available_cores, ordered_map
 
-# Pillow knows forty more; one of them, PostScript, is a program, and another program is started to run it
 PIXEL_SIZE = (480, 320)  # of CLEVR v1.0's images
+# Pillow knows forty more; one of them, PostScript, is a program, and another program is started to run it
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
-# what files of these formats are named; not .pfm, whose numbers are no bytes
+# names of files of these formats; not .pfm, whose numbers are no bytes
 SUFFIXES = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff", ".webp"),
 )
 MOST_PIXELS = 2**26  # 8192x8192; a file of a few kilobytes can claim to hold any number of them
+MOST_THREADS = 16
 # EXIF's orientation, and what makes such an image upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -38,91 +36,85 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 # what Pillow raises for files that are cut short, damaged or made to look so
-BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
-# `open_image` says it in a sentence; not within it, for threads decode and share the filters
+_DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+# `open_image` raises an error instead; a filter within it would be shared by the threads that decode
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
-    """An image whose pixels have not been decoded yet; use it in a `with`. Links are followed, to regular files only.
+    """Open an image without decoding its pixels; use it in a `with`.
 
     Raises:
-        InputError: more pixels than `MOST_PIXELS`; a pipe, a device or a folder, which might never end.
-        BROKEN: a file that is not of one of `FORMATS`, or damaged; decoding it may raise them, too.
+        InputError: more pixels than `MOST_PIXELS`; a pipe, a device or a folder, reading which might never end.
+        OSError and others of Pillow: a damaged file, or one of another format than `FORMATS`.
     """
     require_regular(path, advice="give an image file")
     image = Image.open(path, formats=FORMATS)
-    if image.width * image.height > MOST_PIXELS:
+    width, height = image.size
+    if width * height > MOST_PIXELS:
         image.close()
-        raise InputError(
-            f"the image {path} has {image.width}x{image.height} pixels, expected at most {MOST_PIXELS:,} in all; make "
-            "it smaller, a model sees it at a fraction of that"
-        )
+        raise InputError(f"the image {path} has {width}x{height} pixels, expected {MOST_PIXELS:,}; make it smaller")
     return image
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """The image, decoded, as people see it: turned as the camera has noted in its EXIF.
-
-    Raises:
-        BROKEN: damaged pixels. A damaged note turns nothing.
-    """
-    image.load()  # before the note: of a TIFF Pillow follows it here, and then takes it away
+def _upright(image: Image.Image) -> Image.Image:
+    """The image, decoded and turned as its EXIF says; a damaged EXIF turns nothing."""
+    image.load()  # before the EXIF: of a TIFF Pillow follows it here, and then removes it
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # of many kinds, and the pixels are whole
+    except Exception:  # of many kinds, and the pixels are in order
         turn = None
     return image if turn is None else image.transpose(turn)
 
 
-def load_image(path: Path, image_size: int, *, advice: str = "unpack CLEVR again") -> np.ndarray:
-    """A whole image as uint8 `[image_size, image_size, 3]`: RGB, upright by EXIF, resized bilinearly without a crop.
+def read_image(path: str | os.PathLike[str], *, advice: str = "unpack CLEVR again") -> Image.Image:
+    """Read an image, decoded and upright by EXIF.
 
     Args:
         advice: what to do about an image that cannot be read, for the message.
-
-    Source: the published iDSPN recipe (Zhang et al., ICLR 2022, code) resizes so.
 
     Raises:
         InputError: the file is missing, not an image or cut short; pixels of more than 8 bits, or too many of them.
     """
     try:
         with open_image(path) as image:
-            if image.mode.startswith(("I", "F")):  # Pillow would cut what is above 255 off
-                raise InputError(
-                    f"the image {path} is grey with more than 8 bits a pixel (mode {image.mode}), expected 8 bits; "
-                    "convert it to 8 bits first"
-                )
-            resized = upright(image).convert("RGB").resize((image_size, image_size), Image.Resampling.BILINEAR)
+            if image.mode.startswith(("I", "F")):  # Pillow would clip values above 255
+                raise InputError(f"the image {path} is grey with more than 8 bits a pixel; convert it to 8 bits first")
+            return _upright(image)
     except InputError:  # a ValueError, too
         raise
     except FileNotFoundError as error:
         raise InputError(f"the image {path} is missing; {advice}") from error
     except UnidentifiedImageError as error:
         raise InputError(f"{path} is not an image of a format read here ({', '.join(FORMATS)}); {advice}") from error
-    except BROKEN as error:
+    except _DAMAGED as error:
         raise InputError(f"the image {path} is cut short or damaged ({error}); {advice}") from error
-    return np.asarray(resized)
+
+
+def load_image(path: str | os.PathLike[str], image_size: int, *, advice: str = "unpack CLEVR again") -> np.ndarray:
+    """Read an image as uint8 `[image_size, image_size, 3]`: RGB, resized bilinearly without a crop.
+
+    Errors as in `read_image`. Source: the published iDSPN recipe (Zhang et al., ICLR 2022, code) resizes so.
+    """
+    image = read_image(path, advice=advice).convert("RGB")
+    return np.asarray(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
 
 
 def pixel_size(path: Path) -> tuple[int, int]:
-    """Width and height; CLEVR's own where the image cannot be read, which is said when it is needed."""
+    """Width and height; CLEVR's own for an image that cannot be read, which raises when its pixels are needed."""
     try:
         with open_image(path) as image:
-            return upright(image).size
-    except BROKEN:
+            return _upright(image).size
+    except _DAMAGED:
         return PIXEL_SIZE
-
-
-MOST_THREADS = 16
 
 
 def find_images(
     sources: Iterable[str | os.PathLike[str]], say: Callable[[str], None] = lambda sentence: None
 ) -> list[str]:
-    """Paths of images: each file of `sources` as it is, of each folder those named as images, sorted by name.
+    """Paths of images: each file of `sources`, and of each folder the files named as images, sorted by name.
 
-    Folders within folders and hidden files are left out, and so are files of other names, which `say` is told.
+    Subfolders, hidden files and files of other names are skipped; `say` gets a sentence about the latter.
 
     Raises:
         InputError: no such file or folder, or a folder without an image.
@@ -150,29 +142,20 @@ def find_images(
 def decoded(
     paths: Iterable[str], image_size: int, *, ahead: int = 128, threads: int | None = None
 ) -> Iterator[np.ndarray | InputError]:
-    """Images uint8 `[image_size, image_size, 3]` in the order of `paths`; for a broken one what is wrong with it.
+    """Images uint8 `[image_size, image_size, 3]` in the order of `paths`; an error for each that cannot be read.
 
-    Threads decode while the caller does something else: Pillow lets go of the interpreter meanwhile.
+    Threads decode while the caller works: Pillow releases the interpreter meanwhile.
 
     Args:
-        ahead: how many are decoded or under way before they are asked for; that much memory is needed.
-        threads: all cores unless given, but no more than 16.
+        ahead: images that are decoded or under way before they are asked for, which bounds the memory.
+        threads: all cores by default, but no more than 16.
     """
-    remaining = iter(paths)
-    executor = ThreadPoolExecutor(threads or min(available_cores(), MOST_THREADS))
     load = partial(_load, image_size=image_size)
-    try:
-        pending = deque(executor.submit(load, path) for path in itertools.islice(remaining, ahead))
-        while pending:
-            image = pending.popleft().result()
-            pending.extend(executor.submit(load, path) for path in itertools.islice(remaining, 1))
-            yield image
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+    return ordered_map(load, paths, workers=threads or min(available_cores(), MOST_THREADS), threads=True, ahead=ahead)
 
 
 def _load(path: str, image_size: int) -> np.ndarray | InputError:
     try:
-        return load_image(Path(path), image_size, advice="mend it or leave it out")
+        return load_image(path, image_size, advice="repair it or leave it out")
     except InputError as error:
         return error

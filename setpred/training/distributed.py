@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,6 +13,7 @@ import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from setpred.errors import InputError
+from setpred.workers import end_with_parent
 
 # As "ddp", but a parameter that no gradient reaches is no error: the start of an implicit descent, the step sizes of
 # an equilibrium that is only matched.
@@ -63,7 +63,7 @@ def together(trainer: pl.Trainer) -> Iterator[None]:
         yield
         return
     if hasattr(trainer.strategy.launcher, "procs") and trainer.local_rank > 0:
-        _end_with_parent()
+        end_with_parent()
     name = f"process {trainer.global_rank} of {trainer.world_size}"
     try:
         yield
@@ -92,15 +92,3 @@ def _end(children: list[subprocess.Popen]) -> None:
             child.wait(max(0.0, deadline - time.monotonic()))
     for child in ours:
         child.kill()  # who waits in a collective operation hears no softer signal
-
-
-def _end_with_parent() -> None:
-    """Ends this process, wherever it waits, once its parent has gone."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="watch-parent", daemon=True).start()

@@ -1,4 +1,4 @@
-"""Small worlds: tasks on sets that train in minutes and need no download, and two that read files a user has."""
+"""Toy tasks on sets: most need no download and train in minutes; two read files that the user has."""
 
 from setpred.data.toy.base import Examples, World
 from setpred.data.toy.digits import DigitCounting, DigitPoints, RotatedDigits

@@ -1,4 +1,4 @@
-"""Worlds of scikit-learn's handwritten digits: classes to count, digits that are turned, digits as sets of points."""
+"""Toy tasks on scikit-learn's handwritten digits: count classes, classify turned digits, auto-encode sets of points."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Digits(NamedTuple):
 
 
 def bundled_digits(split: str) -> Digits:
-    """The 1,297 training or the 500 validation images of those that come with scikit-learn, nothing to download.
+    """Load the 1,297 training or the 500 validation images that come with scikit-learn.
 
-    The test part of the UCI data set Optical Recognition of Handwritten Digits (Alpaydin, Kaynak, 1998).
+    Source: test part of the UCI data set Optical Recognition of Handwritten Digits (Alpaydin, Kaynak, 1998).
 
     Raises:
         InputError: scikit-learn is not installed.
@@ -39,11 +39,6 @@ def bundled_digits(split: str) -> Digits:
     return Digits((bundle.images[part] / 16).astype(np.float32), bundle.target[part].astype(np.int64))
 
 
-def one_hot(classes: np.ndarray) -> np.ndarray:
-    """Targets of one element: int `[count]` to float32 `[count, 1, 10]`."""
-    return np.eye(CLASSES, dtype=np.float32)[classes][:, None]
-
-
 def in_turn(available: int, count: int, rng: np.random.Generator) -> np.ndarray:
     """`count` indices under `available`, shuffled, each as often as any other, give or take one."""
     rounds = [rng.permutation(available) for _ in range(-(-count // available))]
@@ -51,7 +46,7 @@ def in_turn(available: int, count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def pixel_points(images: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The pixels over a threshold as points, in reading order: what there is of them first, then padding of zeros.
+    """The pixels over a threshold as points, in reading order, then zeros.
 
     Positions (x to the right, y up) run from -1 to 1, from the centre of the first pixel to that of the last.
 
@@ -59,9 +54,14 @@ def pixel_points(images: np.ndarray, threshold: float) -> tuple[np.ndarray, np.n
         images: `[count, 8, 8]`.
 
     Returns:
-        positions float32 `[count, most, 2]`, intensities float32 `[count, most]`, mask bool `[count, most]`, with as
-        many places as the image with the most pixels has.
+        Positions float32 `[count, most, 2]`, intensities float32 `[count, most]` and mask bool `[count, most]`, for
+        the most points that an image has.
+
+    Raises:
+        InputError: the threshold is not in [0, 1), the range of intensities.
     """
+    if not 0 <= threshold < 1:
+        raise InputError(f"expected a threshold from 0 to under 1, of intensities from 0 to 1, got {threshold}")
     flat = images.reshape(len(images), -1)
     bright = flat > threshold
     order = np.argsort(~bright, axis=1, kind="stable")[:, : bright.sum(1).max()]
@@ -72,11 +72,10 @@ def pixel_points(images: np.ndarray, threshold: float) -> tuple[np.ndarray, np.n
     return (positions * mask[:, :, None]).astype(np.float32), intensities * mask, mask
 
 
-class DigitCounting(World):
-    """Sets of digits, each an image of 64 numbers; the target is how many different classes are among them.
+class Counting(World):
+    """Sets of images; the target is how many different classes are among them, a set of one element.
 
-    As the experiment of equilibrium aggregation on Omniglot (Bartunov, Fuchs, Lillicrap, UAI 2022) asks for characters.
-    Training sets have training images only. How sets are drawn: `setpred.data.toy.digits.sets_to_count`.
+    The class counting of equilibrium aggregation (Bartunov, Fuchs, Lillicrap, UAI 2022).
 
     Args:
         sizes: least and most images of a set; sets are padded to the most.
@@ -85,20 +84,53 @@ class DigitCounting(World):
 
     def __init__(self, *, sizes: tuple[int, int] = (3, 10), **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.sizes = check_sizes(sizes)
+        if not 1 <= sizes[0] <= sizes[1]:
+            raise InputError(f"expected the least and the most images of a set, at least 1, got {list(sizes)}")
+        self.sizes = tuple(sizes)
+
+    def count(
+        self, images: np.ndarray, classes: np.ndarray, count: int, rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        """`count` sets of `images [n, ...]` of `classes` int64 `[n]`, from 0, each with at least one image.
+
+        First the size of a set is drawn, then its number of classes, from 1 to what its size allows, all equally
+        likely: the size says less than if classes were drawn image by image. Images repeat in other sets, and may
+        within one.
+        """
+        images = images.reshape(len(images), -1)
+        by_class, available = np.argsort(classes, kind="stable"), np.bincount(classes)
+        start = np.cumsum(available) - available
+        least, most = self.sizes
+        elements = np.zeros((count, most, images.shape[1]), dtype=np.float32)
+        sizes, target = np.zeros(count, dtype=np.int64), np.zeros((count, 1, 1), dtype=np.float32)
+        for i in range(count):
+            size = rng.integers(least, most + 1)
+            different = rng.integers(1, min(size, len(available)) + 1)
+            chosen = rng.choice(len(available), different, replace=False)
+            # each of the chosen ones once, the others at random
+            members = rng.permutation(np.concatenate([chosen, rng.choice(chosen, size - different)]))
+            elements[i, :size] = images[by_class[start[members] + rng.integers(available[members])]]
+            sizes[i], target[i] = size, different
+        return {"input": elements, "input_mask": np.arange(most) < sizes[:, None], "elements": target}
+
+
+class DigitCounting(Counting):
+    """Sets of digits, each an image of 64 numbers, whose classes are counted; see `Counting`.
+
+    Training and validation sets have images of their part only.
+    """
 
     def examples(self, split: str, count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        images, classes = bundled_digits(split)
-        return sets_to_count(images.reshape(len(images), -1), classes, count, sizes=self.sizes, rng=rng)
+        return self.count(*bundled_digits(split), count, rng)
 
 
 class RotatedDigits(World):
     """Digits as sets of points [x, y, intensity], turned about the centre by any angle; the target is the class.
 
-    Trained on upright digits and asked about turned ones, a model has to be invariant by construction. As rotated
-    MNIST for group invariant pooling (Bujel, Gideoni, Joshi, Liò, 2023), whose training images are turned, too. A 6 and
-    a 9 are hard to tell apart then. Angles are uniform, one for each example. The target is one-hot, a set of one
-    element. More training sets than the 1,297 training images show these again, at other angles if they are turned.
+    Trained on upright and tested on turned digits, a model has to be invariant by construction. As rotated MNIST for
+    group invariant pooling (Bujel, Gideoni, Joshi, Liò, 2023), whose training images are turned, too. Angles are
+    uniform, one for each example. The target is one-hot, a set of one element. More training sets than the 1,297 images
+    show these again, at other angles if they are turned.
 
     Args:
         train_rotated, val_rotated: whether the digits of that part are turned.
@@ -110,7 +142,6 @@ class RotatedDigits(World):
         self, *, train_rotated: bool = False, val_rotated: bool = True, threshold: float = 0.0, **arguments: Any
     ) -> None:
         super().__init__(**arguments)
-        check_threshold(threshold)
         self.rotated = {"train": train_rotated, "val": val_rotated}
         self.threshold = threshold
 
@@ -123,14 +154,15 @@ class RotatedDigits(World):
         turns = np.stack([cosine, sine, -sine, cosine], axis=-1).reshape(-1, 2, 2)  # of positions in rows
         turned = (positions[which] @ turns).astype(np.float32)
         elements = np.concatenate([turned, intensities[which][:, :, None]], axis=-1)
-        return {"input": elements, "input_mask": mask[which], "elements": one_hot(classes[which])}
+        target = np.eye(CLASSES, dtype=np.float32)[classes[which]][:, None]
+        return {"input": elements, "input_mask": mask[which], "elements": target}
 
 
 class DigitPoints(World):
-    """Digits as sets of points [x, y, presence] to be encoded and found again: the target is the input.
+    """Digits as sets of points [x, y, presence] to auto-encode: the target is the input.
 
-    What DSPN's sets of MNIST pixels are (Zhang, Hare, Prügel-Bennett, NeurIPS 2019), at 8x8. Presence is 1, padding is
-    zeros. More training sets than the 1,297 training images show these again.
+    DSPN's sets of MNIST pixels (Zhang, Hare, Prügel-Bennett, NeurIPS 2019), at 8x8. Presence is 1, padding is zeros.
+    More training sets than the 1,297 training images show these again.
 
     Args:
         set_size: places of a set; 27 are enough for every digit at the threshold of 0.5.
@@ -140,7 +172,6 @@ class DigitPoints(World):
 
     def __init__(self, *, set_size: int = 27, threshold: float = 0.5, **arguments: Any) -> None:
         super().__init__(**arguments)
-        check_threshold(threshold)
         self.set_size, self.threshold = set_size, threshold
 
     def examples(self, split: str, count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -155,50 +186,3 @@ class DigitPoints(World):
         elements = np.zeros((count, self.set_size, 3), dtype=np.float32)
         elements[:, : mask.shape[1]] = np.concatenate([positions, mask[:, :, None]], axis=-1)[which]
         return {"input": elements, "input_mask": elements[:, :, 2] > 0.5, "elements": elements.copy()}
-
-
-def check_threshold(threshold: float) -> None:
-    if not 0 <= threshold < 1:
-        raise InputError(f"expected a threshold from 0 to under 1, of intensities from 0 to 1, got {threshold}")
-
-
-def check_sizes(sizes: tuple[int, int]) -> tuple[int, int]:
-    """Least and most images of a set.
-
-    Raises:
-        InputError: there are no such sets.
-    """
-    if not 1 <= sizes[0] <= sizes[1]:
-        raise InputError(f"expected the least and the most images of a set, at least 1, got {list(sizes)}")
-    return tuple(sizes)
-
-
-def sets_to_count(
-    images: np.ndarray, classes: np.ndarray, count: int, *, sizes: tuple[int, int], rng: np.random.Generator
-) -> dict[str, np.ndarray]:
-    """`count` sets of images, and how many different classes are among them, a set of one element.
-
-    First the size of a set is drawn, then how many classes it has, from 1 to what its size allows, all equally
-    likely: the size says less than if classes were drawn image by image. Images come again in other sets, and may
-    within one.
-
-    Args:
-        images: float32 `[images, numbers]`.
-        classes: int64 `[images]`, from 0, each with at least one image.
-    """
-    by_class, available = np.argsort(classes, kind="stable"), np.bincount(classes)
-    start = np.cumsum(available) - available
-    least, most = sizes
-    elements = np.zeros((count, most, images.shape[1]), dtype=np.float32)
-    mask = np.zeros((count, most), dtype=bool)
-    target = np.zeros((count, 1, 1), dtype=np.float32)
-    for i in range(count):
-        size = rng.integers(least, most + 1)
-        different = rng.integers(1, min(size, len(available)) + 1)
-        chosen = rng.choice(len(available), different, replace=False)
-        # each of the chosen ones once, the others as they come
-        members = rng.permutation(np.concatenate([chosen, rng.choice(chosen, size - different)]))
-        elements[i, :size] = images[by_class[start[members] + rng.integers(available[members])]]
-        mask[i, :size] = True
-        target[i] = different
-    return {"input": elements, "input_mask": mask, "elements": target}

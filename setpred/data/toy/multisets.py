@@ -1,4 +1,4 @@
-"""Random multisets, to be encoded and found again."""
+"""Random multisets to auto-encode."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Class-specific numbering: how many of its kind came before."""
+"""Class-specific numbering: number the elements of each class."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from setpred.errors import InputError
 
 
 class Numbering(World):
-    """Each element of a multiset of classes gets its own number among the elements of its class.
+    """Multisets of classes; the target numbers the elements of each class.
 
     The input is one-hot classes `[batch, set_size, classes]`, each drawn uniformly. The target of element i is its
     class, then how many elements of that class came before it, counted from 0: one-hot `[batch, set_size, classes +
-    set_size]`. Any order of the numbers within a class is as right, so losses and metrics match within classes (see
-    `setpred.losses.NumberingLoss`), which is what the target says the classes for.
+    set_size]`. Any order of the numbers within a class is right, so losses and metrics match within classes (see
+    `setpred.losses.NumberingLoss`).
 
     Equal inputs need different outputs: a set-equivariant function cannot do it, a multiset-equivariant one can (Zhang
     et al., ICLR 2022; published with 64 elements of 4 classes and 640, 6,400 or 64,000 training sets).
 
     Args:
-        set_size: elements of a set, and numbers there are.
-        classes: how many.
+        set_size: elements of a set, and of numbers.
+        classes: number of classes.
         arguments: those of `World`.
     """
 

@@ -1,4 +1,4 @@
-"""QM9's molecules, from files a user has."""
+"""QM9's molecules, from files that the user has."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class QM9(World):
     """Molecules as sets of atoms; the target is one property of the molecule, a set of one element.
 
     An atom is [x, y, z, one-hot of H C N O F, Mulliken charge], in ångström and elementary charges, as in the files of
-    the data set (Ramakrishnan, Dral, Rupp, von Lilienfeld, 2014); properties are in its units, atomic ones for the most
-    part (homo: hartree). The target is standardised: (property - mean) / deviation, both of the training part and in
-    `standard` after `setup`, so that an error in the property's unit is the error here times the deviation.
+    the data set (Ramakrishnan, Dral, Rupp, von Lilienfeld, 2014); properties are in its units, mostly atomic ones
+    (homo: hartree). The target is standardised: (property - mean) / deviation, both of the training part and in
+    `standard` after `setup`.
 
-    Which molecules are trained on and which validate is drawn from `worlds_seed`. Those that the authors list as
-    inconsistent are in the folder as the others; move them away to leave them out.
+    `worlds_seed` decides which molecules are trained on and which validate. To leave out those that the authors list
+    as inconsistent, move them away.
 
     Args:
-        folder: where dsgdb9nsd.xyz.tar.bz2 is unpacked: it holds dsgdb9nsd_000001.xyz and so on.
+        folder: folder of dsgdb9nsd.xyz.tar.bz2, unpacked: dsgdb9nsd_000001.xyz and so on.
         target: one of `PROPERTIES`.
         arguments: those of `World`.
 
@@ -56,14 +56,15 @@ class QM9(World):
             of = values if split == "train" else [read_molecule(p).properties[self.target] for p in paths["train"]]
             self.standard = float(np.mean(of)), float(np.std(of)) or 1.0
         mean, deviation = self.standard
-        mask = np.arange(max(len(m.atoms) for m in molecules)) < np.array([[len(m.atoms)] for m in molecules])
+        sizes = np.array([len(molecule.atoms) for molecule in molecules])
+        mask = np.arange(sizes.max()) < sizes[:, None]
         atoms = np.zeros((*mask.shape, 4 + len(ELEMENTS)), dtype=np.float32)
         atoms[mask] = np.concatenate([molecule.atoms for molecule in molecules])
         target = ((values - mean) / deviation).astype(np.float32)
         return {"input": atoms, "input_mask": mask, "elements": target[:, None, None]}
 
     def _paths(self) -> dict[str, list[Path]]:
-        """Of either part; the two are apart, whatever the number of the other."""
+        """Files of each part."""
         paths = sorted(self.folder.glob("dsgdb9nsd_*.xyz"))
         wanted = self.counts["train"] + self.counts["val"]
         if len(paths) < wanted:
@@ -77,12 +78,12 @@ class QM9(World):
 
 
 def read_molecule(path: Path) -> Molecule:
-    """One file: the number of atoms; "gdb", the molecule's number and the properties; a line for each atom; the rest.
+    """Read a file: number of atoms; "gdb", number of the molecule and properties; a line for each atom; the rest.
 
     Numbers may be written as 2.1*^-6.
 
     Raises:
-        InputError: anything else, with the line.
+        InputError: a line that is something else.
     """
     number = 1
     try:
