@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import run
 
-from setpred.checkpoint.load import KEY, build, load_checkpoint, save_whole
+from setpred.checkpoint.load import KEY, build, load_checkpoint, save_checkpoint
 from setpred.commands.evaluate import evaluate, figures
 from setpred.data.dataset import open_data
 from setpred.decoders import IDSPN, GreedyVotes
@@ -37,7 +37,7 @@ def changed(checkpoint, tmp_path, change):
     content = torch.load(checkpoint, weights_only=True)
     change(content)
     path = tmp_path / "changed.ckpt"
-    save_whole(content, path)
+    save_checkpoint(content, path)
     return path
 
 

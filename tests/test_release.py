@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import untrained
 from torch import nn
 
-from setpred.checkpoint.load import KEY, load_checkpoint, read_checkpoint, save_whole
+from setpred.checkpoint.load import KEY, load_checkpoint, read_checkpoint, save_checkpoint
 from setpred.checkpoint.release import export, portable
 from setpred.checkpoint.weights import DIGEST, LARGEST_ERROR, RECORD, halved, pack, unpack
 from setpred.commands import release as release_command
@@ -169,7 +169,7 @@ def test_the_command_says_what_it_wrote(checkpoint, tmp_path, capsys):
 def test_a_model_beyond_the_limit_is_refused(checkpoint, tmp_path):
     content = torch.load(checkpoint, weights_only=True)
     content["state_dict"]["loss.huge"] = torch.ones(3001, 3500)  # beside the model; 21 MB in half precision
-    save_whole(content, tmp_path / "large.ckpt")
+    save_checkpoint(content, tmp_path / "large.ckpt")
     with pytest.raises(InputError, match=r"would have 21\.\d MB, expected at most 20 MB"):
         export(tmp_path / "large.ckpt", tmp_path / "large.safetensors")
     assert not (tmp_path / "large.safetensors").exists()
@@ -308,7 +308,7 @@ def test_an_export_that_fails_leaves_nothing_or_says_what(checkpoint, tmp_path, 
 def test_settings_that_are_not_finite_are_a_sentence(checkpoint, tmp_path, number):
     content = torch.load(checkpoint, weights_only=True)
     content[KEY]["settings"]["model"]["clip"] = number
-    save_whole(content, tmp_path / "endless.ckpt")
+    save_checkpoint(content, tmp_path / "endless.ckpt")
     with pytest.raises(InputError, match="settings hold a number that is not finite"):
         export(tmp_path / "endless.ckpt", tmp_path / "endless.safetensors")
 
@@ -316,6 +316,6 @@ def test_settings_that_are_not_finite_are_a_sentence(checkpoint, tmp_path, numbe
 def test_own_parts_need_a_name(release, checkpoint, tmp_path):
     content = torch.load(checkpoint, weights_only=True)
     content[KEY]["model"]["encoder"]["class_path"] = "my_parts.MyEncoder"
-    save_whole(content, tmp_path / "own.ckpt")
+    save_checkpoint(content, tmp_path / "own.ckpt")
     with pytest.raises(InputError, match="--allow"):
         export(tmp_path / "own.ckpt", tmp_path / "own.safetensors")

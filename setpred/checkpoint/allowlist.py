@@ -1,4 +1,4 @@
-"""Which classes a file may name: setpred's public parts and torch's modules, and what the user adds with `--allow`."""
+"""The classes that a file may name: setpred's public parts, torch's layers, and those of `--allow`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from setpred.errors import InputError
 
 PART_MODULES: tuple[ModuleType, ...] = (aggregators, decoders, encoders, inner, losses)
 
-
-# where the modules of earlier versions are now, of files that name classes in them
-MOVED = {"setpred.schedules": "setpred.training", "setpred.callbacks": "setpred.training"}
-MOVED |= {"setpred.data.worlds": "setpred.data.toy"}
+# former modules and the present ones, for the class paths of old files
+MOVED = {
+    "setpred.schedules": "setpred.training",
+    "setpred.callbacks": "setpred.training",
+    "setpred.data.worlds": "setpred.data.toy",
+}
 CLASS_PATH = re.compile(r"(setpred(?:\.[a-z_0-9]+)+)\.([A-Z]\w*)")
 
 
 def moved(value: Any) -> Any:
-    """Replace class paths of earlier versions by the present ones, within dictionaries and lists.
+    """Replace the class paths of earlier versions by the present ones, within dictionaries and lists.
 
     >>> moved({"class_path": "setpred.schedules.StepDecay"}), moved("setpred.decoders.mlp.MLPDecoder")
     ({'class_path': 'setpred.training.StepDecay'}, 'setpred.decoders.MLPDecoder')
@@ -38,58 +40,61 @@ def moved(value: Any) -> Any:
     for old, new in MOVED.items():
         if module == old or module.startswith(f"{old}."):
             return f"{new}.{name}"
-    for part in PART_MODULES:  # the modules within a package may move; what it exports stays
-        if module.startswith(f"{part.__name__}.") and name in part.__all__:
-            return f"{part.__name__}.{name}"
+    for package in PART_MODULES:  # modules within a package may move; its exports stay
+        if module.startswith(f"{package.__name__}.") and name in package.__all__:
+            return f"{package.__name__}.{name}"
     return value
 
 
-def public(*modules: ModuleType) -> dict[str, Any]:
-    """Path to class or function, of all that modules export.
+def public_parts(*modules: ModuleType) -> dict[str, Any]:
+    """Map paths to the classes and functions that modules export.
 
-    Both the public path (`setpred.encoders.ResNet`) and the defining one (`setpred.encoders.resnet.ResNet`) count.
+    Each has two paths: the public one (`setpred.encoders.ResNet`) and that of its definition
+    (`setpred.encoders.resnet.ResNet`).
     """
-    found: dict[str, Any] = {}
-    for module in modules:
-        for name in module.__all__:
-            if callable(part := getattr(module, name)):
-                found[f"{module.__name__}.{name}"] = found[defined_at(part)] = part
-    return found
-
-
-def defined_at(part: Any) -> str:
-    """The path of a class or function where it is defined."""
-    return f"{part.__module__}.{part.__qualname__}"
+    return _by_path(
+        (module.__name__, name, part)
+        for module in modules
+        for name in module.__all__
+        if callable(part := getattr(module, name))
+    )
 
 
 def torch_modules() -> dict[str, type]:
-    """Path to class, of the layers of `torch.nn`: plain arithmetic, whatever their arguments."""
-    found: dict[str, type] = {}
-    for name, part in vars(nn).items():
-        if isinstance(part, type) and issubclass(part, nn.Module) and part is not nn.Module:
-            found[f"torch.nn.{name}"] = found[defined_at(part)] = part
-    return found
+    """Map paths to the layers of `torch.nn`: plain arithmetic for all arguments."""
+    return _by_path(
+        ("torch.nn", name, part)
+        for name, part in vars(nn).items()
+        if isinstance(part, type) and issubclass(part, nn.Module) and part is not nn.Module
+    )
 
 
-def named(paths: Iterable[str]) -> dict[str, Any]:
-    """Path to class, of what the user names with `--allow`; these paths never come from a file, and are imported.
+def imported(paths: Iterable[str]) -> dict[str, Any]:
+    """Import the classes that a user names with `--allow`; the paths must never come from a file.
 
     Raises:
-        InputError: one cannot be imported.
+        InputError: an import fails.
     """
     found: dict[str, Any] = {}
     for path in paths:
-        module_name, _, name = path.rpartition(".")
+        module, _, name = path.rpartition(".")
         try:
-            part = found[path] = getattr(importlib.import_module(module_name), name)
+            found |= _by_path([(module, name, getattr(importlib.import_module(module), name))])
         except (ImportError, AttributeError, ValueError) as error:
             raise InputError(f"--allow {path}: cannot import it ({error}); expected package.module.Class") from error
+    return found
+
+
+def _by_path(parts: Iterable[tuple[str, str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for module, name, part in parts:
+        found[f"{module}.{name}"] = part
         if hasattr(part, "__qualname__"):
-            found[defined_at(part)] = part
+            found[f"{part.__module__}.{part.__qualname__}"] = part
     return found
 
 
 def allowed_classes(extra: Iterable[str] = ()) -> dict[str, type]:
-    """Path to class, of all that a checkpoint may ask to be built: the public parts, torch's modules, and `extra`."""
-    parts = {path: part for path, part in public(*PART_MODULES).items() if isinstance(part, type)}
-    return parts | torch_modules() | named(extra)
+    """Map paths to the classes that a checkpoint may name: public parts, torch's layers, and `extra` paths."""
+    parts = {path: part for path, part in public_parts(*PART_MODULES).items() if isinstance(part, type)}
+    return parts | torch_modules() | imported(extra)

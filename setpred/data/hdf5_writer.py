@@ -60,8 +60,9 @@ def write_set_file(
     make_folder(path.parent)
     partial = path.with_name(path.name + ".partial")
     hint = f"; what was done stays in {partial.name}, and the same command goes on from there"
-    with writing(path), locked(partial) as descriptor:
-        sink = _Sink(descriptor)
+    rights = os.O_RDWR | os.O_CREAT
+    with writing(path), locked(partial), open(os.open(partial, rights), "r+b", buffering=0) as raw:
+        sink = _Sink(raw.fileno())
         file, done = _open(sink, partial, header, producer)
         try:
             _reserve(sink, partial, header, done)
