@@ -58,8 +58,8 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
         raise InputError(f"{damaged}: {reason(error)[:200]}") from error
     for place, value in leaves(content, str(path)):
         if isinstance(value, Tensor):
-            if value.layout != torch.strided or value.device.type != "cpu":
-                raise InputError(f"{path}: expected dense tensors, got {place} of another kind")
+            if value.layout != torch.strided or value.device.type != "cpu" or value.is_complex():
+                raise InputError(f"{path}: expected dense tensors of real numbers, got {place}")
             if value.numel() * value.element_size() > size:
                 raise InputError(f"{path}: {place} {shown(list(value.shape))} is larger than the file; do not trust it")
         elif not isinstance(value, str | bytes | int | float | None):
