@@ -80,6 +80,8 @@ def read_config(path: Path) -> list:
             check_fit(cli)
     except SystemExit as stopped:
         raise InputError(said.getvalue().partition("error: ")[2] if stopped.code == 2 else "") from stopped
+    except MemoryError as error:  # sizes are up to the user
+        raise InputError("the configuration takes more memory than the test allows") from error
     assert all(bool(parameter.isfinite().all()) for parameter in cli.model.parameters()), "non-finite weights"
     return [repr(cli.model), cli.model.learning_rate]
 
