@@ -26,11 +26,10 @@ DEEPEST = 64  # levels of a record; our deepest configurations have 16
 
 
 def require_regular(path: str | os.PathLike[str], *, advice: str) -> int:
-    """Return the size of a regular file in bytes; reading a pipe or a device may never end.
+    """Return the size in bytes of a regular file, or of a link's target; a pipe or a device may never end.
 
     Raises:
-        InputError: a folder, pipe, device or impossible name. Links are followed.
-        OSError: no such file, no permission.
+        InputError: a folder, pipe, device or impossible name. `OSError`: no such file, no permission.
     """
     try:
         found = os.stat(path)
@@ -44,9 +43,8 @@ def require_regular(path: str | os.PathLike[str], *, advice: str) -> int:
 def leaves(value: Any, name: str, *, most: int = MOST_VALUES) -> Iterator[tuple[str, Any]]:
     """Yield every value within dictionaries and lists, with its place.
 
-    Raises:
-        InputError: more than `most` values or `DEEPEST` levels. A shared value counts each time it occurs, so
-            references that multiply or form a cycle are bounded, too.
+    Raises `InputError` beyond `most` values or `DEEPEST` levels. A shared value counts each time it occurs, so
+    references that multiply or form a cycle are bounded, too.
 
     >>> list(leaves({"a": [1, 2]}, "x"))
     [('a.0', 1), ('a.1', 2)]
@@ -65,11 +63,7 @@ def leaves(value: Any, name: str, *, most: int = MOST_VALUES) -> Iterator[tuple[
 
 
 def parse_json(text: str | bytes, name: str) -> Any:
-    """Parse untrusted JSON, with finite numbers and unique keys only.
-
-    Raises:
-        InputError: invalid JSON, NaN or infinity, a number of thousands of digits, a duplicate key, deep nesting.
-    """
+    """Parse untrusted JSON; raise `InputError` for NaN, infinity, thousands of digits, duplicate keys, deep nesting."""
     try:
         return json.loads(text, object_pairs_hook=unique_keys, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
@@ -94,14 +88,13 @@ _ADVICE = {
     errno.ENOSPC: "the disk is full; free some space or choose another place",
     errno.EDQUOT: "the disk quota is used up; free some space or choose another place",
     errno.EFBIG: "the file would be larger than this system allows; raise the limit or choose another place",
-    errno.EACCES: "no permission to write there; choose another place or change the permissions",
-    errno.EPERM: "no permission to write there; choose another place or change the permissions",
     errno.EROFS: "the file system is read-only; choose another place",
-    errno.ENOTDIR: "a part of the path is a file, not a folder; choose another place",
     errno.EISDIR: "a folder has this name; choose another name",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.EIO: "the disk reports an input/output error; check the disk",
 }
+_ADVICE |= dict.fromkeys((errno.EACCES, errno.EPERM), "no permission to write there; choose another place")
+_ADVICE |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a part of the path is a file, not a folder; rename it")
 
 
 @contextmanager
@@ -121,10 +114,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     """Create a folder with its parents if it does not exist; raise `InputError` if that fails."""
     folder = Path(path)
     with writing(folder):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:
-            raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder)) from error
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -151,9 +141,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path; rename it to `path` when the block succeeds, and delete it when the block fails.
 
     Missing folders are created. A link stays, and its target is replaced. A device or a pipe receives the content.
-
-    Raises:
-        InputError: disk full, no permission and similar faults; an earlier file under `path` stays.
+    On a full disk, missing permission and similar faults raises `InputError`, and an earlier file stays.
     """
     final = Path(path)
     stream = _STREAMS.get(str(final))
@@ -191,19 +179,15 @@ def remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, *, patience: float = 0.0) -> Iterator[None]:
-    """Hold the exclusive right to write `path`, by a lock on `path.lock`, which is removed afterwards.
-
-    The system releases the lock when the process ends, so a killed process leaves no stale lock.
+def locked(path: Path, *, passing: bool = False, patience: float = 0.0) -> Iterator[None]:
+    """Hold an exclusive lock on a file, which is created if need be; the system releases it when the process ends.
 
     Args:
-        path: the file or folder to write; the block creates it.
-        patience: seconds to wait for another process.
-
-    Raises:
-        InputError: another process holds the lock.
+        path: file of the lock.
+        passing: whether to remove the file afterwards.
+        patience: seconds to wait for another process; then raises `InputError`.
     """
-    lock = FileLock(f"{path}.lock", timeout=patience)
+    lock = FileLock(path, timeout=patience)
     try:
         lock.acquire()
     except Timeout as error:
@@ -211,5 +195,6 @@ def locked(path: Path, *, patience: float = 0.0) -> Iterator[None]:
     try:
         yield
     finally:
-        Path(lock.lock_file).unlink(missing_ok=True)  # while held: a waiting process then creates a new one
+        if passing:
+            path.unlink(missing_ok=True)  # while held: a waiting process then creates a new file
         lock.release()

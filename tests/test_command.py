@@ -70,9 +70,9 @@ def test_standard_output_in_a_file_is_not_replaced(tmp_path):
 
 
 def test_one_process_at_a_time_holds_a_lock(tmp_path):
-    path = tmp_path / "data"
-    with locked(path):
-        with pytest.raises(InputError, match=r"another process is writing .*data; wait"), locked(path):
+    path = tmp_path / "data.lock"
+    with locked(path, passing=True):
+        with pytest.raises(InputError, match=r"another process is writing .*data\.lock; wait"), locked(path):
             pass
         code = f"from setpred.files import *; lock = locked(Path({str(path)!r}), patience=60); lock.__enter__()"
         code += "; print('held', flush=True); os._exit(0)"
@@ -80,7 +80,7 @@ def test_one_process_at_a_time_holds_a_lock(tmp_path):
         with pytest.raises(subprocess.TimeoutExpired):
             waiting.wait(1)
     assert waiting.communicate(timeout=60)[0] == b"held\n"
-    with locked(path):  # the other process ended without releasing it
+    with locked(path, passing=True):  # the other process ended without releasing it
         pass
     assert list(tmp_path.iterdir()) == []
 

@@ -208,7 +208,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(checkpoint, tmp_path, monke
     monkeypatch.setattr(Payload, "path", str(witness))
     hostile = tmp_path / "hostile.ckpt"
     torch.save({KEY: {"version": 1}, "state_dict": {}, "payload": Payload()}, hostile)
-    with pytest.raises(InputError, match="refused, since loading it could run code"):
+    with pytest.raises(InputError, match="could run code"):
         evaluate([str(hostile)])
     plain_pickle = tmp_path / "plain.ckpt"
     plain_pickle.write_bytes(pickle.dumps(Payload()))

@@ -21,35 +21,23 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiny import untrained
 from torch import nn
 
 from setpred import CLEVR, InputError
-from setpred.checkpoint import allowed_classes, build, load_checkpoint, read_checkpoint
-from setpred.checkpoint.load import KEY, VERSION
+from setpred.checkpoint import load_checkpoint, read_checkpoint
+from setpred.checkpoint.load import KEY
 from setpred.checkpoint.weights import pack
 from setpred.data.clevr import ClevrFolder
 from setpred.data.dataset import SetFile
 from setpred.data.hdf5 import Header, Record, verify
 from setpred.data.hdf5_writer import write_set_file
 from setpred.data.images import decoded, find_images, load_image
-from setpred.model import SetPredictor
 from setpred.schema import continuous
 
 MODEST = 200e6  # bytes that rejecting a file may take
 
 
-def part(path: str, **arguments: Any) -> dict[str, Any]:
-    return {"class_path": f"setpred.{path}", "init_args": arguments}
-
-
-POOL = part("aggregators.FSPool", in_dim=8, set_size=4)
-OBJECTIVE = part("inner.LatentMatching", set_encoder=part("aggregators.SetEncoder", hidden_dim=8, aggregator=POOL))
-MODEL = {
-    "encoder": part("encoders.SmallCNN", image_size=16, latent_dim=8, width=2),
-    "decoder": part(
-        "decoders.IDSPN", set_size=4, objective=OBJECTIVE, descent=part("inner.GradientDescent", iterations=3)
-    ),
-}
 CUBE = {"material": "metal", "color": "red", "shape": "cube", "size": "small"}
 FIELD = {"name": "a", "size": 1, "classes": [], "scale": 1.0}
 
@@ -87,24 +75,10 @@ class Calls:
 
 
 @pytest.fixture(scope="module")
-def content() -> dict[str, Any]:
+def content(tmp_path_factory) -> dict[str, Any]:
     """The content of a valid checkpoint."""
-    classes = allowed_classes()
-    model = SetPredictor(build(MODEL["encoder"], classes), build(MODEL["decoder"], classes))
-    return {
-        "state_dict": {f"model.{name}": value for name, value in model.state_dict().items()},
-        "optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"betas": (0.9, 0.999)}]}],
-        "epoch": 0,
-        "global_step": 5,
-        KEY: {
-            "version": VERSION,
-            "schema": CLEVR.to_dict(),
-            "model": MODEL,
-            "data": {"path": "x.h5", "split": "val", "image_size": 16},
-            "settings": {},
-            "seed": 0,
-        },
-    }
+    content = torch.load(untrained(tmp_path_factory.mktemp("run")), weights_only=True)
+    return content | {"optimizer_states": [{"state": {0: {"exp_avg": torch.zeros(3)}}}]}
 
 
 def saved(path: Path, content: Any, **options: Any) -> Path:
@@ -222,13 +196,13 @@ RECORDS = [
     (f"{ENCODER}/init_args/latent_dim", -1, "cannot be built"),
     (f"{DECODER}/init_args/set_size", -4, "at least 1 element"),
     (ENCODER, "SmallCNN", "init_args of its encoder, got 'SmallCNN'"),
-    (DECODER, MODEL["encoder"], "init_args of its decoder"),
-    (ENCODER, MODEL["decoder"], "init_args of its encoder"),
-    ("setpred/model", None, "does not describe its model"),
+    (DECODER, {"class_path": "torch.nn.ReLU"}, "init_args of its decoder"),
+    (ENCODER, {"class_path": "setpred.decoders.MLPDecoder", "init_args": {"latent_dim": 8}}, "of its encoder"),
+    ("setpred/model", None, "does not say how its model is built"),
     # the rest of the record
     ("setpred/data/image_size", 32, "its image_size is 32, but SmallCNN has 16"),
     ("setpred/schema/fields", [FIELD | {"size": 3}], "its set_dim is 4, but IDSPN has"),
-    ("setpred/version", 99, "expected checkpoint format 1, got 99"),
+    ("setpred/version", 99, "checkpoint format 99"),
     ("setpred", [1], "lacks the record"),
     ("setpred/seed", True, "its record is damaged"),
     ("setpred/data", None, "its record is damaged"),
@@ -238,11 +212,11 @@ RECORDS = [
     ("global_step", 0.5, "its record is damaged"),
     # the weights
     ("state_dict", [1], "do not fit"),
-    (BIAS, torch.zeros(8, dtype=torch.int64), "do not fit.*head.bias"),
+    (BIAS, torch.zeros(16, dtype=torch.int64), "do not fit.*head.bias"),
     (BIAS, torch.zeros(9), r"do not fit.*head.bias"),
     ("state_dict/model.extra", torch.zeros(9), r"do not fit.*extra"),
-    (BIAS, torch.full((8,), torch.nan), r"head\.bias has non-finite numbers"),
-    ("state_dict/model.encoder.trunk.0.1.running_var", torch.full((2,), torch.inf), "running_var has non-finite"),
+    (BIAS, torch.full((16,), torch.nan), r"head\.bias has non-finite numbers"),
+    ("state_dict/model.encoder.trunk.0.1.running_var", torch.full((4,), torch.inf), "running_var has non-finite"),
     ("optimizer_states/0/state/0/exp_avg", torch.tensor([torch.nan]), r"optimizer_states.*exp_avg has non-finite"),
 ]
 
@@ -258,7 +232,7 @@ def test_records_that_describe_no_model_are_rejected(place, value, words, conten
 
 
 def test_non_finite_weights_can_be_read_on_purpose(content, tmp_path):
-    path = saved(tmp_path / "a.ckpt", with_change(content, BIAS, torch.full((8,), torch.nan)))
+    path = saved(tmp_path / "a.ckpt", with_change(content, BIAS, torch.full((16,), torch.nan)))
     assert read_checkpoint(path, finite=False)["state_dict"]["model.encoder.head.bias"].isnan().all()
 
 
@@ -290,7 +264,7 @@ def test_parts_of_users_may_need_memory(content, tmp_path):
         ('{"epoch": 1' + "0" * 5000 + "}", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
         ('{"epoch": 1, "epoch": 2}', "a key comes twice"),
-        ('{"state_dict": 0, "setpred": ' + '{"a": ' * 100 + "0" + "}" * 101, "expected checkpoint format"),
+        ('{"state_dict": 0, "setpred": ' + '{"a": ' * 100 + "0" + "}" * 101, "checkpoint format"),
         ("[1]", "expected a JSON object"),
     ],
 )
@@ -332,9 +306,6 @@ def test_foreign_files_are_rejected(tmp_path):
             load_checkpoint(path)
     with rejected("lacks the record"):
         load_checkpoint(saved(tmp_path / "a.ckpt", {"state_dict": {}}))
-    (tmp_path / "b.ckpt").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-    with rejected("Git LFS pointer"):
-        load_checkpoint(tmp_path / "b.ckpt")
 
 
 @pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
@@ -424,27 +395,20 @@ def number(name: str, at: Any, value: Any) -> Callable[[h5py.File], Any]:
         (replaced("images", compression="gzip"), "images"),
         (replaced("camera", scaleoffset=2, chunks=True), "camera"),
         (replaced("index", data=["a"] * 3, dtype=h5py.string_dtype()), "index"),
-        (replaced("index", data=None, shape=(3,), dtype=h5py.ref_dtype), "index"),
         (replaced("index", data=None, shape=(3,), dtype=h5py.vlen_dtype(np.int64)), "index"),
         (replaced("index", data=h5py.Empty("<i8")), "index|damaged"),
         (lambda file: (file.pop("index"), file.create_group("index")), "damaged"),
         (claims(10**8), "images"),
-        (claims(10), "images"),  # fewer bytes than the file has
         (attribute(images=10**9), "1000000000"),
-        (attribute(images=-1), "-1"),
         (attribute(image_size=10**6), "1000000"),
         (attribute(images=np.full(1000, 3)), "images"),
-        (attribute(images="3"), "images"),
         (attribute(source="[1]"), "source"),
         (attribute(source='{"a": NaN}'), "source"),
-        (attribute(source="[" * 50_000), "source"),
         (attribute(source='{"a": "' + "x" * 3_000_000 + '"}'), "source"),
         (attribute(schema=b"\xff\xfe"), "schema"),
         (schema(max_objects=10**9), "schema"),
         (schema(fields=[FIELD | {"size": 10**9}]), "schema"),
         (schema(fields=[FIELD | {"scale": 0}]), "scale > 0"),
-        (schema(fields=[FIELD | {"name": ["a"]}]), "schema"),
-        (schema(fields={}), "field"),
         (number("elements", (1, 0, 0), np.nan), "image 1"),
         (number("elements", (2, 0, -1), 0.5), "image 2"),
         (number("elements", (2, 5, 3), 1.0), "image 2"),
@@ -494,23 +458,16 @@ def test_images_are_bounded(tmp_path):
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "nul", "dangling"])
 def test_only_regular_files_are_images(kind, tmp_path):
-    path = tmp_path / "a.png"
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "nul":
-        path = tmp_path / "a\0.png"
-    else:
-        path.symlink_to(tmp_path / "nowhere")
-    with rejected():
-        load_image(path, 8)
+    path = tmp_path / ("a\0.png" if kind == "nul" else "a.png")
+    if kind in ("device", "dangling"):
+        path.symlink_to("/dev/zero" if kind == "device" else tmp_path / "nowhere")
+    elif kind != "nul":
+        (os.mkfifo if kind == "pipe" else os.mkdir)(path)
+    for read in (load_image, lambda path, size: find_images([path])):
+        with rejected():
+            read(path, 8)
     (error,) = decoded([str(path)], 8)
     assert isinstance(error, InputError)
-    with rejected():
-        find_images([path])
 
 
 # --- CLEVR folders --------------------------------------------------------------------------------------------------
@@ -545,14 +502,11 @@ def coordinates(text: str) -> str:
     [
         (scenes({}, {"image_index": 1}), "'a.png'"),
         (scenes({}, {"image_filename": "b.png"}), "index 0"),
-        (scenes({"image_index": True}), "image_index"),
         (scenes({"image_index": 10**30}), "image_index"),
         (scenes({}).replace('"image_index": 0', '"image_index": 0, "image_index": 1'), "JSON"),
         (coordinates("[1.0, 2.0, 1e999]"), "coords: expected 3 finite numbers"),
-        (coordinates("[1.0, 2.0, NaN]"), "coords: expected 3 finite numbers"),
         (coordinates("[1.0, 2.0, true]"), "coords: expected 3 finite numbers"),
         (coordinates("[[1.0], [2.0], [3.0, 4.0]]"), "coords: expected 3 finite numbers"),
-        (coordinates('"' + "x" * 10**6 + '"'), "coords: expected 3 finite numbers"),
         (scenes({}).replace("[240, 160, 10.0]", "[true, 1, 2]"), "pixel_coords"),
         (scenes({}).replace("[240, 160, 10.0]", "[1" + "0" * 400 + ", 1, 2]"), "a.png, object 0"),
         (scenes({}).replace('"red"', "[" * 60 + "]" * 60), "unknown color"),
@@ -560,13 +514,9 @@ def coordinates(text: str) -> str:
         (scenes({"image_filename": "a.png\0"}), "file name"),
         (scenes({"image_filename": "\x1b[2Ja.png"}), "file name"),
         (scenes({"image_filename": "x" * 10**6}), "missing"),
-        (scenes({"image_filename": ["a.png"]}), "file name"),
-        (scenes({"objects": [1]}), "objects"),
         (scenes({"objects": [{}] * 10**6}), "objects"),
         (scenes({"objects": SCENE["objects"] * 5000}), "objects"),
         ('{"scenes": ' + "[" * 10**6, "JSON"),
-        (scenes({}) + "\0", "JSON"),
-        ("", "JSON"),
     ],
 )
 def test_scenes_with_a_fault_are_rejected(text, words, clevr):

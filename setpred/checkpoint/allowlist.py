@@ -47,48 +47,33 @@ def moved(value: Any) -> Any:
 
 
 def public_parts(*modules: ModuleType) -> dict[str, Any]:
-    """Map paths to the classes and functions that modules export.
-
-    Each has two paths: the public one (`setpred.encoders.ResNet`) and that of its definition
-    (`setpred.encoders.resnet.ResNet`).
-    """
-    return _by_path(
-        (module.__name__, name, part)
-        for module in modules
-        for name in module.__all__
-        if callable(part := getattr(module, name))
-    )
+    """Map paths to the exported classes and functions, by public path and by that of the definition."""
+    exported = [(module, name) for module in modules for name in module.__all__ if callable(getattr(module, name))]
+    return _by_path((f"{module.__name__}.{name}", getattr(module, name)) for module, name in exported)
 
 
 def torch_modules() -> dict[str, type]:
     """Map paths to the layers of `torch.nn`: plain arithmetic for all arguments."""
-    return _by_path(
-        ("torch.nn", name, part)
-        for name, part in vars(nn).items()
-        if isinstance(part, type) and issubclass(part, nn.Module) and part is not nn.Module
-    )
+    layers = [(name, part) for name, part in vars(nn).items() if isinstance(part, type) and issubclass(part, nn.Module)]
+    return _by_path((f"torch.nn.{name}", part) for name, part in layers if part is not nn.Module)
 
 
 def imported(paths: Iterable[str]) -> dict[str, Any]:
-    """Import the classes that a user names with `--allow`; the paths must never come from a file.
-
-    Raises:
-        InputError: an import fails.
-    """
+    """Import the classes that a user names with `--allow`; the paths must never come from a file."""
     found: dict[str, Any] = {}
     for path in paths:
         module, _, name = path.rpartition(".")
         try:
-            found |= _by_path([(module, name, getattr(importlib.import_module(module), name))])
+            found |= _by_path([(path, getattr(importlib.import_module(module), name))])
         except (ImportError, AttributeError, ValueError) as error:
             raise InputError(f"--allow {path}: cannot import it ({error}); expected package.module.Class") from error
     return found
 
 
-def _by_path(parts: Iterable[tuple[str, str, Any]]) -> dict[str, Any]:
+def _by_path(parts: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for module, name, part in parts:
-        found[f"{module}.{name}"] = part
+    for path, part in parts:
+        found[path] = part
         if hasattr(part, "__qualname__"):
             found[f"{part.__module__}.{part.__qualname__}"] = part
     return found

@@ -24,16 +24,13 @@ from setpred.schema import ElementSchema
 KEY = "setpred"  # entry of a checkpoint that describes its model
 TRAINED = "trained_weights"  # entry of the trained weights where "state_dict" has averages, see `setpred.training.EMA`
 VERSION = 1
-LFS_POINTER = b"version https://git-lfs.github.com/"  # first bytes of a file that Git LFS has not downloaded
 
 
 def build(config: Any, classes: Mapping[str, type]) -> Any:
     """Instantiate `{"class_path": ..., "init_args": {...}}`, inner ones first; return other values unchanged.
 
-    Strings are never imported: `classes` maps class paths to classes.
-
-    Raises:
-        InputError: a class path outside `classes`, wrong arguments, too large sizes.
+    Strings are never imported: `classes` maps class paths to classes. Raises `InputError` for other class paths, wrong
+    arguments and too large sizes.
     """
     check_sizes(config, "the checkpoint")
     return _build(config, classes)
@@ -74,28 +71,21 @@ class Checkpoint:
     def require_images(self, path: str | os.PathLike[str]) -> None:
         """Raise `InputError` unless the model was trained on images of objects with a schema."""
         if self.schema is None or self.image_size is None:
-            raise InputError(
-                f"{path} was trained on toy data, whose elements have no schema and no images; see the metrics.csv in "
-                "its folder for its scores, and `python -m setpred compare` to compare such models"
-            )
+            raise InputError(f"{path} was trained on toy data without images; see the metrics.csv in its folder")
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, finite: bool = True) -> dict[str, Any]:
     """Read the content of a checkpoint, on the CPU: tensors and plain types.
 
     Args:
-        path: a .ckpt, or a release of one (`setpred.commands.release`), which lacks the optimiser's state.
-        finite: whether to reject non-finite weights.
+        path: a .ckpt, or a release of one, which lacks the optimiser's state.
+        finite: whether to reject non-finite weights and optimiser state.
 
     Raises:
-        InputError: a missing, truncated, damaged or foreign file, code or objects in it, non-finite weights or
-            optimiser state.
+        InputError: a missing, truncated, damaged or foreign file, code or objects in it, non-finite numbers.
     """
     if not os.path.isfile(path) or not os.access(path, os.R_OK):
         raise InputError(f"no checkpoint at {path} that can be read; train one with train.py, or give another path")
-    with open(path, "rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise InputError(f"expected weights, got a Git LFS pointer in {path}; run `git lfs pull` to download it")
     if Path(path).suffix == weights.SUFFIX:
         tensors, content = weights.unpack(path)
         content["state_dict"] = tensors
@@ -105,10 +95,8 @@ def read_checkpoint(path: str | os.PathLike[str], *, finite: bool = True) -> dic
     if not isinstance(record, dict) or "state_dict" not in content:
         raise InputError(f"{path} is not a checkpoint of setpred: it lacks the record {KEY!r} or the weights")
     if record.get("version") != VERSION:
-        raise InputError(
-            f"{path}: expected checkpoint format {VERSION}, got {shown(record.get('version'))}; "
-            "use the version of setpred that wrote it"
-        )
+        version = shown(record.get("version"))
+        raise InputError(f"{path} has checkpoint format {version}, expected {VERSION}; use the setpred that wrote it")
     list(leaves(record, str(path)))  # bounds the nesting, also of a release
     record |= {name: moved(record[name]) for name in ("model", "settings") if name in record}
     if finite:
@@ -160,13 +148,13 @@ def _integer(value: Any, least: int = 0, most: int = LARGEST_NUMBER) -> int:
     return value
 
 
-def rebuild_model(
-    content: Mapping[str, Any], path: str | os.PathLike[str], *, allow: Iterable[str] = ()
-) -> SetPredictor:
+def rebuild_model(content: Mapping[str, Any], path: Any, *, allow: Iterable[str] = ()) -> SetPredictor:
     """Rebuild the model with its weights from the result of `read_checkpoint`; see `load_checkpoint`."""
     config, state, allow = content[KEY].get("model"), content["state_dict"], list(allow)
     if not isinstance(config, dict) or set(config) != {"encoder", "decoder"}:
-        raise InputError(f'{path} does not describe its model; build the parts yourself and load its "state_dict"')
+        raise InputError(
+            f'{path} does not say how its model is built; build the parts yourself and load its "state_dict"'
+        )
     classes = allowed_classes(allow)
 
     def make() -> SetPredictor:

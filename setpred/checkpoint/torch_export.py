@@ -43,10 +43,9 @@ def unit(images: Tensor) -> Tensor:
 
 
 class DescentProgram(nn.Module):
-    """An `IDSPN` model as `while_loop` over one traced step of the descent.
+    """An `IDSPN` model as `while_loop` over one step of the descent, since forty steps are ten thousand operations.
 
-    torch.export does not trace `autograd.grad`, but `make_fx` does. The loop keeps the program small: forty unrolled
-    steps are ten thousand operations.
+    torch.export does not trace `autograd.grad`, but `make_fx` does.
     """
 
     def __init__(self, model: SetPredictor, images: Tensor) -> None:
@@ -111,10 +110,7 @@ def export_program(loaded: Checkpoint) -> bytes:
 
     The check compares the predictions of `COMPARED` built-in scenes: for a share of `ALIKE` images all elements must
     agree to `LARGEST_ERROR`. A descent can turn rounding into another set for a few images; another function differs
-    for all.
-
-    Raises:
-        InputError: torch cannot trace or export the model, or the program differs from it.
+    for all. Raises `InputError` if the program differs, or torch cannot trace or export the model.
     """
     size, buffer = loaded.image_size, io.BytesIO()
     model = copy.deepcopy(loaded.model).cpu().eval().requires_grad_(False)

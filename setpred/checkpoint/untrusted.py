@@ -20,11 +20,7 @@ MOST_YAML = 2000  # values, aliases expanded; the configuration of a run has 150
 
 
 def check_sizes(config: Any, name: str) -> None:
-    """Check the integers of a model's configuration, which are sizes except for seeds.
-
-    Raises:
-        InputError: one above `LARGEST_SIZE`; see also `leaves`.
-    """
+    """Raise `InputError` for an integer above `LARGEST_SIZE` in a model's configuration: all but seeds are sizes."""
     for place, value in leaves(config, name):
         most = LARGEST_NUMBER if place.endswith("seed") else LARGEST_SIZE
         if isinstance(value, int) and abs(value) > most:
@@ -34,9 +30,8 @@ def check_sizes(config: Any, name: str) -> None:
 def read_torch_file(path: str | os.PathLike[str]) -> Any:
     """Load tensors (to the CPU) and plain types by `torch.load(weights_only=True)`, which runs no code.
 
-    Raises:
-        InputError: a truncated or damaged file, one of another format, code, a value that is neither a dense tensor
-            nor a plain type, or a value larger than the file.
+    Raises `InputError` for damaged files and other formats, code, values that are neither dense tensors nor plain
+    types, and values larger than the file.
     """
     damaged = f"{path} is not a checkpoint, or is damaged"
     size = os.path.getsize(path)
@@ -83,9 +78,8 @@ class _Loader(yaml.SafeLoader):
 def load_yaml(text: str) -> object:
     """Load YAML of plain values.
 
-    Raises:
-        yaml.YAMLError: invalid YAML, a tag of an object, a duplicate key, more than `LARGEST_YAML` characters, or more
-            than `MOST_YAML` values with aliases expanded.
+    Raises `yaml.YAMLError` for invalid YAML, tags of objects, duplicate keys, more than `LARGEST_YAML` characters, and
+    more than `MOST_YAML` values with aliases expanded.
     """
     if len(text) > LARGEST_YAML:
         raise yaml.YAMLError(f"expected at most {LARGEST_YAML:,} characters, got more")
@@ -100,11 +94,7 @@ def load_yaml(text: str) -> object:
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, object]:
-    """Read a configuration file.
-
-    Raises:
-        InputError: an unreadable file, content that `load_yaml` rejects, or no mapping of names to values.
-    """
+    """Read a configuration file; raise `InputError` unless it is YAML of `load_yaml` that maps names to values."""
     try:
         require_regular(path, advice="give the file of a configuration")
         with open(path, encoding="utf-8") as file:

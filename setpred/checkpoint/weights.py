@@ -39,28 +39,18 @@ def halved(value: Tensor) -> Tensor:
 
 
 def pack(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> bytes:
-    """Write `halved` tensors, and a record of plain types as JSON in the metadata, to the content of a file.
-
-    Raises:
-        InputError: a non-finite number in the record, which JSON cannot hold.
-    """
+    """Encode `halved` tensors, and a record of plain types as JSON in the metadata, as the content of a file."""
     try:
         text = json.dumps(record, allow_nan=False)
     except ValueError as error:
-        raise InputError(
-            f"the checkpoint's settings hold a non-finite number ({error}), expected finite ones in a release; "
-            "train with a large number instead, or publish the .ckpt"
-        ) from error
+        why = f"the checkpoint's settings hold a non-finite number ({error}), which a release cannot"
+        raise InputError(f"{why}; train with a large number instead, or publish the .ckpt") from error
     stored = {name: halved(value) for name, value in tensors.items()}
     return save(stored, {"format": "pt", RECORD: text, DIGEST: _digest(text, stored)})
 
 
 def unpack(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors, converted to float32, and the record of a file of `pack`.
-
-    Raises:
-        InputError: a truncated or changed file, no safetensors file, no record.
-    """
+    """Read tensors, in float32, and record of a file of `pack`; raise `InputError` if it is foreign or changed."""
     damaged = f"{path} is not a checkpoint, or is damaged"
     try:
         with safe_open(path, framework="pt") as file:

@@ -90,12 +90,11 @@ def _typed_classes(arguments: Sequence[str]) -> dict[str, Any]:
 def guarded(arguments: Sequence[str], allow: Sequence[str] = ()) -> Iterator[None]:
     """Restrict jsonargparse to the allowed classes and plain YAML, without URLs, within a block.
 
+    Raises `InputError` for an unreadable configuration, and for one that names a class outside the list.
+
     Args:
         arguments: those of the command line, as for the parser.
         allow: more class paths, from the user.
-
-    Raises:
-        InputError: an unreadable configuration, or one that names a class outside the list.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-c", "--config", action="append", default=[])
@@ -127,13 +126,10 @@ def guarded(arguments: Sequence[str], allow: Sequence[str] = ()) -> Iterator[Non
 
 
 def require_room(model: Mapping[str, Any]) -> None:
-    """Check that the memory of this machine suffices to train a configured model, before it is built.
+    """Raise `InputError` if this machine lacks the memory to train a configured model, before it is built.
 
     Args:
         model: class paths and arguments of `encoder` and `decoder`, in plain types. Parts of users are not checked.
-
-    Raises:
-        InputError: too little memory, or too large sizes.
     """
     parts = [model.get(name) for name in ("encoder", "decoder")]
     check_sizes(parts, "the configuration's model")

@@ -21,7 +21,7 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         prog="python -m setpred release",
         description="Write a checkpoint as a small file to publish: weights in half precision as safetensors, and the "
-        "configuration of its training as YAML. evaluate.py and the other commands read it as they read a checkpoint.",
+        "configuration of its training beside it. evaluate.py and the others read it as they read the checkpoint.",
     )
     options.add_argument("checkpoint", help="a .ckpt file written by train.py")
     options.add_argument("--out", type=Path, metavar="NAME.safetensors", help="where to write it")
@@ -29,8 +29,8 @@ def parser() -> argparse.ArgumentParser:
         "--export",
         type=Path,
         metavar="NAME.pt2",
-        help="also, or instead, write a program of torch.export, which does not need setpred: images "
-        "[batch, 3, size, size], uint8 or float32 in [0, 1], to elements",
+        help="write the model as a program of torch.export, too or instead: images [batch, 3, size, size], uint8 or "
+        "float32 in [0, 1], to elements, without setpred",
     )
     options.add_argument(
         "--megabytes", type=float, default=MEGABYTES, help=f"the largest file to write (default: {MEGABYTES:g})"

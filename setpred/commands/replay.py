@@ -1,4 +1,4 @@
-"""Repeat the step at which a training failed: `python -m setpred replay repro-step-N.pt`."""
+"""Repeats the step that a training failed at: `python -m setpred replay repro-step-N.pt`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def parser() -> argparse.ArgumentParser:
     """The options of the command."""
     options = argparse.ArgumentParser(
         prog="python -m setpred replay",
-        description="Repeat a step with non-finite numbers from the file that the training wrote, and print the norms "
-        "of every stage up to the first non-finite number. Exit status 0: it failed as in the training; 1: it did "
-        "not; 2: the file cannot be read or repeated.",
+        description="Repeat a step whose numbers broke, from the file that the training wrote: every stage with its "
+        "norms, down to the first number that is not finite. Exit status 0: it broke as in the training; 1: it did "
+        "not; 2: the file cannot be repeated.",
     )
-    options.add_argument("file", help="a repro-step-N.pt of the run's folder")
+    options.add_argument("file", help="a repro-step-N.pt out of the run's folder")
     options.add_argument("--device", default="auto", help="cpu, cuda, … (default: a GPU if there is one)")
     options.add_argument(
         "--allow", action="append", default=[], metavar="PACKAGE.CLASS", help="a part of your own that may be built"
@@ -28,22 +28,20 @@ def parser() -> argparse.ArgumentParser:
 
 
 def replay(arguments: Sequence[str] | None = None) -> bool:
-    """Run the command with these arguments (`sys.argv` unless given); return whether the step failed as before.
+    """Runs the command with these arguments (`sys.argv` unless given); returns whether the step broke as it did.
 
     Raises:
-        InputError: a missing, damaged or foreign file, parts that are not allowed, a step that cannot be repeated.
+        InputError: a file that is missing, damaged, of another kind or not allowed; a step that cannot be repeated.
     """
     options = parser().parse_args(arguments)
     repro = read(options.file, allow=options.allow, device=choose_device(options.device))
     about = repro.about
-    print(
-        f"{options.file}: {'training' if about['training'] else 'validation'}, seed {repro.step.seed}, "
-        f"{about['precision']}, {len(repro.step.batch['elements'])} samples, written on {about.get('device')}"
-    )
+    print(f"{options.file}: {'training' if about['training'] else 'validation'}, seed {repro.step.seed}, ", end="")
+    print(f"{about['precision']}, {len(repro.step.batch['elements'])} samples, written on {about.get('device')}")
     try:
         with repro.context():
             fault, stages = diagnose(repro.step)
-    except Exception as error:  # an untrusted batch can raise any exception
+    except Exception as error:  # the batch of a stranger's file may fail anywhere
         raise InputError(f"{options.file}: the step cannot be repeated: {reason(error)}") from error
     for stage in stages:
         print(f"  {stage}")
@@ -57,5 +55,5 @@ def replay(arguments: Sequence[str] | None = None) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `setpred replay`; return the exit status, 0 if the step failed as before."""
+    """Run `setpred replay`; return the exit status, 0 where the step broke as it did."""
     return exit_code(lambda: 0 if replay(arguments) else 1, interrupted="interrupted")

@@ -83,11 +83,8 @@ class TrainCLI(LightningCLI):
             return None
         if self.config.resume == "auto" and not (self.folder / "last.ckpt").exists():
             return None
-        if self.config.resume in NEWEST:
-            found, content = newest_whole(self.folder, self.say)
-        else:
-            found = Path(self.config.resume)
-            content = read_checkpoint(found)
+        found = newest_whole(self.folder, self.say) if self.config.resume in NEWEST else Path(self.config.resume)
+        content = read_checkpoint(found)
         if "optimizer_states" not in content:
             raise InputError(f"{found} holds weights only and cannot be resumed; resume from the .ckpt it was made of")
         saved = content[checkpoint.KEY]
@@ -99,7 +96,6 @@ class TrainCLI(LightningCLI):
             )
         if changes := differences(saved.get("settings") or {}, self.model.settings):
             self.say("resumed with other settings: " + "; ".join(changes))
-        self.loops = content.get("loops")
         return found
 
     def initial_weights(self) -> dict[str, Tensor] | None:
@@ -340,7 +336,7 @@ def train(arguments: list[str] | None = None) -> Path:
         weights = cli.initial_weights() if resume is None else None
         kept = prepare(cli, resume) if cli.trainer.is_global_zero else None
         if resume is not None and cli.trainer.max_epochs not in (None, -1):
-            done = cli.loops["fit_loop"]["epoch_progress"]["current"]["processed"]
+            done = read_checkpoint(resume)["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
             if done >= cli.trainer.max_epochs:
                 cli.say(f"nothing left to train: {resume} has {done} epochs of {cli.trainer.max_epochs}")
         if weights is not None:

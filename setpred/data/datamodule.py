@@ -234,13 +234,13 @@ class RenderedFile:
     def _render_once(self) -> None:
         """Renders it, or waits for another process that does: jobs that begin together share the file."""
         make_folder(Path(self.path).parent)
-        path = Path(self.path)
-        with writing(path), ExitStack() as held:
+        lock = Path(f"{self.path}.lock")
+        with writing(lock), ExitStack() as held:
             try:
-                held.enter_context(locked(path, patience=0.2))
+                held.enter_context(locked(lock, passing=True, patience=0.2))
             except InputError:
                 print(f"waiting for another process that renders {self.path}", flush=True)
-                held.enter_context(locked(path, patience=LONGEST_WAIT))
+                held.enter_context(locked(lock, passing=True, patience=LONGEST_WAIT))
             if not os.path.exists(self.path):
                 self._render()
 

@@ -192,11 +192,7 @@ def render_folder(
     paths = _Paths.of(Path(root), split)
     make_folder(paths.scenes.parent)
     hint = "; what was done stays there under names that end in .partial, and the same command goes on from there"
-    with (
-        writing(paths.scenes, hint=hint),
-        locked(paths.journal),
-        open(os.open(paths.journal, os.O_RDWR | os.O_CREAT), "r+b") as journal,
-    ):
+    with writing(paths.scenes, hint=hint), locked(paths.journal), open(paths.journal, "r+b") as journal:
         header = plain_json(settings | {"producer": producer})
         done = _open(journal, paths, header, split=split, images=images, force=force)
         some = partial(_render_block, folder=paths.partial, split=split, width=width, height=height, which=which)

@@ -7,7 +7,6 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from setpred.checkpoint.load import read_checkpoint
 from setpred.errors import InputError
@@ -19,11 +18,11 @@ PATIENCE = 15.0  # seconds; the data loader's processes of a training that was k
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """A run's folder for one training at a time: another one of its name would move it, or replace its checkpoints."""
-    hidden = make_folder(folder.parent) / f".{folder.name}"
+    lock = make_folder(folder.parent) / f".{folder.name}.lock"
     with ExitStack() as held:
-        with writing(hidden):
+        with writing(lock):
             try:
-                held.enter_context(locked(hidden, patience=PATIENCE))
+                held.enter_context(locked(lock, passing=True, patience=PATIENCE))
             except InputError as error:
                 says = f"another training writes into {folder}; wait for its end, or give this one a --name"
                 raise InputError(says) from error
@@ -57,8 +56,8 @@ def put_back(folder: Path, kept: Path) -> None:
         print(f"moved the previous run back to {folder}", flush=True)
 
 
-def newest_whole(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
-    """last.ckpt, or best.ckpt if a fault of the disk has damaged it, which is said; and its content.
+def newest_whole(folder: Path, say: Callable[[str], None]) -> Path:
+    """last.ckpt, or best.ckpt if a fault of the disk has damaged it, which is said.
 
     Raises:
         InputError: there is none.
@@ -67,12 +66,13 @@ def newest_whole(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[s
     if not last.exists():
         raise InputError(f"nothing to resume: no {last}; start without --resume, or give the run's --name")
     try:
-        return last, read_checkpoint(last)
+        read_checkpoint(last)
     except InputError as error:
         if not best.exists():
             raise
         say(f"{error}; going on from {best}, which is older")
-        return best, read_checkpoint(best)
+        return best
+    return last
 
 
 class Interrupted(KeyboardInterrupt):
