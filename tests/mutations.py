@@ -30,9 +30,9 @@ ALIKE: dict[type, tuple[Any, ...]] = {
 
 place = st.one_of(st.integers(0, 400), st.integers(-400, -1), st.floats(0, 1))
 number = st.integers(0, 2**20)
-BYTES = ("flip", "write", "cut", "delete", "insert", "repeat", "zero")
+BYTES = ("flip", "write", "cut", "delete", "insert", "zero")
 byte_mutations = st.lists(st.tuples(st.sampled_from(BYTES), place, number), min_size=1, max_size=3)
-CHANGES = ("alike", "alike", "replace", "delete", "rename", "duplicate", "nest", "swap", "add")
+CHANGES = ("alike", "alike", "replace", "delete", "rename", "duplicate", "nest", "add")
 tree_mutations = st.lists(st.tuples(st.sampled_from(CHANGES), number, number), min_size=1, max_size=2)
 
 
@@ -53,8 +53,6 @@ def mutate_bytes(content: bytes, mutations: list[tuple[str, int | float, int]]) 
             del found[at : at + length]
         elif kind == "insert":
             found[at:at] = bytes(value * i % 256 for i in range(length))
-        elif kind == "repeat":
-            found[at:at] = found[at : at + length]
         elif kind == "zero":
             found[at : at + length] = bytes(len(found[at : at + length]))
         content = bytes(found)
@@ -89,9 +87,6 @@ def mutate_tree(tree: Any, mutations: list[tuple[str, int, int]]) -> Any:
             inside.insert(key, copy.deepcopy(old))
         elif kind == "nest":
             inside[key] = [old] if value % 2 else {"x": old}
-        elif kind == "swap":
-            other, name = places[value % len(places)]
-            inside[key], other[name] = copy.deepcopy(other[name]), copy.deepcopy(old)
         elif kind == "add" and isinstance(inside, dict):
             inside["unknown"] = nasty
         elif kind == "alike" and type(old) in ALIKE:

@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jsonargparse
@@ -45,18 +44,17 @@ DENIED = re.compile(r"'([\w.]+)'.*import_path_allowlist")  # jsonargparse's mess
 CLASS_PATH = re.compile(r"(?<![\w./-])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*\.[A-Z]\w*(?![\w./-])")
 
 
-class DeniedPathError(ValueError):
-    """A class path that is not on the list."""
-
-
 class Parser(LightningArgumentParser):
-    """A parser that raises `DeniedPathError`, and shortens messages that quote long values."""
+    """A parser that raises `InputError` for a denied class path, and shortens messages that quote long values."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         error: BaseException | None = ex
         while self.exit_on_error and error is not None:  # a later error may hide it
             if found := DENIED.search(str(error)):
-                raise DeniedPathError(found[1])
+                raise InputError(
+                    f"{found[1]} is no public part of setpred, layer of torch or allowed class of Lightning; correct "
+                    f"a mistyped path, or add --allow {found[1]} if you trust it"
+                ) from error
             error = error.__cause__ or error.__context__
         lines = (line if len(line) <= 300 else f"{line[:260]} ... {line[-35:]}" for line in message.splitlines()[:30])
         super().error("\n".join(lines), ex)
@@ -98,11 +96,10 @@ def guarded(arguments: Sequence[str], allow: Sequence[str] = ()) -> Iterator[Non
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("-c", "--config", action="append", default=[])
-    files: list[str] = []
     with suppress(argparse.ArgumentError):  # the parser reports it
-        files = [path for path in parser.parse_known_args(list(arguments))[0].config if os.path.isfile(path)]
-    for path in files:
-        read_yaml(path)
+        for path in parser.parse_known_args(list(arguments))[0].config:
+            if os.path.isfile(path):
+                read_yaml(path)  # for its own message
     paths = {*allowed_paths(), *imported(allow), *_typed_classes(arguments)}
     paths = {path for path in paths if path.partition(".")[0] != "jsonargparse" and "<" not in path}
     before = dict(parsing_settings)
@@ -112,14 +109,6 @@ def guarded(arguments: Sequence[str], allow: Sequence[str] = ()) -> Iterator[Non
     )
     try:
         yield
-    except DeniedPathError as error:
-        path = str(error)
-        naming = [file for file in files if path in Path(file).read_text("utf-8")] or files
-        source = "the command line" if any(path in argument for argument in arguments) else ", ".join(naming)
-        raise InputError(
-            f"{source} names {path}, which is no public part of setpred, layer of torch or allowed class of Lightning; "
-            f"correct a mistyped path, or add --allow {path} if you trust it"
-        ) from error
     finally:
         parsing_settings.update(before)
         jsonargparse.set_parsing_settings(config_read_mode_fsspec_enabled=True)  # Lightning's setting
