@@ -15,17 +15,15 @@ from setpred.errors import InputError
 
 PART_MODULES: tuple[ModuleType, ...] = (aggregators, decoders, encoders, inner, losses)
 
-# former modules and the present ones, for the class paths of old files
-MOVED = {
-    "setpred.schedules": "setpred.training",
-    "setpred.callbacks": "setpred.training",
-    "setpred.data.worlds": "setpred.data.toy",
-}
+
+# where the modules of earlier versions are now, of files that name classes in them
+MOVED = {"setpred.schedules": "setpred.training", "setpred.callbacks": "setpred.training"}
+MOVED |= {"setpred.data.worlds": "setpred.data.toy"}
 CLASS_PATH = re.compile(r"(setpred(?:\.[a-z_0-9]+)+)\.([A-Z]\w*)")
 
 
 def moved(value: Any) -> Any:
-    """Replace the class paths of earlier versions by the present ones, within dictionaries and lists.
+    """Replace class paths of earlier versions by the present ones, within dictionaries and lists.
 
     >>> moved({"class_path": "setpred.schedules.StepDecay"}), moved("setpred.decoders.mlp.MLPDecoder")
     ({'class_path': 'setpred.training.StepDecay'}, 'setpred.decoders.MLPDecoder')
@@ -40,9 +38,9 @@ def moved(value: Any) -> Any:
     for old, new in MOVED.items():
         if module == old or module.startswith(f"{old}."):
             return f"{new}.{name}"
-    for package in PART_MODULES:  # modules within a package may move; its exports stay
-        if module.startswith(f"{package.__name__}.") and name in package.__all__:
-            return f"{package.__name__}.{name}"
+    for part in PART_MODULES:  # the modules within a package may move; what it exports stays
+        if module.startswith(f"{part.__name__}.") and name in part.__all__:
+            return f"{part.__name__}.{name}"
     return value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from collections import Counter
 from typing import Any
 
 import torch
@@ -67,11 +68,12 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and (key.value in seen or seen.add(key.value)):
-                line = key.start_mark.line + 1
-                raise yaml.YAMLError(f"duplicate key {shown(key.value)} in line {line}; remove one of the two")
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [name for name, times in names.items() if times > 1]:
+            line = node.start_mark.line + 1
+            raise yaml.YAMLError(
+                f"duplicate key {shown(twice[0])} in the mapping of line {line}; remove one of the two"
+            )
         return node
 
 
