@@ -1,4 +1,4 @@
-"""Errors that a user can correct, and the words of their messages."""
+"""Errors that a user can correct, and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Bad input from outside: a file, a configuration, a command line.
+    """Wrong input of a user: a file, a configuration, a command line.
 
-    The message says what was expected, what came and what to do. The command lines print it as one sentence
-    and exit with status 2; library users catch it as a `ValueError`. Broken invariants of our own stay
-    `assert`, and wrong tensor shapes stay plain `ValueError`.
+    The message states the expected and the actual input, and what to do. Commands print it as one sentence and exit
+    with status 2; library users catch it as a `ValueError`. Invariants are checked by `assert`, and tensor shapes raise
+    a plain `ValueError`.
     """
 
     def __str__(self) -> str:
-        # torch raises the error of a data loader's worker again with the worker's whole traceback as its message
+        # torch raises a worker's error again with the complete traceback of the worker as its message
         text = super().__str__()
         if not text.startswith("Caught InputError in DataLoader worker"):
             return text
@@ -25,7 +25,7 @@ class InputError(ValueError):
 
 
 def reason(error: BaseException) -> str:
-    """What an error of somebody else's says first, in one line.
+    """The first informative line of the message of a library's error.
 
     >>> reason(RuntimeError("backend='inductor' raised:\\nNo working C++ compiler found"))
     'No working C++ compiler found'
@@ -40,7 +40,7 @@ _short.maxlong = 40
 
 
 def shown(value: Any) -> str:
-    """`repr` in one short line, whatever a file holds: for messages.
+    """The `repr` of an untrusted value in one short line, for messages.
 
     >>> len(shown("a" * 1000)), shown([1, [2]])
     (80, '[1, [2]]')
@@ -48,16 +48,16 @@ def shown(value: Any) -> str:
     return _short.repr(value)
 
 
-SHOWN = 8  # names, or samples, in a sentence
+SHOWN = 8  # names or samples in a message
 
 
 def listed(items: Sequence[Any]) -> str:
-    """The first of them, for a sentence."""
+    """The first `SHOWN` items, for a message."""
     return ", ".join(map(str, items[:SHOWN])) + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
 
 
 class NotFiniteError(ArithmeticError):
-    """A NaN or infinity where numbers were expected; `place` says of what, `samples` are the positions in the batch."""
+    """A NaN or infinity in the loss, gradient or other `place`; `samples` are positions in the batch."""
 
     def __init__(self, place: str, samples: list[int]) -> None:
         shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")

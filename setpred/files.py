@@ -1,4 +1,4 @@
-"""Files and JSON: written whole or not at all, read with bounds."""
+"""Files and JSON: atomic writes, locks, and bounds for what untrusted files may hold."""
 
 from __future__ import annotations
 
@@ -7,30 +7,29 @@ import json
 import math
 import os
 import re
-import shutil
 import stat
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from setpred.errors import InputError, shown
 
-LARGEST_NUMBER = 2**63 - 1  # of a position, a count of steps or a seed; torch and HDF5 hold no larger ones
-MOST_VALUES = 200_000  # of a record; those of our largest checkpoints have a few thousand
-DEEPEST = 64  # nesting of a record; our deepest configurations have 16 levels
-LARGEST_IMAGE = 4096  # pixels of a side that a model sees; those of CLEVR are trained on at 128
+LARGEST_NUMBER = 2**63 - 1  # of a position, a count of steps or a seed: the range of torch and HDF5
+LARGEST_IMAGE = 4096  # pixels of a side that a model sees; CLEVR models see 128
+MOST_VALUES = 200_000  # within a record; our largest checkpoints have a few thousand
+DEEPEST = 64  # levels of a record; our deepest configurations have 16
 
 
 def require_regular(path: str | os.PathLike[str], *, advice: str) -> int:
-    """Bytes of a file, after checking that it is one: reading a pipe or a device may never end.
+    """Return the size in bytes of a regular file, or of a link's target; a pipe or a device may never end.
 
     Raises:
-        InputError: something else than a regular file (a link counts as what it leads to).
-        OSError: no such file, no permission, a name that no file can have.
+        InputError: a folder, pipe, device or impossible name. `OSError`: no such file, no permission.
     """
     try:
         found = os.stat(path)
@@ -41,139 +40,86 @@ def require_regular(path: str | os.PathLike[str], *, advice: str) -> int:
     return found.st_size
 
 
-def leaves(value: Any, name: str) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Every value within dictionaries and lists, with the keys that lead there, last one first.
+def leaves(value: Any, name: str, *, most: int = MOST_VALUES) -> Iterator[tuple[str, Any]]:
+    """Yield every value within dictionaries and lists, with its place.
 
-    Raises:
-        InputError: nested deeper than `DEEPEST`, or more than `MOST_VALUES` values; a list in itself is both.
+    Raises `InputError` beyond `most` values or `DEEPEST` levels. A shared value counts each time it occurs, so
+    references that multiply or form a cycle are bounded, too.
+
+    >>> list(leaves({"a": [1, 2]}, "x"))
+    [('a.0', 1), ('a.1', 2)]
     """
-    waiting: list[tuple[tuple[Any, ...], Any, int]] = [((), value, 0)]
-    count = 0
+    waiting, count = [((), value)], 0
     while waiting:
-        keys, item, depth = waiting.pop()
-        count += 1
-        if depth > DEEPEST:
-            raise InputError(f"{name} is nested deeper than {DEEPEST} levels, which none of ours is; do not trust it")
-        if isinstance(item, dict):
-            beside = getattr(item, "__dict__", {})  # of an `OrderedDict` of torch; could stand in for its methods
-            if beside.keys() - {"_metadata"}:
-                raise InputError(f"{name} has a dictionary with attributes {shown(list(beside))}; do not trust it")
-            inside = [*dict.items(item), *beside.items()]
-        elif isinstance(item, list | tuple):
-            inside = list(enumerate(item))
-        else:
-            yield keys, item
+        keys, item = waiting.pop()
+        if not isinstance(item, dict | list | tuple):
+            yield ".".join(key if isinstance(key, str) and len(key) < 80 else shown(key) for key in keys), item
             continue
-        if count + len(waiting) + len(inside) > MOST_VALUES:
-            raise InputError(f"{name} has more than {MOST_VALUES} values, which none of ours has; do not trust it")
-        waiting += [((key, keys), child, depth + 1) for key, child in inside]
-
-
-def place(keys: tuple[Any, ...]) -> str:
-    """What `leaves` says of a value's place, as words.
-
-    >>> place(("b", ("a", ())))
-    'a.b'
-    """
-    words: list[str] = []
-    while keys:
-        key, keys = keys
-        words.append(key if isinstance(key, str) and len(key) < 80 else shown(key))
-    return ".".join(reversed(words))
+        inside = list(item.items() if isinstance(item, dict) else enumerate(item))
+        count += len(inside)
+        if count > most or len(keys) >= DEEPEST:
+            raise InputError(f"{name}: expected at most {most:,} values in {DEEPEST} levels, got more; do not trust it")
+        waiting += [((*keys, key), child) for key, child in reversed(inside)]
 
 
 def parse_json(text: str | bytes, name: str) -> Any:
-    """A JSON document from a stranger: finite numbers of ordinary length, no key twice, `DEEPEST` levels at most.
-
-    Raises:
-        InputError: it is not.
-    """
-
+    """Parse untrusted JSON; raise `InputError` for NaN, infinity, thousands of digits, duplicate keys, deep nesting."""
     try:
-        document = json.loads(
-            text, object_pairs_hook=once, parse_int=whole_number, parse_float=real_number, parse_constant=real_number
-        )
+        return json.loads(text, object_pairs_hook=unique_keys, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name} is not valid JSON ({error})") from error
-    for _ in leaves(document, name):
-        pass
-    return document
 
 
-def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, whose keys Python lets come twice: two readers might then see two documents."""
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object; raise `ValueError` on a duplicate key, which Python would drop."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError(f"a key comes twice among {shown([key for key, _ in pairs])}")
     return found
 
 
-def whole_number(digits: str) -> int:
-    """An integer of JSON, which has no bound on its digits."""
-    value = int(digits) if len(digits) <= 20 else LARGEST_NUMBER + 1
-    if abs(value) > LARGEST_NUMBER:
-        raise ValueError(f"the number {shown(digits)} of {len(digits)} digits is more than 64 bits hold")
-    return value
-
-
-def real_number(digits: str) -> float:
-    """A number of JSON that must be finite: neither 1e999 nor the NaN and Infinity that Python reads."""
+def _finite(digits: str) -> float:
     if not math.isfinite(value := float(digits)):
         raise ValueError(f"the number {shown(digits)} is not finite")
     return value
 
 
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing is locked
-    fcntl = None
-
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free some space or choose another place",
     errno.EDQUOT: "the disk quota is used up; free some space or choose another place",
     errno.EFBIG: "the file would be larger than this system allows; raise the limit or choose another place",
-    errno.EACCES: "no permission to write there; choose another place or change the permissions",
-    errno.EPERM: "no permission to write there; choose another place or change the permissions",
     errno.EROFS: "the file system is read-only; choose another place",
-    errno.ENOTDIR: "a part of the path is a file, not a folder; choose another place",
     errno.EISDIR: "a folder has this name; choose another name",
-    errno.ENOENT: "the folder does not exist and could not be made",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.EIO: "the disk reports an input/output error; check the disk",
 }
-
-
-def error_number(error: OSError) -> int | None:
-    """The errno of an `OSError`, also of those of HDF5, which often say it in the text only."""
-    if error.errno is None and (found := re.search(r"errno = (\d+)", str(error))):
-        return int(found[1])
-    return error.errno
+_ADVICE |= dict.fromkeys((errno.EACCES, errno.EPERM), "no permission to write there; choose another place")
+_ADVICE |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a part of the path is a file, not a folder; rename it")
 
 
 @contextmanager
 def writing(path: str | os.PathLike[str], *, hint: str = "") -> Iterator[None]:
-    """Turns an `OSError` of the block into an `InputError` that names `path`, the reason and what to do."""
+    """Convert an `OSError` of the block to an `InputError` with the path, the reason and advice."""
     try:
         yield
     except OSError as error:
-        number = error_number(error)
+        number = error.errno
+        if number is None and (found := re.search(r"errno = (\d+)", str(error))):  # of HDF5
+            number = int(found[1])
         reason = _ADVICE.get(number) or (os.strerror(number) if number else str(error))
         raise InputError(f"cannot write {os.fspath(path)}: {reason}{hint}") from error
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder `path`, made with its parents if need be; `InputError` when that cannot be."""
+    """Create a folder with its parents if it does not exist; raise `InputError` if that fails."""
     folder = Path(path)
     with writing(folder):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except FileExistsError as error:
-            raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder)) from error
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Moves a finished file to its final name: it lies on the disk, content first, when this returns."""
+    """Rename a finished file to its final name; content and name are on the disk on return."""
     _sync(partial)
     os.replace(partial, final)
     _sync(final.parent)
@@ -187,21 +133,24 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}  # to write by descriptor: opening the name may truncate a file
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields where to write what will lie under `path` once the block has ended well; the folder is made if need be.
+    """Yield a temporary path; rename it to `path` when the block succeeds, and delete it when the block fails.
 
-    A link stays, and its target is replaced. A device or a pipe stays, and gets the content.
-
-    Raises:
-        InputError: disk full, no permission and their like; what lay under `path` before still lies there.
+    Missing folders are created. A link stays, and its target is replaced. A device or a pipe receives the content.
+    On a full disk, missing permission and similar faults raises `InputError`, and an earlier file stays.
     """
     final = Path(path)
-    if not _replaceable(final):
+    stream = _STREAMS.get(str(final))
+    if stream or (os.path.exists(final) and not final.is_file() and not final.is_dir()):
         with writing(final), tempfile.TemporaryDirectory() as folder:
-            yield (aside := Path(folder) / "content")
-            with aside.open("rb") as content, _opened(final) as stream:
-                shutil.copyfileobj(content, stream)
+            yield (content := Path(folder) / "content")
+            sys.stdout.flush()
+            with open(os.dup(stream) if stream else final, "wb") as target:
+                target.write(content.read_bytes())
         return
     final = final.resolve() if final.is_symlink() else final
     make_folder(final.parent)
@@ -216,78 +165,36 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             raise
 
 
-def _opened(path: Path) -> BinaryIO:
-    """A device or pipe to write to; an open stream by its descriptor, since opening its name may truncate a file."""
-    stream = {"/dev/stdout": sys.stdout, "/dev/stderr": sys.stderr}.get(str(path))
-    if stream is None:
-        return path.open("wb")
-    stream.flush()
-    return os.fdopen(os.dup(1 if stream is sys.stdout else 2), "wb")
-
-
-def _replaceable(path: Path) -> bool:
-    """Whether a file may take this name: False for devices, pipes and the names of open streams."""
-    try:
-        mode = path.stat().st_mode
-    except OSError:
-        return True
-    streams = (("dev", "stdout"), ("dev", "stderr"), ("dev", "fd"))
-    return (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) and path.absolute().parts[1:3] not in streams
-
-
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
-    """Writes a small file whole or not at all; errors and folder as in `replacing`."""
+    """Write a small file by way of `replacing`."""
     with replacing(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what writers that were killed have left in a folder in which nobody writes now."""
+    """Remove the temporary files of killed writers from a folder without active writers."""
     for partial in folder.glob("*.partial-*"):
         with suppress(OSError):
             partial.unlink()
 
 
 @contextmanager
-def locked(path: Path, *, passing: bool = False, patience: float = 0.0) -> Iterator[int]:
-    """Creates `path` if need be and holds an exclusive lock on it; yields an open descriptor.
-
-    The system drops the lock when the process ends, however it ends, so there are no stale locks; its children, which
-    share it, may take some seconds longer.
+def locked(path: Path, *, passing: bool = False, patience: float = 0.0) -> Iterator[None]:
+    """Hold an exclusive lock on a file, which is created if need be; the system releases it when the process ends.
 
     Args:
-        passing: the file is there for the lock only, and removed at the end.
-        patience: seconds to wait for another process to let go.
-
-    Raises:
-        InputError: another process holds the lock.
+        path: file of the lock.
+        passing: whether to remove the file afterwards.
+        patience: seconds to wait for another process; then raises `InputError`.
     """
-    end = time.monotonic() + patience
-    while (descriptor := _try_to_lock(path)) is None:
-        if time.monotonic() >= end:
-            raise InputError(f"another process is writing {path}; wait until it has ended, or choose another name")
-        time.sleep(0.1)
+    lock = FileLock(path, timeout=patience)
     try:
-        yield descriptor
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(f"another process is writing {path}; wait for its end, or choose another name") from error
+    try:
+        yield
     finally:
         if passing:
-            path.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-def _try_to_lock(path: Path) -> int | None:
-    """An open descriptor with the lock; None if another process has it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # the other process may have published or removed the file between our opening and our locking of it
-        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except BaseException:
-        os.close(descriptor)
-        raise
-    os.close(descriptor)
-    return None
+            path.unlink(missing_ok=True)  # while held: a waiting process then creates a new file
+        lock.release()

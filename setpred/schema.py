@@ -160,7 +160,7 @@ class ElementSchema:
             numbers = np.asarray(value if plain else None, dtype=np.float64).reshape(-1)
         except (TypeError, ValueError, OverflowError):
             numbers = np.empty(0)
-        if numbers.shape != (field.size,) or not np.isfinite(numbers).all():
+        if numbers.shape != (field.size,) or not (np.abs(numbers) < 1e30).all():  # NaN, or beyond float32
             raise InputError(f"{field.name}: expected {field.size} finite numbers, got {shown(value)}")
         return numbers / field.scale
 

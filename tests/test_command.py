@@ -1,4 +1,4 @@
-"""What every command shares: ~ in arguments, outputs that nobody reads, and files that are no files."""
+"""Functions that all commands share: arguments, output streams, atomic writes, locks, messages."""
 
 import io
 import os
@@ -10,36 +10,31 @@ import pytest
 
 from setpred.commands.common import LastingStream, expanded
 from setpred.errors import InputError
-from setpred.files import write_atomically
+from setpred.files import locked, write_atomically
 
 
 def test_home_is_expanded_at_the_start_of_a_value_only(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/somebody")
-    assert expanded(["~/a", "--out=~/b", "--name", "c~d", "--x=e~"]) == [
-        "/home/somebody/a",
-        "--out=/home/somebody/b",
-        "--name",
-        "c~d",
-        "--x=e~",
-    ]
+    monkeypatch.setenv("HOME", "/home/user")
+    before = ["~/a", "--out=~/b", "--name", "c~d", "--x=e~"]
+    assert expanded(before) == ["/home/user/a", "--out=/home/user/b", "--name", "c~d", "--x=e~"]
 
 
-def test_a_stream_that_nobody_reads_takes_all_and_says_nothing():
+def test_a_closed_pipe_does_not_end_a_program():
     code = (
         "import sys; from setpred.commands.common import LastingStream\n"
         "sys.stdout = LastingStream(sys.stdout)\n"
         "for _ in range(20000): print('a line that is longer than nothing', flush=True)\n"
-        "sys.stderr.write('went on')"
+        "sys.stderr.write('continued')"
     )
     running = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     running.stdout.readline()
     running.stdout.close()
-    assert running.stderr.read() == b"went on"
+    assert running.stderr.read() == b"continued"
     assert running.wait() == 0
     running.stderr.close()
 
 
-def test_names_that_the_encoding_lacks_are_written():
+def test_names_outside_the_encoding_are_written():
     raw = io.BytesIO()
     stream = LastingStream(io.TextIOWrapper(raw, encoding="ascii"))
     stream.write("données \udce9")
@@ -47,7 +42,7 @@ def test_names_that_the_encoding_lacks_are_written():
     assert raw.getvalue() == rb"donn\xe9es \udce9"
 
 
-def test_a_link_a_pipe_and_a_device_stay_what_they_are(tmp_path):
+def test_writing_keeps_links_pipes_and_devices(tmp_path):
     (tmp_path / "target").write_text("old")
     (tmp_path / "link").symlink_to("target")
     write_atomically(tmp_path / "link", "new")
@@ -67,10 +62,31 @@ def test_a_link_a_pipe_and_a_device_stay_what_they_are(tmp_path):
     assert not os.path.isfile("/dev/null")
 
 
-def test_the_error_of_a_worker_is_its_sentence():
-    text = (
-        "Caught InputError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File ...\n"
-    )
-    assert str(InputError(f"{text}setpred.errors.InputError: x.png is cut off\n")) == "x.png is cut off"
+def test_standard_output_in_a_file_is_not_replaced(tmp_path):
+    code = "from setpred.files import write_atomically as w; print('a'); w('/dev/stdout', 'b\\n'); print('c')"
+    with (tmp_path / "out").open("wb") as out:
+        subprocess.run([sys.executable, "-c", code], stdout=out, check=True)
+    assert (tmp_path / "out").read_text() == "a\nb\nc\n"
+
+
+def test_one_process_at_a_time_holds_a_lock(tmp_path):
+    path = tmp_path / "data.lock"
+    with locked(path, passing=True):
+        with pytest.raises(InputError, match=r"another process is writing .*data\.lock; wait"), locked(path):
+            pass
+        code = f"from setpred.files import *; lock = locked(Path({str(path)!r}), patience=60); lock.__enter__()"
+        code += "; print('held', flush=True); os._exit(0)"
+        waiting = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        with pytest.raises(subprocess.TimeoutExpired):
+            waiting.wait(1)
+    assert waiting.communicate(timeout=60)[0] == b"held\n"
+    with locked(path, passing=True):  # the other process ended without releasing it
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_error_of_a_worker_is_its_own_message():
+    text = "Caught InputError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File ..."
+    assert str(InputError(f"{text}\nsetpred.errors.InputError: x.png is cut off\n")) == "x.png is cut off"
     with pytest.raises(InputError, match="as it is"):
         raise InputError("as it is")

@@ -11,7 +11,7 @@ from tiny import run
 from torch import nn
 
 from setpred.aggregators import FSPool, SetEncoder
-from setpred.checkpoint.load import KEY, save_whole, training_iterations
+from setpred.checkpoint.load import KEY, save_checkpoint, training_iterations
 from setpred.commands import gradients as command
 from setpred.commands.gradients import check, in_words
 from setpred.decoders import IDSPN
@@ -329,7 +329,7 @@ def changed(checkpoint, tmp_path, change):
     content = torch.load(checkpoint, weights_only=True)
     change(content)
     path = tmp_path / "changed.ckpt"
-    save_whole(content, path)
+    save_checkpoint(content, path)
     return str(path)
 
 

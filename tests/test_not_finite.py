@@ -668,7 +668,7 @@ def test_a_full_disk_does_not_end_a_training_that_goes_on(tmp_path, monkeypatch,
     def full(content, path):
         raise InputError(f"cannot write {path}: the disk is full")
 
-    monkeypatch.setattr("setpred.nonfinite.repro.save_whole", full)
+    monkeypatch.setattr("setpred.nonfinite.repro.save_checkpoint", full)
     _, _, error = run(tmp_path, At(broken_image), policy="skip")
     assert error is None
     assert "could not be saved: cannot write" in capsys.readouterr().out

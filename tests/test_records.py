@@ -1,4 +1,4 @@
-"""CLEVR's JSON form: real records are written again from their scenes, number by number."""
+"""CLEVR's JSON records: reading a real one and writing it again gives every number."""
 
 import json
 
@@ -20,7 +20,7 @@ def real(clevr_blender):
     return list(zip(records, lines, strict=True))
 
 
-def test_real_records_are_written_again(real, clevr_blender):
+def test_real_records_survive_reading_and_writing(real, clevr_blender):
     cameras = read_cameras(clevr_blender / "cameras.jsonl")
     for record, line in real:
         index = record["image_index"]
@@ -37,7 +37,7 @@ def test_real_records_are_written_again(real, clevr_blender):
         np.testing.assert_allclose(written["camera_matrix"], line["camera_matrix"], atol=1e-6)
 
 
-def test_the_camera_is_found_where_none_is_given(real):
+def test_the_camera_is_found_from_the_objects(real):
     for record, line in real[:20]:
         scene = scene_of(record)
         np.testing.assert_allclose(scene.camera.location, line["camera"], atol=1e-3)
@@ -62,7 +62,7 @@ def test_pixels_of_other_sizes():
     )
 
 
-def test_relationships_are_opposite_and_leave_the_near_alone():
+def test_relationships_are_opposite_and_exclude_near_objects():
     coords = np.array([scene_object.coords for scene_object in SceneRules().sample(np.random.default_rng(3)).objects])
     found = relationships(coords)
     for one, other in (("left", "right"), ("behind", "front")):
@@ -98,16 +98,12 @@ def test_splits_share_a_file_of_cameras(tmp_path):
     path.write_text("".join(json.dumps(camera_record(s, index=0, split=split)) + "\n" for split, s in scenes.items()))
     for split, scene in scenes.items():
         assert read_cameras(path, split=split) == {0: (scene.camera, scene.lamps)}
-    path.write_text("{}\n")
-    with pytest.raises(InputError, match="line 1: expected camera and lights"):
-        read_cameras(path)
     line = camera_record(scene, index=0, split="val")
-    for part in ([1.0, 2.0], [1.0, 2.0, float("nan")], 5, None):
-        path.write_text(json.dumps(line) + "\n" + json.dumps(line | {"camera": part}) + "\n")
-        with pytest.raises(InputError, match="line 2: expected camera and lights"):
+    parts = ([1.0, 2.0], [1.0, 2.0, float("nan")], 5, None)
+    second = [b"{}", b"\xff\xfe", *(json.dumps(line | {"camera": part}).encode() for part in parts)]
+    for fault in second:
+        path.write_bytes(json.dumps(line).encode() + b"\n" + fault + b"\n")
+        with pytest.raises(InputError, match=r"line 2: expected camera and lights"):
             read_cameras(path)
-    path.write_bytes(json.dumps(line).encode() + b"\n\xff\xfe\n")
-    with pytest.raises(InputError, match=r"line 2: expected camera and lights, got .{,80}$"):
-        read_cameras(path)
     with pytest.raises(InputError, match=r"cannot read .*nowhere"):
         read_cameras(tmp_path / "nowhere")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from setpred.checkpoint.load import KEY, save_whole
+from setpred.checkpoint.load import KEY, save_checkpoint
 from setpred.commands.train import build, train
 
 CONFIG = """
@@ -55,6 +55,6 @@ def untrained(folder: Path, *arguments: str, name: str = "tiny") -> Path:
     (folder / "tiny.yaml").write_text(CONFIG)
     cli = build(["--config", str(folder / "tiny.yaml"), "--runs", str(folder), "--name", name, *arguments])
     content = {"state_dict": cli.model.state_dict(), "epoch": 0, "global_step": 5, "optimizer_states": []}
-    save_whole(content | {KEY: cli.model.description()}, cli.folder / "best.ckpt")
+    save_checkpoint(content | {KEY: cli.model.description()}, cli.folder / "best.ckpt")
     (cli.folder / "config.yaml").write_text(cli.parser.dump(cli.config, skip_none=False))
     return cli.folder / "best.ckpt"

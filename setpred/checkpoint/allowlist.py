@@ -1,4 +1,4 @@
-"""Which classes a file may name: setpred's public parts and torch's modules, and what the user adds with `--allow`."""
+"""The classes that a file may name: setpred's public parts, torch's layers, and those of `--allow`."""
 
 from __future__ import annotations
 
@@ -49,52 +49,40 @@ def moved(value: Any) -> Any:
     return value
 
 
-def public(*modules: ModuleType) -> dict[str, Any]:
-    """Path to class or function, of all that modules export.
-
-    Both the public path (`setpred.encoders.ResNet`) and the defining one (`setpred.encoders.resnet.ResNet`) count.
-    """
-    found: dict[str, Any] = {}
-    for module in modules:
-        for name in module.__all__:
-            if callable(part := getattr(module, name)):
-                found[f"{module.__name__}.{name}"] = found[defined_at(part)] = part
-    return found
-
-
-def defined_at(part: Any) -> str:
-    """The path of a class or function where it is defined."""
-    return f"{part.__module__}.{part.__qualname__}"
+def public_parts(*modules: ModuleType) -> dict[str, Any]:
+    """Map paths to the exported classes and functions, by public path and by that of the definition."""
+    exported = [(module, name) for module in modules for name in module.__all__ if callable(getattr(module, name))]
+    return _by_path((f"{module.__name__}.{name}", getattr(module, name)) for module, name in exported)
 
 
 def torch_modules() -> dict[str, type]:
-    """Path to class, of the layers of `torch.nn`: plain arithmetic, whatever their arguments."""
-    found: dict[str, type] = {}
-    for name, part in vars(nn).items():
-        if isinstance(part, type) and issubclass(part, nn.Module) and part is not nn.Module:
-            found[f"torch.nn.{name}"] = found[defined_at(part)] = part
+    """Map paths to the layers of `torch.nn`: plain arithmetic for all arguments."""
+    layers = [(name, part) for name, part in vars(nn).items() if isinstance(part, type) and issubclass(part, nn.Module)]
+    return _by_path((f"torch.nn.{name}", part) for name, part in layers if part is not nn.Module)
+
+
+def imported(paths: Iterable[str]) -> dict[str, Any]:
+    """Import the classes that a user names with `--allow`; the paths must never come from a file."""
+    found: dict[str, Any] = {}
+    for path in paths:
+        module, _, name = path.rpartition(".")
+        try:
+            found |= _by_path([(path, getattr(importlib.import_module(module), name))])
+        except (ImportError, AttributeError, ValueError) as error:
+            raise InputError(f"--allow {path}: cannot import it ({error}); expected package.module.Class") from error
     return found
 
 
-def named(paths: Iterable[str]) -> dict[str, Any]:
-    """Path to class, of what the user names with `--allow`; these paths never come from a file, and are imported.
-
-    Raises:
-        InputError: one cannot be imported.
-    """
+def _by_path(parts: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for path in paths:
-        module_name, _, name = path.rpartition(".")
-        try:
-            part = found[path] = getattr(importlib.import_module(module_name), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise InputError(f"--allow {path}: cannot import it ({error}); expected package.module.Class") from error
+    for path, part in parts:
+        found[path] = part
         if hasattr(part, "__qualname__"):
-            found[defined_at(part)] = part
+            found[f"{part.__module__}.{part.__qualname__}"] = part
     return found
 
 
 def allowed_classes(extra: Iterable[str] = ()) -> dict[str, type]:
-    """Path to class, of all that a checkpoint may ask to be built: the public parts, torch's modules, and `extra`."""
-    parts = {path: part for path, part in public(*PART_MODULES).items() if isinstance(part, type)}
-    return parts | torch_modules() | named(extra)
+    """Map paths to the classes that a checkpoint may name: public parts, torch's layers, and `extra` paths."""
+    parts = {path: part for path, part in public_parts(*PART_MODULES).items() if isinstance(part, type)}
+    return parts | torch_modules() | imported(extra)

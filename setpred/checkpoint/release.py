@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from setpred.checkpoint.weights import SUFFIX, pack
 from setpred.errors import InputError
 from setpred.files import write_atomically
 
-MEGABYTES = 20.0  # the largest release, unless told otherwise
-BESIDE = "config.yaml"  # what train.py writes into the folder of its checkpoints
+MEGABYTES = 20.0  # largest release by default
+CONFIG = "config.yaml"  # the configuration that train.py writes into a run's folder
 
 
 def export(
@@ -27,10 +26,10 @@ def export(
     megabytes: float = MEGABYTES,
     allow: Iterable[str] = (),
 ) -> list[Path]:
-    """Writes the weights of a checkpoint in half precision, and the configuration of its training beside them.
+    """Write the weights of a checkpoint in half precision, and the configuration of its training.
 
-    The file is read wherever a .ckpt is, but cannot be resumed: the optimiser's state is left out. Paths of this
-    machine are left out too, see `portable`.
+    All commands read the file as they read a .ckpt, but it cannot be resumed: it has no optimiser state. It has no
+    paths of this machine either, see `portable`.
 
     Args:
         checkpoint: a .ckpt of train.py; the `config.yaml` in its folder, if any, becomes NAME.yaml.
@@ -39,56 +38,36 @@ def export(
         allow: class paths of your own parts that may be built.
 
     Returns:
-        What was written.
+        The written files.
 
     Raises:
-        InputError: see `load_checkpoint`; a name of another ending, a file too large, a disk that does not take it, a
-            NAME.yaml of somebody else's. Only where NAME.yaml cannot be written, something has been.
+        InputError: see `load_checkpoint`; another suffix, a file too large, a NAME.yaml that is no part of a release,
+            a write error.
     """
     out = Path(out)
     if out.suffix != SUFFIX:
         raise InputError(f"--out {out}: expected a name that ends in {SUFFIX}")
-    load_checkpoint(checkpoint, allow=allow)  # what cannot be loaded is not published
     content = read_checkpoint(checkpoint)
-    record = {name: content[name] for name in (KEY, "epoch", "global_step")}
-    packed = pack(content["state_dict"], portable(record))
+    load_checkpoint(checkpoint, allow=allow, content=content)  # checks that it can be loaded
+    packed = pack(content["state_dict"], portable({name: content[name] for name in (KEY, "epoch", "global_step")}))
     if len(packed) > 1e6 * megabytes:
         raise InputError(
             f"{out} would have {len(packed) / 1e6:.1f} MB, expected at most {megabytes:g} MB; take a smaller model, or "
             "allow more with --megabytes"
         )
-    configuration = _configuration(Path(checkpoint).parent / BESIDE)
-    beside, title = out.with_suffix(".yaml"), f"# What {out.name} was trained with.\n"
-    if configuration is not None and os.path.lexists(beside) and not _begins(beside, title):
-        raise InputError(f"{beside} is not of an earlier release and would be overwritten; choose another --out")
-    written = [out]
-    write_atomically(out, packed)
-    if configuration is not None:
-        written.append(beside)
-        with after_writing([out]):
-            write_atomically(beside, title + configuration)
-    return written
-
-
-def _begins(path: Path, title: str) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(len(title.encode())) == title.encode()
-    except OSError:  # a folder, or not for us to read
-        return False
-
-
-@contextmanager
-def after_writing(written: Sequence[Path]) -> Iterator[None]:
-    """An error of the block says what had been written before."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError("; ".join([str(error), *(f"{path} was written" for path in written)])) from error
+    source, sidecar, written = Path(checkpoint).parent / CONFIG, out.with_suffix(".yaml"), {out: packed}
+    if source.is_file():
+        title = f"# What {out.name} was trained with.\n"
+        if sidecar.is_file() and not sidecar.read_text(errors="replace").startswith(title):
+            raise InputError(f"{sidecar} is not of an earlier release and would be overwritten; choose another --out")
+        written[sidecar] = title + yaml.safe_dump(portable(read_yaml(source)), sort_keys=False)
+    for path, text in written.items():
+        write_atomically(path, text)
+    return list(written)
 
 
 def portable(value: Any) -> Any:
-    """Plain types with the paths of this machine cut: relative to the working folder, or else the last name alone.
+    """Shorten the absolute paths within plain types: relative to the working folder, or to the last name.
 
     >>> portable({"folder": "/home/me/data", "runs": "checkpoints", "rate": 0.1})
     {'folder': 'data', 'runs': 'checkpoints', 'rate': 0.1}
@@ -101,13 +80,3 @@ def portable(value: Any) -> Any:
         return value
     path, here = Path(value), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
-
-
-def _configuration(path: Path) -> str | None:
-    """The configuration of a run as YAML, portable; None where there is none."""
-    if not path.is_file():
-        return None
-    try:
-        return yaml.safe_dump(portable(read_yaml(path)), sort_keys=False)
-    except (InputError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{path} is not a configuration ({error}); move it away, or mend it") from error

@@ -12,12 +12,7 @@ from typing import Any
 
 import torch
 
-from setpred.checkpoint.load import (
-    load_checkpoint,
-    read_checkpoint,
-    training_iterations,
-    training_loss,
-)
+from setpred.checkpoint.load import load_checkpoint, read_checkpoint, training_iterations, training_loss
 from setpred.commands.common import choose_device, exit_code, finite
 from setpred.data.dataset import open_data
 from setpred.errors import InputError
@@ -179,7 +174,8 @@ def check(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             raise InputError(f"--{name}: expected at least {least}, got {value}")
     if min(options.steps) < 1:
         raise InputError(f"--steps: expected at least 1, got {min(options.steps)}")
-    loaded, content = load_checkpoint(options.checkpoint, allow=options.allow), read_checkpoint(options.checkpoint)
+    content = read_checkpoint(options.checkpoint)
+    loaded = load_checkpoint(options.checkpoint, allow=options.allow, content=content)
     loaded.require_images(options.checkpoint)
     loss = training_loss(content, options.allow)
     path = options.data or loaded.data.get("path")

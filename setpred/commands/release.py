@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from setpred.checkpoint.load import load_checkpoint
-from setpred.checkpoint.release import BESIDE, MEGABYTES, after_writing, export
+from setpred.checkpoint.release import CONFIG, MEGABYTES, export
 from setpred.checkpoint.torch_export import export_program
 from setpred.commands.common import exit_code
 from setpred.errors import InputError
@@ -43,31 +43,24 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `setpred release`; return the exit status."""
-    return exit_code(lambda: _print(run(options := parser().parse_args(arguments)), options), interrupted="interrupted")
+    return exit_code(lambda: release(parser().parse_args(arguments)), interrupted="interrupted")
 
 
-def _print(written: list[Path], options: argparse.Namespace) -> None:
-    for path in written:
-        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
-    if options.out in written and options.out.with_suffix(".yaml") not in written:
-        print(f"no {BESIDE} lies beside {options.checkpoint}: published without the configuration of its training")
-
-
-def run(options: argparse.Namespace) -> list[Path]:
-    """What the command writes; see `export` and `export_program`."""
+def release(options: argparse.Namespace) -> None:
+    """Write what the options ask for, and print the files; see `export` and `export_program`."""
     if options.out is None and options.export is None:
         raise InputError("nothing to write; give --out NAME.safetensors or --export NAME.pt2")
     if options.export is not None and options.export.suffix != PROGRAM_SUFFIX:
         raise InputError(f"--export {options.export}: expected a name that ends in {PROGRAM_SUFFIX}")
-    written, program = [], None
-    if options.export is not None:  # first, since it may fail, and nothing is written then
+    written = []
+    if options.export is not None:  # first, since it may fail
         loaded = load_checkpoint(options.checkpoint, allow=options.allow)
         loaded.require_images(options.checkpoint)
-        program = export_program(loaded)
+        write_atomically(options.export, export_program(loaded))
+        written.append(options.export)
     if options.out is not None:
         written += export(options.checkpoint, options.out, megabytes=options.megabytes, allow=options.allow)
-    if program is not None:
-        with after_writing(written):
-            write_atomically(options.export, program)
-        written.append(options.export)
-    return written
+    for path in written:
+        print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+    if options.out in written and options.out.with_suffix(".yaml") not in written:
+        print(f"no {CONFIG} in the folder of {options.checkpoint}: released without the configuration of its training")

@@ -18,7 +18,7 @@ from setpred.data.hdf5 import Header, Record
 from setpred.data.hdf5_writer import write_set_file
 from setpred.data.images import PIXEL_SIZE, load_image, pixel_size
 from setpred.errors import InputError, shown
-from setpred.files import LARGEST_NUMBER, once, require_regular
+from setpred.files import LARGEST_NUMBER, require_regular, unique_keys
 from setpred.rendering.camera import fit_camera
 from setpred.schema import CLEVR, ElementSchema
 
@@ -95,7 +95,7 @@ class ClevrFolder:
         def reduce(pairs: list[tuple[str, Any]]) -> Any:
             # Each scene becomes arrays as soon as it is read: as Python objects 70,000 scenes would take gigabytes.
             nonlocal waiting
-            record, waiting = once(pairs), waiting + 1
+            record, waiting = unique_keys(pairs), waiting + 1
             if "image_filename" in record:
                 waiting = 0
                 return self._scene(record)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from setpred.checkpoint.load import KEY as CHECKPOINT_KEY
-from setpred.checkpoint.load import read_checkpoint, rebuilt, save_whole, training_loss
+from setpred.checkpoint.load import read_checkpoint, rebuild_model, save_checkpoint, training_loss
 from setpred.errors import InputError, listed, reason, shown
 from setpred.model import Step
 from setpred.nonfinite.locate import Fault, diagnose, not_finite
@@ -55,7 +55,7 @@ def save(module: Any, step: Step, fault: Fault) -> str:
         KEY: found,
     }
     try:
-        save_whole(content, path)
+        save_checkpoint(content, path)
     except InputError as error:  # where the policy is to go on, a full disk is not the end
         return f"What repeats the step could not be saved: {error}"
     return f"Model, batch and seed are saved in {path}, which python -m setpred replay repeats"
@@ -91,7 +91,7 @@ def read(path: str | os.PathLike[str], *, allow: Iterable[str] = (), device: tor
             f"{path} was written at precision {shown(found.get('precision'))}, expected {' or '.join(PRECISIONS)}; "
             "train at one of these to repeat the step"
         )
-    parts = nn.ModuleDict({"model": rebuilt(content, path, allow=allow), "loss": training_loss(content, allow)})
+    parts = nn.ModuleDict({"model": rebuild_model(content, path, allow=allow), "loss": training_loss(content, allow)})
     try:
         # the layout in which a training has it
         parts.to(device, memory_format=torch.channels_last).train(bool(found["training"]))

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from setpred.checkpoint.load import save_whole
+from setpred.checkpoint.load import save_checkpoint
 
 # how schedulers announce a preemption or the end of a time limit, terminals that they close, and users Ctrl-C
 _NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP", "SIGINT")
@@ -26,7 +26,7 @@ class WholeCheckpoints(TorchCheckpointIO):
     """Writes each checkpoint aside and renames it; loads tensors and plain types only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None):
-        save_whole(checkpoint, path)
+        save_checkpoint(checkpoint, path)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return super().load_checkpoint(path, map_location, weights_only=True)
