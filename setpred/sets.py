@@ -24,3 +24,8 @@ def check_set(elements: Tensor, mask: Tensor | None = None, *, set_dim: int | No
 def presence_mask(elements: Tensor) -> Tensor:
     """Mask `[..., set_size]` of target elements: True where presence, the last number, is over one half."""
     return elements[..., -1] > 0.5
+
+
+def present_order(mask: Tensor) -> Tensor:
+    """Order the present elements first: indices `[batch, set_size]` for a mask `[batch, set_size]`, stable."""
+    return mask.int().argsort(dim=1, descending=True, stable=True)

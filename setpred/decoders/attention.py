@@ -1,4 +1,4 @@
-"""Transformer layers with positions: attention over a set, and over something beside it."""
+"""Transformer layers with positions: self-attention over a set, and attention to tokens."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ class Attention(nn.Module):
     """Multi-head attention: softmax(q kᵀ / √d) v for each head, then a linear layer (Vaswani et al., NeurIPS 2017).
 
     Args:
-        dim: numbers of a row.
-        heads: a divisor of `dim`.
-        dropout: of the weights, in training.
+        dim: length of a row.
+        heads: number of heads, a divisor of `dim`.
+        dropout: probability of dropping a weight in training.
+
+    Raises:
+        InputError: a number of heads that does not divide `dim`.
     """
 
     def __init__(self, dim: int, *, heads: int, dropout: float = 0.0) -> None:
@@ -34,18 +37,18 @@ class Attention(nn.Module):
             layer(part).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for layer, part in ((self.query, queries), (self.key, keys), (self.value, values))
         )
-        seen = functional.scaled_dot_product_attention(
+        attended = functional.scaled_dot_product_attention(
             *rows,
             attn_mask=None if mask is None else mask[:, None, None],
             dropout_p=self.dropout if self.training else 0.0,
         )
-        return self.out(seen.transpose(1, 2).flatten(2))
+        return self.out(attended.transpose(1, 2).flatten(2))
 
 
 class EncoderLayer(nn.Module):
     """X ← LN(X + A(X + P, X + P, X)),    X ← LN(X + MLP(X)),    P: positions, or none.
 
-    The layer of DETR's encoder (Carion et al., ECCV 2020); without P the original one.
+    The layer of DETR's encoder (Carion et al., ECCV 2020); without P it is the original one.
     """
 
     def __init__(self, dim: int, *, heads: int, hidden_dim: int, dropout: float = 0.0) -> None:
@@ -56,7 +59,7 @@ class EncoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, rows: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """`[batch, rows, dim]` to the same; positions `[rows, dim]`, mask `[batch, rows]` of those that are seen."""
+        """`[batch, rows, dim]` to the same; positions `[rows, dim]`, mask `[batch, rows]`, True where present."""
         placed = _placed(rows, positions)
         rows = self.norms[0](rows + self.dropout(self.attention(placed, placed, rows, mask)))
         return self.norms[1](rows + self.dropout(self.network(rows)))
@@ -66,7 +69,7 @@ class DecoderLayer(nn.Module):
     """Y ← LN(Y + A(Y + Q, Y + Q, Y)),    Y ← LN(Y + A(Y + Q, X + P, X)),    Y ← LN(Y + MLP(Y)).
 
     Q are the queries, X the tokens and P their positions (DETR; Carion et al., ECCV 2020); without Q and P it is the
-    original one.
+    original layer.
     """
 
     def __init__(self, dim: int, *, heads: int, hidden_dim: int, dropout: float = 0.0) -> None:
@@ -90,12 +93,12 @@ class DecoderLayer(nn.Module):
         Args:
             rows, tokens: Y and X.
             queries, positions: Q and P, `[..., rows, dim]` and `[..., tokens, dim]`; zeros if None.
-            mask, row_mask: which tokens and which rows are seen, bool `[batch, tokens]` and `[batch, rows]`.
+            mask, row_mask: present tokens and present rows, bool `[batch, tokens]` and `[batch, rows]`.
         """
         placed = _placed(rows, queries)
         rows = self.norms[0](rows + self.dropout(self.own(placed, placed, rows, row_mask)))
-        seen = self.across(_placed(rows, queries), _placed(tokens, positions), tokens, mask)
-        rows = self.norms[1](rows + self.dropout(seen))
+        attended = self.across(_placed(rows, queries), _placed(tokens, positions), tokens, mask)
+        rows = self.norms[1](rows + self.dropout(attended))
         return self.norms[2](rows + self.dropout(self.network(rows)))
 
 

@@ -1,8 +1,7 @@
-"""DETR: learned queries that ask the image, and each other."""
+"""DETR: learned queries that attend to the image and to each other."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -10,36 +9,10 @@ from torch import Tensor, nn
 
 from setpred.decoders.attention import DecoderLayer, EncoderLayer
 from setpred.decoders.base import SetDecoder
+from setpred.decoders.positions import SinePosition
 from setpred.errors import InputError
 from setpred.nn import MLP
 from setpred.schema import CLEVR
-
-
-class SinePosition(nn.Module):
-    """Where the tokens of a square map lie, as sines and cosines of falling frequency (Carion et al., ECCV 2020).
-
-        e_p = [sin ω_j r, cos ω_j r, sin ω_j c, cos ω_j c]_j,    ω_j = 2π / side / T^(4j / dim),    j < dim / 4
-
-    with r and c the row and the column of position p, counted from 1.
-
-    Args:
-        temperature: T.
-    """
-
-    def __init__(self, *, temperature: float = 10_000.0) -> None:
-        super().__init__()
-        self.temperature = temperature
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """`[tokens, dim]` for tokens `[batch, tokens, dim]`, row by row; dim a multiple of 4."""
-        count, dim = tokens.shape[1:]
-        side = math.isqrt(count)
-        if side * side != count or dim % 4:
-            raise ValueError(f"expected the tokens of a square map, of a multiple of 4 numbers, got {count} of {dim}")
-        frequency = self.temperature ** -(torch.arange(0, dim, 4, device=tokens.device, dtype=tokens.dtype) / dim)
-        place = 2 * math.pi / side * torch.arange(1, side + 1, device=tokens.device, dtype=tokens.dtype)
-        angle = torch.cartesian_prod(place, place).unsqueeze(-1) * frequency
-        return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)
 
 
 class DETR(SetDecoder):
@@ -47,22 +20,26 @@ class DETR(SetDecoder):
 
         H_0 = 0,    H_l = layer_l(H_{l-1}; Q, X),    Y = head(LN(H_L)),    X = layers of self-attention over the tokens
 
-    Every decoder layer lets the elements see each other, with their queries Q as positions, and then the tokens (see
-    `setpred.decoders.attention`). `refine` yields the prediction after each layer; the published training scores them
-    all, here the last one counts.
+    In every decoder layer the elements attend to each other, with their queries Q as positions, and then to the tokens
+    (see `setpred.decoders.attention`). `refine` yields the prediction after each layer; the published training scores
+    them all, here only the last one counts.
 
-    Permuting the queries permutes the elements; permuting tokens together with their positions changes nothing. The
-    queries alone tell the elements apart: equal queries give equal elements.
+    Permuting the queries permutes the elements; permuting tokens together with their positions changes nothing. Only
+    the queries distinguish the elements: equal queries give equal elements.
 
     Args:
         position: positions `[tokens, dim]` from tokens `[batch, tokens, dim]`; `SinePosition` unless given.
         token_dim: length of a token.
         dim: width of the transformer.
-        heads: of every attention.
-        encoder_layers, decoder_layers: how many.
-        hidden_dim: of the layers' networks.
-        dropout: in training; published 0.1.
-        set_size, set_dim: of the predicted sets; there are as many queries.
+        heads: number of heads of every attention.
+        encoder_layers, decoder_layers: numbers of layers.
+        hidden_dim: width of the layers' networks.
+        dropout: probability of dropout in training; published 0.1.
+        set_size: elements of the predicted sets, one per query.
+        set_dim: numbers of an element.
+
+    Raises:
+        InputError: no decoder layer.
     """
 
     def __init__(
@@ -91,12 +68,12 @@ class DETR(SetDecoder):
         self.norm = nn.LayerNorm(dim)
         self.head = MLP(dim, dim, set_dim)
 
-    def predictions(self, features: Tensor, *, iterations: int | None, mask: Tensor | None) -> Iterator[Tensor]:
+    def predictions(self, features: Tensor, mask: Tensor | None, iterations: int) -> Iterator[Tensor]:
         tokens = self.narrow(features)
         yield from self.decode(tokens, self.position(tokens), mask)
 
     def decode(self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
-        """Predictions, layer by layer, from tokens `[batch, tokens, dim]` and their positions `[tokens, dim]`."""
+        """Yield a prediction per layer, from tokens `[batch, tokens, dim]` and their positions `[tokens, dim]`."""
         for layer in self.encoder:
             tokens = layer(tokens, positions, mask)
         rows = torch.zeros_like(self.queries).expand(tokens.shape[0], -1, -1)

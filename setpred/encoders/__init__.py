@@ -1,4 +1,4 @@
-"""Image to latent vector, or to tokens; and the trunks they are made of."""
+"""Encoders from image or set to a latent vector or to tokens, and their trunks."""
 
 from setpred.encoders.cnn import ResidualTrunk, SlotTrunk, SmallCNN, SmallTrunk
 from setpred.encoders.elements import Elements

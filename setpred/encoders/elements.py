@@ -1,4 +1,4 @@
-"""A set as it is."""
+"""Input sets as tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from setpred.sets import check_set
 
 
 class Elements(nn.Module):
-    """The elements of an input set as tokens, unchanged, for decoders that look at each of them.
+    """Encoder that returns the elements of an input set as tokens, unchanged.
 
     Args:
         set_dim: numbers of an element.

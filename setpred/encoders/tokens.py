@@ -1,4 +1,4 @@
-"""Image to tokens: a map whose positions stay apart, for decoders that attend over the image."""
+"""Encoders from image to tokens, one per position of a map."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from setpred.nn import MLP
 
 
 def position_grid(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
-    """How far each position of a map lies from its four edges, in [0, 1]: `[height * width, 4]`, row by row.
+    """Compute the distances of each position of a map from its edges, in [0, 1]: `[height * width, 4]`, row by row.
 
     Columns: from the top, from the left, from the bottom, from the right.
     """
@@ -19,17 +19,14 @@ def position_grid(height: int, width: int, *, device: torch.device | None = None
 
 
 def token_rows(features: Tensor) -> Tensor:
-    """A map `[batch, channels, height, width]` as tokens `[batch, height * width, channels]`, row by row.
-
-    No copy of a map that is channels-last in memory.
-    """
-    return features.permute(0, 2, 3, 1).flatten(1, 2)
+    """View a map `[batch, channels, height, width]` as `[batch, height * width, channels]`, row by row."""
+    return features.permute(0, 2, 3, 1).flatten(1, 2)  # no copy of a channels-last map
 
 
 class Tokens(nn.Module):
-    """Image to tokens: each position of the trunk's map is one, row by row.
+    """Encoder from image to tokens: the positions of the trunk's map, row by row.
 
-    A token does not know where it is; decoders such as `DETR` add positions themselves.
+    Tokens hold no positions; decoders such as `DETR` add them.
 
     Args:
         trunk: image to map `[batch, channels, height, width]`, with `channels` and `image_size`; such as `SmallTrunk`.
@@ -45,8 +42,8 @@ class Tokens(nn.Module):
         return token_rows(self.trunk(image))
 
 
-class PositionedTokens(nn.Module):
-    """Image to tokens that know where they are, as Slot Attention takes them (Locatello et al., NeurIPS 2020).
+class PositionedTokens(Tokens):
+    """Encoder from image to tokens with positions, for Slot Attention (Locatello et al., NeurIPS 2020).
 
         token_p = MLP(LN(f_p + W e_p + b)),    e_p = distances of position p to the four edges
 
@@ -54,18 +51,17 @@ class PositionedTokens(nn.Module):
 
     Args:
         trunk: image to map `[batch, channels, height, width]`, with `channels` and `image_size`; such as `SmallTrunk`.
-        token_dim: length of a token, and width of the MLP's hidden layer. None leaves out norm and MLP, for readers
-            that begin with their own, such as `Votes`: token_p = f_p + W e_p + b, of `trunk.channels` numbers.
+        token_dim: length of a token, and width of the MLP's hidden layer. None drops norm and MLP, for readers that
+            begin with their own, such as `Votes`: token_p = f_p + W e_p + b, of `trunk.channels` numbers.
     """
 
     def __init__(self, trunk: nn.Module, *, token_dim: int | None = 64) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.image_size, self.token_dim = trunk.image_size, trunk.channels if token_dim is None else token_dim
+        super().__init__(trunk)
         self.position = nn.Linear(4, trunk.channels)
         if token_dim is None:
             self.norm = self.network = nn.Identity()
         else:
+            self.token_dim = token_dim
             self.norm = nn.LayerNorm(trunk.channels)
             self.network = MLP(trunk.channels, token_dim, token_dim)
 

@@ -1,4 +1,4 @@
-"""Tokens that vote for the element they belong to."""
+"""Votes of tokens for elements."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from setpred.schema import CLEVR
 
 
 class Votes(nn.Module):
-    """What each token believes: its element, how sure it is of each number, and how much it has to say.
+    """Encoder that predicts, from each token, its element v, the precisions p of v, and the mass m of its vote.
 
         [v, a, b] = MLP(LN x),   p = 2 σ(a),   m = σ(b)
 
     p starts at 1. `setpred.inner.VotingEnergy` and `setpred.decoders.GreedyVotes` read the result. Votes are
-    computed in float32 also under autocast, for half precision would round coordinates.
+    computed in float32 also under autocast, because half precision would round coordinates.
 
     Args:
         tokens: image, or set, to tokens `[batch, tokens, token_dim]`; such as `PositionedTokens` or `Elements`.
         set_dim: numbers of an element.
-        precise: for how many of the first numbers of an element there are precisions. Best the coordinates alone:
-            with precisions of classes the start merges and splits objects.
+        precise: how many of the first numbers of an element have precisions. Use the coordinates alone: with
+            precisions of classes the start merges and splits objects.
         hidden_dim: width of the hidden layer.
     """
 
@@ -46,11 +46,11 @@ class Votes(nn.Module):
         Absent tokens have mass 0.
         """
         tokens = self.tokens(inputs) if mask is None else self.tokens(inputs, mask)
-        if mask is not None:  # padding may hold anything, NaN too
+        if mask is not None:  # padding may hold NaN
             tokens = tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
         with torch.autocast(tokens.device.type, enabled=False):
-            believed = self.network(self.norm(tokens.to(self.norm.weight.dtype)))
-            votes, rest = believed.split([self.set_dim, self.token_dim - self.set_dim], dim=-1)
+            outputs = self.network(self.norm(tokens.to(self.norm.weight.dtype)))
+            votes, rest = outputs.split([self.set_dim, self.token_dim - self.set_dim], dim=-1)
             rest = rest.sigmoid()
             mass = rest[..., -1:] if mask is None else rest[..., -1:].masked_fill(~mask.unsqueeze(-1), 0.0)
             return torch.cat([votes, 2 * rest[..., :-1], mass], dim=-1)
