@@ -8,7 +8,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-
 SIDE = 8  # of the map of a `SmallTrunk`
 
 
