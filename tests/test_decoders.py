@@ -418,9 +418,7 @@ def test_entropy_of_a_sharp_and_of_an_even_plan():
 
 def test_constant_steps_pass_the_gradient_straight_to_the_costs():
     cost = normal(2, 5, SIZE).abs().requires_grad_()
-    changed, _ = MESH(noise=0.0)(
-        cost, lambda cost, start: sinkhorn(cost, epsilon=1.0, iterations=5, start=start), None
-    )
+    changed, _ = MESH(noise=0.0)(cost, lambda cost, start: sinkhorn(cost, epsilon=1.0, iterations=5, start=start), None)
     upstream = torch.randn_like(changed)
     changed.backward(upstream)
     assert not torch.allclose(changed, cost)
@@ -589,7 +587,7 @@ def test_equal_features_at_different_positions_are_different_tokens():
     assert torch.pdist(tokens.double()).min() > 0
 
 
-# --- parts that do not fit, numbers out of range ------------------------------------------------------------------------
+# --- parts that do not fit, numbers out of range -----------------------------------
 
 
 def small_cnn():
