@@ -13,15 +13,15 @@ from setpred.errors import InputError
 class SetDecoder(nn.Module):
     """Decoder from tokens `[batch, tokens, token_dim]` or a vector `[batch, latent_dim]` to a set.
 
-    Subclasses write `predictions`, a generator whose last yield is the result `[batch, set_size, set_dim]`. Elements
-    are raw numbers, presence last, without sigmoid or softmax. Random parts draw afresh in training; in evaluation
-    their seeds fix them, so a prediction depends on the features alone. Decoders run in float32 also under autocast.
+    Subclasses write `predictions`, whose last yield is the result `[batch, set_size, set_dim]`. Elements are raw
+    numbers, presence last, without sigmoid or softmax. Random parts draw afresh in training; in evaluation their seeds
+    fix them, so a prediction depends on the features alone. Decoders run in float32 also under autocast.
 
     Args:
-        set_size: elements of the predicted sets; None for decoders that predict one element per token.
+        set_size: elements of the predicted sets; None for one element per token.
         set_dim: numbers of an element.
-        token_dim: length of a token, for decoders that read tokens.
-        latent_dim: length of the vector, for decoders that read one; None accepts any.
+        token_dim: length of a token, for decoders of tokens.
+        latent_dim: length of the vector, for decoders of one; None accepts any.
     """
 
     iterative = False  # has `iterations`, a default that callers may override
@@ -49,14 +49,13 @@ class SetDecoder(nn.Module):
     ) -> Iterator[Tensor]:
         """Yield every intermediate prediction; the last one is that of `forward`, with the same arguments."""
         features = self._checked(features, iterations, mask)
-        if self.iterative and iterations is None:
-            iterations = self.iterations
+        steps = self.iterations if self.iterative and iterations is None else iterations
         more = {"condition": condition} if self.conditional else {}
-        steps = self.predictions(features, mask, iterations, **more)
+        predictions = self.predictions(features, mask, steps, **more)
         while True:
             # not held across the yield, where it would reach the caller
             with torch.autocast(features.device.type, enabled=False):
-                elements = next(steps, None)
+                elements = next(predictions, None)
             if elements is None:
                 return
             yield elements
@@ -74,9 +73,9 @@ class SetDecoder(nn.Module):
         Args:
             features: `[batch, tokens, token_dim]`, or `[batch, latent_dim]`.
             iterations: number of iterations; the decoder's default unless given.
-            mask: present tokens, `[batch, tokens]` bool, at least one per example; or, if the decoder
-                `masks_elements`, present elements `[batch, set_size]`. All are present unless given.
-            condition: an input set `[batch, set_size, any]`, for decoders that are `conditional`.
+            mask: present tokens, `[batch, tokens]` bool, at least one per example; or present elements, `[batch,
+                set_size]`, if the decoder `masks_elements`. All are present unless given.
+            condition: an input set `[batch, set_size, any]`, for `conditional` decoders.
 
         Raises:
             InputError: `iterations` for a decoder without iterations.
@@ -93,10 +92,8 @@ class SetDecoder(nn.Module):
             names = ", ".join("latent_dim" if name is None else str(name) for name in wanted)
             raise ValueError(f"expected features [{names}], got {list(features.shape)}")
         if iterations is not None and not self.iterative:
-            raise InputError(
-                f"expected no iterations for {type(self).__name__}, which does not iterate, got {iterations}; "
-                "leave them out"
-            )
+            name = type(self).__name__
+            raise InputError(f"expected no iterations for {name}, which does not iterate, got {iterations}; drop them")
         features = features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
         if mask is None or self.masks_elements:
             return features

@@ -22,8 +22,7 @@ class MLPDecoder(SetDecoder):
     Args:
         latent_dim: length of z.
         hidden_dim: width of both hidden layers.
-        set_size: elements of the predicted sets.
-        set_dim: numbers of an element.
+        set_size, set_dim: elements of the predicted sets, and numbers of each.
     """
 
     def __init__(
@@ -44,16 +43,14 @@ class MLPDecoder(SetDecoder):
 class BiLSTMDecoder(SetDecoder):
     """Y_i = W h_i, with h a bidirectional LSTM of set_size steps, whose input is the vector z at every step.
 
-    The recurrent baseline of the iDSPN paper (Zhang et al., ICLR 2022): two layers, between linear layers. DSPN's has
-    one direction, and z as its first cell state. Each step knows its position from both ends, so the elements have an
-    order, as with an MLP.
+    The recurrent baseline of the iDSPN paper (Zhang et al., ICLR 2022), between linear layers. Each step knows its
+    position from both ends, so the elements have an order. (DSPN's has one direction, and z as its first cell state.)
 
     Args:
         latent_dim: length of z.
         hidden_dim: width of the input of every step, and of the state of each direction.
         layers: number of stacked LSTMs.
-        set_size: elements of the predicted sets.
-        set_dim: numbers of an element.
+        set_size, set_dim: elements of the predicted sets, and numbers of each.
     """
 
     def __init__(
@@ -78,9 +75,8 @@ class BiLSTMDecoder(SetDecoder):
 class TransformerDecoder(SetDecoder):
     """Y = head(layers of self-attention over {W z + e_i}): each element from the vector z and its own code e_i.
 
-    The layout of the Transformer Set Prediction Network (Kosiorek, Kim, Rezende, 2020). Only the codes distinguish the
-    elements: learned ones, or those of `RandomStart`, fresh for each example. Permuting them permutes the elements, and
-    equal codes give equal elements. The transformers of the iDSPN paper map a set to a set: see `ElementTransformer`.
+    The layout of the Transformer Set Prediction Network (Kosiorek, Kim, Rezende, 2020). Only the codes, learned or of
+    `RandomStart`, distinguish the elements: permuting them permutes the elements, and equal codes give equal elements.
 
     Args:
         latent_dim: length of z.
@@ -90,8 +86,7 @@ class TransformerDecoder(SetDecoder):
         hidden_dim: width of the layers' networks.
         dropout: probability of dropout in training.
         start: the codes `[batch, set_size, dim]` from z; `LearnedStart` of scale 1 unless given.
-        set_size: elements of the predicted sets.
-        set_dim: numbers of an element.
+        set_size, set_dim: elements of the predicted sets, and numbers of each.
     """
 
     def __init__(

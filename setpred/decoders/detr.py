@@ -20,12 +20,10 @@ class DETR(SetDecoder):
 
         H_0 = 0,    H_l = layer_l(H_{l-1}; Q, X),    Y = head(LN(H_L)),    X = layers of self-attention over the tokens
 
-    In every decoder layer the elements attend to each other, with their queries Q as positions, and then to the tokens
-    (see `setpred.decoders.attention`). `refine` yields the prediction after each layer; the published training scores
-    them all, here only the last one counts.
-
-    Permuting the queries permutes the elements; permuting tokens together with their positions changes nothing. Only
-    the queries distinguish the elements: equal queries give equal elements.
+    In every decoder layer the elements attend to each other, with their queries Q as positions, and then to the tokens.
+    `refine` yields the prediction after each layer; the published training scores them all, here only the last counts.
+    Only the queries distinguish the elements: permuting them permutes the elements. Permuting tokens together with
+    their positions changes nothing.
 
     Args:
         position: positions `[tokens, dim]` from tokens `[batch, tokens, dim]`; `SinePosition` unless given.
@@ -35,8 +33,7 @@ class DETR(SetDecoder):
         encoder_layers, decoder_layers: numbers of layers.
         hidden_dim: width of the layers' networks.
         dropout: probability of dropout in training; published 0.1.
-        set_size: elements of the predicted sets, one per query.
-        set_dim: numbers of an element.
+        set_size, set_dim: elements of the predicted sets, one per query, and numbers of each.
 
     Raises:
         InputError: no decoder layer.

@@ -19,20 +19,19 @@ from setpred.schema import CLEVR
 class IDSPN(SetDecoder):
     """Y*(z) = argmin_Y L(Y; z, θ) by gradient descent from Y₀.
 
-    `Implicit` differentiation with the identity solver is iDSPN (Zhang et al., ICLR 2022); `Unrolled` is DSPN
-    (Zhang, Hare, Prügel-Bennett, NeurIPS 2019). Features are z `[batch, latent_dim]`, or tokens for objectives that
-    read them. `mask` is of the predicted elements, and `condition` goes to `Conditioned` objectives.
+    `Implicit` differentiation with the identity solver is iDSPN (Zhang et al., ICLR 2022); `Unrolled` is DSPN (Zhang,
+    Hare, Prügel-Bennett, NeurIPS 2019). Features are z, or tokens for objectives that read them. `mask` is of the
+    predicted elements, and `condition` goes to `Conditioned` objectives.
 
     Args:
         objective: L(elements, `Problem`) -> `[batch]`.
         descent: how to iterate.
         differentiation: how gradients pass; `Implicit()` unless given.
-        set_size: elements of the predicted sets.
-        set_dim: numbers of an element.
-        start: Y₀ from the features; `RandomStart` unless given. The descent's projection, if any, is applied to it
-            first, as in the released iDSPN.
-        compile: compiles the steps without gradients: the same result in less time, after some seconds of compiling;
-            see `setpred.inner.compiled`. Not with `Implicit(best=True)`, which reads every step's gradient.
+        set_size, set_dim: elements of the predicted sets, and numbers of each.
+        start: Y₀ from the features; `RandomStart` unless given. The descent projects it first, as in the released
+            iDSPN.
+        compile: compiles the steps without gradients; see `setpred.inner.compiled`. Not with `Implicit(best=True)`,
+            which reads every step's gradient.
 
     Raises:
         InputError: `compile` with `Implicit(best=True)`; parts of the objective that read tokens of different lengths.
@@ -55,12 +54,9 @@ class IDSPN(SetDecoder):
         parts = list(objective.modules())
         read = {part.token_dim for part in parts if getattr(part, "token_dim", None) is not None}
         if len(read) > 1:
-            raise InputError(
-                f"the parts of the objective read tokens of {sorted(read)} numbers; give them one token_dim"
-            )
+            raise InputError(f"expected one token_dim in the parts of the objective, got {sorted(read)}; make it one")
         super().__init__(set_size=set_size, set_dim=set_dim, token_dim=next(iter(read), None))
-        self.objective = objective
-        self.descent = descent
+        self.objective, self.descent = objective, descent
         self.differentiation = Implicit() if differentiation is None else differentiation
         if compile and getattr(self.differentiation, "best", False):
             raise InputError("expected at most one of compile and best, got both; set compile or best to false")

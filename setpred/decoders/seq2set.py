@@ -38,17 +38,15 @@ class Seq2Set(SetDecoder):
 
         h_i = GRU([E y_{i-1}, c_i], h_{i-1}),    c_i = attention(X; h_{i-1}),    y_i = head([h_i, c_i, E y_{i-1}])
 
-    The decoder of OTSeq2Set (Cao, Zhang, EMNLP 2022) with elements in place of labels, without the convolutions over
-    the words of a text. As published it is trained on its own outputs ("student forcing"), with a matching loss that
-    leaves the order to the model: `setpred.losses.MatchingWithTransport`. The elements have an order, so permutations
-    of the slots do not carry over; the order of the tokens changes nothing.
+    The decoder of OTSeq2Set (Cao, Zhang, EMNLP 2022) with elements in place of labels, without its convolutions over
+    words. As published it trains on its own outputs ("student forcing"); its loss is
+    `setpred.losses.MatchingWithTransport`. The elements have an order; the order of the tokens changes nothing.
 
     Args:
         token_dim: length of a token.
         hidden_dim: width of the state, the attention and the head.
         embedding_dim: length of the embedding of the previous element.
-        set_size: elements of the predicted sets, one per step.
-        set_dim: numbers of an element.
+        set_size, set_dim: elements of the predicted sets, one per step, and numbers of each.
     """
 
     def __init__(

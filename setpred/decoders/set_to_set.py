@@ -35,8 +35,7 @@ class DeepSetsLayer(nn.Module):
 class DeepSets(SetDecoder):
     """Y = f_L(… ReLU(f_1(X))), one element for each token: the DeepSets baseline of numbering in the iDSPN paper.
 
-    Permuting the tokens permutes the elements, and equal tokens give equal elements: a set-equivariant model cannot
-    separate equal tokens, whatever it learns.
+    It is set-equivariant: equal tokens give equal elements, whatever it learns.
 
     Args:
         token_dim: length of a token.
@@ -65,8 +64,8 @@ class DeepSets(SetDecoder):
 class ElementBiLSTM(SetDecoder):
     """Y = W LSTM(V X + b) + c, one element for each token, in their order.
 
-    The BiLSTM of numbering in the iDSPN paper: bidirectional, two layers, between linear layers. It depends on the
-    order, so it can separate equal tokens, and has to learn that the order does not matter otherwise.
+    The BiLSTM of numbering in the iDSPN paper, between linear layers. It depends on the order, so it can separate equal
+    tokens.
 
     Args:
         token_dim: length of a token.
@@ -97,11 +96,8 @@ class ElementBiLSTM(SetDecoder):
 class ElementTransformer(SetDecoder):
     """Y = W LN(decoder(P(W_y X), LN(encoder(W_x X)))), one element for each token (Vaswani et al., NeurIPS 2017).
 
-    The transformers of numbering in the iDSPN paper, which differ in the positions P: `SequencePositions` are its
-    "PE", `RandomPositions` its "random PE", and None its "no PE".
-
-    Permuting the tokens permutes the elements and, without positions, equal tokens give equal elements. With
-    `RandomPositions` this holds in distribution only; with `SequencePositions` the order matters.
+    The transformers of numbering in the iDSPN paper, which differ in the positions P: `SequencePositions` are its "PE",
+    `RandomPositions` its "random PE", and None its "no PE", which is set-equivariant.
 
     Args:
         position: rows `[batch, tokens, width]` to rows `[batch, tokens, dim]`, with `widening` = dim / width; None

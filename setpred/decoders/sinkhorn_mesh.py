@@ -32,15 +32,12 @@ class MESH(nn.Module):
 
     It interpolates between the soft plan and a one-to-one assignment, without the latter's flat gradients. The noise
     breaks ties: equal slots have equal costs, a maximum of the entropy, and the descent separates them. So the
-    attention is exclusively multiset-equivariant, where a softmax keeps equal slots equal.
-
-    The descent of `setpred.inner` clips its gradient to a tiny norm, which normalises it. Each plan starts from the
-    potentials of the previous one, as in the released code; gradients pass through all of them.
+    attention is exclusively multiset-equivariant. Clipping to a tiny norm normalises the gradient. Each plan starts
+    from the potentials of the previous one, as in the released code.
 
     Args:
         differentiation: how gradients pass; `Unrolled()` is exact. None takes ∂C_T/∂C₀ = I with constant steps, as the
-            released code does, without a graph of the entropy's gradient. (Not `Implicit`, which gives the start of a
-            descent no gradient; here the start is the only input.)
+            released code does. (Not `Implicit`, which gives the start of a descent, here the only input, no gradient.)
         iterations: number of steps of the descent.
         step_size: η, the length of a step in the unit of the costs, of the complete matrix.
         noise: standard deviation of the noise on the costs, the same in all refinements of the slots: in training
@@ -109,13 +106,11 @@ class SinkhornAttention(nn.Module):
 
         argmin_P Σ_si P_si |k_s - q_i| / τ + KL(P | a bᵀ)   with   Σ_i P_si = a_s,  Σ_s P_si = b_i
 
-    Both marginals are learned, a = n softmax_s(α(k_s)) and b = n softmax_i(β(q_i)), so that n slots have one unit each
-    on average; the weights are P transposed. In Slot Attention, in place of `SlotSoftmax`, this is SA-SH, and with
-    `mesh` SA-MESH (Zhang et al., ICML 2023). The released code takes the marginals from slots and tokens before the
-    projections to q and k; here they come after, so every head has its own. Its MESH transports at τ = 1 whatever the
-    τ of the weights; here there is one τ, published 1.
-
-    Sums over tokens equal b exactly, sums over slots equal a up to the convergence of the iterations.
+    Both marginals are learned, a = n softmax_s(α(k_s)) and b = n softmax_i(β(q_i)) for n slots; the weights are P
+    transposed. Sums over tokens equal b exactly, sums over slots equal a at convergence. In Slot Attention, in place of
+    `SlotSoftmax`, this is SA-SH, and with `mesh` SA-MESH (Zhang et al., ICML 2023). The released code takes the
+    marginals from slots and tokens before the projections to q and k; here every head has its own. Its MESH transports
+    at τ = 1 whatever the τ of the weights; here there is one τ.
 
     Args:
         mesh: changes the costs before the transport; None leaves them.

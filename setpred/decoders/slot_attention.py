@@ -48,25 +48,21 @@ class SlotAttention(SetDecoder):
         S ← GRU(S, W V),    S ← S + MLP(LN(S)),    Y = head(S)
 
     W are the attention's weights between queries q(LN(S)) and keys k(LN(X)) of the tokens X, V = v(LN(X)) (Locatello
-    et al., NeurIPS 2020). With several heads each has its own W, on its part of the numbers, and a linear layer mixes
-    the results (as in SAVi; Kipf et al., ICLR 2022). `gradient_steps=1` is implicit Slot Attention (Chang, Griffiths,
-    Levine, NeurIPS 2022): see `setpred.inner.Unrolled`.
-
-    Permuting the start permutes the elements; permuting the tokens changes nothing. So slots that start equal stay
-    equal, unless the attention has noise (`MESH`).
+    et al., NeurIPS 2020). With several heads each has its own W, and a linear layer mixes the results (as in SAVi; Kipf
+    et al., ICLR 2022). `gradient_steps=1` is implicit Slot Attention (Chang, Griffiths, Levine, NeurIPS 2022): see
+    `setpred.inner.Unrolled`. Permuting the start permutes the elements; permuting the tokens changes nothing. So slots
+    that start equal stay equal, unless the attention has noise (`MESH`).
 
     Args:
         attention: weights from queries and keys; `SlotSoftmax` unless given.
-        token_dim: length of a token.
-        slot_dim: length of a slot.
+        token_dim, slot_dim: lengths of a token and of a slot.
         hidden_dim: width of the slots' MLP; the head's is `slot_dim`.
         heads: number of heads of the attention, a divisor of `slot_dim`.
         iterations: default number T of refinements.
         gradient_steps: number of last refinements that pass gradients, without any to the start; None passes gradients
             through all, and to the start.
         start: the first slots from the tokens; `GaussianStart` unless given.
-        set_size: elements of the predicted sets, one per slot.
-        set_dim: numbers of an element.
+        set_size, set_dim: elements of the predicted sets, one per slot, and numbers of each.
 
     Raises:
         InputError: a number out of range.

@@ -46,23 +46,18 @@ class SlotMixture(SetDecoder):
         μ ← GRU(μ, W V),    μ ← μ + MLP(LN(μ)),    Y = head([μ, log σ])
         σ² ← Σ_s W_is (v_s - μ_i)²,    π_i ← mean_s γ_is
 
-    (Kirilenko et al., ICLR 2024.) Slot Attention is the soft k-means of this mixture, with means alone. As published,
-    gradients pass through the last refinement only. Log-densities are divided by √dim, as in the released code, which
-    also drops the density's normaliser and its ½, keeps π uniform (by normalising γ before the sum), gives the GRU the
-    normalised μ as its state and starts the slots from a transformer over the tokens; here they start as in Slot
-    Attention.
-
-    Permuting the start permutes the elements; permuting the tokens changes nothing.
+    (Kirilenko et al., ICLR 2024.) Slot Attention is its soft k-means, with means alone. As published, gradients pass
+    through the last refinement only. Log-densities are divided by √dim, as in the released code, which also drops the
+    density's normaliser and its ½, keeps π uniform, gives the GRU the normalised μ as its state and starts the slots
+    from a transformer over the tokens. Here the slots start as in Slot Attention, and permute as they do.
 
     Args:
-        token_dim: length of a token.
-        slot_dim: length of a slot's mean.
+        token_dim, slot_dim: lengths of a token and of a slot's mean.
         hidden_dim: width of the means' MLP; the head's is `slot_dim`.
         iterations: default number of refinements.
         gradient_steps: number of last refinements that pass gradients, as in `SlotAttention`.
         start: the first [μ, log σ] `[batch, set_size, 2 slot_dim]` from the tokens; `GaussianStart` unless given.
-        set_size: elements of the predicted sets, one per slot.
-        set_dim: numbers of an element.
+        set_size, set_dim: elements of the predicted sets, one per slot, and numbers of each.
 
     Raises:
         InputError: a number out of range.

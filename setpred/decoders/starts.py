@@ -98,8 +98,7 @@ class GreedyVotes(nn.Module):
     non-maximum suppression with soft weights. It depends on the image alone and passes no gradients.
 
     Args:
-        set_size: elements of the predicted sets.
-        set_dim: numbers of an element.
+        set_size, set_dim: elements of the predicted sets, and numbers of each.
         weights: b of the first numbers of an element, 1 for all others, as in the `VotingEnergy`.
         floor: mass at which a pick is half faded.
     """

@@ -24,18 +24,11 @@ class CompiledEnergy(Energy):
     """L(Y) of one problem, whose descent takes its gradient-free steps in compiled code.
 
     Gradient and step form one graph without autograd (`torch.compile(fullgraph=True)`). Steps that carry gradients
-    stay uncompiled: the last one of `Implicit`, the last k of `Unrolled(last=k)`, all of `Unrolled()`.
+    stay uncompiled: the last one of `Implicit`, the last k of `Unrolled(last=k)`, all of `Unrolled()`. On a GPU the
+    graph is recorded and replayed (`mode="reduce-overhead"`); this is untested on a GPU.
 
-    The first step compiles, for some seconds to a minute, and serves all objectives of the same parts and sizes. Each
-    further batch size compiles once more. If compilation fails, without a C++ compiler or for an objective that cannot
-    be traced, one warning reports it and the objective's steps run uncompiled.
-
-    On a GPU the graph is recorded and replayed (`mode="reduce-overhead"`), because launches take most of the time
-    there; this is untested on a GPU.
-
-    Args:
-        objective: L(elements, `Problem`) -> `[batch]`.
-        problem: the given tensors.
+    The first step compiles, for some seconds to a minute, once for each batch size. If compilation fails, without a
+    C++ compiler or for an objective that cannot be traced, one warning reports it and the steps run uncompiled.
     """
 
     def __init__(self, objective: nn.Module, problem: Problem) -> None:

@@ -33,9 +33,8 @@ class GradientDescent(nn.Module):
 
         V ← μ V + g,    Y ← P(Y - η (g + μ V))
 
-    This is the form of `torch.optim.SGD(nesterov=True)`. Its iterates are the look-ahead points of the textbook form
-    (Sutskever et al., ICML 2013), where both take the gradient. If the objective has a `curvature` h, then g is
-    h⁻¹ ∇L(Y); see `setpred.inner.differentiation.scaled`.
+    This is `torch.optim.SGD(nesterov=True)`, whose iterates are the look-ahead points of the textbook form (Sutskever
+    et al., ICML 2013). If the objective has a `curvature` h, g is h⁻¹ ∇L(Y); see `inner.differentiation.scaled`.
 
     Args:
         iterations: default number of steps T.
@@ -43,8 +42,8 @@ class GradientDescent(nn.Module):
         momentum: μ in [0, 1); 0 is plain gradient descent.
         clip: largest L2 norm of an example's gradient; None does not clip.
         projection: P, applied after each step; None is the identity.
-        learned: makes η (through a softplus) and μ (through a sigmoid) parameters that **start at the values
-            given here**. They receive gradients from `Unrolled` differentiation only.
+        learned: makes η (by a softplus) and μ (by a sigmoid) parameters that **start at the values given here**. Only
+            `Unrolled` differentiation gives them gradients.
 
     Raises:
         ValueError: a number out of range.
@@ -66,10 +65,7 @@ class GradientDescent(nn.Module):
                 "expected iterations >= 0, learning_rate > 0, 0 <= momentum < 1 and clip > 0, got "
                 f"{iterations}, {learning_rate}, {momentum}, {clip}"
             )
-        self.iterations = iterations
-        self.clip = clip
-        self.projection = projection
-        self.learned = learned
+        self.iterations, self.clip, self.projection, self.learned = iterations, clip, projection, learned
         if learned:
             momentum = max(momentum, 1e-4)  # a sigmoid does not reach 0
             self.raw_learning_rate = nn.Parameter(torch.tensor(softplus_inverse(learning_rate)))

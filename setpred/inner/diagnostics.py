@@ -27,10 +27,7 @@ OWN, UNROLLED, EXACT = "this model's own", "unrolled, all steps", "implicit, exa
 
 
 class Recorded(Differentiation):
-    """Another differentiation, whose latest inputs and iterates are kept for inspection.
-
-    Attributes: `energy` and `descent` as given; `found`, the iterates Y₀, …, Y_T without gradients.
-    """
+    """Another differentiation that keeps its latest `energy`, `descent` and iterates `found`, without gradients."""
 
     energy: Energy
     descent: GradientDescent
@@ -56,11 +53,8 @@ def residual_norms(energy: Energy, iterates: Sequence[Tensor], descent: Gradient
 def residual_growth(norms: Tensor) -> Tensor:
     """Compute |R(Y_T)| / max(min_t |R(Y_t)|, |R(Y_0)| / 1000): the last residual relative to the least.
 
-    It is about 1 or less if a descent settles, large if it passed its best iterate and rises, and infinite if numbers
-    are not finite. A thousandth of the start counts as settled, so that rounding at an optimum is no rise.
-
-    Args:
-        norms: `[iterates, batch]`, of `residual_norms` -> `[batch]`.
+    Norms `[iterates, batch]` -> `[batch]`: about 1 or less if a descent settles, large if it passed its best iterate
+    and rises, infinite for non-finite numbers. A thousandth of the start counts as settled, to ignore rounding.
     """
     finite = norms.isfinite()
     least = torch.where(finite, norms, torch.inf).amin(0)
@@ -117,15 +111,13 @@ def compare_gradients(
     """Compare every way to differentiate a decoder's inner problem, on one batch.
 
     Implicit gradients and the curvature are taken at the last-but-one iterate, as in training. The exact gradient
-    solves with the full Hessian plus damping · I. A singular Hessian is damped by a millionth of its largest eigenvalue
-    unless `damping` is given; it is always singular if the latent vector has fewer numbers than the set. The Neumann
-    series has the step 1 / largest eigenvalue. Plain descent of step size η settles if η < 2 / largest, and takes about
-    largest / smallest steps.
+    solves with the Hessian plus damping · I. Unless `damping` is given, a singular Hessian (as for a latent vector of
+    fewer numbers than the set) is damped by a millionth of its largest eigenvalue. The Neumann series has the step
+    1 / largest eigenvalue.
 
     Args:
-        decoder: latent to set, with its `differentiation` as an attribute, called as `IDSPN` is. Give it in
-            evaluation mode, where every call starts from the same sets, and in double precision, because nearly
-            singular matrices need it.
+        decoder: an `IDSPN` or similar, with a `differentiation`; in evaluation mode, where every call starts from the
+            same sets, and in double precision, which nearly singular matrices need.
         loss: predicted and target sets to `[batch]`.
         latent: z `[batch, latent_dim]`.
         target: `[batch, set_size, set_dim]`.
@@ -136,9 +128,8 @@ def compare_gradients(
     Returns:
         Plain types: "residual" by iterate and example; "smallest" and "largest" eigenvalue by example; "iterations",
         "damping" and "step_size" in effect; "singular", if the damping comes from a singular Hessian; "agreement" by
-        name, with the cosine and relative error to the exact gradient and the cosine to the unrolled one, of the
-        gradients for the "latent" (by example) and for the "parameters" (those that the exact gradient reaches,
-        joined, summed over the batch). A smallest eigenvalue below 0 means that the point is no minimum.
+        name, with cosine and relative error to the exact gradient and cosine to the unrolled one, for the "latent" (by
+        example) and the "parameters" (those that the exact gradient reaches, joined, summed over the batch).
 
     Raises:
         ValueError: a decoder in training mode.

@@ -19,13 +19,10 @@ Iterate = TypeVar("Iterate")
 
 
 def inner_gradient(energy: Energy, iterate: Tensor, *, create_graph: bool, retain_graph: bool | None = None) -> Tensor:
-    """Compute ∇L at `iterate`, which must require gradients. Works under `torch.no_grad`, in full precision.
+    """Compute ∇L of each example at `iterate`, which must require gradients; in full precision, also under `no_grad`.
 
-    The energies are summed over the batch, so each example's gradient is independent of the others. `retain_graph` is
-    for an energy that keeps tensors of its graph; it equals `create_graph` unless given.
-
-    Raises:
-        RuntimeError: under `torch.inference_mode()`.
+    `retain_graph` is for an energy that keeps tensors of its graph; it equals `create_graph` unless given. Raises a
+    RuntimeError under `torch.inference_mode()`.
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
@@ -52,9 +49,8 @@ def free_gradient(energy: Energy, iterate: Tensor) -> Tensor:
 def scaled(energy: Energy, iterate: Tensor, gradient: Tensor) -> Tensor:
     """Compute h⁻¹ ∇L if the energy has a `curvature` h, of the shape of the iterate; else return ∇L.
 
-    h is the diagonal of a quadratic above L that touches it at the iterate. A step of size 1 along h⁻¹ ∇L reaches the
-    minimum of that quadratic, so L never rises (majorise and minimise; Hunter and Lange, The American Statistician
-    2004).
+    h is the diagonal of a quadratic above L that touches it at the iterate. A step of size 1 along h⁻¹ ∇L reaches its
+    minimum, so L never rises (majorise and minimise; Hunter and Lange, The American Statistician 2004).
     """
     with torch.autocast(iterate.device.type, enabled=False):
         known = getattr(energy, "curvature", None)
@@ -102,10 +98,7 @@ class Unrolled(Differentiation):
     equal `Neumann` of k terms.
 
     Args:
-        last: k; None differentiates through every step.
-
-    Raises:
-        InputError: k < 1.
+        last: k >= 1; None differentiates through every step.
     """
 
     def __init__(self, last: int | None = None) -> None:
@@ -124,8 +117,8 @@ class Unrolled(Differentiation):
 
         Args:
             step: f, with gradients.
-            start: s₀. It gets a gradient if all steps have one.
-            iterations: T, including the steps with gradients.
+            start: s₀, which gets a gradient if all steps have one.
+            iterations: T.
             free: f without gradients; `step` under `torch.no_grad` unless given.
         """
         free = torch.no_grad()(step) if free is None else free
@@ -159,20 +152,14 @@ class Implicit(Differentiation):
         uᵀ dY*/dθ = -vᵀ ∂R/∂θ,    (∂R/∂Y)ᵀ v = u
 
     R is taken at the last-but-one iterate, where the descent needs its gradient anyway; momentum, clipping and step
-    size act on the value only. The `solver` finds v. `Identity` takes v = u, the published iDSPN, or v = h⁻¹ u if the
-    objective has a `curvature` h. Memory does not grow with the iterations: only the last step keeps its graph.
-
-    First derivatives only: R's point is held fixed, so a second derivative of the result would miss terms. An inner
-    problem inside another objective needs `Unrolled`.
-
-    With `best`, each example keeps the iterate of least residual norm |R(Y_t)|, t = 0, …, T, and R is taken there. So
-    a descent that diverges returns its best iterate. The iterates yielded are the best so far. A non-finite residual
-    counts as infinite; without any finite residual the last iterate stays, so a non-finite latent vector shows. `best`
-    costs one gradient more, of the last iterate.
+    size act on the value only. Memory does not grow with the iterations. First derivatives only: R's point is held
+    fixed, so an inner problem inside another objective needs `Unrolled`.
 
     Args:
-        solver: of the linear system; `Identity` unless given.
-        best: keeps the best iterate of each example instead of the last one.
+        solver: finds v; `Identity` unless given: v = u, the published iDSPN, or v = h⁻¹ u for a `curvature` h.
+        best: keeps the iterate of least residual norm |R(Y_t)| of each example, and takes R there, so a descent that
+            diverges returns its best iterate. The iterates yielded are the best so far. A non-finite residual counts
+            as infinite; without a finite one the last iterate stays, so a non-finite latent vector shows.
     """
 
     def __init__(self, solver: LinearSolver | None = None, *, best: bool = False) -> None:
@@ -180,19 +167,12 @@ class Implicit(Differentiation):
         self.best = best
 
     def iterates(self, energy: Energy, initial: Tensor, descent: GradientDescent, iterations: int) -> Iterator[Tensor]:
-        if iterations == 0:
-            yield initial
-        elif self.best:
+        if self.best and iterations:
             yield from self._best_iterates(energy, State(initial.detach()), descent, iterations)
-        else:
-            yield from self._last_iterates(energy, State(initial.detach()), descent, iterations)
-
-    def _last_iterates(
-        self, energy: Energy, state: State, descent: GradientDescent, iterations: int
-    ) -> Iterator[Tensor]:
-        """Yield Y₀, …, Y_T; the last one carries gradients."""
-        differentiable = torch.is_grad_enabled()
-        yield state.iterate
+            return
+        differentiable = torch.is_grad_enabled() and iterations > 0
+        state = State(initial.detach())
+        yield state.iterate if iterations else initial
         for _ in range(iterations - differentiable):
             state = free_step(energy, state, descent)
             yield state.iterate
@@ -261,14 +241,9 @@ def minimise(
     differentiation: Differentiation,
     iterations: int | None = None,
 ) -> Tensor:
-    """Find argmin_Y L(Y) of each example, differentiably: the last of the iterates.
+    """Find argmin_Y L(Y) of each example, from Y₀ `[batch, ...]`: the last iterate, with gradients.
 
-    Args:
-        energy: L, from `[batch, ...]` to `[batch]`.
-        initial: Y₀ `[batch, ...]`.
-        descent: how to iterate.
-        differentiation: how gradients pass.
-        iterations: overrides the descent's number of steps.
+    `iterations` overrides the descent's number of steps.
     """
     iterations = descent.iterations if iterations is None else iterations
     for iterate in differentiation.iterates(energy, initial, descent, iterations):  # noqa: B007

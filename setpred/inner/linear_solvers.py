@@ -78,10 +78,9 @@ class ConjugateGradient(LinearSolver):
 
 
 class Neumann(LinearSolver):
-    """Truncated Neumann series v = η Σ_{k<K} (I - η A)ᵏ u; converges if 0 < η < 2/λ_max(A).
+    """Truncated Neumann series v = η Σ_{k<K} (I - η A)ᵏ u, K = `terms`; converges if 0 < η < 2/λ_max(A).
 
-    With K = `terms` it equals unrolling the last K plain gradient steps of size η at a fixed optimum. A may be
-    unsymmetric, so it also serves a descent with a projection.
+    It equals unrolling the last K plain steps of size η at an optimum. A may be unsymmetric, as with a projection.
     """
 
     def __init__(self, *, terms: int = 10, step_size: float = 1.0) -> None:
@@ -96,13 +95,7 @@ class Neumann(LinearSolver):
 
 
 class Exact(LinearSolver):
-    """Direct solution: builds A column by column and factorises it, for checks and small sets.
-
-    It takes dim operator calls and dim³ work.
-
-    Args:
-        damping: solves (A + damping I) v = u.
-    """
+    """Direct solution of (A + damping I) v = u, by dim operator calls and dim³ work: for checks and small sets."""
 
     def __init__(self, *, damping: float = 0.0) -> None:
         self.damping = damping

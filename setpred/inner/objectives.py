@@ -72,15 +72,12 @@ class LatentMatching(nn.Module):
 class EquilibriumMatching(nn.Module):
     """L(Y) = ½ mean_k ρ_k(Y, z)²: the set whose energy has the latent vector as its equilibrium.
 
-    ρ(Y, z) = (1/λ) ∇_φ E(Y, φ) at φ = z is the distance of z from equilibrium (see
-    `setpred.aggregators.EquilibriumAggregation.residual`); ρ = 0 means z = φ*(Y). It takes one gradient per step,
-    where `LatentMatching` of an equilibrium aggregator solves for φ*(Y).
+    ρ(Y, z) = (1/λ) ∇_φ E(Y, φ) at φ = z is zero if z = φ*(Y), see
+    `setpred.aggregators.EquilibriumAggregation.residual`. It takes one gradient per step, where `LatentMatching` of an
+    equilibrium aggregator solves for φ*(Y).
 
     Args:
-        set_encoder: a `SetEncoder` whose aggregator has `residual`.
-
-    Raises:
-        ValueError: an aggregator without `residual`.
+        set_encoder: a `SetEncoder` whose aggregator has `residual`; another one raises a ValueError.
     """
 
     def __init__(self, set_encoder: nn.Module) -> None:
@@ -100,8 +97,8 @@ class EquilibriumMatching(nn.Module):
 class Proximity(nn.Module):
     """L(Y) = weight · ½ mean_id (Y_id - Y₀_id)²: stay near the start, so that the optimum is unique.
 
-    The mean is over the numbers of the present elements; an empty set has L = 0. This is the regulariser of the
-    released iDSPN, with weight 0.1 (Zhang et al., ICLR 2022).
+    The mean is over present elements; an empty set has L = 0. The regulariser of the released iDSPN (Zhang et al., ICLR
+    2022).
     """
 
     def __init__(self, *, weight: float = 0.1) -> None:
@@ -135,8 +132,6 @@ class Sum(nn.Module):
 class OfTokens(nn.Module):
     """L(Y; X) = L'(Y; z) with z = aggregator(X): an objective of a vector, for features that are tokens.
 
-    In a `Sum` it joins objectives that read the tokens themselves, such as `VotingEnergy`.
-
     Args:
         objective: L', such as `LatentMatching`.
         aggregator: tokens `[batch, tokens, token_dim]` to z `[batch, latent_dim]`.
@@ -152,12 +147,9 @@ class OfTokens(nn.Module):
 
 
 class Conditioned(nn.Module):
-    """L(Y) = L'([Y, X]): the objective sees each element together with its element of the input set X.
+    """L(Y) = L'([Y, X]): L' sees each element, of `set_dim + condition_dim` numbers, with its element of the input X.
 
     For set-to-set tasks such as numbering, where output i belongs to input i.
-
-    Args:
-        objective: L', over elements of `set_dim + condition_dim` numbers.
     """
 
     conditional = True  # reads `Problem.condition`

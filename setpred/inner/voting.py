@@ -15,12 +15,7 @@ from setpred.schema import CLEVR
 
 
 class Ballot(NamedTuple):
-    """Votes of a batch of tokens, split into parts.
-
-    votes: v `[batch, tokens, set_dim]`, the element that each token predicts; precisions: p
-    `[batch, tokens, set_dim]`, of each number, 1 for numbers without one; masses: m `[batch, tokens]`, the weight of
-    each token.
-    """
+    """Votes v and precisions p `[batch, tokens, set_dim]` of tokens for elements, and masses m `[batch, tokens]`."""
 
     votes: Tensor
     precisions: Tensor
@@ -53,16 +48,14 @@ class VotingEnergy(nn.Module):
         ∂E/∂y_i = λ B (y_i - r_i) + Σ_n m_n a_in B p_n (y_i - v_n),   a_in = softmax_i(-½ |y_i - v_n|²_{B p_n})
 
     so a_in is the share of token n that supports element i (`supports`): a segmentation of the image into objects.
-    With these shares fixed, the energy is a quadratic of curvature h_i = B (λ + Σ_n m_n a_in p_n), an upper bound of
-    the energy elsewhere. A step of size 1 along h⁻¹ ∂E/∂y reaches its minimum, the weighted mean of start and votes:
-    expectation maximisation of a mixture, or mean shift. It never raises E, and needs no step size.
+    With fixed shares the energy is a quadratic of curvature h_i = B (λ + Σ_n m_n a_in p_n), and an upper bound
+    elsewhere. A step of size 1 along h⁻¹ ∂E/∂y reaches its minimum, the weighted mean of start and votes, and never
+    raises E: expectation maximisation of a mixture, or mean shift.
 
-    This is equilibrium aggregation (Bartunov et al., UAI 2022; `setpred.aggregators.EquilibriumAggregation`) of the
-    tokens, with the multiset Y as its state, the prior r and the potential F(x_n, Y) = -m_n log Σ_i exp(…). Votes for
-    object centres are Hough voting (VoteNet; Qi et al., ICCV 2019). r is the start of the descent (`Problem.initial`),
-    which separates equal elements by the image; see `setpred.decoders.GreedyVotes`.
-
-    b is not learned: its implicit gradient has no optimum, and a b that grows makes the competition hard.
+    This is `setpred.aggregators.EquilibriumAggregation` (Bartunov et al., UAI 2022) of the tokens, with the multiset Y
+    as its state. Votes for object centres are Hough voting (VoteNet; Qi et al., ICCV 2019). r is the start of the
+    descent (`Problem.initial`); see `setpred.decoders.GreedyVotes`. b is not learned: its implicit gradient has no
+    optimum.
 
     Args:
         set_dim: numbers of an element.
