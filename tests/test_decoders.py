@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from problems import Given, check_slope, close, finite_difference, normal, weighted_sum
+from problems import Given, check_slope, close, normal, weighted_sum
 from torch import nn
 
 from setpred.aggregators import FSPool, SetEncoder
@@ -29,7 +29,7 @@ from setpred.decoders import (
     SlotSoftmax,
     TransformerDecoder,
 )
-from setpred.decoders.attention import Attention
+from setpred.decoders.detr import Attention
 from setpred.decoders.seq2set import AdditiveAttention
 from setpred.decoders.sinkhorn_mesh import entropy
 from setpred.decoders.slot_mixture import log_responsibilities
@@ -497,47 +497,6 @@ def test_with_nothing_learned_the_refinement_is_expectation_maximisation():
 # --- gradients at a fixed point ------------------------------------------------------------------------------------
 
 
-class Contraction:
-    """f(s; θ) = tanh(A s + θ) per example, |A| < 1: one fixed point, and its derivatives in closed form."""
-
-    def __init__(self, dim=4):
-        matrix = normal(dim, dim, seed=0)
-        self.matrix = 0.8 * matrix / torch.linalg.matrix_norm(matrix, ord=2)
-        self.theta, self.start, self.upstream = normal(3, 2, dim, seed=1)
-
-    def after(self, theta, iterations, last=None, start=None):
-        def step(state):
-            return (state @ self.matrix.mT + theta).tanh()
-
-        *_, final = Unrolled(last).states(step, self.start if start is None else start, iterations)
-        return final
-
-    def gradient(self, iterations, last=None):
-        theta = self.theta.clone().requires_grad_()
-        (self.upstream * self.after(theta, iterations, last)).sum().backward()
-        return theta.grad
-
-    def series(self, terms):
-        """Σ_{j < terms} uᵀ Jʲ ∂f/∂θ at the fixed point, J = ∂f/∂θ A and ∂f/∂θ = diag(1 - s²)."""
-        slope = 1 - self.after(self.theta, 300).square()
-        term = total = self.upstream * slope
-        for _ in range(terms - 1):
-            term = (term @ self.matrix) * slope
-            total = total + term
-        return total
-
-
-def test_the_last_steps_give_the_first_terms_of_the_series_and_all_the_implicit_gradient():
-    """Exact at the fixed point; one step, implicit Slot Attention, is the first term alone."""
-    problem = Contraction()
-    for steps in (1, 2, 5):
-        close(problem.gradient(200, steps), problem.series(steps))
-        assert (problem.gradient(200, steps) - problem.series(200)).abs().max() > 1e-3
-    exact = finite_difference(lambda t: (problem.upstream * problem.after(t, 300)).sum(), problem.theta)
-    for last in (150, None):
-        close(problem.gradient(300, last), exact, rtol=1e-7, atol=1e-7)
-
-
 def test_the_one_step_gradient_is_that_of_a_step_from_the_last_but_one_state():
     """Exact for any state: s_T = f(s_{T-1}) with s_{T-1} held fixed."""
     decoder, given = build("implicit slot attention"), features("slot attention")
@@ -553,13 +512,18 @@ def test_the_one_step_gradient_is_that_of_a_step_from_the_last_but_one_state():
 
 
 def test_steps_without_gradients_leave_the_value_and_the_start_alone():
-    problem = Contraction()
-    start = problem.start.clone().requires_grad_()
-    close(problem.after(problem.theta, 7, 2), problem.after(problem.theta, 7))
-    assert not problem.after(problem.theta, 7, 2, start).requires_grad
-    assert problem.after(problem.theta, 7, None, start).requires_grad
+    """Of any step map; its gradients are in test_gradients.py and test_laws.py."""
+    matrix, start = 0.2 * normal(4, 4), normal(2, 4, seed=2).requires_grad_()
+
+    def after(last):
+        *_, state = Unrolled(last).states(lambda state: (state @ matrix).tanh(), start, 7)
+        return state
+
+    close(after(2), after(None))
+    assert not after(2).requires_grad
+    assert after(7).requires_grad
     with torch.no_grad():
-        assert not problem.after(problem.theta.clone().requires_grad_(), 3, 2).requires_grad
+        assert not after(None).requires_grad
 
 
 # --- encoders of tokens ---------------------------------------------------------------------------------------------

@@ -2,11 +2,10 @@
 
 from setpred.decoders.base import SetDecoder
 from setpred.decoders.baselines import BiLSTMDecoder, MLPDecoder, TransformerDecoder
-from setpred.decoders.detr import DETR
+from setpred.decoders.detr import DETR, SinePosition
 from setpred.decoders.idspn import IDSPN
-from setpred.decoders.positions import RandomPositions, SequencePositions, SinePosition
 from setpred.decoders.seq2set import Seq2Set
-from setpred.decoders.set_to_set import DeepSets, ElementBiLSTM, ElementTransformer
+from setpred.decoders.set_to_set import DeepSets, ElementBiLSTM, ElementTransformer, RandomPositions, SequencePositions
 from setpred.decoders.sinkhorn_mesh import MESH, SinkhornAttention
 from setpred.decoders.slot_attention import SlotAttention, SlotSoftmax
 from setpred.decoders.slot_mixture import SlotMixture

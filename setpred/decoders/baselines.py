@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from setpred.decoders.attention import EncoderLayer
 from setpred.decoders.base import SetDecoder
+from setpred.decoders.detr import EncoderLayer
 from setpred.decoders.starts import LearnedStart
 from setpred.nn import MLP
 from setpred.schema import CLEVR

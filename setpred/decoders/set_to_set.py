@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from setpred.decoders.attention import DecoderLayer, EncoderLayer
 from setpred.decoders.base import SetDecoder
+from setpred.decoders.detr import DecoderLayer, EncoderLayer, waves
+from setpred.decoders.starts import gaussian
 from setpred.errors import InputError
 from setpred.sets import present_order
 
@@ -91,6 +92,50 @@ class ElementBiLSTM(SetDecoder):
         packed = pack_padded_sequence(front, mask.sum(1).cpu(), batch_first=True, enforce_sorted=False)
         states, _ = pad_packed_sequence(self.recurrent(packed)[0], batch_first=True, total_length=rows.shape[1])
         yield self.head(torch.zeros_like(states).scatter(1, order.expand_as(states), states))
+
+
+class SequencePositions(nn.Module):
+    """Sum of each row and its position, as sines and cosines (Vaswani et al., NeurIPS 2017).
+
+        e_p = [sin ω_j p, cos ω_j p]_j,    ω_j = T^(-2j / dim),    j < dim / 2
+
+    Args:
+        temperature: T.
+    """
+
+    widening = 1  # ratio of output to input width
+
+    def __init__(self, *, temperature: float = 10_000.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """`[batch, rows, dim]` to the same, dim even."""
+        count, dim = rows.shape[1:]
+        if dim % 2:
+            raise ValueError(f"expected rows of an even length, got {dim}")
+        places = torch.arange(count, device=rows.device, dtype=rows.dtype)
+        return rows + waves(places, dim, self.temperature).mT.flatten(1)
+
+
+class RandomPositions(nn.Module):
+    """Concatenation of each row and noise: [x_i, α + exp(β) N(0, 1)], twice as wide, with α and β learned.
+
+    The "random PE" of the iDSPN paper (Zhang et al., ICLR 2022): no order, yet equal rows differ. Draws are those of
+    `RandomStart`: fresh in training, in evaluation one for all examples, a function of `seed`.
+    """
+
+    widening = 2
+
+    def __init__(self, *, seed: int = 0) -> None:
+        super().__init__()
+        self.seed = seed
+        self.shift, self.log_scale = (nn.Parameter(torch.zeros(())) for _ in range(2))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """`[batch, rows, dim]` -> `[batch, rows, 2 dim]`."""
+        noise = gaussian(rows.shape[1:], rows, seed=None if self.training else self.seed).to(rows.dtype)
+        return torch.cat([rows, self.shift + self.log_scale.exp() * noise], dim=-1)
 
 
 class ElementTransformer(SetDecoder):
