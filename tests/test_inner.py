@@ -146,36 +146,8 @@ def test_damping_is_added_to_the_operator(solver):
     torch.testing.assert_close(solution, expected)
 
 
-def test_the_energy_is_evaluated_in_full_precision_under_autocast():
-    seen = []
-    weight = torch.randn(3, 3)
-
-    def energy(elements):
-        image = elements @ weight
-        seen.append(image.dtype)
-        return image.square().flatten(1).sum(1)
-
-    for differentiation in (Unrolled(), Implicit()):
-        with torch.autocast("cpu", torch.bfloat16):
-            assert (torch.ones(2, 3) @ weight).dtype == torch.bfloat16
-            minimise(
-                energy, torch.randn(2, 4, 3), descent=GradientDescent(iterations=2), differentiation=differentiation
-            )
-    assert set(seen) == {torch.float32}
-
-
-def test_examples_do_not_influence_each_other():
-    problem, one = Quadratic(batch=4), Quadratic(batch=4)
-    numbers = {"iterations": 6, "learning_rate": 0.5, "momentum": 0.9, "clip": 0.5}
-    found = solve(problem, problem.theta, Implicit(), **numbers)
-    for b in range(4):
-        for name in ("matrix", "link", "initial"):
-            setattr(one, name, getattr(problem, name)[b : b + 1])
-        close(solve(one, problem.theta, Implicit(), **numbers), found[b : b + 1], rtol=1e-12, atol=1e-12)
-
-
 def saved_tensors(function):
-    """Number of tensors that live on because autograd saved them for the backward pass of `function()`."""
+    """Number of tensors that autograd keeps for the backward pass of `function()`."""
     saved = []
 
     class Kept:
