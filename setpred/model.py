@@ -24,22 +24,20 @@ def check_parts(encoder: nn.Module, decoder: nn.Module) -> None:
 
     Parts of tokens state their length as `token_dim`. The `latent_dim` of vectors is compared if both parts state it.
     """
-    parts = (encoder, decoder)
-    given, taken = (getattr(part, "token_dim", None) for part in parts)
-    sizes = [getattr(part, "latent_dim", None) for part in parts]
-    if given == taken and (given is not None or None in sizes or sizes[0] == sizes[1]):
+    features = []
+    for part in (encoder, decoder):
+        tokens, vector = (getattr(part, name, None) for name in ("token_dim", "latent_dim"))
+        features.append(("a vector", vector) if tokens is None else ("tokens", tokens))
+    (given, size), (taken, wanted) = features
+    if given == taken and (size == wanted or None in (size, wanted)):
         return
-    gives, takes = (
-        f"tokens of {dim} numbers" if dim is not None else "a vector" + (f" of {size} numbers" if size else "")
-        for dim, size in zip((given, taken), sizes, strict=True)
-    )
-    if (given is None) == (taken is None):
-        advice = f"give both the same {'latent_dim' if given is None else 'token_dim'}"
-    elif given is None:
-        advice = "take an encoder that gives tokens, such as setpred.encoders.PositionedTokens"
+    if given == taken:
+        advice = f"give both the same {'token_dim' if given == 'tokens' else 'latent_dim'}"
     else:
-        advice = "take an encoder that gives a vector, such as setpred.encoders.SmallCNN"
-    names = [type(part).__name__ for part in parts]
+        example = "PositionedTokens" if taken == "tokens" else "SmallCNN"
+        advice = f"take an encoder that gives {taken}, such as setpred.encoders.{example}"
+    gives, takes = (kind + (f" of {length} numbers" if length else "") for kind, length in features)
+    names = [type(part).__name__ for part in (encoder, decoder)]
     raise InputError(f"the encoder {names[0]} gives {gives}, the decoder {names[1]} takes {takes}; {advice}")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def normal(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Draw N(0, 1) from a generator of its own."""
+    """Draw N(0, 1) from a separate generator."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
@@ -79,7 +79,7 @@ def finite_difference(function: Callable[[Tensor], Tensor], point: Tensor, step:
 def check_slope(value: Callable[[], Tensor], tensors: Sequence[Tensor], *, least: float = 0.0, **tolerance) -> None:
     """Compare the gradients of `value()` for all tensors, together along a random direction, with finite differences.
 
-    The tensors are leaves that `value` reads; `least` is the least slope that tells anything.
+    The tensors are leaves that `value` reads; `least` is a bound that excludes a slope of zero.
     """
     directions = [normal(*tensor.shape, seed=i) for i, tensor in enumerate(tensors)]
     gradients = torch.autograd.grad(value(), tensors)

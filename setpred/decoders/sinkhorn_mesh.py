@@ -94,7 +94,7 @@ class MESH(nn.Module):
             return minimise(energy, cost, descent=self.descent, differentiation=differentiation), latest
         state = State(cost)
         for _ in range(self.descent.iterations):
-            iterate = state.iterate.view_as(cost)  # a node of its own, after the potentials it starts from
+            iterate = state.iterate.view_as(cost)  # a new node, after the potentials it starts from
             iterate = iterate if iterate.requires_grad else iterate.requires_grad_()
             gradient = inner_gradient(energy, iterate, create_graph=False, retain_graph=True)
             state = self.descent.step(state._replace(iterate=iterate), gradient)

@@ -215,7 +215,7 @@ class Implicit(Differentiation):
         residual = optimality(iterate, gradient, descent)
         if not residual.requires_grad:  # an objective without parameters and inputs
             return value
-        # a node of its own: the hook below refers to earlier nodes only, so no reference cycle arises
+        # a new node: the hook below refers to earlier nodes only, so no reference cycle arises
         carrier = -residual
         if type(self.solver) is Identity:  # the curvature, or the identity, replaces the Hessian
             with torch.no_grad():
