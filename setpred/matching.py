@@ -108,11 +108,13 @@ def hungarian(cost: Tensor, predicted_mask: Tensor | None = None, target_mask: T
     batch, n, m = cost.shape
     # scipy takes no half precision; float64 keeps its precision and range
     costs = cost.detach().to(torch.promote_types(cost.dtype, torch.float32))
-    rows = costs.new_ones(batch, n) if predicted_mask is None else predicted_mask
-    columns = costs.new_ones(batch, m) if target_mask is None else target_mask
-    # one transfer for all three
-    costs, rows, columns = torch.cat([costs.flatten(1), rows, columns], 1).cpu().split([n * m, n, m], dim=1)
-    costs, rows, columns = costs.unflatten(1, (n, m)), rows > 0, columns > 0
+    if masked:  # costs and masks in one transfer
+        rows = costs.new_ones(batch, n) if predicted_mask is None else predicted_mask
+        columns = costs.new_ones(batch, m) if target_mask is None else target_mask
+        costs, rows, columns = torch.cat([costs.flatten(1), rows, columns], 1).cpu().split([n * m, n, m], dim=1)
+        costs, rows, columns = costs.unflatten(1, (n, m)), rows > 0, columns > 0
+    else:
+        costs, rows, columns = costs.cpu(), torch.ones(batch, n).bool(), torch.ones(batch, m).bool()
     finite = (costs.isfinite() | ~(rows.unsqueeze(2) & columns.unsqueeze(1))).flatten(1).all(1)
     if not finite.all():
         raise NotFiniteError("matching cost", (~finite).nonzero().flatten().tolist())
