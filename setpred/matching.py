@@ -1,4 +1,4 @@
-"""Costs to assignments (Hungarian) or to transport plans (Sinkhorn)."""
+"""Pairwise costs, assignments (Hungarian) and transport plans (Sinkhorn)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from setpred.errors import NotFiniteError
+from setpred.sets import present_order
 
-NUMBERS_AT_ONCE = 2**22  # 16 MiB; where sets are large, less time than all at once, too
+NUMBERS_AT_ONCE = 2**22  # 16 MiB; for large sets this is also faster than all at once
 
 
 def check_pair(predicted: Tensor, target: Tensor) -> None:
-    """Raises `ValueError` unless these are sets `[batch, n, dim]` and `[batch, m, dim]`."""
+    """Raise `ValueError` unless these are sets `[batch, n, dim]` and `[batch, m, dim]`."""
     if predicted.ndim != 3 or target.ndim != 3 or predicted.shape[::2] != target.shape[::2]:
         raise ValueError(
             "expected sets of equal batch and element size, got "
@@ -30,7 +31,7 @@ ElementCost = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def _pairwise(cost: ElementCost, predicted: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
-    """The cost of each element beside each, `[batch, n, m]`; some examples at a time: the pairs take room."""
+    """Compute the cost of every pair `[batch, n, m]`, some examples at a time to limit memory."""
     check_pair(predicted, target)
     pair = (-1, predicted.shape[1], target.shape[1], -1)
     examples = max(1, NUMBERS_AT_ONCE // max(1, predicted[:1].numel() * target.shape[1]))
@@ -46,7 +47,7 @@ def _weighted_mean(costs: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def smooth_l1(predicted: Tensor, target: Tensor, weights: Tensor | None = None, beta: Tensor | None = None) -> Tensor:
-    """mean_d w_d smooth_L1(predicted_d - target_d; β_d), of elements side by side.
+    """Compute mean_d w_d smooth_L1(predicted_d - target_d; β_d), element by element.
 
     smooth_L1(e; β) = e²/(2β) for |e| < β, |e| - β/2 beyond (Girshick 2015, β = 1). Twice `[..., dim]`, `weights [dim]`
     and `beta [dim]` (1 unless given) -> `[...]`.
@@ -60,14 +61,14 @@ def smooth_l1(predicted: Tensor, target: Tensor, weights: Tensor | None = None, 
 
 
 def squared(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """½ mean_d w_d (predicted_d - target_d)², of elements side by side; shapes as `smooth_l1`."""
+    """Compute ½ mean_d w_d (predicted_d - target_d)², element by element; shapes as `smooth_l1`."""
     return 0.5 * _weighted_mean(functional.mse_loss(predicted, target, reduction="none"), weights)
 
 
 def pairwise_smooth_l1(
     predicted: Tensor, target: Tensor, weights: Tensor | None = None, beta: Tensor | None = None
 ) -> Tensor:
-    """cost[b, i, j] = `smooth_l1` of predicted_bi and target_bj.
+    """Compute cost[b, i, j] = `smooth_l1` of predicted_bi and target_bj.
 
     `[batch, n, dim]`, `[batch, m, dim]`, `weights [dim]` and `beta [dim]` (1 unless given) -> `[batch, n, m]`.
     """
@@ -75,24 +76,25 @@ def pairwise_smooth_l1(
 
 
 def pairwise_squared(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """cost[b, i, j] = `squared` of predicted_bi and target_bj; shapes as `pairwise_smooth_l1`."""
+    """Compute cost[b, i, j] = `squared` of predicted_bi and target_bj; shapes as `pairwise_smooth_l1`."""
     return _pairwise(squared, predicted, target, weights)
 
 
 def hungarian(cost: Tensor, predicted_mask: Tensor | None = None, target_mask: Tensor | None = None) -> Tensor:
-    """The one-to-one assignment of least total cost, for each example.
+    """Find the one-to-one assignment of least total cost, for each example.
 
-    argmin_π Σ_j cost[b, π(j), j], by scipy's `linear_sum_assignment` on the CPU; one transfer each way.
+    argmin_π Σ_j cost[b, π(j), j], by scipy's `linear_sum_assignment` on the CPU, with one transfer each way.
 
     Args:
         cost: `[batch, n, m]`, predictions by targets; n >= m unless there are masks.
-        predicted_mask, target_mask: bool `[batch, n]` and `[batch, m]`, which take part; all unless given. Of
-            those, as many are paired as the fewer ones allow; costs of the others are not read.
+        predicted_mask, target_mask: present elements, bool `[batch, n]` and `[batch, m]`; all unless given. As many
+            pairs form as the smaller number allows; costs of absent elements are ignored.
 
     Returns:
-        int64 `[batch, m]`: which prediction each target gets, -1 for none.
+        int64 `[batch, m]`: the index of the prediction of each target, -1 for none.
 
     Raises:
+        ValueError: costs of another shape.
         NotFiniteError: a cost that is NaN or infinite, naming the samples.
 
     >>> hungarian(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]))
@@ -103,43 +105,34 @@ def hungarian(cost: Tensor, predicted_mask: Tensor | None = None, target_mask: T
     masked = predicted_mask is not None or target_mask is not None
     if cost.ndim != 3 or (cost.shape[1] < cost.shape[2] and not masked):
         raise ValueError(f"expected cost [batch, n, m] with n >= m, got {list(cost.shape)}")
-    costs, rows, columns = _on_host(cost, predicted_mask, target_mask)
-    finite = np.isfinite(costs)
-    finite = (finite | ~(rows[:, :, None] & columns[:, None, :]) if masked else finite).all(axis=(1, 2))
+    batch, n, m = cost.shape
+    # scipy takes no half precision; float64 keeps its precision and range
+    costs = cost.detach().to(torch.promote_types(cost.dtype, torch.float32))
+    if masked:  # costs and masks in one transfer
+        rows = costs.new_ones(batch, n) if predicted_mask is None else predicted_mask
+        columns = costs.new_ones(batch, m) if target_mask is None else target_mask
+        costs, rows, columns = torch.cat([costs.flatten(1), rows, columns], 1).cpu().split([n * m, n, m], dim=1)
+        costs, rows, columns = costs.unflatten(1, (n, m)), rows > 0, columns > 0
+    else:
+        costs, rows, columns = costs.cpu(), torch.ones(batch, n).bool(), torch.ones(batch, m).bool()
+    finite = (costs.isfinite() | ~(rows.unsqueeze(2) & columns.unsqueeze(1))).flatten(1).all(1)
     if not finite.all():
-        raise NotFiniteError("matching cost", np.flatnonzero(~finite).tolist())
-    assignment = np.full(columns.shape, -1, dtype=np.int64)
-    if not masked:
-        for chosen, c in zip(assignment, costs, strict=True):
-            # of the transposed cost the rows are the targets, which come back in order
-            chosen[:] = linear_sum_assignment(c.T)[1]
-    else:  # who takes part to the front, for all examples at once
-        i, j = (np.argsort(~mask, axis=1, kind="stable") for mask in (rows, columns))
-        costs = costs[np.arange(len(costs))[:, None, None], i[:, :, None], j[:, None, :]]
-        parts = zip(rows.sum(1).tolist(), columns.sum(1).tolist(), strict=True)
-        for chosen, c, (n, m), ours, theirs in zip(assignment, costs, parts, i, j, strict=True):
-            target, predicted = linear_sum_assignment(c[:n, :m].T)
-            chosen[theirs[target]] = ours[predicted]
+        raise NotFiniteError("matching cost", (~finite).nonzero().flatten().tolist())
+    i, j = present_order(rows), present_order(columns)
+    if masked:
+        costs = costs.gather(1, i.unsqueeze(2).expand_as(costs)).gather(2, j.unsqueeze(1).expand_as(costs))
+    assignment = np.full((batch, m), -1, dtype=np.int64)
+    sizes = zip(rows.sum(1).tolist(), columns.sum(1).tolist(), strict=True)
+    for chosen, c, (present, wanted), ours, theirs in zip(
+        assignment, costs.numpy(), sizes, i.numpy(), j.numpy(), strict=True
+    ):
+        target, predicted = linear_sum_assignment(c[:present, :wanted].T)
+        chosen[theirs[target]] = ours[predicted]
     return torch.from_numpy(assignment).to(cost.device)
 
 
-def _on_host(
-    cost: Tensor, predicted_mask: Tensor | None, target_mask: Tensor | None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Costs and both masks, in one transfer."""
-    # float64 keeps its precision and range; numpy has no half precision that scipy would take
-    costs, (batch, n, m) = cost.detach().to(torch.promote_types(cost.dtype, torch.float32)), cost.shape
-    if predicted_mask is None and target_mask is None:
-        return costs.cpu().numpy(), np.ones((batch, n), dtype=bool), np.ones((batch, m), dtype=bool)
-    rows = costs.new_ones(batch, n) if predicted_mask is None else predicted_mask
-    columns = costs.new_ones(batch, m) if target_mask is None else target_mask
-    together = torch.cat([costs.flatten(1), rows, columns], 1).cpu().numpy()
-    numbers, rows, columns = np.split(together, [n * m, n * m + n], axis=1)
-    return numbers.reshape(batch, n, m), rows > 0, columns > 0
-
-
 class Transport(NamedTuple):
-    """What `sinkhorn` found: the plan `[batch, n, m]`, and its potentials f `[batch, n]` and g `[batch, m]`."""
+    """Result of `sinkhorn`: the plan `[batch, n, m]`, and its potentials f `[batch, n]` and g `[batch, m]`."""
 
     plan: Tensor
     rows: Tensor
@@ -147,14 +140,14 @@ class Transport(NamedTuple):
 
 
 def log_mass(mass: Tensor) -> Tensor:
-    """log of masses `[batch, n]`, -∞ where there is none; zeros for an example without any, so that nothing is NaN."""
+    """Compute the log of masses `[batch, n]`, -∞ for mass 0; zeros for an example without mass, to avoid NaN."""
     present = mass > 0
     nothing = ~present.any(-1, keepdim=True)
     return torch.where(present, mass, 1.0).log().masked_fill(~(present | nothing), -torch.inf)
 
 
 def soft_minimum(cost: Tensor, potential: Tensor, log_masses: Tensor, epsilon: float | Tensor) -> Tensor:
-    """f_i = -ε log Σ_j b_j exp((g_j - C_ij) / ε): one half-step of Sinkhorn's algorithm, in the log domain.
+    """Compute f_i = -ε log Σ_j b_j exp((g_j - C_ij) / ε), a half-step of Sinkhorn's algorithm in the log domain.
 
     Cost `[batch, n, m]`, g and log b `[batch, m]`, ε one number or `[batch]` -> `[batch, n]`. As ε -> 0 it is
     min_j C_ij - g_j.
@@ -173,22 +166,25 @@ def sinkhorn(
     iterations: int,
     start: Transport | None = None,
 ) -> Transport:
-    """Sinkhorn's algorithm in the log domain: the transport plan of least cost at temperature ε, for each example.
+    """Find the transport plan of least cost at temperature ε for each example, by Sinkhorn in the log domain.
 
         argmin_P Σ_ij P_ij C_ij + ε KL(P | a bᵀ)   with   Σ_j P_ij = a_i,  Σ_i P_ij = b_j
 
-    which is P_ij = a_i b_j exp((f_i + g_j - C_ij) / ε), with f and g made to fit in turns (Cuturi, NeurIPS 2013).
-    The last turn is g's: column sums are exact, row sums as good as the iterations. Differentiable through all of
-    them. A temperature small against the costs needs many of them. The scalings a exp(f / ε) and b exp(g / ε) start at
-    1, as in Cuturi's algorithm and in the released MESH; with unequal masses and few iterations the start shows.
+    The solution is P_ij = a_i b_j exp((f_i + g_j - C_ij) / ε), with f and g updated in turns (Cuturi, NeurIPS 2013). g
+    is updated last: column sums are exact, row sums converge with the iterations. A temperature that is small relative
+    to the costs needs many of them. All iterations are differentiable. The scalings a exp(f / ε) and b exp(g / ε)
+    start at 1, as in Cuturi's algorithm and the released MESH.
 
     Args:
         cost: C `[batch, n, m]`, finite.
         row_mass, column_mass: a `[batch, n]` and b `[batch, m]`, not negative and of equal sum; a uniform unit of mass
-            unless given. Where there is no mass the plan is zero; an example without any has a plan of zeros.
+            unless given. Rows and columns of mass 0 have a plan of zeros.
         epsilon: ε, in the unit of the cost.
-        iterations: turns of f and g together.
-        start: an earlier result to go on from.
+        iterations: number of updates of f and g.
+        start: an earlier result, whose potentials are the first ones.
+
+    Raises:
+        ValueError: other shapes, or a number out of range.
 
     >>> plan = sinkhorn(torch.tensor([[[0.0, 1.0], [1.0, 0.0]]]), epsilon=0.01, iterations=5).plan
     >>> plan.round(decimals=4).tolist()

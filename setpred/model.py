@@ -1,4 +1,4 @@
-"""From an image, or a set, to a set."""
+"""Set predictor: an encoder of images or sets, and a set decoder."""
 
 from __future__ import annotations
 
@@ -14,32 +14,30 @@ from setpred.inner import OfTokens
 
 
 def unit_images(images: Tensor) -> Tensor:
-    """uint8 images to float in [0, 1]; float images pass."""
-    # divided in place: of a large batch the memory is most of the time
+    """Convert uint8 images to float in [0, 1]; leave float images."""
+    # in place, because memory traffic takes most of the time of a large batch
     return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
 def check_parts(encoder: nn.Module, decoder: nn.Module) -> None:
-    """Raises `InputError` where the encoder gives other features than the decoder takes.
+    """Raise `InputError` if the encoder gives other features than the decoder takes.
 
-    A part that gives or takes tokens has their length as `token_dim`; of vectors `latent_dim` is compared where both
-    parts state it.
+    Parts of tokens state their length as `token_dim`. The `latent_dim` of vectors is compared if both parts state it.
     """
-    given, taken = (getattr(part, "token_dim", None) for part in (encoder, decoder))
-    sizes = [getattr(part, "latent_dim", None) for part in (encoder, decoder)]
-    if given == taken and (given is not None or None in sizes or sizes[0] == sizes[1]):
+    features = []
+    for part in (encoder, decoder):
+        tokens, vector = (getattr(part, name, None) for name in ("token_dim", "latent_dim"))
+        features.append(("a vector", vector) if tokens is None else ("tokens", tokens))
+    (given, size), (taken, wanted) = features
+    if given == taken and (size == wanted or None in (size, wanted)):
         return
-    gives, takes = (
-        f"tokens of {dim} numbers" if dim is not None else "a vector" + (f" of {size} numbers" if size else "")
-        for dim, size in zip((given, taken), sizes, strict=True)
-    )
-    names = [type(part).__name__ for part in (encoder, decoder)]
-    if (given is None) == (taken is None):
-        advice = f"give both the same {'latent_dim' if given is None else 'token_dim'}"
-    elif given is None:
-        advice = "take an encoder that gives tokens, such as setpred.encoders.PositionedTokens"
+    if given == taken:
+        advice = f"give both the same {'token_dim' if given == 'tokens' else 'latent_dim'}"
     else:
-        advice = "take an encoder that gives a vector, such as setpred.encoders.SmallCNN"
+        example = "PositionedTokens" if taken == "tokens" else "SmallCNN"
+        advice = f"take an encoder that gives {taken}, such as setpred.encoders.{example}"
+    gives, takes = (kind + (f" of {length} numbers" if length else "") for kind, length in features)
+    names = [type(part).__name__ for part in (encoder, decoder)]
     raise InputError(f"the encoder {names[0]} gives {gives}, the decoder {names[1]} takes {takes}; {advice}")
 
 
@@ -47,32 +45,34 @@ class SetPredictor(nn.Module):
     """An encoder followed by a set decoder.
 
     Encoders with an `in_dim`, such as `setpred.aggregators.SetEncoder`, take sets of elements of so many numbers; all
-    others take images. Features are a vector z `[batch, latent_dim]`, or tokens `[batch, tokens, token_dim]` where
-    both parts have a `token_dim`.
+    others take images. Features are a vector z `[batch, latent_dim]`, or tokens `[batch, tokens, token_dim]` if both
+    parts have a `token_dim`.
+
+    In evaluation mode a prediction depends on the input and the model alone: seeds of the parts fix all random
+    numbers. In training they are drawn afresh.
 
     Args:
         encoder: `[batch, 3, H, W]` in [0, 1] -> features; or a set `[batch, n, in_dim]` and its mask -> features.
-        decoder: features -> elements `[batch, set_size, set_dim]`, with `refine` yielding its iterates. One that is
-            `conditional` gets the input set too, as `condition`; one that takes tokens of a set gets its mask.
+        decoder: features -> elements `[batch, set_size, set_dim]`, with `refine` yielding its iterates, such as a
+            `setpred.decoders.SetDecoder`. A `conditional` one gets the input set too; one of tokens gets its mask.
 
     Raises:
-        InputError: features that do not fit; see `check_parts`.
+        InputError: features that do not fit, see `check_parts`; a conditional decoder of images.
     """
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
         check_parts(encoder, decoder)
-        self.encoder = encoder
-        self.decoder = decoder
+        self.encoder, self.decoder = encoder, decoder
         self.takes_sets = getattr(encoder, "in_dim", None) is not None
         if getattr(decoder, "conditional", False) and not self.takes_sets:
             raise InputError(
-                f"the decoder's objective is conditioned on an input set, but the encoder {type(encoder).__name__} "
-                "takes images; take a set encoder, or an objective without `Conditioned`"
+                "expected a set encoder for an objective that is conditioned on an input set, got "
+                f"{type(encoder).__name__}, which takes images; take a set encoder, or leave out `Conditioned`"
             )
 
     def encode(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Features from uint8 or unit float images `[batch, 3, H, W]`, or from sets `[batch, n, in_dim]`."""
+        """Compute features from uint8 or unit float images `[batch, 3, H, W]`, or from sets `[batch, n, in_dim]`."""
         if self.takes_sets:
             return self.encoder(inputs, mask)
         if inputs.ndim != 4 or inputs.shape[1] != 3:
@@ -83,44 +83,41 @@ class SetPredictor(nn.Module):
         return self.encoder(unit_images(inputs))
 
     def forward(self, inputs: Tensor, *, mask: Tensor | None = None, iterations: int | None = None) -> Tensor:
-        """Predicted elements `[batch, set_size, set_dim]`.
-
-        In evaluation mode a prediction depends on the input and the model alone: what is random is a function of the
-        parts' seeds. In training it is drawn afresh.
+        """Predict elements `[batch, set_size, set_dim]`.
 
         Args:
             inputs: images `[batch, 3, H, W]`, uint8 or float in [0, 1]; or sets `[batch, n, in_dim]`.
-            mask: which elements of the input sets exist, bool `[batch, n]`; all unless given.
+            mask: present elements of the input sets, bool `[batch, n]`; all unless given.
             iterations: overrides the decoder's number of steps.
         """
-        return self.decoder(self.encode(inputs, mask), **self._beside(inputs, mask, iterations))
+        return self.decoder(self.encode(inputs, mask), **self._options(inputs, mask, iterations))
 
     def refine(self, inputs: Tensor, *, mask: Tensor | None = None, iterations: int | None = None) -> Iterator[Tensor]:
-        """Yields every iterate of the prediction, the start first; arguments as in `forward`."""
-        return self.decoder.refine(self.encode(inputs, mask), **self._beside(inputs, mask, iterations))
+        """Yield every iterate of the prediction, the start first; arguments as in `forward`."""
+        return self.decoder.refine(self.encode(inputs, mask), **self._options(inputs, mask, iterations))
 
-    def _beside(self, inputs: Tensor, mask: Tensor | None, iterations: int | None) -> dict[str, Any]:
-        """What the decoder gets beside the features; of input sets only what it asks for."""
-        beside: dict[str, Any] = {"iterations": iterations}
-        if getattr(self.decoder, "conditional", False):
-            beside["condition"] = inputs
-        if mask is not None and not mask.all() and any(isinstance(part, OfTokens) for part in self.decoder.modules()):
-            raise InputError("OfTokens knows no absent tokens, got input sets with some; give sets of one size")
-        takes_tokens = getattr(self.decoder, "token_dim", None) is not None
-        if mask is not None and takes_tokens and not getattr(self.decoder, "masks_elements", False):
-            beside["mask"] = mask
-        return beside
+    def _options(self, inputs: Tensor, mask: Tensor | None, iterations: int | None) -> dict[str, Any]:
+        """Arguments of the decoder besides the features; it gets an input set and its mask only if it reads them."""
+        decoder, options = self.decoder, {"iterations": iterations}
+        if getattr(decoder, "conditional", False):
+            options["condition"] = inputs
+        if mask is not None and not mask.all() and any(isinstance(part, OfTokens) for part in decoder.modules()):
+            raise InputError("expected input sets without padding for OfTokens, got a mask; give sets of one size")
+        takes_tokens = getattr(decoder, "token_dim", None) is not None
+        if mask is not None and takes_tokens and not getattr(decoder, "masks_elements", False):
+            options["mask"] = mask
+        return options
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a training step, or a batch of a validation, is a function of, beside weights and modes of its parts.
+    """Inputs of a training step, or of a validation batch: its result depends on these alone.
 
     Args:
-        model, loss: as they are trained.
+        model, loss: the parts under training, with their weights and modes.
         batch: see `setpred.training.SetPrediction`.
-        seed: of torch's generator when the step begins; None for a validation, which draws nothing.
-        iterations: of the descent; the decoder's own unless given.
+        seed: seed of torch's generator at the beginning; None for a validation, which draws nothing.
+        iterations: of the descent; the decoder's default unless given.
     """
 
     model: SetPredictor
@@ -134,17 +131,16 @@ class Step:
         return "image" if "image" in self.batch else "input"
 
     def predict(self) -> Tensor:
-        """The predicted sets `[batch, set_size, set_dim]`, from torch's generator as it stands."""
+        """Predict sets `[batch, set_size, set_dim]`, with torch's generator in its present state."""
         mask = self.batch.get("input_mask")
         return self.model(self.batch[self.input_name], mask=mask, iterations=self.iterations)
 
     def inputs(self) -> Tensor:
-        """Images or sets; zero where a set has no element, since padding may hold anything."""
+        """Images or sets, with zeros in place of padding."""
         inputs, mask = self.batch[self.input_name], self.batch.get("input_mask")
         return inputs if mask is None else inputs.masked_fill(~mask.unsqueeze(-1), 0)
 
     def without(self, samples: Sequence[int]) -> Step:
-        """The step of the other samples."""
-        size = len(self.batch["elements"])
-        rest = [sample for sample in range(size) if sample not in set(samples)]
+        """Drop samples from the batch."""
+        rest = [sample for sample in range(len(self.batch["elements"])) if sample not in set(samples)]
         return replace(self, batch={name: value[rest] for name, value in self.batch.items()})

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from setpred.errors import InputError
+
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 
 class MLP(nn.Sequential):
@@ -25,24 +26,24 @@ class MLP(nn.Sequential):
 
 
 def softplus_inverse(value: float) -> float:
-    """x with softplus(x) = value, so that a positive parameter starts at the value that was asked for."""
+    """Compute x with softplus(x) = value, the raw value of a positive parameter."""
     return value + math.log(-math.expm1(-value))  # log(eˣ - 1), without overflow
 
 
 def diagonal(first: Sequence[float], size: int) -> Tensor:
-    """The diagonal `[size]` that begins with the numbers `first` and goes on with ones.
+    """Build the diagonal `[size]` of the numbers `first`, continued by ones.
 
     Raises:
         InputError: more than `size` numbers, or one that is not positive and finite.
     """
-    numbers = [float(number) for number in first]  # not a tensor: on the meta device those cannot be compared
+    numbers = [float(number) for number in first]  # no tensor, which cannot be compared on the meta device
     if len(numbers) > size or not all(0 < number < math.inf for number in numbers):
         raise InputError(f"expected at most {size} positive numbers, got {list(first)}; shorten or correct the list")
     return torch.cat([torch.tensor(numbers), torch.ones(size - len(numbers))])
 
 
 class Positive(nn.Module):
-    """A learned positive number that **starts at `value`**: softplus(raw)."""
+    """A learned positive number, softplus(raw), that **starts at `value`**."""
 
     def __init__(self, value: float) -> None:
         super().__init__()
@@ -55,9 +56,9 @@ class Positive(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation out of elementary operations, so that derivatives of every order are right.
+    """Layer normalisation by elementary operations, with correct derivatives of every order.
 
-    The third derivative of torch's fused layer norm is wrong (seen with torch 2.15 against finite differences), and a
+    The third derivative of torch's fused layer norm is wrong (in torch 2.14, against finite differences), and a
     potential inside an objective inside a training loss is differentiated three times.
     """
 
@@ -67,14 +68,14 @@ class LayerNorm(nn.LayerNorm):
         return centred * scale * self.weight + self.bias
 
 
-def batch_norms(module: nn.Module) -> list[_BatchNorm]:
-    """The batch normalisations inside that keep running statistics."""
-    return [part for part in module.modules() if isinstance(part, _BatchNorm) and part.track_running_stats]
+def batch_norms(module: nn.Module) -> list[BatchNorm]:
+    """List the batch normalisations of a module that keep running statistics."""
+    return [part for part in module.modules() if isinstance(part, BatchNorm) and part.track_running_stats]
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Within, the module and all its parts are in evaluation mode; afterwards each part is in the mode it was in."""
+    """Put a module and all its parts in evaluation mode; restore the mode of each part at exit."""
     before = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -85,17 +86,17 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def estimating_statistics(norms: Sequence[_BatchNorm]) -> Iterator[None]:
-    """Within, their running statistics are the mean over the forward passes; at least one must be made.
+def estimating_statistics(norms: Sequence[BatchNorm]) -> Iterator[None]:
+    """Estimate running statistics anew, as the mean over the forward passes within; at least one is needed.
 
-    Running averages of a training trail behind its weights: while the learning rate is high, a model is worse in
-    evaluation than in training for that alone. All of them anew, under the weights as they are, is the remedy (precise
-    batch normalisation; Wu and Johnson, "Rethinking Batch in BatchNorm", 2021). Nothing else goes into training mode.
+    Running averages trail behind the weights: at a high learning rate they alone make a model worse in evaluation than
+    in training. This is precise batch normalisation (Wu and Johnson, "Rethinking Batch in BatchNorm", 2021). Only the
+    norms go into training mode.
     """
     before = [(norm.momentum, norm.training, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # counts all passes alike
+        norm.momentum = None  # weights all passes equally
         norm.train()
     try:
         yield

@@ -1,11 +1,38 @@
-"""Problems with known answers, and finite differences."""
+"""Problems with known answers, finite differences, and what every test of a law needs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def normal(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Draw N(0, 1) from a separate generator."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def close(actual: Tensor, expected: Tensor, **tolerance: float) -> None:
+    """Assert equality up to rounding in double precision."""
+    torch.testing.assert_close(actual, expected, **{"rtol": 1e-9, "atol": 1e-9, **tolerance})
+
+
+def weighted_sum(elements: Tensor) -> Tensor:
+    """Compute a scalar that treats every number differently."""
+    weights = torch.linspace(-1, 2, elements.numel(), dtype=elements.dtype).view_as(elements)
+    return (weights * elements).sum() + elements.square().sum()
+
+
+class Given(nn.Module):
+    """A start, or a prior, that is given."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.given = start
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.given
 
 
 class Quadratic:
@@ -47,3 +74,21 @@ def finite_difference(function: Callable[[Tensor], Tensor], point: Tensor, step:
         behind[i] -= step
         slopes.append((function(ahead.view_as(point)) - function(behind.view_as(point))) / (2 * step))
     return torch.stack([slope.detach() for slope in slopes]).view_as(point)
+
+
+def check_slope(value: Callable[[], Tensor], tensors: Sequence[Tensor], *, least: float = 0.0, **tolerance) -> None:
+    """Compare the gradients of `value()` for all tensors, together along a random direction, with finite differences.
+
+    The tensors are leaves that `value` reads; `least` is a bound that excludes a slope of zero.
+    """
+    directions = [normal(*tensor.shape, seed=i) for i, tensor in enumerate(tensors)]
+    gradients = torch.autograd.grad(value(), tensors)
+    slope = sum((gradient * way).sum() for gradient, way in zip(gradients, directions, strict=True))
+    values = []
+    for step in (1e-6, -2e-6, 1e-6):  # ahead, behind, and back
+        with torch.no_grad():
+            for tensor, way in zip(tensors, directions, strict=True):
+                tensor += step * way
+        values.append(value().detach())
+    assert slope.abs() > least
+    close(slope, (values[0] - values[1]) / 2e-6, **{"rtol": 1e-5, "atol": 1e-6, **tolerance})

@@ -1,4 +1,4 @@
-"""What is written to be fast gives what is written to be obvious: ranks, first layers of pairs, compiled descents."""
+"""Fast code against obvious code: ranks, first layers of pairs, compiled descents."""
 
 import copy
 import os
@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from problems import normal
 from torch import nn
 
 from benchmarks.decoder import KINDS, Sizes, objective_of, ways_of
@@ -35,19 +36,21 @@ def traced(function):
     return torch.compile(function, backend="eager", fullgraph=True, dynamic=False)
 
 
-def features(size, *, ties, dtype=torch.float64, batch=3, dim=4):
-    generator = torch.Generator().manual_seed(size)
-    elements = torch.randn(batch, size, dim, generator=generator, dtype=dtype)
-    # half of the elements are copies of others, and one feature has three values altogether
+def features(size, *, ties, batch=3, dim=4):
+    elements = normal(batch, size, dim, seed=size)
+    # half of the elements are copies of others, and one feature has three values in all
     if ties:
         elements[:, size // 2 :] = elements[:, : size - size // 2].flip(1)
         elements[..., 0] = elements[..., 0].sign()
     return elements
 
 
+AS_WRITTEN_AND_COMPILED = pytest.mark.parametrize("how", [lambda f: f, traced], ids=["as written", "compiled"])
+
+
 @pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("how", [lambda f: f, traced], ids=["as written", "compiled"])
+@AS_WRITTEN_AND_COMPILED
 def test_ranks_are_places_in_the_stable_order(how, size, ties):
     values = features(size, ties=ties)
     order = values.sort(dim=1, descending=True, stable=True).indices
@@ -58,8 +61,8 @@ def test_ranks_are_places_in_the_stable_order(how, size, ties):
     assert torch.equal(how(at_ranks)(table, ranks), table.expand_as(values).gather(1, expected))
 
 
-@pytest.mark.parametrize("how", [lambda f: f, traced], ids=["as written", "compiled"])
-def test_ranks_of_what_is_no_number_are_still_places(how):
+@AS_WRITTEN_AND_COMPILED
+def test_ranks_of_non_finite_values_are_still_places(how):
     for size in (5, 36):
         values = features(size, ties=True)
         values[0, 1], values[1, 2], values[2, 3] = torch.nan, torch.inf, -torch.inf
@@ -113,53 +116,48 @@ def test_pairs_are_encoded_as_if_they_were_written_out(masked):
     torch.testing.assert_close(PairwiseSetEncoder(SumPool(6))(elements, mask), SumPool(6)(pairs, both))
 
 
-# --- the whole descent ----------------------------------------------------------------------------------------------
+# --- the complete descent -------------------------------------------------------------------------------------------
 
 SMALL = Sizes(batch=3, set_size=5, set_dim=3, width=8, iterations=6)
+SHAPE = {"set_size": SMALL.set_size, "set_dim": SMALL.set_dim}
 
 
 @pytest.fixture
 def quickly_compiled(monkeypatch):
-    """Compiled for real, but for the C++: the graph that is compiled is run by PyTorch."""
+    """Compile without C++: PyTorch runs the compiled graph."""
     torch.compiler.reset()
     step = torch.compile(compiled._step, backend="aot_eager", fullgraph=True)
     monkeypatch.setattr(compiled, "_compiled", lambda replayed: step)
 
 
-def assert_same(ours, theirs, *, tolerance):
-    """In relative norm, each tensor of a list."""
+@pytest.fixture
+def double():
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(usual)
+
+
+def assert_same(ours, theirs, *, tolerance=1e-11):
+    """Compare in relative norm, tensor by tensor."""
     for one, other in zip(ours, theirs, strict=True):
         assert (one - other).norm() <= tolerance * other.norm()
 
 
-@pytest.mark.usefixtures("quickly_compiled")
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float64, 1e-11)], ids=["single", "double"]
-)
+@pytest.mark.usefixtures("quickly_compiled", "double")
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_ways_find_the_same_set_and_gradients(kind, dtype, tolerance):
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        found = {name: way() for name, way in ways_of(kind, SMALL).items()}
-    finally:
-        torch.set_default_dtype(usual)
-    assert found["plain"][0].dtype == dtype
+def test_all_ways_find_the_same_set_and_gradients(kind):
+    found = {name: way() for name, way in ways_of(kind, SMALL).items()}
     assert len(found["plain"]) > 5
-    assert_same(found["written"], found["plain"], tolerance=tolerance)
-    assert_same(found["compiled"], found["plain"], tolerance=tolerance)
+    assert_same(found["written"], found["plain"])
+    assert_same(found["compiled"], found["plain"])
 
 
+@pytest.mark.usefixtures("double")
 def test_ways_are_the_same_after_all_iterations():
     """In double precision: rounding grows where the ranks of nearly equal features change."""
-    sizes = replace(SMALL, iterations=40)
-    usual = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        ways = ways_of("fspool", sizes)
-        assert_same(ways["written"](), ways["plain"](), tolerance=1e-8)
-    finally:
-        torch.set_default_dtype(usual)
+    ways = ways_of("fspool", replace(SMALL, iterations=40))
+    assert_same(ways["written"](), ways["plain"](), tolerance=1e-8)
 
 
 def decoders(objective, descent, differentiation=None, **arguments):
@@ -180,7 +178,7 @@ VARIANTS = {
 
 @pytest.mark.usefixtures("quickly_compiled")
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
-def test_compiled_descents_are_those_that_are_written(variant):
+def test_compiled_descents_equal_plain_ones(variant):
     torch.manual_seed(0)
     mask = torch.arange(4) < torch.tensor([[4], [2], [1]]) if "mask" in variant else None
     condition = torch.randn(3, 4, 2, dtype=torch.float64) if "condition" in variant else None
@@ -197,66 +195,52 @@ def test_compiled_descents_are_those_that_are_written(variant):
         with torch.no_grad():
             predicted = decoder(latent, mask=mask, condition=condition)
         found.append((elements, *gradients, predicted))
-    assert_same(found[1], found[0], tolerance=1e-11)
+    assert_same(found[1], found[0])
+
+
+def traceable(kind, differentiation=None):
+    """A decoder whose start is no random number on the host."""
+    torch.manual_seed(0)
+    start = LearnedStart(SMALL.set_size, SMALL.set_dim)
+    descent = GradientDescent(iterations=4, momentum=0.9, clip=1.0)
+    return IDSPN(objective_of(kind, SMALL), descent, differentiation, start=start, **SHAPE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_whole_descent_is_one_graph(kind):
-    """Of a user who compiles the model: with a start that is no random number on the host."""
-    torch.manual_seed(0)
-    start = LearnedStart(SMALL.set_size, SMALL.set_dim)
-    descent = GradientDescent(iterations=4, momentum=0.9, clip=1.0)
-    shape = {"set_size": SMALL.set_size, "set_dim": SMALL.set_dim}
-    decoder = IDSPN(objective_of(kind, SMALL), descent, start=start, **shape).double()
-    latent = torch.randn(SMALL.batch, SMALL.width, dtype=torch.float64)
+def test_a_descent_is_one_graph_of_a_compiled_model_in_full_precision(kind):
+    decoder, latent = traceable(kind), torch.randn(SMALL.batch, SMALL.width)
     with torch.no_grad():
-        torch.testing.assert_close(traced(decoder)(latent), decoder(latent), rtol=1e-10, atol=1e-10)
+        expected = decoder(latent)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(traced(decoder)(latent), expected)
 
 
 @pytest.mark.parametrize("differentiation", [Implicit(), Unrolled(last=2)], ids=["implicit", "truncated"])
-def test_gradients_of_who_compiles_the_model(differentiation):
-    """Those of the model as it is written: steps that carry no gradients carry none in one graph either."""
-    torch.manual_seed(0)
-    descent = GradientDescent(iterations=4, momentum=0.9, clip=1.0)
-    shape = {"set_size": SMALL.set_size, "set_dim": SMALL.set_dim}
-    start = LearnedStart(SMALL.set_size, SMALL.set_dim)
-    decoder = IDSPN(objective_of("fspool", SMALL), descent, differentiation, start=start, **shape).double()
-    latent = torch.randn(SMALL.batch, SMALL.width, dtype=torch.float64, requires_grad=True)
-    found = []
+def test_a_compiled_model_has_the_gradients_of_the_plain_one(differentiation):
+    """Steps without gradients carry none in one graph either."""
+    decoder = traceable("fspool", differentiation).double()
+    latent, found = normal(SMALL.batch, SMALL.width).requires_grad_(), []
     for model in (decoder, torch.compile(decoder, backend="eager")):
         elements = model(latent)
         wanted = [latent, *decoder.objective.parameters()]
         found.append([elements, *torch.autograd.grad(elements.square().sum(), wanted)])
-    assert_same(found[1], found[0], tolerance=1e-11)
-
-
-def test_a_descent_in_one_graph_stays_in_full_precision():
-    torch.manual_seed(0)
-    start = LearnedStart(SMALL.set_size, SMALL.set_dim)
-    shape = {"set_size": SMALL.set_size, "set_dim": SMALL.set_dim}
-    decoder = IDSPN(objective_of("fspool", SMALL), GradientDescent(iterations=4), start=start, **shape)
-    latent = torch.randn(SMALL.batch, SMALL.width)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(traced(decoder)(latent), decoder(latent))
+    assert_same(found[1], found[0])
 
 
 @pytest.mark.usefixtures("quickly_compiled")
 def test_many_batch_sizes_and_both_modes_are_compiled(recwarn):
-    """A warning would say that compiling was given up."""
+    """More than the eight that torch compiles by default; a warning would report the fallback."""
     torch.manual_seed(0)
-    objective = objective_of("fspool", SMALL)
-    shape = {"set_size": SMALL.set_size, "set_dim": SMALL.set_dim}
-    plain, other = decoders(objective, GradientDescent(iterations=2, momentum=0.9), **shape)
-    for batch in range(1, 12):
-        latent = torch.randn(batch, SMALL.width, dtype=torch.float64)
-        assert_same(other(latent), plain(latent), tolerance=1e-11)
-        with torch.no_grad():
-            assert_same(other(latent), plain(latent), tolerance=1e-11)
+    plain, other = decoders(objective_of("fspool", SMALL), GradientDescent(iterations=2, momentum=0.9), **SHAPE)
+    for batch in range(1, 11):
+        latent = normal(batch, SMALL.width)
+        with torch.set_grad_enabled(batch % 2 == 0):
+            assert_same(other(latent), plain(latent))
     assert not [warning for warning in recwarn if "uncompiled" in str(warning.message)]
 
 
 class Untraceable(nn.Module):
-    """An objective that looks at numbers, which a graph cannot."""
+    """An objective that reads numbers, which a graph cannot."""
 
     def __init__(self):
         super().__init__()
@@ -267,7 +251,7 @@ class Untraceable(nn.Module):
         return self.scale * (elements - problem.latent.unsqueeze(1)).square().sum((1, 2))
 
 
-def test_what_cannot_be_compiled_goes_on_uncompiled_after_one_warning(recwarn):
+def test_an_uncompilable_objective_runs_uncompiled_after_one_warning(recwarn):
     latent = torch.randn(2, 3, dtype=torch.float64)
     plain, other = decoders(Untraceable(), GradientDescent(iterations=3, learning_rate=0.1), set_size=4, set_dim=3)
     expected = plain(latent)
@@ -276,20 +260,16 @@ def test_what_cannot_be_compiled_goes_on_uncompiled_after_one_warning(recwarn):
     assert len([warning for warning in recwarn if "uncompiled" in str(warning.message)]) == 1
 
 
-def test_what_is_wrong_with_a_problem_is_said_and_compiling_is_not_to_blame(quickly_compiled):
+def test_errors_of_a_problem_are_raised_as_they_are(quickly_compiled):
     encoder = SetEncoder(FSPool(8, set_size=4), set_dim=3, hidden_dim=8)
-    _, decoder = decoders(LatentMatching(encoder), GradientDescent(iterations=3), set_size=4, set_dim=2)
+    plain, decoder = decoders(LatentMatching(encoder), GradientDescent(iterations=3), set_size=4, set_dim=2)
     with pytest.raises(ValueError, match=r"elements \[batch, set_size, 3\]"):
-        decoder(torch.randn(2, 8, dtype=torch.float64))
+        decoder(normal(2, 8))
     with torch.inference_mode(), pytest.raises(RuntimeError, match="inference_mode"):
-        decoder(torch.randn(2, 8, dtype=torch.float64))
-
-
-def test_compiling_is_no_weight():
-    encoder = SetEncoder(FSPool(8, set_size=4), set_dim=3, hidden_dim=8)
-    plain, other = decoders(LatentMatching(encoder), GradientDescent(iterations=3), set_size=4, set_dim=3)
-    assert plain.state_dict().keys() == other.state_dict().keys()
-    copy.deepcopy(other).load_state_dict(plain.state_dict())
+        decoder(normal(2, 8))
+    # compiling adds no weight
+    assert plain.state_dict().keys() == decoder.state_dict().keys()
+    copy.deepcopy(decoder).load_state_dict(plain.state_dict())
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")

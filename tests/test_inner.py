@@ -6,7 +6,8 @@ import weakref
 
 import pytest
 import torch
-from problems import Quadratic, finite_difference
+from problems import Quadratic, check_slope, close, finite_difference, normal
+from problems import weighted_sum as scalar
 
 from setpred.aggregators import FSPool, SetEncoder
 from setpred.inner import (
@@ -21,12 +22,12 @@ from setpred.inner import (
     Problem,
     Proximity,
     Simplex,
-    Sum,
     Unrolled,
     clip_norm,
     minimise,
     simplex,
 )
+from setpred.inner.objectives import Energy
 
 LONG = {"iterations": 150, "learning_rate": 0.7, "momentum": 0.5}
 SOLVERS = {
@@ -36,19 +37,25 @@ SOLVERS = {
 }
 
 
-def weighted_sum(elements):
-    """A scalar of the iterates that treats every number differently."""
-    weights = torch.linspace(-1, 2, elements.numel(), dtype=elements.dtype).view_as(elements)
-    return (weights * elements).sum() + (elements**3).sum()
+def solve(problem, theta, differentiation, **numbers):
+    """The last iterate of a descent on a `Quadratic`."""
+    return minimise(
+        problem.energy(theta), problem.initial, descent=GradientDescent(**numbers), differentiation=differentiation
+    )
+
+
+def gradient_of(problem, differentiation, value=scalar, **numbers):
+    """The gradient of a scalar of the last iterate, for θ."""
+    theta = problem.theta.clone().requires_grad_()
+    return torch.autograd.grad(value(solve(problem, theta, differentiation, **numbers)), theta)[0]
 
 
 @pytest.mark.parametrize("differentiation", [Unrolled(), Implicit()], ids=["unrolled", "implicit"])
 @pytest.mark.parametrize("momentum", [0.0, 0.6])
 def test_descent_finds_the_optimum(differentiation, momentum):
     problem = Quadratic()
-    descent = GradientDescent(iterations=250, learning_rate=0.7, momentum=momentum)
-    found = minimise(problem.energy(problem.theta), problem.initial, descent=descent, differentiation=differentiation)
-    torch.testing.assert_close(found, problem.optimum(problem.theta), rtol=1e-10, atol=1e-10)
+    found = solve(problem, problem.theta, differentiation, iterations=250, learning_rate=0.7, momentum=momentum)
+    close(found, problem.optimum(problem.theta), rtol=1e-10, atol=1e-10)
 
 
 def test_nesterov_steps_are_those_of_torch_sgd():
@@ -64,95 +71,68 @@ def test_nesterov_steps_are_those_of_torch_sgd():
         optimizer.step()
 
 
-@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
-def test_implicit_gradient_is_that_of_the_optimum(solver):
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_implicit_gradient_is_that_of_the_optimum_and_of_the_unrolled_descent(solver):
     problem = Quadratic()
-    theta = problem.theta.clone().requires_grad_()
-    found = minimise(
-        problem.energy(theta), problem.initial, descent=GradientDescent(**LONG), differentiation=Implicit(solver)
-    )
-    weighted_sum(found).backward()
-    expected = finite_difference(lambda t: weighted_sum(problem.optimum(t)), problem.theta)
-    torch.testing.assert_close(theta.grad, expected, rtol=1e-7, atol=1e-7)
+    found = gradient_of(problem, Implicit(solver), **LONG)
+    close(found, finite_difference(lambda t: scalar(problem.optimum(t)), problem.theta), rtol=1e-7, atol=1e-7)
+    close(found, gradient_of(problem, Unrolled(), **LONG))
 
 
 def test_unrolled_gradient_is_that_of_the_iterate_before_convergence():
-    problem = Quadratic()
-    theta = problem.theta.clone().requires_grad_()
-    descent = GradientDescent(iterations=4, learning_rate=0.5, momentum=0.8, clip=0.7)
-
-    def found(theta):
-        return minimise(problem.energy(theta), problem.initial, descent=descent, differentiation=Unrolled())
-
-    weighted_sum(found(theta)).backward()
-    expected = finite_difference(lambda t: weighted_sum(found(t)), problem.theta)
-    torch.testing.assert_close(theta.grad, expected, rtol=1e-6, atol=1e-6)
-
-
-def test_implicit_equals_unrolled_at_convergence():
-    problem = Quadratic(seed=3)
-    gradients = []
-    for differentiation in (Unrolled(), Implicit(Exact())):
-        theta = problem.theta.clone().requires_grad_()
-        descent = GradientDescent(**LONG)
-        found = minimise(problem.energy(theta), problem.initial, descent=descent, differentiation=differentiation)
-        weighted_sum(found).backward()
-        gradients.append(theta.grad)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=1e-9)
+    problem, theta = Quadratic(), Quadratic().theta.requires_grad_()
+    numbers = {"iterations": 4, "learning_rate": 0.5, "momentum": 0.8, "clip": 0.7}
+    check_slope(lambda: scalar(solve(problem, theta, Unrolled(), **numbers)), [theta])
 
 
 def test_identity_solver_is_the_published_vector_product():
     """v = u: the gradient is -uᵀ ∂(∇L)/∂θ = Bᵀ u for the quadratic, whatever the Hessian."""
     problem = Quadratic()
-    theta = problem.theta.clone().requires_grad_()
-    found = minimise(
-        problem.energy(theta),
-        problem.initial,
-        descent=GradientDescent(iterations=5, learning_rate=0.3, momentum=0.9, clip=0.1),
-        differentiation=Implicit(Identity()),
-    )
-    upstream = torch.randn(found.shape, dtype=found.dtype, generator=torch.Generator().manual_seed(1))
-    found.backward(upstream)
-    expected = torch.einsum("bip,bi->p", problem.link, upstream.flatten(1))
-    torch.testing.assert_close(theta.grad, expected, rtol=1e-12, atol=1e-12)
+    upstream = normal(*problem.initial.shape)
+    numbers = {"iterations": 5, "learning_rate": 0.3, "momentum": 0.9, "clip": 0.1}
+    found = gradient_of(problem, Implicit(Identity()), lambda y: (upstream * y).sum(), **numbers)
+    close(found, torch.einsum("bip,bi->p", problem.link, upstream.flatten(1)), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("solver", [Neumann(terms=150), Exact()], ids=["neumann", "exact"])
 def test_implicit_gradient_through_a_projection(solver):
     """On the simplex, the gradient is that of the constrained optimum."""
     problem = Quadratic(rows=2, dim=3, seed=5)
-    theta = 0.2 * problem.theta
+    theta = (0.2 * problem.theta).requires_grad_()
 
-    def found(theta, differentiation, iterations=300):
-        descent = GradientDescent(iterations=iterations, learning_rate=1.0, projection=Simplex())
-        return minimise(problem.energy(theta), problem.initial, descent=descent, differentiation=differentiation)
+    def found():
+        return solve(problem, theta, Implicit(solver), iterations=200, projection=Simplex())
 
-    leaf = theta.clone().requires_grad_()
-    value = found(leaf, Implicit(solver))
-    torch.testing.assert_close(value.sum(-1), torch.ones_like(value[..., 0]))
-    weighted_sum(value).backward()
-    expected = finite_difference(lambda t: weighted_sum(found(t, Implicit())), theta, step=1e-5)
-    torch.testing.assert_close(leaf.grad, expected, rtol=1e-5, atol=1e-6)
+    value = found()
+    close(value.sum(-1), torch.ones_like(value[..., 0]))
+    check_slope(lambda: scalar(found()), [theta], rtol=1e-5, atol=1e-6)
+
+
+def set_problem(seed=0):
+    """A set encoder's objective, a start, and latent vectors."""
+    torch.manual_seed(seed)
+    objective = LatentMatching(SetEncoder(FSPool(8, set_size=4), set_dim=3, hidden_dim=8).double())
+    return objective, torch.randn(2, 4, 3, dtype=torch.float64), torch.randn(2, 8, dtype=torch.float64)
+
+
+def decoder_energy():
+    objective, initial, latent = set_problem()
+    return initial, Energy(objective, Problem(latent, initial))
 
 
 def test_the_implicit_gradient_is_taken_at_the_last_but_one_iterate():
     """With a set encoder, whose vector product differs from iterate to iterate."""
-    torch.manual_seed(0)
-    encoder = SetEncoder(FSPool(8, set_size=4), set_dim=3, hidden_dim=8).double()
-    objective, initial = LatentMatching(encoder), torch.randn(2, 4, 3, dtype=torch.float64)
-    latent = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
-    problem = Problem(latent, initial)
-    iterates = list(
-        Implicit().iterates(lambda y: objective(y, problem), initial, GradientDescent(iterations=4, momentum=0.9), 4)
-    )
+    objective, initial, latent = set_problem()
+    energy = Energy(objective, Problem(latent.requires_grad_(), initial))
+    iterates = list(Implicit().iterates(energy, initial, GradientDescent(iterations=4, momentum=0.9), 4))
     upstream = torch.randn_like(iterates[-1])
     (found,) = torch.autograd.grad(iterates[-1], latent, upstream)
     products = []
     for iterate in iterates[-2:]:
         leaf = iterate.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(objective(leaf, problem).sum(), leaf, create_graph=True)
+        (slope,) = torch.autograd.grad(energy(leaf).sum(), leaf, create_graph=True)
         products.append(torch.autograd.grad(-slope, latent, upstream)[0])
-    torch.testing.assert_close(found, products[0])
+    close(found, products[0])
     assert not torch.allclose(found, products[1])
 
 
@@ -166,39 +146,8 @@ def test_damping_is_added_to_the_operator(solver):
     torch.testing.assert_close(solution, expected)
 
 
-def test_the_energy_is_evaluated_in_full_precision_under_autocast():
-    seen = []
-    weight = torch.randn(3, 3)
-
-    def energy(elements):
-        image = elements @ weight
-        seen.append(image.dtype)
-        return image.square().flatten(1).sum(1)
-
-    for differentiation in (Unrolled(), Implicit()):
-        with torch.autocast("cpu", torch.bfloat16):
-            assert (torch.ones(2, 3) @ weight).dtype == torch.bfloat16
-            minimise(
-                energy, torch.randn(2, 4, 3), descent=GradientDescent(iterations=2), differentiation=differentiation
-            )
-    assert set(seen) == {torch.float32}
-
-
-def test_examples_do_not_influence_each_other():
-    problem = Quadratic(batch=4)
-    descent = GradientDescent(iterations=6, learning_rate=0.5, momentum=0.9, clip=0.5)
-    together = minimise(problem.energy(problem.theta), problem.initial, descent=descent, differentiation=Implicit())
-    for b in range(4):
-        alone = Quadratic(batch=4)
-        alone.matrix, alone.link = problem.matrix[b : b + 1], problem.link[b : b + 1]
-        one = minimise(
-            alone.energy(problem.theta), problem.initial[b : b + 1], descent=descent, differentiation=Implicit()
-        )
-        torch.testing.assert_close(together[b : b + 1], one, rtol=1e-12, atol=1e-12)
-
-
 def saved_tensors(function):
-    """Number of tensors that live on because autograd saved them for the backward pass of `function()`."""
+    """Number of tensors that autograd keeps for the backward pass of `function()`."""
     saved = []
 
     class Kept:
@@ -217,17 +166,8 @@ def saved_tensors(function):
     return alive
 
 
-def decoder_energy(seed=0):
-    torch.manual_seed(seed)
-    encoder = SetEncoder(FSPool(8, set_size=4), set_dim=3, hidden_dim=8).double()
-    objective = LatentMatching(encoder)
-    initial = torch.randn(2, 4, 3, dtype=torch.float64)
-    problem = Problem(torch.randn(2, 8, dtype=torch.float64), initial)
-    return encoder, initial, lambda elements: objective(elements, problem)
-
-
 def test_memory_of_the_implicit_way_does_not_grow_with_the_iterations():
-    _, initial, energy = decoder_energy()
+    initial, energy = decoder_energy()
 
     def tensors(differentiation, iterations):
         descent = GradientDescent(iterations=iterations, momentum=0.9)
@@ -238,29 +178,9 @@ def test_memory_of_the_implicit_way_does_not_grow_with_the_iterations():
     assert tensors(Unrolled(), 40) > 4 * tensors(Unrolled(), 5)
 
 
-def test_parameter_gradients_of_a_set_objective():
-    """Unrolled against finite differences through a real set encoder, for the latent vector."""
-    torch.manual_seed(0)
-    encoder = SetEncoder(FSPool(8, set_size=4), set_dim=3, hidden_dim=8).double()
-    objective = Sum([LatentMatching(encoder), Proximity(weight=0.1)])
-    initial = torch.randn(2, 4, 3, dtype=torch.float64)
-    latent = torch.randn(2, 8, dtype=torch.float64)
-
-    def value(latent):
-        descent = GradientDescent(iterations=3, momentum=0.9)
-        problem = Problem(latent, initial)
-        return weighted_sum(
-            minimise(lambda y: objective(y, problem), initial, descent=descent, differentiation=Unrolled())
-        )
-
-    leaf = latent.clone().requires_grad_()
-    value(leaf).backward()
-    torch.testing.assert_close(leaf.grad, finite_difference(value, latent), rtol=1e-5, atol=1e-7)
-
-
 def test_no_reference_cycle_keeps_the_graph_alive():
     """The graph of a step is freed by reference counting alone, solver hook included."""
-    _, initial, energy = decoder_energy()
+    initial, energy = decoder_energy()
     watched = []
 
     class Token:
@@ -294,7 +214,7 @@ def test_no_reference_cycle_keeps_the_graph_alive():
 
 
 def test_works_without_grad_and_leaves_the_mode_alone():
-    _, initial, energy = decoder_energy()
+    initial, energy = decoder_energy()
     descent = GradientDescent(iterations=3)
     for differentiation in (Unrolled(), Implicit()):
         with torch.no_grad():
@@ -306,27 +226,24 @@ def test_works_without_grad_and_leaves_the_mode_alone():
         assert attached.requires_grad
 
 
-def test_inference_mode_is_refused_with_advice():
-    _, initial, energy = decoder_energy()
+def test_inference_mode_raises_with_advice():
+    initial, energy = decoder_energy()
     with torch.inference_mode(), pytest.raises(RuntimeError, match="no_grad"):
         minimise(energy, initial, descent=GradientDescent(iterations=1), differentiation=Implicit())
 
 
 def test_iterations_at_call_time():
     problem = Quadratic()
-    descent = GradientDescent(iterations=3, learning_rate=0.5)
-    energy = problem.energy(problem.theta)
+    descent, energy = GradientDescent(iterations=3, learning_rate=0.5), problem.energy(problem.theta)
     all_iterates = list(Unrolled().iterates(energy, problem.initial, descent, 6))
     assert len(all_iterates) == 7
-    for iterations, differentiation in itertools.product((0, 1, 6), (Unrolled(), Implicit())):
-        found = minimise(
-            energy, problem.initial, descent=descent, differentiation=differentiation, iterations=iterations
-        )
-        torch.testing.assert_close(found, all_iterates[iterations], rtol=0, atol=1e-14)
+    for number, way in itertools.product((0, 1, 6), (Unrolled(), Implicit())):
+        found = minimise(energy, problem.initial, descent=descent, differentiation=way, iterations=number)
+        close(found, all_iterates[number], rtol=0, atol=1e-14)
 
 
 def test_clip_keeps_direction_and_bounds_the_norm():
-    gradient = torch.randn(5, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gradient = normal(5, 3, 2)
     gradient[0] = 0
     gradient[1] *= 1e-3
     clipped = clip_norm(gradient, 0.5)
@@ -344,7 +261,7 @@ def test_clip_keeps_direction_and_bounds_the_norm():
 
 def test_simplex_projection_is_the_nearest_point():
     """Against the optimality condition: x - p is constant on the support and smaller off it."""
-    points = 3 * torch.randn(200, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    points = 3 * normal(200, 6)
     projected = simplex(points)
     assert (projected >= 0).all()
     torch.testing.assert_close(projected.sum(-1), torch.ones(200, dtype=torch.float64))
@@ -357,7 +274,7 @@ def test_simplex_projection_is_the_nearest_point():
 
 
 def test_proximity_makes_the_start_the_optimum_alone():
-    initial = torch.randn(2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    initial = normal(2, 4, 3)
     mask = torch.tensor([[True] * 4, [True, True, False, False]])
     problem = Problem(latent=initial[:, 0], initial=initial, mask=mask)
     shifted = initial + 1.0
@@ -383,11 +300,9 @@ def test_learned_descent_starts_where_it_says():
     descent = GradientDescent(iterations=1, learning_rate=0.1, momentum=0.9, learned=True)
     assert descent.learning_rate.item() == pytest.approx(0.1, rel=1e-6)
     assert descent.momentum.item() == pytest.approx(0.9, rel=1e-6)
-    problem = Quadratic()
-    start = problem.initial.float()
     found = minimise(
         lambda y: (y - 1).square().flatten(1).sum(1),
-        start,
+        torch.randn(3, 2, 2),
         descent=descent,
         differentiation=Unrolled(),
         iterations=2,

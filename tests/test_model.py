@@ -1,10 +1,10 @@
-"""Laws of encoders, decoders and the whole predictor."""
+"""Laws of image encoders, of DSPN against iDSPN, and of the complete predictor."""
 
 import pytest
 import torch
 
 from setpred.aggregators import FSPool, SetEncoder
-from setpred.decoders import IDSPN, GaussianStart, LearnedStart, RandomStart
+from setpred.decoders import IDSPN
 from setpred.encoders import ResNet, SmallCNN
 from setpred.inner import GradientDescent, Implicit, LatentMatching, Problem, Unrolled
 from setpred.model import SetPredictor
@@ -12,16 +12,17 @@ from setpred.model import SetPredictor
 LATENT, SIZE = 16, 4
 
 
-def decoder(differentiation=None, start=None, **numbers):
+def decoder(differentiation=None):
     torch.manual_seed(0)
     encoder = SetEncoder(FSPool(LATENT, set_size=SIZE), hidden_dim=16)
-    descent = GradientDescent(**{"iterations": 5, "momentum": 0.9, "clip": 10.0} | numbers)
-    return IDSPN(LatentMatching(encoder), descent, differentiation, set_size=SIZE, start=start)
+    descent = GradientDescent(iterations=5, momentum=0.9, clip=10.0)
+    return IDSPN(LatentMatching(encoder), descent, differentiation, set_size=SIZE)
 
 
-def predictor():
+@pytest.fixture
+def model():
     torch.manual_seed(1)
-    return SetPredictor(SmallCNN(image_size=16, latent_dim=LATENT, width=4), decoder())
+    return SetPredictor(SmallCNN(image_size=16, latent_dim=LATENT, width=4), decoder()).eval()
 
 
 def images(count=7, size=16):
@@ -59,20 +60,9 @@ def test_resnet_is_the_published_trunk_and_head(depth, size, width):
         lambda: ResNet(image_size=192, latent_dim=512),
     ],
 )
-def test_encoders_refuse_sizes_they_cannot_have(build):
+def test_encoders_of_impossible_sizes_raise(build):
     with pytest.raises(ValueError, match="expected"):
         build()
-
-
-def test_refine_yields_every_iterate_and_forward_the_last():
-    model, latent = decoder().eval(), torch.randn(3, LATENT)
-    iterates = list(model.refine(latent))
-    assert len(iterates) == 6
-    torch.testing.assert_close(iterates[0], model.start(latent))
-    torch.testing.assert_close(model(latent), iterates[-1])
-    torch.testing.assert_close(model(latent, iterations=3), iterates[3])
-    longer = list(model.refine(latent, iterations=8))
-    torch.testing.assert_close(torch.stack(longer[:6]), torch.stack(iterates))
 
 
 def test_the_descent_lowers_the_objective():
@@ -85,89 +75,32 @@ def test_the_descent_lowers_the_objective():
 
 
 def test_dspn_and_idspn_predict_the_same_and_differ_in_gradients_only():
-    latent = torch.randn(3, LATENT)
-    gradients = []
-    values = []
+    latent, values, gradients = torch.randn(3, LATENT), [], []
     for differentiation in (Unrolled(), Implicit()):
-        model = decoder(differentiation).eval()
         leaf = latent.clone().requires_grad_()
-        values.append(model(leaf))
-        values[-1].square().sum().backward()
-        gradients.append(leaf.grad)
+        values.append(decoder(differentiation).eval()(leaf))
+        gradients.append(torch.autograd.grad(values[-1].square().sum(), leaf)[0])
     torch.testing.assert_close(values[0], values[1])
     assert not torch.allclose(gradients[0], gradients[1])
     assert all(gradient.abs().max() > 0 for gradient in gradients)
 
 
-@pytest.mark.parametrize("kind", [RandomStart, GaussianStart])
-def test_a_random_start_depends_on_the_seed_alone_in_evaluation_and_is_fresh_in_training(kind):
-    latent, start = torch.randn(4, LATENT), kind(SIZE, 19, seed=3)
-    fresh = start(latent)
-    assert not torch.allclose(fresh[0], fresh[1])
-    assert not torch.allclose(fresh, start(latent))
-    start.eval()
-    torch.manual_seed(0)
-    fixed = start(latent)
-    torch.manual_seed(1)
-    assert torch.equal(start(torch.randn(4, LATENT)), fixed)
-    assert torch.equal(start(latent[:1]).expand(4, -1, -1), fixed)
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(start(latent), fixed)
-    start.seed = 4
-    assert not torch.allclose(start(latent), fixed)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_numbers_of_a_random_start_are_normal(training):
-    draws = RandomStart(100, 50, scale=0.1).train(training)(torch.zeros(2, LATENT))
-    assert draws.std().item() == pytest.approx(0.1, rel=0.05)
-    assert draws.mean().item() == pytest.approx(0, abs=0.005)
-
-
-def test_a_learned_start_learns():
-    model = decoder(differentiation=Unrolled(), start=LearnedStart(SIZE, 19))
-    model(torch.randn(3, LATENT)).square().sum().backward()
-    assert model.start.initial.grad.abs().max() > 0
-
-
-def test_evaluation_does_not_depend_on_batch_size_or_order():
-    model = predictor().eval()
-    with torch.no_grad():
-        everything = model(images())
-        torch.testing.assert_close(model(images()), everything)
-        one_by_one = torch.cat([model(images()[i : i + 1]) for i in range(7)])
-        order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
-        shuffled = model(images()[order])
-    torch.testing.assert_close(one_by_one, everything, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(shuffled, everything[order], rtol=1e-5, atol=1e-6)
-
-
-def test_uint8_and_unit_images_are_the_same():
-    model = predictor().eval()
-    with torch.no_grad():
-        torch.testing.assert_close(model(images()), model(images().float() / 255))
+@torch.no_grad()
+def test_a_prediction_depends_on_neither_batch_nor_order_nor_type_of_images(model):
+    expected, order = model(images()), [3, 0, 6, 2, 5, 1, 4]
+    torch.testing.assert_close(torch.cat([model(one) for one in images().split(1)]), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model(images()[order]), expected[order], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model(images().float() / 255), expected)
+    torch.testing.assert_close(list(model.refine(images()))[-1], expected)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 16, 16), (3, 16, 16), (2, 3, 32, 32)])
-def test_images_of_another_shape_are_refused(shape):
+def test_images_of_another_shape_raise(shape, model):
     with pytest.raises(ValueError, match="expected images"):
-        predictor()(torch.zeros(shape))
+        model(torch.zeros(shape))
 
 
-def test_every_parameter_learns():
-    model = predictor().train()
-    model(images()).square().sum().backward()
-    # the bias before a sort pooling moves all elements alike and is learned too
+def test_every_parameter_learns(model):
+    model.train()(images()).square().sum().backward()
+    # the bias before a sort pooling moves all elements alike, and is learned too
     assert all(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in model.parameters())
-
-
-def test_the_descent_stays_in_full_precision_under_autocast():
-    model = predictor().eval()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        latent = model.encode(images())
-        assert latent.dtype == torch.bfloat16
-        mixed = model.decoder(latent)
-    with torch.no_grad():
-        full = model.decoder(latent.float())
-    assert mixed.dtype == torch.float32
-    torch.testing.assert_close(mixed, full, rtol=0, atol=0)

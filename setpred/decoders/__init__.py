@@ -1,17 +1,15 @@
-"""Features, a vector or tokens, to a set."""
+"""Decoders from features, a vector or tokens, to a set."""
 
 from setpred.decoders.base import SetDecoder
-from setpred.decoders.baselines import BiLSTMDecoder, MLPDecoder
+from setpred.decoders.baselines import BiLSTMDecoder, MLPDecoder, TransformerDecoder
 from setpred.decoders.detr import DETR, SinePosition
 from setpred.decoders.idspn import IDSPN
-from setpred.decoders.positions import RandomPositions, SequencePositions
 from setpred.decoders.seq2set import Seq2Set
-from setpred.decoders.set_to_set import DeepSets, ElementBiLSTM, ElementTransformer
+from setpred.decoders.set_to_set import DeepSets, ElementBiLSTM, ElementTransformer, RandomPositions, SequencePositions
 from setpred.decoders.sinkhorn_mesh import MESH, SinkhornAttention
 from setpred.decoders.slot_attention import SlotAttention, SlotSoftmax
 from setpred.decoders.slot_mixture import SlotMixture
 from setpred.decoders.starts import GaussianStart, GreedyVotes, LearnedStart, RandomStart
-from setpred.decoders.transformer import TransformerDecoder
 
 __all__ = [
     "DETR",

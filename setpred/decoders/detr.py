@@ -1,4 +1,4 @@
-"""DETR: learned queries that ask the image, and each other."""
+"""DETR: learned queries that attend to the image and to each other; and its transformer layers and positions."""
 
 from __future__ import annotations
 
@@ -7,16 +7,120 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from setpred.decoders.attention import DecoderLayer, EncoderLayer
 from setpred.decoders.base import SetDecoder
 from setpred.errors import InputError
 from setpred.nn import MLP
 from setpred.schema import CLEVR
 
 
+class Attention(nn.Module):
+    """Multi-head attention: softmax(q kᵀ / √d) v for each head, then a linear layer (Vaswani et al., NeurIPS 2017).
+
+    Args:
+        dim: length of a row.
+        heads: number of heads, a divisor of `dim`.
+        dropout: probability of dropping a weight in training.
+
+    Raises:
+        InputError: a number of heads that does not divide `dim`.
+    """
+
+    def __init__(self, dim: int, *, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise InputError(f"expected a number of heads that divides {dim}, got {heads}; choose another")
+        self.heads, self.dropout = heads, dropout
+        self.query, self.value, self.out = (nn.Linear(dim, dim) for _ in range(3))
+        self.key = nn.Linear(dim, dim, bias=False)  # the same for all keys, a bias would change no weight
+        for layer in (self.query, self.key, self.value, self.out):
+            nn.init.xavier_uniform_(layer.weight)
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`[batch, n, dim]` from n queries, m keys and values, and a mask of these `[batch, m]`, True where present."""
+        rows = (
+            layer(part).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for layer, part in ((self.query, queries), (self.key, keys), (self.value, values))
+        )
+        attended = functional.scaled_dot_product_attention(
+            *rows,
+            attn_mask=None if mask is None else mask[:, None, None],
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        return self.out(attended.transpose(1, 2).flatten(2))
+
+
+class EncoderLayer(nn.Module):
+    """X ← LN(X + A(X + P, X + P, X)),    X ← LN(X + MLP(X)),    P: positions, or none.
+
+    The layer of DETR's encoder (Carion et al., ECCV 2020); without P it is the original one.
+    """
+
+    def __init__(self, dim: int, *, heads: int, hidden_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.attention = Attention(dim, heads=heads, dropout=dropout)
+        self.network = MLP(dim, hidden_dim, dim)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, rows: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """`[batch, rows, dim]` to the same; positions `[rows, dim]`, mask `[batch, rows]`, True where present."""
+        placed = _placed(rows, positions)
+        rows = self.norms[0](rows + self.dropout(self.attention(placed, placed, rows, mask)))
+        return self.norms[1](rows + self.dropout(self.network(rows)))
+
+
+class DecoderLayer(nn.Module):
+    """Y ← LN(Y + A(Y + Q, Y + Q, Y)),    Y ← LN(Y + A(Y + Q, X + P, X)),    Y ← LN(Y + MLP(Y)).
+
+    Q are the queries, X the tokens and P their positions (DETR; Carion et al., ECCV 2020); without Q and P it is the
+    original layer.
+    """
+
+    def __init__(self, dim: int, *, heads: int, hidden_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.own, self.across = (Attention(dim, heads=heads, dropout=dropout) for _ in range(2))
+        self.network = MLP(dim, hidden_dim, dim)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        rows: Tensor,
+        queries: Tensor | None,
+        tokens: Tensor,
+        positions: Tensor | None,
+        mask: Tensor | None = None,
+        row_mask: Tensor | None = None,
+    ) -> Tensor:
+        """`[batch, rows, dim]` to the same.
+
+        Args:
+            rows, tokens: Y and X.
+            queries, positions: Q and P, `[..., rows, dim]` and `[..., tokens, dim]`; zeros if None.
+            mask, row_mask: present tokens and present rows, bool `[batch, tokens]` and `[batch, rows]`.
+        """
+        placed = _placed(rows, queries)
+        rows = self.norms[0](rows + self.dropout(self.own(placed, placed, rows, row_mask)))
+        attended = self.across(_placed(rows, queries), _placed(tokens, positions), tokens, mask)
+        rows = self.norms[1](rows + self.dropout(attended))
+        return self.norms[2](rows + self.dropout(self.network(rows)))
+
+
+def _placed(rows: Tensor, positions: Tensor | None) -> Tensor:
+    return rows if positions is None else rows + positions
+
+
+def waves(places: Tensor, dim: int, temperature: float) -> Tensor:
+    """Compute [sin ω_j p, cos ω_j p], ω_j = T^(-2j / dim), of places p `[...]` -> `[..., 2, dim / 2]`."""
+    frequency = temperature ** -(torch.arange(0, dim, 2, device=places.device, dtype=places.dtype) / dim)
+    angle = places.unsqueeze(-1) * frequency
+    return torch.stack([angle.sin(), angle.cos()], dim=-2)
+
+
 class SinePosition(nn.Module):
-    """Where the tokens of a square map lie, as sines and cosines of falling frequency (Carion et al., ECCV 2020).
+    """Positions of the tokens of a square map, as sines and cosines (DETR; Carion et al., ECCV 2020).
 
         e_p = [sin ω_j r, cos ω_j r, sin ω_j c, cos ω_j c]_j,    ω_j = 2π / side / T^(4j / dim),    j < dim / 4
 
@@ -36,10 +140,8 @@ class SinePosition(nn.Module):
         side = math.isqrt(count)
         if side * side != count or dim % 4:
             raise ValueError(f"expected the tokens of a square map, of a multiple of 4 numbers, got {count} of {dim}")
-        frequency = self.temperature ** -(torch.arange(0, dim, 4, device=tokens.device, dtype=tokens.dtype) / dim)
         place = 2 * math.pi / side * torch.arange(1, side + 1, device=tokens.device, dtype=tokens.dtype)
-        angle = torch.cartesian_prod(place, place).unsqueeze(-1) * frequency
-        return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(1)
+        return waves(torch.cartesian_prod(place, place), dim // 2, self.temperature).flatten(1)
 
 
 class DETR(SetDecoder):
@@ -47,22 +149,23 @@ class DETR(SetDecoder):
 
         H_0 = 0,    H_l = layer_l(H_{l-1}; Q, X),    Y = head(LN(H_L)),    X = layers of self-attention over the tokens
 
-    Every decoder layer lets the elements see each other, with their queries Q as positions, and then the tokens (see
-    `setpred.decoders.attention`). `refine` yields the prediction after each layer; the published training scores them
-    all, here the last one counts.
-
-    Permuting the queries permutes the elements; permuting tokens together with their positions changes nothing. The
-    queries alone tell the elements apart: equal queries give equal elements.
+    In every decoder layer the elements attend to each other, with their queries Q as positions, and then to the tokens.
+    `refine` yields the prediction after each layer; the published training scores them all, here only the last counts.
+    Only the queries distinguish the elements: permuting them permutes the elements. Permuting tokens together with
+    their positions changes nothing.
 
     Args:
         position: positions `[tokens, dim]` from tokens `[batch, tokens, dim]`; `SinePosition` unless given.
         token_dim: length of a token.
         dim: width of the transformer.
-        heads: of every attention.
-        encoder_layers, decoder_layers: how many.
-        hidden_dim: of the layers' networks.
-        dropout: in training; published 0.1.
-        set_size, set_dim: of the predicted sets; there are as many queries.
+        heads: number of heads of every attention.
+        encoder_layers, decoder_layers: numbers of layers.
+        hidden_dim: width of the layers' networks.
+        dropout: probability of dropout in training; published 0.1.
+        set_size, set_dim: elements of the predicted sets, one per query, and numbers of each.
+
+    Raises:
+        InputError: no decoder layer.
     """
 
     def __init__(
@@ -91,12 +194,12 @@ class DETR(SetDecoder):
         self.norm = nn.LayerNorm(dim)
         self.head = MLP(dim, dim, set_dim)
 
-    def predictions(self, features: Tensor, *, iterations: int | None, mask: Tensor | None) -> Iterator[Tensor]:
+    def predictions(self, features: Tensor, mask: Tensor | None, iterations: int) -> Iterator[Tensor]:
         tokens = self.narrow(features)
         yield from self.decode(tokens, self.position(tokens), mask)
 
     def decode(self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
-        """Predictions, layer by layer, from tokens `[batch, tokens, dim]` and their positions `[tokens, dim]`."""
+        """Yield a prediction per layer, from tokens `[batch, tokens, dim]` and their positions `[tokens, dim]`."""
         for layer in self.encoder:
             tokens = layer(tokens, positions, mask)
         rows = torch.zeros_like(self.queries).expand(tokens.shape[0], -1, -1)

@@ -1,4 +1,4 @@
-"""Sequence to set: one element after the other, each knowing those before it."""
+"""Sequence to set: a recurrent decoder that predicts one element after the other."""
 
 from __future__ import annotations
 
@@ -34,20 +34,19 @@ class AdditiveAttention(nn.Module):
 
 
 class Seq2Set(SetDecoder):
-    """A recurrent decoder that attends to the tokens and is fed what it said before.
+    """A recurrent decoder that attends to the tokens and reads its previous output.
 
         h_i = GRU([E y_{i-1}, c_i], h_{i-1}),    c_i = attention(X; h_{i-1}),    y_i = head([h_i, c_i, E y_{i-1}])
 
-    The decoder of OTSeq2Set (Cao, Zhang, EMNLP 2022) with elements in place of labels: as published it is trained on
-    its own outputs ("student forcing"), so nothing of the target goes in, and by a matching that leaves the order to
-    the model; `setpred.losses.MatchingWithTransport` is its loss. Left out are the convolutions over the words of a
-    text. There is an order, so no equivariance of the elements; the order of the tokens does not matter.
+    The decoder of OTSeq2Set (Cao, Zhang, EMNLP 2022) with elements in place of labels, without its convolutions over
+    words. As published it trains on its own outputs ("student forcing"); its loss is
+    `setpred.losses.MatchingWithTransport`. The elements have an order; the order of the tokens changes nothing.
 
     Args:
         token_dim: length of a token.
-        hidden_dim: of the state, the attention and the head.
-        embedding_dim: of an element that is fed back.
-        set_size, set_dim: of the predicted sets; there are as many steps.
+        hidden_dim: width of the state, the attention and the head.
+        embedding_dim: length of the embedding of the previous element.
+        set_size, set_dim: elements of the predicted sets, one per step, and numbers of each.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class Seq2Set(SetDecoder):
         self.recurrent = nn.GRUCell(embedding_dim + token_dim, hidden_dim)
         self.head = MLP(hidden_dim + token_dim + embedding_dim, hidden_dim, set_dim)
 
-    def predictions(self, features: Tensor, *, iterations: int | None, mask: Tensor | None) -> Iterator[Tensor]:
+    def predictions(self, features: Tensor, mask: Tensor | None, iterations: int) -> Iterator[Tensor]:
         tokens = self.norm(features)
         projected = self.attention.of_token(tokens)
         present = torch.ones_like(tokens[..., :1]) if mask is None else mask.unsqueeze(-1).to(tokens.dtype)
@@ -76,9 +75,9 @@ class Seq2Set(SetDecoder):
         element = self.first_element.expand(tokens.shape[0], -1)
         elements = []
         for _ in range(self.set_size):
-            seen = self.attention(tokens, projected, state, mask)
-            said = self.embed(element)
-            state = self.recurrent(torch.cat([said, seen], dim=-1), state)
-            element = self.head(torch.cat([state, seen, said], dim=-1))
+            attended = self.attention(tokens, projected, state, mask)
+            previous = self.embed(element)
+            state = self.recurrent(torch.cat([previous, attended], dim=-1), state)
+            element = self.head(torch.cat([state, attended, previous], dim=-1))
             elements.append(element)
         yield torch.stack(elements, dim=1)

@@ -1,4 +1,4 @@
-"""Decoders that map each element of an input set: DeepSets, BiLSTM, Transformer."""
+"""Decoders that map each element of an input set to one element: DeepSets, BiLSTM, Transformer."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from setpred.decoders.attention import DecoderLayer, EncoderLayer
 from setpred.decoders.base import SetDecoder
+from setpred.decoders.detr import DecoderLayer, EncoderLayer, waves
+from setpred.decoders.starts import gaussian
 from setpred.errors import InputError
+from setpred.sets import present_order
 
 
 class DeepSetsLayer(nn.Module):
-    """f(X)_i = A x_i + B mean_j x_j + c: of the linear maps that are set-equivariant, all that there are.
-
-    (Zaheer et al., NeurIPS 2017.)
-    """
+    """f(X)_i = A x_i + B mean_j x_j + c: the general set-equivariant affine map (Zaheer et al., NeurIPS 2017)."""
 
     def __init__(self, in_dim: int, out_dim: int) -> None:
         super().__init__()
         self.each, self.all = nn.Linear(in_dim, out_dim), nn.Linear(in_dim, out_dim, bias=False)
 
     def forward(self, elements: Tensor, mask: Tensor | None) -> Tensor:
-        """`[batch, n, in_dim]` -> `[batch, n, out_dim]`; what is absent has no say in the mean."""
+        """`[batch, n, in_dim]` -> `[batch, n, out_dim]`; the mean is over the present elements."""
         if mask is None:
             mean = elements.mean(1, keepdim=True)
         else:
@@ -37,14 +36,16 @@ class DeepSetsLayer(nn.Module):
 class DeepSets(SetDecoder):
     """Y = f_L(… ReLU(f_1(X))), one element for each token: the DeepSets baseline of numbering in the iDSPN paper.
 
-    Permuting the tokens permutes the elements, and equal tokens give equal elements: it is set-equivariant, so it
-    cannot tell equals apart, whatever it learns.
+    It is set-equivariant: equal tokens give equal elements, whatever it learns.
 
     Args:
         token_dim: length of a token.
-        hidden_dim: of the layers between.
+        hidden_dim: width of the layers between.
         layers: L.
-        set_dim: of an element.
+        set_dim: numbers of an element.
+
+    Raises:
+        InputError: no layer.
     """
 
     def __init__(self, *, token_dim: int, set_dim: int, hidden_dim: int = 64, layers: int = 2) -> None:
@@ -54,7 +55,7 @@ class DeepSets(SetDecoder):
         widths = [token_dim, *[hidden_dim] * (layers - 1), set_dim]
         self.layers = nn.ModuleList(DeepSetsLayer(narrow, wide) for narrow, wide in itertools.pairwise(widths))
 
-    def predictions(self, features: Tensor, *, iterations: int | None, mask: Tensor | None) -> Iterator[Tensor]:
+    def predictions(self, features: Tensor, mask: Tensor | None, iterations: int) -> Iterator[Tensor]:
         rows = self.layers[0](features, mask)
         for layer in self.layers[1:]:
             rows = layer(rows.relu(), mask)
@@ -62,16 +63,16 @@ class DeepSets(SetDecoder):
 
 
 class ElementBiLSTM(SetDecoder):
-    """Y = W LSTM(V X + b) + c, one element for each token, in the order they come.
+    """Y = W LSTM(V X + b) + c, one element for each token, in their order.
 
-    The BiLSTM of numbering in the iDSPN paper: bidirectional, two layers, a linear layer before and one behind. There
-    is an order, so it can tell equal tokens apart, and it has to learn what the order does not matter for.
+    The BiLSTM of numbering in the iDSPN paper, between linear layers. It depends on the order, so it can separate equal
+    tokens.
 
     Args:
         token_dim: length of a token.
-        hidden_dim: of the input of every step, and of the state of each direction.
-        layers: how many LSTMs on top of each other.
-        set_dim: of an element.
+        hidden_dim: width of the input of every step, and of the state of each direction.
+        layers: number of stacked LSTMs.
+        set_dim: numbers of an element.
     """
 
     def __init__(self, *, token_dim: int, set_dim: int, hidden_dim: int = 64, layers: int = 2) -> None:
@@ -80,38 +81,82 @@ class ElementBiLSTM(SetDecoder):
         self.recurrent = nn.LSTM(hidden_dim, hidden_dim, layers, batch_first=True, bidirectional=True)
         self.head = nn.Linear(2 * hidden_dim, set_dim)
 
-    def predictions(self, features: Tensor, *, iterations: int | None, mask: Tensor | None) -> Iterator[Tensor]:
+    def predictions(self, features: Tensor, mask: Tensor | None, iterations: int) -> Iterator[Tensor]:
         rows = self.first(features)
-        yield self.head(self.recurrent(rows)[0] if mask is None else self._read(rows, mask))
-
-    def _read(self, rows: Tensor, mask: Tensor) -> Tensor:
-        """The states `[batch, tokens, 2 hidden_dim]` of the present rows, read as if there were no others."""
-        order = mask.int().argsort(dim=1, descending=True, stable=True)  # the present in front, as they come
-        front = rows.gather(1, order.unsqueeze(-1).expand_as(rows))
+        if mask is None:
+            yield self.head(self.recurrent(rows)[0])
+            return
+        # the present rows alone, in their order
+        order = present_order(mask).unsqueeze(-1)
+        front = rows.gather(1, order.expand_as(rows))
         packed = pack_padded_sequence(front, mask.sum(1).cpu(), batch_first=True, enforce_sorted=False)
         states, _ = pad_packed_sequence(self.recurrent(packed)[0], batch_first=True, total_length=rows.shape[1])
-        return torch.zeros_like(states).scatter(1, order.unsqueeze(-1).expand_as(states), states)
+        yield self.head(torch.zeros_like(states).scatter(1, order.expand_as(states), states))
+
+
+class SequencePositions(nn.Module):
+    """Sum of each row and its position, as sines and cosines (Vaswani et al., NeurIPS 2017).
+
+        e_p = [sin ω_j p, cos ω_j p]_j,    ω_j = T^(-2j / dim),    j < dim / 2
+
+    Args:
+        temperature: T.
+    """
+
+    widening = 1  # ratio of output to input width
+
+    def __init__(self, *, temperature: float = 10_000.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """`[batch, rows, dim]` to the same, dim even."""
+        count, dim = rows.shape[1:]
+        if dim % 2:
+            raise ValueError(f"expected rows of an even length, got {dim}")
+        places = torch.arange(count, device=rows.device, dtype=rows.dtype)
+        return rows + waves(places, dim, self.temperature).mT.flatten(1)
+
+
+class RandomPositions(nn.Module):
+    """Concatenation of each row and noise: [x_i, α + exp(β) N(0, 1)], twice as wide, with α and β learned.
+
+    The "random PE" of the iDSPN paper (Zhang et al., ICLR 2022): no order, yet equal rows differ. Draws are those of
+    `RandomStart`: fresh in training, in evaluation one for all examples, a function of `seed`.
+    """
+
+    widening = 2
+
+    def __init__(self, *, seed: int = 0) -> None:
+        super().__init__()
+        self.seed = seed
+        self.shift, self.log_scale = (nn.Parameter(torch.zeros(())) for _ in range(2))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """`[batch, rows, dim]` -> `[batch, rows, 2 dim]`."""
+        noise = gaussian(rows.shape[1:], rows, seed=None if self.training else self.seed).to(rows.dtype)
+        return torch.cat([rows, self.shift + self.log_scale.exp() * noise], dim=-1)
 
 
 class ElementTransformer(SetDecoder):
     """Y = W LN(decoder(P(W_y X), LN(encoder(W_x X)))), one element for each token (Vaswani et al., NeurIPS 2017).
 
-    The transformers of numbering in the iDSPN paper, which differ in the positions P: those of `SequencePositions` are
-    its "PE", those of `RandomPositions` its "random PE", and None its "no PE".
-
-    Permuting the tokens permutes the elements and, without positions, equal tokens give equal elements. With
-    `RandomPositions` that holds of their distribution only; with `SequencePositions` there is an order.
+    The transformers of numbering in the iDSPN paper, which differ in the positions P: `SequencePositions` are its "PE",
+    `RandomPositions` its "random PE", and None its "no PE", which is set-equivariant.
 
     Args:
-        position: rows `[batch, tokens, width]` to rows `[batch, tokens, dim]`, its `widening` being dim / width; None
-            leaves the rows as they are.
+        position: rows `[batch, tokens, width]` to rows `[batch, tokens, dim]`, with `widening` = dim / width; None
+            leaves the rows unchanged.
         token_dim: length of a token.
         dim: width of the transformer.
-        heads: of every attention.
-        encoder_layers, decoder_layers: how many.
-        hidden_dim: of the layers' networks.
-        dropout: in training.
-        set_dim: of an element.
+        heads: number of heads of every attention.
+        encoder_layers, decoder_layers: numbers of layers.
+        hidden_dim: width of the layers' networks.
+        dropout: probability of dropout in training.
+        set_dim: numbers of an element.
+
+    Raises:
+        InputError: a number out of range.
     """
 
     def __init__(
@@ -142,7 +187,7 @@ class ElementTransformer(SetDecoder):
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
         self.head = nn.Linear(dim, set_dim)
 
-    def predictions(self, features: Tensor, *, iterations: int | None, mask: Tensor | None) -> Iterator[Tensor]:
+    def predictions(self, features: Tensor, mask: Tensor | None, iterations: int) -> Iterator[Tensor]:
         tokens, rows = self.source(features), self.first(features)
         if self.position is not None:
             rows = self.position(rows)

@@ -1,4 +1,4 @@
-"""Slot attention by optimal transport: Sinkhorn attention and MESH."""
+"""Attention by optimal transport for Slot Attention: Sinkhorn attention and MESH."""
 
 from __future__ import annotations
 
@@ -13,40 +13,36 @@ from setpred.inner.differentiation import Differentiation, Unrolled
 from setpred.matching import Transport, sinkhorn
 from setpred.nn import MLP
 
-FLAT = 1e-12  # published: the norm of ∇ mean_ij H_ij under which steps get shorter than asked for
+FLAT = 1e-12  # published: below this norm of ∇ mean_ij H_ij steps are shorter than `step_size`
 
 
 def entropy(plan: Tensor) -> Tensor:
-    """H(P) = -Σ_ij p_ij log p_ij with p = min(P, 1), of each plan `[batch, n, m]`.
+    """Compute H(P) = -Σ_ij p_ij log p_ij with p = min(P, 1), of each plan `[batch, n, m]`.
 
-    Above 1 terms are negative and fall without end as mass gathers on single pairs. There, as in the released code,
-    neither value nor gradient sees the plan.
+    Terms of P > 1 would be negative and unbounded. The clamp gives them no value and no gradient, as in the released
+    code.
     """
     return torch.special.entr(plan.clamp(min=1e-20, max=1.0)).sum((1, 2))
 
 
 class MESH(nn.Module):
-    """Minimises the entropy of the Sinkhorn plan by descent on the costs (Zhang et al., ICML 2023).
+    """Minimisation of the entropy of the Sinkhorn plan, by descent on the costs (Zhang et al., ICML 2023).
 
         C ← C - η ∇H(P(C)) / |∇H(P(C))|,    P(C) = Sinkhorn's plan,    C₀ = C + noise · N(0, 1)
 
-    It interpolates between the soft plan and a one-to-one assignment without the latter's flat gradients. The noise
-    breaks ties: equal slots have equal costs, where the entropy has a maximum, and the descent drives them apart. So
-    the attention becomes exclusively multiset-equivariant, where a softmax keeps equal slots equal.
-
-    One descent of `setpred.inner` with its gradient clipped to a tiny norm is the descent with a normalised gradient.
-    Each plan starts from the potentials of the one before, as in the released code; so does the plan of the result, and
-    gradients pass through all of them.
+    It interpolates between the soft plan and a one-to-one assignment, without the latter's flat gradients. The noise
+    breaks ties: equal slots have equal costs, a maximum of the entropy, and the descent separates them. So the
+    attention is exclusively multiset-equivariant. Clipping to a tiny norm normalises the gradient. Each plan starts
+    from the potentials of the previous one, as in the released code.
 
     Args:
-        iterations: of the descent.
-        step_size: η, the length of a step in the unit of the costs; of the whole matrix, not of an entry.
-        noise: standard deviation of what is added to the costs, the same in all refinements of the slots: in training
+        differentiation: how gradients pass; `Unrolled()` is exact. None takes ∂C_T/∂C₀ = I with constant steps, as the
+            released code does. (Not `Implicit`, which gives the start of a descent, here the only input, no gradient.)
+        iterations: number of steps of the descent.
+        step_size: η, the length of a step in the unit of the costs, of the complete matrix.
+        noise: standard deviation of the noise on the costs, the same in all refinements of the slots: in training
             drawn afresh for each example, in evaluation one draw for all, a function of `seed` alone.
-        differentiation: how gradients pass; `Unrolled()` is exact. None takes ∂C_T/∂C₀ = I, the steps being constants,
-            as the released code does: it builds no graph of the entropy's gradient, only of the potentials. (Not
-            `Implicit`: it gives the start of a descent no gradient, and here the start is all there is.)
-        seed: of the noise.
+        seed: seed of the noise in evaluation.
     """
 
     def __init__(
@@ -64,24 +60,23 @@ class MESH(nn.Module):
         self.noise, self.seed = noise, seed
 
     def draw(self, keys: Tensor, slots: int) -> Tensor | None:
-        """noise · N(0, 1) `[batch, heads, tokens, slots]` for keys `[batch, heads, tokens, dim]`; None for no noise."""
+        """Draw noise · N(0, 1) `[batch, heads, tokens, slots]` for keys `[batch, heads, tokens, dim]`; None if 0."""
         if not self.noise:
             return None
-        batch, heads, tokens = keys.shape[:3]
-        seed = None if self.training else self.seed
+        _, heads, tokens = keys.shape[:3]
         # tokens first: padding changes no other token's numbers
-        drawn = gaussian((tokens, heads, slots), batch, seed=seed, device=keys.device)
+        drawn = gaussian((tokens, heads, slots), keys, seed=None if self.training else self.seed)
         return self.noise * drawn.transpose(1, 2).to(keys.dtype)
 
     def forward(
         self, cost: Tensor, transport: Callable[[Tensor, Transport | None], Transport], noise: Tensor | None
     ) -> tuple[Tensor, Transport | None]:
-        """Changed costs, and potentials for the plan of these to start from.
+        """Return changed costs, and the potentials that their plan starts from.
 
         Args:
             cost: C `[batch * heads, tokens, slots]`.
-            transport: (costs, where to start) -> plan.
-            noise: what is added to the costs, from `draw`; None adds nothing.
+            transport: (costs, initial potentials) -> plan.
+            noise: added to the costs, from `draw`; None adds nothing.
         """
         if noise is not None:
             cost = cost + noise.flatten(0, 1)
@@ -99,7 +94,7 @@ class MESH(nn.Module):
             return minimise(energy, cost, descent=self.descent, differentiation=differentiation), latest
         state = State(cost)
         for _ in range(self.descent.iterations):
-            iterate = state.iterate.view_as(cost)  # a node of its own, after the potentials it starts from
+            iterate = state.iterate.view_as(cost)  # a new node, after the potentials it starts from
             iterate = iterate if iterate.requires_grad else iterate.requires_grad_()
             gradient = inner_gradient(energy, iterate, create_graph=False, retain_graph=True)
             state = self.descent.step(state._replace(iterate=iterate), gradient)
@@ -107,23 +102,21 @@ class MESH(nn.Module):
 
 
 class SinkhornAttention(nn.Module):
-    """Slots and tokens exchange what each has to give: the entropic transport plan of least cost.
+    """Attention weights from the entropic transport plan of least cost between tokens and slots.
 
         argmin_P Σ_si P_si |k_s - q_i| / τ + KL(P | a bᵀ)   with   Σ_i P_si = a_s,  Σ_s P_si = b_i
 
-    Both marginals are learned, a = n softmax_s(α(k_s)) and b = n softmax_i(β(q_i)), so that n slots have one unit each
-    on average; the weights are P transposed. In place of `SlotSoftmax` in Slot Attention this is SA-SH, and with `mesh`
-    SA-MESH (Zhang et al., ICML 2023). The released code takes the marginals from slots and tokens before the
-    projections to q and k; here they come after, so that every head has its own. Its MESH transports at τ = 1 whatever
-    the τ of the weights; here τ is one, and published is 1.
-
-    Sums over tokens are b exactly, sums over slots a as far as the iterations go.
+    Both marginals are learned, a = n softmax_s(α(k_s)) and b = n softmax_i(β(q_i)) for n slots; the weights are P
+    transposed. Sums over tokens equal b exactly, sums over slots equal a at convergence. In Slot Attention, in place of
+    `SlotSoftmax`, this is SA-SH, and with `mesh` SA-MESH (Zhang et al., ICML 2023). The released code takes the
+    marginals from slots and tokens before the projections to q and k; here every head has its own. Its MESH transports
+    at τ = 1 whatever the τ of the weights; here there is one τ.
 
     Args:
-        mesh: changes the costs before they are paid; None leaves them.
-        dim: numbers of a query, that is slot_dim / heads.
-        hidden_dim: of the networks α and β.
-        iterations: of Sinkhorn's algorithm.
+        mesh: changes the costs before the transport; None leaves them.
+        dim: length of a query, slot_dim / heads.
+        hidden_dim: width of the networks α and β.
+        iterations: number of iterations of Sinkhorn's algorithm.
         temperature: τ.
     """
 
@@ -139,17 +132,17 @@ class SinkhornAttention(nn.Module):
         super().__init__()
         self.mesh = mesh
         self.iterations, self.temperature = iterations, temperature
-        # without a last bias, which a softmax would not see
+        # no last bias, which a softmax would ignore
         self.token_mass, self.slot_mass = (
             nn.Sequential(*MLP(dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, 1, bias=False)) for _ in range(2)
         )
 
     def draw(self, keys: Tensor, slots: int) -> Tensor | None:
-        """The random numbers of one prediction: those of `mesh`."""
+        """Draw the random numbers of one prediction: those of `mesh`."""
         return None if self.mesh is None else self.mesh.draw(keys, slots)
 
     def forward(self, queries: Tensor, keys: Tensor, mask: Tensor | None, noise: Tensor | None) -> Tensor:
-        """Weights `[batch, heads, slots, tokens]`; arguments as of `SlotSoftmax`."""
+        """Weights `[batch, heads, slots, tokens]`; arguments as for `SlotSoftmax`."""
         batch, heads, slots, _ = queries.shape
         queries, keys = queries.flatten(0, 1), keys.flatten(0, 1)
         scores = self.token_mass(keys).squeeze(-1)
@@ -161,7 +154,7 @@ class SinkhornAttention(nn.Module):
         def transport(cost: Tensor, start: Transport | None) -> Transport:
             return sinkhorn(cost, a, b, epsilon=self.temperature, iterations=self.iterations, start=start)
 
-        # not through |k|² + |q|² - 2kq, whose rounding near zero the root would magnify
+        # not by |k|² + |q|² - 2kq, whose rounding near zero the root would magnify
         cost, start = torch.cdist(keys, queries, compute_mode="donot_use_mm_for_euclid_dist"), None
         if self.mesh is not None:
             cost, start = self.mesh(cost, transport, noise)

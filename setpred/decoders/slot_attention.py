@@ -1,4 +1,4 @@
-"""Slot Attention, and its implicit version."""
+"""Slot Attention, and implicit Slot Attention."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from setpred.decoders.base import SetDecoder, refined
+from setpred.decoders.base import SetDecoder
 from setpred.decoders.starts import GaussianStart
 from setpred.errors import InputError
+from setpred.inner import Unrolled
 from setpred.nn import MLP
 from setpred.schema import CLEVR
 
 
 class SlotSoftmax(nn.Module):
-    """Slots compete for each token: softmax over slots, then a weighted mean over tokens.
+    """Attention in which slots compete for each token: softmax over slots, then a weighted mean over tokens.
 
         A_is = exp(q_i · k_s / √d) / Σ_j exp(q_j · k_s / √d),    W_is = A_is / Σ_t A_it
 
@@ -22,7 +23,7 @@ class SlotSoftmax(nn.Module):
     """
 
     def draw(self, keys: Tensor, slots: int) -> Tensor | None:
-        """The random numbers of one prediction, the same in all its refinements: none here."""
+        """Draw the random numbers of one prediction, shared by all its refinements: None."""
         return None
 
     def forward(self, queries: Tensor, keys: Tensor, mask: Tensor | None, noise: Tensor | None) -> Tensor:
@@ -31,38 +32,40 @@ class SlotSoftmax(nn.Module):
         Args:
             queries: `[batch, heads, slots, dim]`.
             keys: `[batch, heads, tokens, dim]`.
-            mask: which tokens there are, `[batch, tokens]`.
-            noise: from `draw`; not read here.
+            mask: present tokens, `[batch, tokens]`.
+            noise: from `draw`; unused here.
         """
         scores = queries @ keys.mT / queries.shape[-1] ** 0.5
-        shares = scores.softmax(dim=-2) + 1e-8  # a slot that wins nothing keeps a mean
+        shares = scores.softmax(dim=-2) + 1e-8  # keeps a mean for a slot without tokens
         if mask is not None:
             shares = shares * mask[:, None, None]
         return shares / shares.sum(dim=-1, keepdim=True)
 
 
 class SlotAttention(SetDecoder):
-    """Slots that compete for the tokens, each refined by what it wins, then read out as an element each.
+    """Slots that compete for the tokens; each is refined by the tokens it receives, and read out as an element.
 
         S ← GRU(S, W V),    S ← S + MLP(LN(S)),    Y = head(S)
 
     W are the attention's weights between queries q(LN(S)) and keys k(LN(X)) of the tokens X, V = v(LN(X)) (Locatello
-    et al., NeurIPS 2020). With several heads W is one matrix for each, on as many parts of the numbers, and a linear
-    layer mixes the results (as in SAVi; Kipf et al., ICLR 2022). Implicit Slot Attention (Chang et al., NeurIPS 2022)
-    is `gradient_steps: 1`: see `setpred.decoders.base.refined`.
-
-    Permuting the start permutes the elements; permuting the tokens changes nothing. So slots that start equal stay
-    equal, unless the attention has noise (`MESH`).
+    et al., NeurIPS 2020). With several heads each has its own W, and a linear layer mixes the results (as in SAVi; Kipf
+    et al., ICLR 2022). `gradient_steps=1` is implicit Slot Attention (Chang, Griffiths, Levine, NeurIPS 2022): see
+    `setpred.inner.Unrolled`. Permuting the start permutes the elements; permuting the tokens changes nothing. So slots
+    that start equal stay equal, unless the attention has noise (`MESH`).
 
     Args:
         attention: weights from queries and keys; `SlotSoftmax` unless given.
         token_dim, slot_dim: lengths of a token and of a slot.
-        hidden_dim: of the slots' MLP; the head's is `slot_dim`.
-        heads: of the attention; a divisor of `slot_dim`.
+        hidden_dim: width of the slots' MLP; the head's is `slot_dim`.
+        heads: number of heads of the attention, a divisor of `slot_dim`.
         iterations: default number T of refinements.
-        gradient_steps: through how many of the last ones gradients pass; all, and to the start, unless given.
+        gradient_steps: number of last refinements that pass gradients, without any to the start; None passes gradients
+            through all, and to the start.
         start: the first slots from the tokens; `GaussianStart` unless given.
-        set_size, set_dim: of the predicted sets; there are as many slots.
+        set_size, set_dim: elements of the predicted sets, one per slot, and numbers of each.
+
+    Raises:
+        InputError: a number out of range.
     """
 
     iterative = True
@@ -98,27 +101,24 @@ class SlotAttention(SetDecoder):
         self.residual = nn.Sequential(nn.LayerNorm(slot_dim), MLP(slot_dim, hidden_dim, slot_dim))
         self.head = MLP(slot_dim, slot_dim, set_dim)
 
-    def predictions(self, features: Tensor, *, iterations: int | None, mask: Tensor | None) -> Iterator[Tensor]:
+    def predictions(self, features: Tensor, mask: Tensor | None, iterations: int) -> Iterator[Tensor]:
         tokens = self.norm_tokens(features)
         keys, values = self._by_head(self.key(tokens)), self._by_head(self.value(tokens))
-
         start = self.start(features).to(features.dtype)
         # drawn once for all refinements, as published, so that they break ties alike
         noise = self.attention.draw(keys, start.shape[1])
 
         def step(slots: Tensor) -> Tensor:
             queries = self._by_head(self.query(self.norm_slots(slots)))
-            won = self.attention(queries, keys, mask, noise) @ values
-            return self.update(slots, self.mix(won.transpose(1, 2).flatten(2)))
+            received = self.attention(queries, keys, mask, noise) @ values
+            received = self.mix(received.transpose(1, 2).flatten(2))
+            slots = self.recurrent(received.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
+            return slots + self.residual(slots)
 
-        steps = self.iterations if iterations is None else iterations
-        for slots in refined(step, start, iterations=steps, gradient_steps=self.gradient_steps):
+        if self.gradient_steps is not None and self.gradient_steps <= iterations:
+            start = start.detach()  # a fixed point does not depend on its start
+        for slots in Unrolled(self.gradient_steps).states(step, start, iterations):
             yield self.head(slots)
-
-    def update(self, slots: Tensor, won: Tensor) -> Tensor:
-        """New slots from old ones and what they won, both `[batch, slots, slot_dim]`."""
-        slots = self.recurrent(won.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
-        return slots + self.residual(slots)
 
     def _by_head(self, rows: Tensor) -> Tensor:
         """`[batch, rows, dim]` -> `[batch, heads, rows, dim / heads]`."""

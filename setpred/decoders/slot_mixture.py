@@ -1,4 +1,4 @@
-"""The Slot Mixture Module: slots that are Gaussians, fitted to the tokens."""
+"""Slot Mixture Module: slots that are Gaussians, fitted to the tokens."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from setpred.decoders.base import SetDecoder, refined
+from setpred.decoders.base import SetDecoder
 from setpred.decoders.starts import GaussianStart
 from setpred.errors import InputError
+from setpred.inner import Unrolled
 from setpred.nn import MLP
 from setpred.schema import CLEVR
 
@@ -17,7 +18,7 @@ from setpred.schema import CLEVR
 def log_responsibilities(
     points: Tensor, mean: Tensor, log_deviation: Tensor, log_prior: Tensor, *, scale: float = 1.0
 ) -> Tensor:
-    """log γ_is: how likely it was Gaussian i that gave point s, with diagonal covariances.
+    """Compute log γ_is, the posterior that Gaussian i generated point s, with diagonal covariances.
 
         γ_is ∝ π_i N(x_s; μ_i, σ_i²)^scale,    Σ_i γ_is = 1
 
@@ -25,7 +26,7 @@ def log_responsibilities(
         points: x `[batch, points, dim]`.
         mean, log_deviation: μ and log σ `[batch, slots, dim]`.
         log_prior: log π `[batch, slots]`.
-        scale: below 1 it flattens the densities, which in many dimensions leave no doubt.
+        scale: below 1 it flattens the densities, which are nearly one-hot in many dimensions.
 
     Returns:
         `[batch, slots, points]`.
@@ -39,27 +40,27 @@ def log_responsibilities(
 
 
 class SlotMixture(SetDecoder):
-    """Slots with a mean and a spread, refined by a learned form of expectation maximisation.
+    """Slots with a mean and a deviation, refined by a learned form of expectation maximisation.
 
         γ = responsibilities of the Gaussians (q(μ), q(log σ)) for the keys k(X),    W_is = γ_is / Σ_t γ_it
         μ ← GRU(μ, W V),    μ ← μ + MLP(LN(μ)),    Y = head([μ, log σ])
         σ² ← Σ_s W_is (v_s - μ_i)²,    π_i ← mean_s γ_is
 
-    (Kirilenko et al., ICLR 2024.) Slot Attention is the soft k-means of this mixture: it sums up what a slot won by its
-    mean alone. As published, gradients pass through the last refinement only. Log-densities are divided by √dim, as in
-    the released code, which further leaves out the density's normaliser and its ½, keeps π uniform (by normalising γ
-    before the sum), gives the GRU the normalised μ for the old one and starts the slots from a transformer over the
-    tokens; here they start as in Slot Attention.
-
-    Permuting the start permutes the elements; permuting the tokens changes nothing.
+    (Kirilenko et al., ICLR 2024.) Slot Attention is its soft k-means, with means alone. As published, gradients pass
+    through the last refinement only. Log-densities are divided by √dim, as in the released code, which also drops the
+    density's normaliser and its ½, keeps π uniform, gives the GRU the normalised μ as its state and starts the slots
+    from a transformer over the tokens. Here the slots start as in Slot Attention, and permute as they do.
 
     Args:
         token_dim, slot_dim: lengths of a token and of a slot's mean.
-        hidden_dim: of the means' MLP; the head's is `slot_dim`.
+        hidden_dim: width of the means' MLP; the head's is `slot_dim`.
         iterations: default number of refinements.
-        gradient_steps: through how many of the last ones gradients pass; None is through all, and to the start.
+        gradient_steps: number of last refinements that pass gradients, as in `SlotAttention`.
         start: the first [μ, log σ] `[batch, set_size, 2 slot_dim]` from the tokens; `GaussianStart` unless given.
-        set_size, set_dim: of the predicted sets; there are as many slots.
+        set_size, set_dim: elements of the predicted sets, one per slot, and numbers of each.
+
+    Raises:
+        InputError: a number out of range.
     """
 
     iterative = True
@@ -91,37 +92,33 @@ class SlotMixture(SetDecoder):
         self.residual = nn.Sequential(nn.LayerNorm(slot_dim), MLP(slot_dim, hidden_dim, slot_dim))
         self.head = MLP(2 * slot_dim, slot_dim, set_dim)
 
-    def predictions(self, features: Tensor, *, iterations: int | None, mask: Tensor | None) -> Iterator[Tensor]:
+    def predictions(self, features: Tensor, mask: Tensor | None, iterations: int) -> Iterator[Tensor]:
         tokens = self.norm_tokens(features)
         keys, values = self.key(tokens), self.value(tokens)
-        # a weight of nothing for what is absent
-        log_present = torch.zeros_like(tokens[..., 0])
+        log_present = torch.zeros_like(tokens[..., 0])  # weight 0 for absent tokens
         if mask is not None:
             log_present = log_present.masked_fill(~mask, -torch.inf)
 
         def step(state: Tensor) -> Tensor:
-            return self._step(state, keys, values, log_present)
+            slots, log_prior = state[..., :-1], state[..., -1]
+            mean, log_deviation = self.query(self.norm_slots(slots).unflatten(-1, (2, -1))).unbind(-2)
+            scale = mean.shape[-1] ** -0.5
+            log_shares = log_responsibilities(keys, mean, log_deviation, log_prior, scale=scale)
+            log_shares = log_shares + log_present.unsqueeze(1)
+            weights = log_shares.softmax(-1)  # sums to 1 also for a slot with nearly no share
+            received = weights @ values
+            old = slots[..., : received.shape[-1]]
+            mean = self.recurrent(received.flatten(0, 1), old.flatten(0, 1)).view_as(old)
+            mean = mean + self.residual(mean)
+            # about the new mean, multiplied out as above
+            variance = weights @ values.square() - 2 * mean * received + mean.square()
+            log_deviation = 0.5 * (variance.clamp(min=0) + 1e-8).log()
+            log_prior = log_shares.logsumexp(-1) - log_present.logsumexp(-1, keepdim=True)
+            return torch.cat([mean, log_deviation, log_prior.unsqueeze(-1)], dim=-1)
 
         slots = self.start(features).to(features.dtype)
-        # the state is [μ, log σ, log π]
-        start = torch.cat([slots, torch.zeros_like(slots[..., :1])], dim=-1)
-        steps = self.iterations if iterations is None else iterations
-        for state in refined(step, start, iterations=steps, gradient_steps=self.gradient_steps):
+        start = torch.cat([slots, torch.zeros_like(slots[..., :1])], dim=-1)  # [μ, log σ, log π]
+        if self.gradient_steps is not None and self.gradient_steps <= iterations:
+            start = start.detach()  # a fixed point does not depend on its start
+        for state in Unrolled(self.gradient_steps).states(step, start, iterations):
             yield self.head(state[..., :-1])
-
-    def _step(self, state: Tensor, keys: Tensor, values: Tensor, log_present: Tensor) -> Tensor:
-        slots, log_prior = state[..., :-1], state[..., -1]
-        mean, log_deviation = self.query(self.norm_slots(slots).unflatten(-1, (2, -1))).unbind(-2)
-        scale = mean.shape[-1] ** -0.5
-        log_shares = log_responsibilities(keys, mean, log_deviation, log_prior, scale=scale) + log_present.unsqueeze(1)
-        weights = log_shares.softmax(-1)  # sums to 1 also for a slot that wins next to nothing
-
-        won = weights @ values
-        old = slots[..., : won.shape[-1]]
-        mean = self.recurrent(won.flatten(0, 1), old.flatten(0, 1)).view_as(old)
-        mean = mean + self.residual(mean)
-        # about the new mean, multiplied out as above
-        variance = weights @ values.square() - 2 * mean * won + mean.square()
-        log_deviation = 0.5 * (variance.clamp(min=0) + 1e-8).log()
-        log_prior = log_shares.logsumexp(-1) - log_present.logsumexp(-1, keepdim=True)
-        return torch.cat([mean, log_deviation, log_prior.unsqueeze(-1)], dim=-1)

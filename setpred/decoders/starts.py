@@ -14,31 +14,34 @@ from setpred.nn import diagonal
 from setpred.schema import CLEVR
 
 
-def gaussian(shape: Sequence[int], batch: int, *, seed: int | None, device: torch.device) -> Tensor:
-    """N(0, 1) of `[batch, *shape]`, in torch's default dtype.
+def gaussian(shape: Sequence[int], features: Tensor, *, seed: int | None) -> Tensor:
+    """Draw N(0, 1) of `[batch, *shape]`, in torch's default dtype, for features `[batch, ...]`.
 
     Args:
+        shape: of one example's draw.
+        features: give the batch size and the device.
         seed: None draws afresh for each example, from torch's generator. A number fixes one draw for all examples, a
-            function of the number alone: neither order, batch size nor device changes a result.
+            function of the number alone: order, batch size and device do not change it.
     """
+    batch, device = features.shape[0], features.device
     if seed is None:
         return torch.randn(batch, *shape, device=device)
-    # by numpy: a constant to torch.export, and a longer draw begins with the shorter one, so that padding is no matter
+    # numpy's draw is a constant to torch.export, and a longer draw begins with the shorter one, which padding needs
     drawn = np.random.default_rng(seed % 2**63).standard_normal([int(length) for length in shape], dtype=np.float32)
     return torch.tensor(drawn, dtype=torch.get_default_dtype(), device=device).expand(batch, *shape)
 
 
 def checked_shape(set_size: int, set_dim: int) -> tuple[int, int]:
-    """(set_size, set_dim); raises `InputError` unless both are at least 1."""
+    """Return (set_size, set_dim); raise `InputError` unless both are at least 1."""
     if set_size < 1 or set_dim < 1:
         raise InputError(f"expected sets of at least 1 element of at least 1 number, got {set_size} of {set_dim}")
     return set_size, set_dim
 
 
 class RandomStart(nn.Module):
-    """Y₀ = scale · N(0, 1).
+    """Y₀ = scale · N(0, 1), `[batch, set_size, set_dim]` for any features.
 
-    In training a fresh draw for each example from torch's generator. In evaluation one draw for all examples, a
+    In training each example gets a fresh draw from torch's generator. In evaluation there is one draw for all, a
     function of `seed` alone, so that a prediction depends on the image and the model alone.
     """
 
@@ -48,16 +51,14 @@ class RandomStart(nn.Module):
         self.scale, self.seed = scale, seed
 
     def forward(self, features: Tensor) -> Tensor:
-        """`[batch, set_size, set_dim]`."""
-        seed = None if self.training else self.seed
-        return self.scale * gaussian(self.shape, features.shape[0], seed=seed, device=features.device)
+        return self.scale * gaussian(self.shape, features, seed=None if self.training else self.seed)
 
 
 class LearnedStart(nn.Module):
-    """Y₀ a parameter, the same for every example; starts at scale · N(0, 1).
+    """Y₀ a parameter, the same for every example; it starts at scale · N(0, 1).
 
-    It learns through `Unrolled` differentiation, or through a `Proximity` term of the objective; an optimum does not
-    depend on where the descent started, so `Implicit` gives it no other gradient.
+    It learns through `Unrolled` differentiation, or through a `Proximity` term of the objective. An optimum does not
+    depend on the start of the descent, so `Implicit` gives it no other gradient.
     """
 
     def __init__(self, set_size: int, set_dim: int, *, scale: float = 0.1) -> None:
@@ -65,15 +66,13 @@ class LearnedStart(nn.Module):
         self.initial = nn.Parameter(scale * torch.randn(checked_shape(set_size, set_dim)))
 
     def forward(self, features: Tensor) -> Tensor:
-        """`[batch, set_size, set_dim]`."""
         return self.initial.expand(features.shape[0], -1, -1)
 
 
 class GaussianStart(nn.Module):
-    """Y₀ = μ + σ · N(0, 1), with μ and σ learned and shared by all elements: the start of Slot Attention's slots.
+    """Y₀ = μ + σ · N(0, 1), with μ and σ learned and shared by all elements (Locatello et al., NeurIPS 2020).
 
-    (Locatello et al., NeurIPS 2020.) Draws are those of `RandomStart`. The elements are exchangeable: only the draw
-    tells them apart.
+    The start of Slot Attention's slots. Draws are those of `RandomStart`. Only the draw distinguishes the elements.
     """
 
     def __init__(self, set_size: int, set_dim: int, *, seed: int = 0) -> None:
@@ -84,25 +83,23 @@ class GaussianStart(nn.Module):
         self.log_deviation = nn.Parameter(torch.empty(set_dim).uniform_(-bound, bound))
 
     def forward(self, features: Tensor) -> Tensor:
-        """`[batch, set_size, set_dim]`."""
-        seed = None if self.training else self.seed
-        noise = gaussian(self.shape, features.shape[0], seed=seed, device=features.device)
+        noise = gaussian(self.shape, features, seed=None if self.training else self.seed)
         return self.mean + self.log_deviation.exp() * noise
 
 
 class GreedyVotes(nn.Module):
-    """r(X): one pick after the other, each near the heaviest vote that no earlier pick explains.
+    """r(X): successive picks, each near the heaviest vote that no earlier pick explains.
 
     With k_n = exp(-½ |v_n - v_j|²_B) around the vote v_j of the heaviest token j,
 
         pick = Σ_n m_n k_n p_n v_n / Σ_n m_n k_n p_n,   m_n ← m_n (1 - k_n)
 
-    and the pick fades to the zero element by σ(20 (m_j - floor)): that is how absent elements start. It is greedy
-    non-maximum suppression with soft weights, and depends on the image alone. No gradients pass.
+    and σ(20 (m_j - floor)) fades the pick to the zero element, so absent elements start at zero. This is greedy
+    non-maximum suppression with soft weights. It depends on the image alone and passes no gradients.
 
     Args:
-        set_size, set_dim: of the predicted sets.
-        weights: b of the first numbers of an element, 1 for all others; those of the `VotingEnergy`.
+        set_size, set_dim: elements of the predicted sets, and numbers of each.
+        weights: b of the first numbers of an element, 1 for all others, as in the `VotingEnergy`.
         floor: mass at which a pick is half faded.
     """
 

@@ -1,10 +1,8 @@
-"""Image to latent vector, or to tokens; and the trunks they are made of."""
+"""Encoders from image or set to a latent vector or to tokens, and their trunks."""
 
 from setpred.encoders.cnn import ResidualTrunk, SlotTrunk, SmallCNN, SmallTrunk
-from setpred.encoders.elements import Elements
 from setpred.encoders.resnet import ResNet, ResNetTrunk
-from setpred.encoders.tokens import PositionedTokens, Tokens, position_grid
-from setpred.encoders.votes import Votes
+from setpred.encoders.tokens import Elements, PositionedTokens, Tokens, Votes, position_grid
 
 __all__ = [
     "Elements",

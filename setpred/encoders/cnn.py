@@ -8,6 +8,19 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+SIDE = 8  # of the map of a `SmallTrunk`
+
+
+def stage(narrow: int, wide: int, kernel: int, stride: int) -> nn.Sequential:
+    """Build convolution, BatchNorm and ReLU."""
+    convolution = nn.Conv2d(narrow, wide, kernel, stride=stride, padding=kernel // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(wide), nn.ReLU(inplace=True))
+
+
+def halvings(widths: Sequence[int]) -> list[nn.Module]:
+    """Build stages from an image down to a map, each of half the size; the first convolution is 5x5, the others 3x3."""
+    return [stage(narrow, wide, 3 if i else 5, 2) for i, (narrow, wide) in enumerate(pairwise([3, *widths]))]
+
 
 class ResidualBlock(nn.Module):
     """x ← ReLU(x + f(x)), f two 3x3 convolutions with BatchNorm (He et al., CVPR 2016).
@@ -27,14 +40,17 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualTrunk(nn.Sequential):
-    """Image to a map: strided convolutions down to the token grid, then residual blocks on it.
+    """Trunk from image to map: strided convolutions, then residual blocks.
 
     `[batch, 3, image_size, image_size]` -> `[batch, widths[-1], side, side]`, side = image_size / 2^len(widths).
 
     Args:
         image_size: side of the square image, a multiple of 2^len(widths).
-        widths: channels after each halving; the first convolution is 5x5, the others 3x3.
+        widths: channels after each halving of the size.
         blocks: number of residual blocks.
+
+    Raises:
+        ValueError: a size that cannot be halved, or no widths.
     """
 
     def __init__(self, *, image_size: int = 64, widths: Sequence[int] = (24, 48), blocks: int = 2) -> None:
@@ -43,22 +59,20 @@ class ResidualTrunk(nn.Sequential):
                 f"expected widths, an image_size that is a multiple of 2^len(widths) and blocks >= 0, got "
                 f"{list(widths)}, {image_size} and {blocks}"
             )
-        channels = [3, *widths]
-        halving = [stage(narrow, wide, 3 if i else 5, 2) for i, (narrow, wide) in enumerate(pairwise(channels))]
-        super().__init__(*halving, *(ResidualBlock(widths[-1]) for _ in range(blocks)))
+        super().__init__(*halvings(widths), *(ResidualBlock(widths[-1]) for _ in range(blocks)))
         self.image_size, self.channels = image_size, widths[-1]
 
 
 class SlotTrunk(nn.Sequential):
-    """Image to a map: 5x5 convolutions of one width with ReLU, without normalisation (Locatello et al., NeurIPS 2020).
+    """Trunk of Slot Attention: 5x5 convolutions with ReLU, without normalisation (Locatello et al., NeurIPS 2020).
 
-    `[batch, 3, image_size, image_size]` -> `[batch, width, side, side]`, side = image_size / Π strides: the published
-    set prediction has 64 channels on 32 x 32 positions of a 128x128 image, that is 1024 tokens.
+    `[batch, 3, image_size, image_size]` -> `[batch, width, side, side]`, side = image_size / Π strides. The published
+    set prediction has 64 channels on 32 x 32 positions of a 128x128 image.
 
     Args:
         image_size: side of the square image.
         width: channels of every layer.
-        strides: of the layers.
+        strides: stride of each layer.
     """
 
     def __init__(self, *, image_size: int = 128, width: int = 64, strides: Sequence[int] = (1, 2, 2, 1)) -> None:
@@ -70,52 +84,41 @@ class SlotTrunk(nn.Sequential):
         self.image_size, self.channels = image_size, width
 
 
-SIDE = 8  # of the map whose positions are pooled, or are tokens
-
-
-def stage(narrow: int, wide: int, kernel: int, stride: int) -> nn.Sequential:
-    """Convolution, BatchNorm and ReLU."""
-    return nn.Sequential(
-        nn.Conv2d(narrow, wide, kernel, stride=stride, padding=kernel // 2, bias=False),
-        nn.BatchNorm2d(wide),
-        nn.ReLU(inplace=True),
-    )
-
-
 class SmallTrunk(nn.Sequential):
-    """Image to a map of 8 x 8: strided convolutions with BatchNorm, then one that keeps the size.
+    """Trunk from image to an 8 x 8 map: strided convolutions with BatchNorm, then one of stride 1.
 
     `[batch, 3, image_size, image_size]` -> `[batch, channels, 8, 8]`.
 
     Args:
         image_size: side of the square image, 8 · 2^k with k >= 1.
-        width: channels after the first stage; each further stage doubles them up to `4 * width`.
+        width: channels after the first stage; each further stage doubles them, up to `4 * width`.
+
+    Raises:
+        ValueError: another image_size.
     """
 
     def __init__(self, *, image_size: int = 64, width: int = 32) -> None:
         stages = (image_size // SIDE).bit_length() - 1
         if stages < 1 or SIDE * 2**stages != image_size:
             raise ValueError(f"expected image_size {2 * SIDE}, {4 * SIDE}, {8 * SIDE}, …, got {image_size}")
-        channels = [3] + [width * 2 ** min(stage, 2) for stage in range(stages)]
-        halving = [stage(narrow, wide, 3 if i else 5, 2) for i, (narrow, wide) in enumerate(pairwise(channels))]
-        super().__init__(*halving, stage(channels[-1], channels[-1], 3, 1))
-        self.image_size, self.channels = image_size, channels[-1]
+        widths = [width * 2 ** min(stage, 2) for stage in range(stages)]
+        super().__init__(*halvings(widths), stage(widths[-1], widths[-1], 3, 1))
+        self.image_size, self.channels = image_size, widths[-1]
 
 
 class SmallCNN(nn.Module):
-    """Image to latent vector: strided convolutions, then the largest answer over positions.
+    """Encoder from image to latent vector: convolutions, then the maximum over positions.
 
         f = trunk(image),   z = W max_p MLP([f_p, position p])
 
-    Every position says by the same network what it sees and where it is, and the maximum keeps what was seen anywhere,
-    as a set encoder does with elements. Weights shared over positions learn faster than a linear layer on the
-    flattened map.
+    The same network runs at every position, and the maximum pools the positions, as a set encoder pools elements. It
+    learns faster than a linear layer on the flattened map.
 
     Args:
         trunk: image to map, with `channels` and `image_size`; a `SmallTrunk` of `image_size` and `width` unless given.
         image_size: side of the square image, 8 · 2^k with k >= 1.
         latent_dim: length of the vector.
-        width: of the `SmallTrunk`.
+        width: width of the `SmallTrunk`.
         hidden_dim: width of the MLP at each position.
     """
 
@@ -141,6 +144,6 @@ class SmallCNN(nn.Module):
         features = self.trunk(image)
         lines = (torch.linspace(-1, 1, side, device=image.device) for side in features.shape[2:])
         position = torch.stack(torch.meshgrid(*lines, indexing="ij")).to(features.dtype)
-        # its shape, not its len(), which would fix the batch of an exported program
-        answers = self.at_position(torch.cat([features, position.expand(features.shape[0], -1, -1, -1)], dim=1))
-        return self.head(answers.amax((2, 3)))
+        # shape, not len(), which would fix the batch size of an exported program
+        outputs = self.at_position(torch.cat([features, position.expand(features.shape[0], -1, -1, -1)], dim=1))
+        return self.head(outputs.amax((2, 3)))

@@ -1,4 +1,4 @@
-"""Image to tokens: a map whose positions stay apart, for decoders that attend over the image."""
+"""Encoders from image or set to tokens: positions of a map, elements, votes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from setpred.nn import MLP
+from setpred.schema import CLEVR
+from setpred.sets import check_set
 
 
 def position_grid(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
-    """How far each position of a map lies from its four edges, in [0, 1]: `[height * width, 4]`, row by row.
+    """Compute the distances of each position of a map from its edges, in [0, 1]: `[height * width, 4]`, row by row.
 
     Columns: from the top, from the left, from the bottom, from the right.
     """
@@ -19,17 +21,14 @@ def position_grid(height: int, width: int, *, device: torch.device | None = None
 
 
 def token_rows(features: Tensor) -> Tensor:
-    """A map `[batch, channels, height, width]` as tokens `[batch, height * width, channels]`, row by row.
-
-    No copy of a map that is channels-last in memory.
-    """
-    return features.permute(0, 2, 3, 1).flatten(1, 2)
+    """View a map `[batch, channels, height, width]` as `[batch, height * width, channels]`, row by row."""
+    return features.permute(0, 2, 3, 1).flatten(1, 2)  # no copy of a channels-last map
 
 
 class Tokens(nn.Module):
-    """Image to tokens: each position of the trunk's map is one, row by row.
+    """Encoder from image to tokens: the positions of the trunk's map, row by row.
 
-    A token does not know where it is; decoders such as `DETR` add positions themselves.
+    Tokens hold no positions; decoders such as `DETR` add them.
 
     Args:
         trunk: image to map `[batch, channels, height, width]`, with `channels` and `image_size`; such as `SmallTrunk`.
@@ -45,8 +44,8 @@ class Tokens(nn.Module):
         return token_rows(self.trunk(image))
 
 
-class PositionedTokens(nn.Module):
-    """Image to tokens that know where they are, as Slot Attention takes them (Locatello et al., NeurIPS 2020).
+class PositionedTokens(Tokens):
+    """Encoder from image to tokens with positions, for Slot Attention (Locatello et al., NeurIPS 2020).
 
         token_p = MLP(LN(f_p + W e_p + b)),    e_p = distances of position p to the four edges
 
@@ -54,18 +53,17 @@ class PositionedTokens(nn.Module):
 
     Args:
         trunk: image to map `[batch, channels, height, width]`, with `channels` and `image_size`; such as `SmallTrunk`.
-        token_dim: length of a token, and width of the MLP's hidden layer. None leaves out norm and MLP, for readers
-            that begin with their own, such as `Votes`: token_p = f_p + W e_p + b, of `trunk.channels` numbers.
+        token_dim: length of a token, and width of the MLP's hidden layer. None drops norm and MLP, for readers that
+            begin with their own, such as `Votes`: token_p = f_p + W e_p + b, of `trunk.channels` numbers.
     """
 
     def __init__(self, trunk: nn.Module, *, token_dim: int | None = 64) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.image_size, self.token_dim = trunk.image_size, trunk.channels if token_dim is None else token_dim
+        super().__init__(trunk)
         self.position = nn.Linear(4, trunk.channels)
         if token_dim is None:
             self.norm = self.network = nn.Identity()
         else:
+            self.token_dim = token_dim
             self.norm = nn.LayerNorm(trunk.channels)
             self.network = MLP(trunk.channels, token_dim, token_dim)
 
@@ -74,3 +72,67 @@ class PositionedTokens(nn.Module):
         features = self.trunk(image)
         grid = position_grid(*features.shape[2:], device=image.device)
         return self.network(self.norm(token_rows(features) + self.position(grid)))
+
+
+class Elements(nn.Module):
+    """Encoder that returns the elements of an input set as tokens, unchanged.
+
+    Args:
+        set_dim: numbers of an element.
+    """
+
+    def __init__(self, *, set_dim: int) -> None:
+        super().__init__()
+        self.in_dim = self.token_dim = set_dim
+
+    def forward(self, elements: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`[batch, n, set_dim]` and bool `[batch, n]` -> `[batch, n, set_dim]`."""
+        check_set(elements, mask, set_dim=self.in_dim)
+        return elements
+
+
+class Votes(nn.Module):
+    """Encoder that predicts, from each token, its element v, the precisions p of v, and the mass m of its vote.
+
+        [v, a, b] = MLP(LN x),   p = 2 σ(a),   m = σ(b)
+
+    p starts at 1. `setpred.inner.VotingEnergy` and `setpred.decoders.GreedyVotes` read the result. Votes are
+    computed in float32 also under autocast, because half precision would round coordinates.
+
+    Args:
+        tokens: image, or set, to tokens `[batch, tokens, token_dim]`; such as `PositionedTokens` or `Elements`.
+        set_dim: numbers of an element.
+        precise: how many of the first numbers of an element have precisions. Use the coordinates alone: with
+            precisions of classes the start merges and splits objects.
+        hidden_dim: width of the hidden layer.
+    """
+
+    def __init__(
+        self, tokens: nn.Module, *, set_dim: int = CLEVR.set_dim, precise: int = 0, hidden_dim: int = 128
+    ) -> None:
+        super().__init__()
+        self.tokens = tokens
+        for name in ("image_size", "in_dim"):
+            if getattr(tokens, name, None) is not None:
+                setattr(self, name, getattr(tokens, name))
+        self.set_dim, self.token_dim = set_dim, set_dim + precise + 1
+        self.norm = nn.LayerNorm(tokens.token_dim)
+        self.network = MLP(tokens.token_dim, hidden_dim, self.token_dim)
+        with torch.no_grad():  # p = 1 at the start
+            for parameter in self.network[-1].parameters():
+                parameter[set_dim : set_dim + precise] = 0
+
+    def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Images `[batch, 3, H, W]`, or sets and their mask -> `[batch, tokens, set_dim + precise + 1]`: v, p, m.
+
+        Absent tokens have mass 0.
+        """
+        tokens = self.tokens(inputs) if mask is None else self.tokens(inputs, mask)
+        if mask is not None:  # padding may hold NaN
+            tokens = tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
+        with torch.autocast(tokens.device.type, enabled=False):
+            outputs = self.network(self.norm(tokens.to(self.norm.weight.dtype)))
+            votes, rest = outputs.split([self.set_dim, self.token_dim - self.set_dim], dim=-1)
+            rest = rest.sigmoid()
+            mass = rest[..., -1:] if mask is None else rest[..., -1:].masked_fill(~mask.unsqueeze(-1), 0.0)
+            return torch.cat([votes, 2 * rest[..., :-1], mass], dim=-1)

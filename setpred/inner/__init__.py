@@ -1,4 +1,4 @@
-"""min_Y L(Y): what to solve, how to iterate and how to differentiate, three independent choices."""
+"""min_Y L(Y): the objective, the descent and its differentiation are three independent choices."""
 
 from setpred.inner.descent import GradientDescent, State, clip_norm
 from setpred.inner.differentiation import Differentiation, Implicit, Unrolled, inner_gradient, minimise

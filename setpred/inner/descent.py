@@ -1,4 +1,4 @@
-"""How to iterate: gradient descent with Nesterov momentum, clipping and projection."""
+"""Gradient descent with Nesterov momentum, clipping and projection."""
 
 from __future__ import annotations
 
@@ -13,29 +13,28 @@ from setpred.nn import softplus_inverse
 
 
 class State(NamedTuple):
-    """Where a descent stands: the iterate and its velocity, both `[batch, ...]` (velocity None before a step)."""
+    """The iterate of a descent and its velocity, both `[batch, ...]`; the velocity is None before the first step."""
 
     iterate: Tensor
     velocity: Tensor | None = None
 
 
 def clip_norm(gradient: Tensor, largest: float) -> Tensor:
-    """Scales each example's gradient `[batch, ...]` to an L2 norm of at most `largest`; the direction stays."""
+    """Scale each example's gradient `[batch, ...]` to an L2 norm of at most `largest`; its direction stays."""
     # clamped before the root, so that derivatives of every order are finite at a zero gradient
     factor = (gradient / largest).flatten(1).square().sum(1).clamp(min=1.0).rsqrt()
     return gradient * factor.view(-1, *[1] * (gradient.ndim - 1))
 
 
 class GradientDescent(nn.Module):
-    """Nesterov gradient descent, each example of the batch on its own.
+    """Nesterov gradient descent, independent for each example of the batch.
 
     With g = ∇L(Y), clipped per example to norm `clip`:
 
         V ← μ V + g,    Y ← P(Y - η (g + μ V))
 
-    This is the form of `torch.optim.SGD(nesterov=True)`; its iterates are the look-ahead points y + μ v of the
-    textbook form (Sutskever et al., ICML 2013), so the gradient is taken at the look-ahead point in both. Where the
-    objective knows its `curvature` h, g is h⁻¹ ∇L(Y) (`setpred.inner.differentiation.scaled`).
+    This is `torch.optim.SGD(nesterov=True)`, whose iterates are the look-ahead points of the textbook form (Sutskever
+    et al., ICML 2013). If the objective has a `curvature` h, g is h⁻¹ ∇L(Y); see `inner.differentiation.scaled`.
 
     Args:
         iterations: default number of steps T.
@@ -43,8 +42,11 @@ class GradientDescent(nn.Module):
         momentum: μ in [0, 1); 0 is plain gradient descent.
         clip: largest L2 norm of an example's gradient; None does not clip.
         projection: P, applied after each step; None is the identity.
-        learned: makes η (through a softplus) and μ (through a sigmoid) parameters that **start at the values
-            given here**. They receive gradients from `Unrolled` differentiation only.
+        learned: makes η (by a softplus) and μ (by a sigmoid) parameters that **start at the values given here**. Only
+            `Unrolled` differentiation gives them gradients.
+
+    Raises:
+        ValueError: a number out of range.
     """
 
     def __init__(
@@ -63,10 +65,7 @@ class GradientDescent(nn.Module):
                 "expected iterations >= 0, learning_rate > 0, 0 <= momentum < 1 and clip > 0, got "
                 f"{iterations}, {learning_rate}, {momentum}, {clip}"
             )
-        self.iterations = iterations
-        self.clip = clip
-        self.projection = projection
-        self.learned = learned
+        self.iterations, self.clip, self.projection, self.learned = iterations, clip, projection, learned
         if learned:
             momentum = max(momentum, 1e-4)  # a sigmoid does not reach 0
             self.raw_learning_rate = nn.Parameter(torch.tensor(softplus_inverse(learning_rate)))
@@ -85,7 +84,7 @@ class GradientDescent(nn.Module):
         return self.raw_momentum.sigmoid() if self.learned else self._momentum
 
     def step(self, state: State, gradient: Tensor) -> State:
-        """One step from `state`, whose iterate has this gradient, scaled by the curvature where that is known."""
+        """Take one step from `state` along g, the gradient at its iterate divided by the curvature if there is one."""
         if self.clip is not None:
             gradient = clip_norm(gradient, self.clip)
         momentum = self.momentum
@@ -101,7 +100,5 @@ class GradientDescent(nn.Module):
 
     def extra_repr(self) -> str:
         rate, momentum = (float(torch.as_tensor(value).detach()) for value in (self.learning_rate, self.momentum))
-        return (
-            f"iterations={self.iterations}, learning_rate={rate:.4g}, momentum={momentum:.4g}, clip={self.clip}, "
-            f"learned={self.learned}"
-        )
+        numbers = f"iterations={self.iterations}, learning_rate={rate:.4g}, momentum={momentum:.4g}"
+        return f"{numbers}, clip={self.clip}, learned={self.learned}"

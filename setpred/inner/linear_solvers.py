@@ -1,7 +1,7 @@
 """Linear solvers for implicit differentiation.
 
-They solve A v = u for every example at once. `operator(v)` applies A to `[batch, ...]`; A is block diagonal over
-the batch, so inner products are taken per example. Without a projection A is the Hessian of the inner objective.
+They solve A v = u for every example at once. `operator(v)` applies A to `[batch, ...]`. A is block diagonal over the
+batch, so inner products are taken per example. Without a projection A is the Hessian of the inner objective.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Operator = Callable[[Tensor], Tensor]
 
 
 class LinearSolver(ABC):
-    """`solver(operator, u)` -> v with A v = u, approximately or exactly."""
+    """Callable `solver(operator, u)` -> v with A v = u, approximately or exactly (base class)."""
 
     @abstractmethod
     def __call__(self, operator: Operator, vector: Tensor) -> Tensor: ...
@@ -28,7 +28,7 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def dense(operator: Operator, like: Tensor) -> Tensor:
-    """A as matrices `[batch, dim, dim]`, one application a column; dim is how many numbers an example of `like` has."""
+    """Build A as matrices `[batch, dim, dim]`, one application per column, for examples of `like` of dim numbers."""
     batch, dim = like.shape[0], like[0].numel()
     basis = torch.eye(dim, dtype=like.dtype, device=like.device)
     columns = [operator(row.expand(batch, dim).reshape(like.shape)).reshape(batch, dim) for row in basis]
@@ -36,19 +36,19 @@ def dense(operator: Operator, like: Tensor) -> Tensor:
 
 
 class Identity(LinearSolver):
-    """v = u: the Hessian is replaced by the identity (iDSPN; Zhang et al., ICLR 2022). No operator call."""
+    """v = u: the identity replaces the Hessian (iDSPN; Zhang et al., ICLR 2022). Makes no operator call."""
 
     def __call__(self, operator: Operator, vector: Tensor) -> Tensor:
         return vector
 
 
 class ConjugateGradient(LinearSolver):
-    """Conjugate gradient from v = 0; for symmetric positive definite A (no projection).
+    """Conjugate gradient from v = 0, for symmetric positive definite A (no projection).
 
     Args:
-        iterations: most steps; the dimension of an example's iterate is enough in exact arithmetic.
+        iterations: maximum number of steps; the dimension of an example's iterate is enough in exact arithmetic.
         damping: solves (A + damping I) v = u, for optima with flat directions.
-        tolerance: an example stops once its residual norm is under tolerance times |u|.
+        tolerance: an example stops once its residual norm is below tolerance times |u|.
     """
 
     def __init__(self, *, iterations: int = 10, damping: float = 0.0, tolerance: float = 1e-12) -> None:
@@ -65,7 +65,7 @@ class ConjugateGradient(LinearSolver):
                 break
             applied = operator(direction) + self.damping * direction
             curvature = _inner(direction, applied)
-            # a solved example, or a direction without positive curvature, keeps what it has
+            # a solved example, or a direction without positive curvature, keeps its solution
             active = active & (curvature > 0)
             length = torch.where(active, squared / torch.where(active, curvature, 1.0), 0.0)
             solution = solution + length * direction
@@ -78,10 +78,9 @@ class ConjugateGradient(LinearSolver):
 
 
 class Neumann(LinearSolver):
-    """Truncated Neumann series v = η Σ_{k<K} (I - η A)ᵏ u; converges when 0 < η < 2/λ_max(A).
+    """Truncated Neumann series v = η Σ_{k<K} (I - η A)ᵏ u, K = `terms`; converges if 0 < η < 2/λ_max(A).
 
-    With K = `terms` it equals unrolling the last K plain gradient steps of size η at a fixed optimum.
-    A may be unsymmetric, so it also serves a descent with a projection.
+    It equals unrolling the last K plain steps of size η at an optimum. A may be unsymmetric, as with a projection.
     """
 
     def __init__(self, *, terms: int = 10, step_size: float = 1.0) -> None:
@@ -96,11 +95,7 @@ class Neumann(LinearSolver):
 
 
 class Exact(LinearSolver):
-    """Builds A column by column and factorises it: dim operator calls and dim³ work; for checks and small sets.
-
-    Args:
-        damping: solves (A + damping I) v = u.
-    """
+    """Direct solution of (A + damping I) v = u, by dim operator calls and dim³ work: for checks and small sets."""
 
     def __init__(self, *, damping: float = 0.0) -> None:
         self.damping = damping

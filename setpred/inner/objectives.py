@@ -1,7 +1,8 @@
-"""What to solve: the objectives L(Y; z, θ) whose minimum over sets Y is the prediction."""
+"""Objectives L(Y; z, θ), whose minimum over sets Y is the prediction."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Problem:
-    """What is given while a set is being found.
+    """The given tensors of one inner problem.
 
     latent: z `[batch, latent_dim]`, or tokens `[batch, tokens, token_dim]`; initial: Y₀ `[batch, set_size, set_dim]`;
-    mask: which elements exist, `[batch, set_size]` bool or None for all; condition: an input set
-    `[batch, set_size, any]`, or None.
+    mask: present elements, `[batch, set_size]` bool or None for all; condition: an input set `[batch, set_size, any]`,
+    or None.
     """
 
     latent: Tensor
@@ -23,14 +24,20 @@ class Problem:
     mask: Tensor | None = None
     condition: Tensor | None = None
 
+    def moved(self, elements: Tensor) -> Tensor:
+        """Compute Y - Y₀, zero for absent elements."""
+        apart = elements - self.initial
+        # before any square, since NaN has no slope of 0
+        return apart if self.mask is None else apart.masked_fill(~self.mask.unsqueeze(-1), 0.0)
+
 
 class Energy:
-    """L(Y) of one problem: what a descent sees.
+    """L(Y) of one problem, as a descent sees it.
 
     Args:
-        objective: L(elements, `Problem`) -> `[batch]`. One that has `curvature(elements, problem)`, of the shape of the
-            elements or None, has the steps of its descent scaled by it; see `setpred.inner.differentiation.scaled`.
-        problem: what is given.
+        objective: L(elements, `Problem`) -> `[batch]`. If it has `curvature(elements, problem)`, of the shape of the
+            elements or None, the steps of the descent are scaled by it; see `setpred.inner.differentiation.scaled`.
+        problem: the given tensors.
     """
 
     def __init__(self, objective: nn.Module, problem: Problem) -> None:
@@ -40,7 +47,7 @@ class Energy:
         return self.objective(elements, self.problem)
 
     def curvature(self, elements: Tensor) -> Tensor | None:
-        """h, or None where the objective knows none."""
+        """h, or None if the objective knows none."""
         known = getattr(self.objective, "curvature", None)
         return None if known is None else known(elements, self.problem)
 
@@ -59,19 +66,18 @@ class LatentMatching(nn.Module):
         self.set_encoder = set_encoder
 
     def forward(self, elements: Tensor, problem: Problem) -> Tensor:
-        """`[batch]`."""
         return 0.5 * (self.set_encoder(elements, problem.mask) - problem.latent).square().mean(-1)
 
 
 class EquilibriumMatching(nn.Module):
     """L(Y) = ½ mean_k ρ_k(Y, z)²: the set whose energy has the latent vector as its equilibrium.
 
-    ρ(Y, z) = (1/λ) ∇_φ E(Y, φ) at φ = z is how far z is from equilibrium (see
-    `setpred.aggregators.EquilibriumAggregation.residual`); ρ = 0 says z = φ*(Y). Nothing is solved inside:
-    where `LatentMatching` of an equilibrium aggregator descends to φ*(Y) in each step, this asks for one gradient.
+    ρ(Y, z) = (1/λ) ∇_φ E(Y, φ) at φ = z is zero if z = φ*(Y), see
+    `setpred.aggregators.EquilibriumAggregation.residual`. It takes one gradient per step, where `LatentMatching` of an
+    equilibrium aggregator solves for φ*(Y).
 
     Args:
-        set_encoder: a `SetEncoder` whose aggregator has `residual`.
+        set_encoder: a `SetEncoder` whose aggregator has `residual`; another one raises a ValueError.
     """
 
     def __init__(self, set_encoder: nn.Module) -> None:
@@ -85,15 +91,14 @@ class EquilibriumMatching(nn.Module):
         self.set_encoder = set_encoder
 
     def forward(self, elements: Tensor, problem: Problem) -> Tensor:
-        """`[batch]`."""
         return 0.5 * self.set_encoder.residual(elements, problem.latent, problem.mask).square().mean(-1)
 
 
 class Proximity(nn.Module):
     """L(Y) = weight · ½ mean_id (Y_id - Y₀_id)²: stay near the start, so that the optimum is unique.
 
-    The mean is over the present elements and their numbers; a set without any has L = 0. This is the regulariser of the
-    released iDSPN, whose weight is 0.1 (Zhang et al., ICLR 2022).
+    The mean is over present elements; an empty set has L = 0. The regulariser of the released iDSPN (Zhang et al., ICLR
+    2022).
     """
 
     def __init__(self, *, weight: float = 0.1) -> None:
@@ -101,12 +106,10 @@ class Proximity(nn.Module):
         self.weight = weight
 
     def forward(self, elements: Tensor, problem: Problem) -> Tensor:
-        """`[batch]`."""
-        apart = elements - problem.initial
+        squares = problem.moved(elements).square()
         if problem.mask is None:
-            return self.weight * 0.5 * apart.square().mean((1, 2))
-        apart = apart.masked_fill(~problem.mask.unsqueeze(-1), 0.0)  # before the square: NaN has no slope of 0
-        return self.weight * 0.5 * apart.square().mean(-1).sum(-1) / problem.mask.sum(-1).clamp(min=1)
+            return self.weight * 0.5 * squares.mean((1, 2))
+        return self.weight * 0.5 * squares.mean(-1).sum(-1) / problem.mask.sum(-1).clamp(min=1)
 
 
 class Sum(nn.Module):
@@ -117,23 +120,17 @@ class Sum(nn.Module):
         self.objectives = nn.ModuleList(objectives)
 
     def forward(self, elements: Tensor, problem: Problem) -> Tensor:
-        """`[batch]`."""
         return torch.stack([objective(elements, problem) for objective in self.objectives]).sum(0)
 
     def curvature(self, elements: Tensor, problem: Problem) -> Tensor | None:
-        """Sum of the known curvatures, or None. It bounds L only if every objective has one."""
-        total = None
-        for objective in self.objectives:
-            found = Energy(objective, problem).curvature(elements)
-            if found is not None:
-                total = found if total is None else total + found
-        return total
+        """Add the known curvatures; None if there is none. The sum bounds L only if every objective has one."""
+        found = (Energy(objective, problem).curvature(elements) for objective in self.objectives)
+        known = [curvature for curvature in found if curvature is not None]
+        return functools.reduce(torch.add, known) if known else None
 
 
 class OfTokens(nn.Module):
-    """L(Y; X) = L'(Y; z) with z = aggregator(X): an objective of a vector, where the features are tokens.
-
-    In a `Sum` it stands beside objectives that read the tokens themselves, such as `VotingEnergy`.
+    """L(Y; X) = L'(Y; z) with z = aggregator(X): an objective of a vector, for features that are tokens.
 
     Args:
         objective: L', such as `LatentMatching`.
@@ -146,17 +143,13 @@ class OfTokens(nn.Module):
         self.token_dim = aggregator.in_dim
 
     def forward(self, elements: Tensor, problem: Problem) -> Tensor:
-        """`[batch]`."""
         return self.objective(elements, replace(problem, latent=self.aggregator(problem.latent)))
 
 
 class Conditioned(nn.Module):
-    """L(Y) = L'([Y, X]): the objective sees each element beside its element of the input set X.
+    """L(Y) = L'([Y, X]): L' sees each element, of `set_dim + condition_dim` numbers, with its element of the input X.
 
     For set-to-set tasks such as numbering, where output i belongs to input i.
-
-    Args:
-        objective: L', over elements of `set_dim + condition_dim` numbers.
     """
 
     conditional = True  # reads `Problem.condition`
@@ -166,7 +159,6 @@ class Conditioned(nn.Module):
         self.objective = objective
 
     def forward(self, elements: Tensor, problem: Problem) -> Tensor:
-        """`[batch]`."""
         if problem.condition is None:
             raise ValueError("expected an input set as the problem's condition, got None")
         return self.objective(torch.cat([elements, problem.condition], dim=-1), problem)

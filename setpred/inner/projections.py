@@ -9,25 +9,25 @@ from torch import Tensor
 
 
 class Projection(ABC):
-    """The nearest allowed iterate: `[batch, ...]` to the same shape, each example on its own."""
+    """Map from each iterate `[batch, ...]` to the nearest allowed one (base class)."""
 
     @abstractmethod
     def __call__(self, iterate: Tensor) -> Tensor: ...
 
 
 class Simplex(Projection):
-    """Each row, along the last axis, onto the probability simplex; see `simplex`."""
+    """Projection of each row, along the last axis, onto the probability simplex; see `simplex`."""
 
     def __call__(self, iterate: Tensor) -> Tensor:
         return simplex(iterate)
 
 
 def simplex(points: Tensor) -> Tensor:
-    """Euclidean projection of each row `[..., dim]` onto the probability simplex.
+    """Project each row `[..., dim]` onto the probability simplex.
 
         argmin_p ½|p - x|²  with  p >= 0, Σ p = 1,    p = max(x - τ, 0)
 
-    τ comes from the sorted entries in closed form (Held, Wolfe, Crowder 1974; Duchi et al., ICML 2008).
+    τ has a closed form in the sorted entries (Held, Wolfe, Crowder 1974; Duchi et al., ICML 2008).
     Differentiable almost everywhere; on the support the derivative is I - 11ᵀ/|support|.
 
     >>> simplex(torch.tensor([[0.5, 0.5], [2.0, 0.0]]))

@@ -1,4 +1,4 @@
-"""The voting energy: elements compete for the votes of an image's tokens."""
+"""Voting energy: elements compete for the votes of an image's tokens."""
 
 from __future__ import annotations
 
@@ -15,12 +15,7 @@ from setpred.schema import CLEVR
 
 
 class Ballot(NamedTuple):
-    """The votes of a batch of tokens, taken apart.
-
-    votes: v `[batch, tokens, set_dim]`, the element each token believes it belongs to; precisions: p
-    `[batch, tokens, set_dim]`, how sure it is of each number, 1 for numbers without one; masses: m
-    `[batch, tokens]`, how much it has to say.
-    """
+    """Votes v and precisions p `[batch, tokens, set_dim]` of tokens for elements, and masses m `[batch, tokens]`."""
 
     votes: Tensor
     precisions: Tensor
@@ -28,7 +23,7 @@ class Ballot(NamedTuple):
 
     @classmethod
     def of(cls, features: Tensor, set_dim: int) -> Ballot:
-        """From `features [batch, tokens, set_dim + precise + 1]`: votes, precisions of the first numbers, mass.
+        """Split `features [batch, tokens, set_dim + precise + 1]`: votes, precisions of the first numbers, mass.
 
         Raises:
             ValueError: another shape.
@@ -47,29 +42,29 @@ class Ballot(NamedTuple):
 class VotingEnergy(nn.Module):
     """E(Y; X) = λ/2 Σ_i |y_i - r_i|²_B - Σ_n m_n log Σ_i exp(-½ |y_i - v_n|²_{B p_n}).
 
-    Each token n of the image has a vote v_n, precisions p_n and a mass m_n (`setpred.encoders.Votes`); the predicted
-    elements y_i compete for the votes. B = diag(b) is fixed and |a|²_W = Σ_d W_d a_d². The gradient is
+    Each token n has a vote v_n, precisions p_n and a mass m_n (`setpred.encoders.Votes`); the predicted elements y_i
+    compete for the votes. B = diag(b) is fixed and |a|²_W = Σ_d W_d a_d². The gradient is
 
         ∂E/∂y_i = λ B (y_i - r_i) + Σ_n m_n a_in B p_n (y_i - v_n),   a_in = softmax_i(-½ |y_i - v_n|²_{B p_n})
 
-    so a_in says which tokens support which element (`supports`), a segmentation of the image into objects. Held fixed,
-    these shares make the energy a quadratic of curvature h_i = B (λ + Σ_n m_n a_in p_n), which lies over the energy
-    everywhere else. A step of size 1 along h⁻¹ ∂E/∂y goes to its minimum, the mean of the start and of the votes by
-    weight: expectation maximisation of a mixture, or mean shift. It has no step size to choose and never raises E.
+    so a_in is the share of token n that supports element i (`supports`): a segmentation of the image into objects.
+    With fixed shares the energy is a quadratic of curvature h_i = B (λ + Σ_n m_n a_in p_n), and an upper bound
+    elsewhere. A step of size 1 along h⁻¹ ∂E/∂y reaches its minimum, the weighted mean of start and votes, and never
+    raises E: expectation maximisation of a mixture, or mean shift.
 
-    This is equilibrium aggregation (Bartunov et al., UAI 2022; `setpred.aggregators.EquilibriumAggregation`) of the
-    tokens whose state is the multiset Y itself, with the prior r and the potential F(x_n, Y) = -m_n log Σ_i exp(…).
-    It is an objective of iDSPN (Zhang et al., ICLR 2022) that reads tokens in place of one vector. Votes for object
-    centres are Hough voting (VoteNet; Qi et al., ICCV 2019). r is the start of the descent (`Problem.initial`), which
-    tells equal elements apart by what the image shows; see `setpred.decoders.GreedyVotes`.
-
-    b is not learned: its implicit gradient has no optimum, and a b that grows makes the competition hard.
+    This is `setpred.aggregators.EquilibriumAggregation` (Bartunov et al., UAI 2022) of the tokens, with the multiset Y
+    as its state. Votes for object centres are Hough voting (VoteNet; Qi et al., ICCV 2019). r is the start of the
+    descent (`Problem.initial`); see `setpred.decoders.GreedyVotes`. b is not learned: its implicit gradient has no
+    optimum.
 
     Args:
         set_dim: numbers of an element.
-        precise: for how many of the first numbers of an element the tokens give precisions.
+        precise: how many of the first numbers of an element have precisions.
         weights: b of the first numbers of an element, 1 for all others.
         prior_weight: λ.
+
+    Raises:
+        InputError: a number out of range.
     """
 
     def __init__(
@@ -90,29 +85,24 @@ class VotingEnergy(nn.Module):
         self.register_buffer("weights", diagonal(weights, set_dim), persistent=False)
 
     def forward(self, elements: Tensor, problem: Problem) -> Tensor:
-        """`[batch]`."""
-        apart = elements - problem.initial
-        if problem.mask is not None:
-            apart = apart.masked_fill(~problem.mask.unsqueeze(-1), 0.0)  # before the square: NaN has no slope of 0
-        pull = (self.weights * apart.square()).sum((1, 2))
+        pull = (self.weights * problem.moved(elements).square()).sum((1, 2))
         return 0.5 * self.prior_weight * pull + self.potentials(elements, problem).sum(-1)
 
     def potentials(self, elements: Tensor, problem: Problem) -> Tensor:
-        """F(x_n, Y) = -m_n log Σ_i exp(-½ |y_i - v_n|²_{B p_n}) `[batch, tokens]`."""
+        """Compute F(x_n, Y) = -m_n log Σ_i exp(-½ |y_i - v_n|²_{B p_n}) `[batch, tokens]`; 0 for an empty set."""
         ballot = Ballot.of(problem.latent, self.set_dim)
         potentials = -ballot.masses * self._logits(elements, ballot, problem.mask).logsumexp(1)
-        # no element, no competition
         return potentials if problem.mask is None else potentials * problem.mask.any(1, keepdim=True)
 
     def curvature(self, elements: Tensor, problem: Problem) -> Tensor:
-        """h `[batch, set_size, set_dim]`, the curvature of the quadratic over E that touches it at `elements`."""
+        """Compute h `[batch, set_size, set_dim]`, the curvature of the upper bound that touches E at `elements`."""
         precisions = Ballot.of(problem.latent, self.set_dim).precisions
         gathered = self.supports(elements, problem) @ precisions
         # without a prior and support there is no gradient either
         return self.weights * (self.prior_weight + gathered).clamp(min=torch.finfo(gathered.dtype).tiny)
 
     def supports(self, elements: Tensor, problem: Problem) -> Tensor:
-        """m_n a_in `[batch, set_size, tokens]`: how much of each token's mass supports each element."""
+        """Compute m_n a_in `[batch, set_size, tokens]`: the part of each token's mass that supports each element."""
         ballot = Ballot.of(problem.latent, self.set_dim)
         supports = self._logits(elements, ballot, problem.mask).softmax(1) * ballot.masses.unsqueeze(1)
         return supports if problem.mask is None else supports * problem.mask.unsqueeze(-1)
@@ -120,11 +110,11 @@ class VotingEnergy(nn.Module):
     def _logits(self, elements: Tensor, ballot: Ballot, mask: Tensor | None) -> Tensor:
         """-½ |y_i - v_n|²_{B p_n} `[batch, set_size, tokens]`, by matrix products."""
         metric = self.weights * ballot.precisions
-        if mask is not None:  # an absent element may hold anything
+        if mask is not None:  # absent elements may hold any number
             elements = elements.masked_fill(~mask.unsqueeze(-1), 0.0)
         cross = elements @ (metric * ballot.votes).mT - 0.5 * (elements.square() @ metric.mT)
         logits = cross - 0.5 * (metric * ballot.votes.square()).sum(-1).unsqueeze(1)
         if mask is None:
             return logits
-        absent = ~mask & mask.any(1, keepdim=True)  # finite in a set without elements, whose softmax has no meaning
+        absent = ~mask & mask.any(1, keepdim=True)  # finite in an empty set, whose softmax has no meaning
         return logits.masked_fill(absent.unsqueeze(-1), -torch.inf)
