@@ -12,7 +12,7 @@ from setpred.checkpoint import untrusted
 from setpred.checkpoint.load import load_checkpoint
 from setpred.checkpoint.release import portable
 from setpred.commands import config as configuration
-from setpred.commands.compare.runs import digest
+from setpred.commands.compare import digest
 from setpred.commands.config import allowed_paths, guarded
 from setpred.commands.train import build, main
 from setpred.errors import InputError
