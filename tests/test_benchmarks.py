@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from setpred.commands.compare.runs import Results
 
 from benchmarks import __main__, decoder, growth, memory, minutes_to_ap, report, tables, voting
 from benchmarks.report import Report, filled
 from benchmarks.timing import Row, flops, products_alone
 from benchmarks.topics import EXTRAS, TOPICS, measure
-from setpred.commands.compare.runs import Results
 from setpred.decoders import IDSPN, GreedyVotes
 from setpred.errors import InputError
 from setpred.inner import GradientDescent, VotingEnergy, compiled

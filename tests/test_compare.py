@@ -199,7 +199,9 @@ def test_finished_runs_are_not_repeated(compared, monkeypatch, tmp_path, capsys)
         trained.append((path.stem, seed))
         if len(trained) == 2:
             raise KeyboardInterrupt
-        return {name: value for name, value in lines(out)[0].items() if name not in ("seed", "name", "digest", "options")}
+        return {
+            name: value for name, value in lines(out)[0].items() if name not in ("seed", "name", "digest", "options")
+        }
 
     monkeypatch.setattr(command, "train_one", stub)
     monkeypatch.setattr(command, "prepare_data", lambda cli: None)
