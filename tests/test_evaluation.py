@@ -12,7 +12,6 @@ from tiny import untrained
 from setpred.checkpoint.load import KEY, build, load_checkpoint, save_whole
 from setpred.commands.data import main as data_command
 from setpred.commands.evaluate import evaluate, figures
-from setpred.commands.train import build as build_training
 from setpred.data.dataset import open_data
 from setpred.decoders import IDSPN, GreedyVotes
 from setpred.encoders import PositionedTokens, ResidualTrunk, Votes
@@ -28,9 +27,7 @@ from setpred.visualise import draw_own_training
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tiny_data):
     """A model that was not trained, and the data on which it would have been validated."""
-    path = untrained(tmp_path_factory.mktemp("run"), f"--data.init_args.folder={tiny_data}")
-    build_training(["--config", str(path.parent / "config.yaml")]).datamodule.prepare_data()
-    return path
+    return untrained(tmp_path_factory.mktemp("run"), data=tiny_data)
 
 
 def prepared(root, path, *options):
