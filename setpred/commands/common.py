@@ -21,15 +21,10 @@ if TYPE_CHECKING:
     import torch
 
 SHARED_OPTIONS: dict[str, dict[str, Any]] = {
-    "--data": {
-        "metavar": "PATH",
-        "help": "FILE.h5 or a CLEVR_v1.0 folder (default: the validation data of the training)",
-    },
+    "--data": {"metavar": "PATH", "help": "FILE.h5 or a CLEVR_v1.0 folder (default: the training's validation data)"},
     "--device": {"default": "auto", "help": "cpu, cuda, … (default: a GPU if one works, else cpu)"},
     "--allow": {
-        "action": "append",
-        "default": [],
-        "metavar": "PACKAGE.CLASS",
+        **{"action": "append", "default": [], "metavar": "PACKAGE.CLASS"},
         "help": "a class of your own that the file may name; repeatable",
     },
     "--json": {"type": Path, "metavar": "FILE", "help": "write the results as JSON"},
@@ -37,12 +32,7 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class Parser(argparse.ArgumentParser):
-    """The argument parser of a command, which raises `InputError` instead of printing its usage.
-
-    Args:
-        command: name of the command, for `usage: setpred COMMAND`.
-        description: what the command does, for `--help`.
-    """
+    """The argument parser of `setpred COMMAND`, which raises `InputError` instead of printing its usage."""
 
     def __init__(self, command: str, description: str, **arguments: Any) -> None:
         super().__init__(prog=f"setpred {command}", description=description, allow_abbrev=False, **arguments)

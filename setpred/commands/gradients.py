@@ -72,47 +72,36 @@ def conclusions(result: dict[str, Any]) -> list[str]:
     """
     start, end = _median(result["residual"][0]), _median(result["residual"][-2])
     left = end / start if start > 0 else 0.0
-    rest = f"(|∇L| {left:.2g} of its start)"
-    if left > 0.1:
-        sentences = [
-            f"The descent is far from an optimum {rest}, where the implicit formula does not hold: the unrolled "
-            "gradient is the one of what the model computes."
-        ]
-    elif left > 1e-3:
-        sentences = [f"The descent is near an optimum {rest}."]
-    else:
-        sentences = [f"The descent is at an optimum for practical purposes {rest}."]
     ends = list(zip(result["smallest"], result["largest"], strict=True))
     negative = sum(low < -1e-6 * high for low, high in ends)
     condition = _median([high / max(abs(low), 1e-300) for low, high in ends])
-    ratio = f"(largest to smallest curvature {condition:.2g})"
-    if negative:
-        sentences.append(
-            f"In {negative} of {result['images']} images the objective curves down in some direction: there is no "
-            "minimum there, and the exact gradient, which divides by the curvature, need not be the better one."
-        )
-    if result["singular"]:
-        sentences.append(
-            "The Hessian is singular: the objective leaves directions free. Exact and CG are damped by a millionth of "
-            f"the largest eigenvalue, {result['damping']:.2g}."
-        )
-    elif not negative and condition > 1e4:
-        sentences.append(
-            f"Some directions are nearly flat {ratio}: they dominate the exact gradient, which divides by the "
-            "curvature; --damping removes them."
-        )
-    elif not negative:
-        sentences.append(f"The objective is well curved {ratio}.")
-    if result["damping"] and not result["singular"]:
-        sentences.append(f"Exact and CG are damped by {result['damping']:.2g}, as asked.")
     own = result["agreement"][OWN]["latent"]
     cosine, unrolled = _median(own["cosine"]), _median(own["cosine_to_unrolled"])
-    grade = next(verb for least, verb in GRADES if not cosine < least)
-    sentences.append(
-        f"The model's own gradient {grade} the exact one (cosine {cosine:.2f} for the latent); its cosine to the "
-        f"unrolled one is {unrolled:.2f}."
+    damping, singular = result["damping"], result["singular"]
+    rest, ratio = f"(|∇L| {left:.2g} of its start)", f"(largest to smallest curvature {condition:.2g})"
+    far = (
+        f"The descent is far from an optimum {rest}, where the implicit formula does not hold: the unrolled gradient "
+        "is the one of what the model computes."
     )
-    return sentences
+    near = f"The descent is near an optimum {rest}."
+    settled = f"The descent is at an optimum for practical purposes {rest}."
+    curvature = {
+        f"In {negative} of {result['images']} images the objective curves down in some direction: there is no minimum "
+        "there, and the exact gradient, which divides by the curvature, need not be the better one.": negative,
+        "The Hessian is singular: the objective leaves directions free. Exact and CG are damped by a millionth of the "
+        f"largest eigenvalue, {damping:.2g}.": singular,
+        f"Some directions are nearly flat {ratio}: they dominate the exact gradient, which divides by the curvature; "
+        "--damping removes them.": not (negative or singular) and condition > 1e4,
+        f"The objective is well curved {ratio}.": not (negative or singular or condition > 1e4),
+        f"Exact and CG are damped by {damping:.2g}, as asked.": damping and not singular,
+    }
+    grade = next(verb for least, verb in GRADES if not cosine < least)
+    return [
+        far if left > 0.1 else near if left > 1e-3 else settled,
+        *(sentence for sentence, holds in curvature.items() if holds),
+        f"The model's own gradient {grade} the exact one (cosine {cosine:.2f} for the latent); its cosine to the "
+        f"unrolled one is {unrolled:.2f}.",
+    ]
 
 
 def _median(values: Sequence[float]) -> float:

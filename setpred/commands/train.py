@@ -57,6 +57,16 @@ from setpred.training.task import HASTY_IMAGES, STATISTICS_IMAGES, SetPrediction
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 CHECKPOINTS = Path("checkpoints")
 NEWEST = ("last", "auto")  # values of --resume that are no paths
+IGNORED_WARNINGS = (
+    "LightningCLI's args parameter",
+    "does not have many workers",
+    "Checkpoint directory.*exists and is not empty",
+    "GPU available but not used",
+    "callbacks used to create the checkpoint",  # resumed with other callbacks
+    "The dirpath has changed",  # resumed from another folder: the best score starts anew
+    "find_unused_parameters=True was specified",  # every parameter happens to be used
+    "LeafSpec",  # of torch, about itself
+)
 
 
 class TrainCLI(LightningCLI):
@@ -203,30 +213,29 @@ def check_fit(cli: TrainCLI) -> None:
     Raises:
         InputError: they differ, or the model cannot predict.
     """
-    encoder, decoder, data = cli.model.model.encoder, cli.model.model.decoder, cli.datamodule
+    encoder, data, train_data = cli.model.model.encoder, cli.datamodule, getattr(cli.datamodule, "train_data", None)
     kinds, takes, has = ("images", "sets"), cli.model.model.takes_sets, isinstance(data, World)
     if takes != has:
         raise InputError(
             f"the encoder {type(encoder).__name__} takes {kinds[takes]}, the data {type(data).__name__} has "
             f"{kinds[has]}; give both of one kind"
         )
-    set_size = getattr(getattr(data, "train_data", None), "set_size", None)
-    sizes = [
-        ("encoder takes images of {0}x{0}", "{0}x{0}", encoder, getattr(data, "image_size", None), "image_size"),
-        ("decoder predicts sets of {0}", "sets of {0}", decoder, set_size, "set_size"),
-    ]
-    if has:
-        sizes.insert(0, ("encoder takes elements of {0} numbers", "elements of {0}", encoder, data.input_dim, "in_dim"))
-    for of_model, of_data, part, size, name in sizes:
-        if None not in (own := getattr(part, name, None), size) and own != size:
+    sizes = (
+        ("encoder takes elements of {} numbers", "elements of {}", "in_dim", getattr(data, "input_dim", None)),
+        ("encoder takes images of {0}x{0}", "{0}x{0}", "image_size", getattr(data, "image_size", None)),
+        ("decoder predicts sets of {}", "sets of {}", "set_size", getattr(train_data, "set_size", None)),
+    )
+    for of_model, of_data, name, size in sizes:
+        part = of_model.split()[0]
+        if None not in (own := getattr(getattr(cli.model.model, part), name, None), size) and own != size:
             raise InputError(
-                f"the {of_model.format(own)}, the data has {of_data.format(size)}; give model and data the same "
-                f"{name.replace('in_dim', 'set_dim')} (model.{of_model.split()[0]}.init_args and data.init_args)"
+                f"the {of_model.format(own)}, the data has {of_data.format(size)}; give both the same "
+                f"{name.replace('in_dim', 'set_dim')} (in model.{part}.init_args and data.init_args)"
             )
     size = cli.model.data_description["image_size"]
     if size is None and not has:
         cli.say(
-            f"`setpred evaluate` and `setpred predict` will not read the checkpoints of this run: neither "
+            "`setpred evaluate` and `setpred predict` will not read the checkpoints of this run: neither "
             f"{type(data).__name__} nor {type(encoder).__name__} has an image_size; give one of them that attribute"
         )
     elif not has:
@@ -269,17 +278,7 @@ def quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of Lightning's own calls
-    for message in (
-        ".*LightningCLI's args parameter.*",
-        ".*does not have many workers.*",
-        ".*Checkpoint directory.*exists and is not empty.*",
-        ".*GPU available but not used.*",
-        ".*callbacks used to create the checkpoint.*",  # resumed with other callbacks
-        ".*The dirpath has changed.*",  # resumed from another folder: the best score starts anew
-        ".*find_unused_parameters=True was specified.*",  # every parameter happens to be used
-        ".*LeafSpec.*",  # torch's own
-    ):
-        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", message=f".*({'|'.join(IGNORED_WARNINGS)})")
 
 
 def default_config(arguments: list[str]) -> list[str]:
@@ -311,19 +310,14 @@ def build(arguments: list[str]) -> TrainCLI:
             save_config_callback=None,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            trainer_defaults={
-                "inference_mode": False,  # the inner descent needs gradients in validation too
-                "enable_model_summary": False,
-                "num_sanity_val_steps": 0,
-            },
+            # the inner descent needs gradients in validation too
+            trainer_defaults={"inference_mode": False, "enable_model_summary": False, "num_sanity_val_steps": 0},
             run=False,
             args=arguments,
             parser_class=Parser,
             parser_kwargs={
                 "prog": "setpred train",
-                "description": "Train a set predictor; without --config, the quickstart on built-in scenes.",
-                "usage": "setpred train [--config FILE] [--resume last] [--allow PACKAGE.CLASS] [options]   "
-                "(setpred train --help explains them)",
+                "usage": "setpred train [--config FILE] [options]; setpred train --help explains them",
                 "parser_mode": MODE,
                 "allow_abbrev": False,  # a mistyped key is an error, not a prefix of another
             },

@@ -80,9 +80,10 @@ def compare(arguments: Sequence[str] | None = None) -> int:
     options.monitor, options.mode = common_score(built)
     digests = {path: digest(path) for path in built}
 
+    score, command = {"monitor": options.monitor, "mode": options.mode}, command_line(arguments, options.configs)
+
     def described(path: Path, seed: int) -> dict:
         run = {"config": str(path), "name": path.stem, "digest": digests[path], "seed": seed}
-        score = {"monitor": options.monitor, "mode": options.mode}
         return run | {"budget": str(options.budget), "options": options.train} | score
 
     def report() -> str:
@@ -90,8 +91,6 @@ def compare(arguments: Sequence[str] | None = None) -> int:
         found = sorted(read_results(results).values(), key=lambda run: run["seed"])
         runs = {path.stem: [r for r in found if identity(r) == identity(described(path, r["seed"]))] for path in built}
         runs = {name: own for name, own in runs.items() if own}
-        command = command_line(arguments, options.configs)
-        score = {"monitor": options.monitor, "mode": options.mode}
         return write_report(options.out, runs, options.budget, command=command, **score)
 
     runs, seeds = read_results(results), range(options.first_seed, options.first_seed + options.seeds)

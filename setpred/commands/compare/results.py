@@ -138,24 +138,17 @@ def markdown(runs: dict[str, list[Run]], *, monitor: str, command: str) -> str:
     notes = [f"`{command}`"]
     if done:
         seeds = sorted({run["seed"] for run in done})
-        machines = {
-            f"{run['processor']}, {run['threads']} thread{'s' * (run['threads'] != 1)}, torch {run['torch']}"
-            for run in done
-        }
+        machines = {(run["processor"], run["threads"], run["torch"]) for run in done}
         notes += [
             f"budget {Budget.parse(done[0]['budget']).words} (training alone: no set-up, no validation)",
             f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
-            " and ".join(sorted(machines)),
+            " and ".join(f"{cpu}, {n} thread{'s' * (n != 1)}, torch {torch}" for cpu, n, torch in sorted(machines)),
             "AP in %, the mean over and at each distance threshold" * any(map(is_ap, scores)),
             "mean ± standard deviation over the seeds" * (len(seeds) > 1),
             f"train loss: mean of the first {FIRST_STEPS} steps → of those since the last but one validation",
         ]
-    failures = [
-        f"- {run['name']}, seed {run['seed']}, **failed**: {run['failed']}"
-        for every in runs.values()
-        for run in every
-        if run["failed"]
-    ]
+    wrong = [run for every in runs.values() for run in every if run["failed"]]
+    failures = [f"- {run['name']}, seed {run['seed']}, **failed**: {run['failed']}" for run in wrong]
     parts = ["\n".join(lines), "; ".join(filter(None, notes)) + ".", "\n".join(failures)]
     return "\n\n".join(filter(None, parts)) + "\n"
 

@@ -86,15 +86,12 @@ class BudgetedTraining(pl.Callback):
     """Ends a training when its budget is used up, and validates at evenly spaced moments, the last at the end.
 
     It replaces the ends and validations of the trainer, and stretches the schedule from the length that they plan.
-    Time counts from the first batch on, without validations. The budget is checked after each step, which may exceed
-    it. What depends on the epoch (`iterations_by_epoch`, `FASet`) follows the real epochs.
+    Time counts from the first batch on, without validations. The budget is checked after each step. What depends on
+    the epoch (`iterations_by_epoch`, `FASet`) follows the real epochs.
 
     Args:
-        budget: the amount of training.
         points: number of validations; fewer where one step takes longer than the interval.
         report: called with each point: seconds, step, train_loss (mean since the previous point), val_... scores.
-
-    Attributes: `steps`, `first` (losses of the first steps) and `points` of the training so far.
     """
 
     def __init__(self, budget: Budget, *, points: int, report: Callable[[dict[str, float]], None]) -> None:
@@ -154,9 +151,8 @@ class BudgetedTraining(pl.Callback):
 
 def planned_steps(max_epochs: int | None, max_steps: int, steps_per_epoch: float) -> int | None:
     """Return the length of a training in steps; None without an end."""
-    ends = [max_steps] if max_steps != -1 else []
-    ends += [max_epochs * steps_per_epoch] if max_epochs not in (None, -1) else []
-    least = min(ends, default=math.inf)
+    of_epochs = math.inf if max_epochs in (None, -1) else max_epochs * steps_per_epoch
+    least = min(of_epochs, math.inf if max_steps == -1 else max_steps)
     return int(least) if 0 < least < math.inf else None
 
 
