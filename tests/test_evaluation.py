@@ -94,14 +94,12 @@ def test_each_protocol_is_the_function_of_its_name(checkpoint, monkeypatch):
     assert average_precision(predicted, target) != average_precision_per_image(predicted, target)
 
 
-def test_a_perfect_model_has_ap_1_and_an_empty_one_0(checkpoint, monkeypatch):
-    loaded = load_checkpoint(checkpoint)
-    data = open_data(loaded.data["path"], image_size=16)
+def test_a_perfect_model_has_ap_1_and_a_distant_one_0(checkpoint, monkeypatch):
+    data = open_data(load_checkpoint(checkpoint).data["path"], image_size=16)
     truth = data.__getitems__(range(len(data)))["elements"][:, :4]
     monkeypatch.setattr(SetPredictor, "forward", in_turn(truth))
     result = evaluate([str(checkpoint)])
-    assert set(result["ap"].values()) == {1.0}
-    assert set(result["attributes"]["accuracy"].values()) == {1.0}
+    assert set(result["ap"].values()) | set(result["attributes"]["accuracy"].values()) == {1.0}
     monkeypatch.setattr(SetPredictor, "forward", in_turn(9 + 0 * truth))
     assert evaluate([str(checkpoint)])["ap"]["1"] == 0.0
 

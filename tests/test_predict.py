@@ -101,14 +101,13 @@ def test_the_result_does_not_depend_on_batches_or_threads(model, folder, threads
     assert not torch.allclose(elements(model, paths, iterations=1), expected)
 
 
-def test_an_image_twice_is_predicted_alike_whatever_is_broken_beside_it(model, folder, broken):
-    image = str(folder / "b.png")
+def test_a_prediction_does_not_depend_on_the_other_images(model, folder, broken):
+    image, bad = str(folder / "b.png"), str(broken / "2.png")
     first, second = elements(model, [image, image])
     assert torch.equal(first, second)
-    bad = str(broken / "2.png")
-    skipped = list(predict(model, [bad, image], image_size=16, skip_broken=True))
-    assert isinstance(skipped[0].elements, InputError)
-    assert torch.equal(skipped[1].elements, first)
+    skipped, kept = predict(model, [bad, image], image_size=16, skip_broken=True)
+    assert isinstance(skipped.elements, InputError)
+    assert torch.equal(kept.elements, first)
 
 
 def test_images_are_decoded_a_little_ahead_only(model, folder, monkeypatch):
@@ -130,10 +129,13 @@ def test_threads_keep_the_order():
 
 
 def test_objects_are_those_of_the_schema(checkpoint, model, folder, tmp_path, capsys):
-    out = tmp_path / "deep" / "predictions.json"
+    out, lines = tmp_path / "deep" / "predictions.json", tmp_path / "predictions.jsonl"
     tally = run([str(checkpoint), str(folder), "--out", str(out), "--batch-size", "3", EVERYTHING])
-    paths = find_images([folder])
-    written = json.loads(out.read_text())
+    assert (tally.predicted, tally.skipped) == (7, 0)
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{out}: 7 images, ")
+    assert printed.count("\n") == 1
+    paths, written = find_images([folder]), json.loads(out.read_text())
     assert [record["image"] for record in written] == paths
     for record, expected in zip(written, elements(model, paths), strict=True):
         objects = CLEVR.decode(expected, threshold=-99)
@@ -141,18 +143,11 @@ def test_objects_are_those_of_the_schema(checkpoint, model, folder, tmp_path, ca
         confidences = [obj["confidence"] for obj in record["objects"]]
         assert confidences == sorted(confidences, reverse=True)
         np.testing.assert_allclose(record["objects"][0]["coords"], objects[0]["coords"], atol=1e-4)
-    assert (tally.predicted, tally.skipped) == (7, 0)
-    printed = capsys.readouterr().out
-    assert printed.startswith(f"{out}: 7 images, ")
-    assert printed.count("\n") == 1
-    lines = tmp_path / "predictions.jsonl"
     run([str(checkpoint), str(folder), "--out", str(lines), EVERYTHING])
     again = [json.loads(line) for line in lines.read_text().splitlines()]
-    assert [len(record["objects"]) for record in again] == [4] * 7
-    assert [record["image"] for record in again] == paths
+    assert [(record["image"], len(record["objects"])) for record in again] == [(path, 4) for path in paths]
     run([str(checkpoint), str(folder), "--out", str(out), "--threshold", "1"])
-    sure = [obj for record in json.loads(out.read_text()) for obj in record["objects"]]
-    assert all(obj["confidence"] == 1 for obj in sure)
+    assert all(obj["confidence"] == 1 for record in json.loads(out.read_text()) for obj in record["objects"])
 
 
 def test_a_broken_image_stops_it_before_anything_is_written(checkpoint, broken, tmp_path):
@@ -183,22 +178,6 @@ def test_nothing_left_is_still_valid(checkpoint, folder, tmp_path, ending):
     assert json.loads(out.read_text()) == [] if ending == "json" else out.read_text() == ""
 
 
-def test_a_model_gone_astray_is_a_sentence(folder, checkpoint):
-    model = load_checkpoint(checkpoint).model
-    model.encoder.head.bias.data.fill_(torch.nan)
-    with pytest.raises(InputError, match=r"a\.jpg: the model predicts numbers that are not finite"):
-        elements(model, find_images([folder]))
-
-
-def test_pictures_of_the_first_ones(checkpoint, broken, tmp_path):
-    options = ["--skip-broken", "--figures", str(tmp_path / "figures"), "--shown", "2", EVERYTHING]
-    run([str(checkpoint), str(broken), str(broken / "1.png"), "--out", str(tmp_path / "p.json"), *options])
-    drawn = sorted((tmp_path / "figures").iterdir())
-    assert [path.name for path in drawn] == ["000-1.png", "001-3.png"]
-    with Image.open(drawn[0]) as picture:
-        assert picture.size[0] > 800
-
-
 @pytest.mark.parametrize(
     ("options", "match"),
     [
@@ -217,13 +196,21 @@ def test_errors_in_options_come_before_predicting(options, match, checkpoint, fo
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
-def test_figures_that_fail_say_that_the_predictions_are_there(checkpoint, folder, tmp_path, monkeypatch):
-    out = tmp_path / "p.json"
+def test_figures_show_the_first_images_and_fail_after_the_predictions(checkpoint, broken, tmp_path, monkeypatch):
+    out, figures = tmp_path / "p.json", tmp_path / "figures"
+    arguments = [str(checkpoint), str(broken), str(broken / "1.png"), "--out", str(out), "--skip-broken", EVERYTHING]
+    arguments += ["--figures", str(figures), "--shown", "2"]
+    run(arguments)
+    drawn = sorted(figures.iterdir())
+    assert [path.name for path in drawn] == ["000-1.png", "001-3.png"]
+    with Image.open(drawn[0]) as picture:
+        assert picture.size[0] > 800
+    out.unlink()
 
     def full(*_, **__):
         raise InputError("the disk is full")
 
     monkeypatch.setattr(command, "draw_outlined_image", full)
     with pytest.raises(InputError, match=r"the disk is full; the predictions are in .*p\.json"):
-        run([str(checkpoint), str(folder), "--out", str(out), "--figures", str(tmp_path / "f")])
-    assert len(json.loads(out.read_text())) == 7
+        run(arguments)
+    assert len(json.loads(out.read_text())) == 3

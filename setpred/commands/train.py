@@ -123,18 +123,15 @@ class TrainCLI(LightningCLI):
         """Load the weights of `--init`, if given; raise `InputError` if they do not fit the model."""
         if self.config.init is None:
             return
-        state, own = read_checkpoint(self.config.init)["state_dict"], self.model.state_dict()
-        given, wanted = (
-            {name: list(tensor.shape) for name, tensor in weights.items() if name.startswith("model.")}
-            for weights in (state, own)
-        )
-        if changes := differences(given, wanted):
-            more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+        state, prefix = read_checkpoint(self.config.init)["state_dict"], "model."
+        weights = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+        try:
+            self.model.model.load_state_dict(weights)
+        except RuntimeError as error:
             raise InputError(
-                f"--init {self.config.init}: its weights do not fit the model: {'; '.join(changes[:3])}{more}; "
-                "use a configuration with the same parts"
-            )
-        self.model.load_state_dict(own | {name: state[name] for name in given})
+                f"--init {self.config.init}: its weights do not fit the model: {reason(error)[:300]}; use a "
+                "configuration with the same parts"
+            ) from error
 
     def say(self, sentence: str) -> None:
         """Print a sentence, from the first process only."""

@@ -33,7 +33,7 @@ from setpred.checkpoint.untrusted import read_yaml
 from setpred.commands.common import Parser, at_least, exit_code
 from setpred.commands.compare.results import add_result, identity, read_results, write_report
 from setpred.commands.compare.training import Budget, build_configuration, naming, train_one
-from setpred.commands.train import TrainCLI, prepare_data
+from setpred.commands.train import prepare_data
 from setpred.errors import InputError
 from setpred.files import make_folder
 
@@ -77,9 +77,12 @@ def compare(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     built = {path: build_configuration(path, options) for path in options.configs}
-    options.monitor, options.mode = common_score(built)
+    scores = {(cli.model.monitor, cli.model.mode): path for path, cli in built.items()}
+    if len(scores) > 1:
+        found = " and ".join(f"{monitor} ({mode}) of {path}" for (monitor, mode), path in scores.items())
+        raise InputError(f"expected one score to rank by, got {found}; compare them apart")
+    ((options.monitor, options.mode),) = scores
     digests = {path: digest(path) for path in built}
-
     score, command = {"monitor": options.monitor, "mode": options.mode}, command_line(arguments, options.configs)
 
     def described(path: Path, seed: int) -> dict:
@@ -131,19 +134,6 @@ def check_options(options: argparse.Namespace) -> None:
         if path.stem in seen:
             raise InputError(f"{seen[path.stem]} and {path} have the same name in the table; rename one of them")
         seen[path.stem] = path
-
-
-def common_score(built: dict[Path, TrainCLI]) -> tuple[str, str]:
-    """Return the monitored score and its mode ("max" or "min"), which all configurations must share."""
-    scores = {path: (cli.model.monitor, cli.model.mode) for path, cli in built.items()}
-    first, score = next(iter(scores.items()))
-    for path, other in scores.items():
-        if other != score:
-            raise InputError(
-                f"{first} is judged by {score[0]} ({score[1]}) and {path} by {other[0]} ({other[1]}), which one table "
-                "cannot rank; compare them apart"
-            )
-    return score
 
 
 def digest(path: Path) -> str:
