@@ -105,12 +105,12 @@ def predict_in_passes(model: SetPredictor, images: Tensor, *, iterations: int | 
     found = []
     with torch.no_grad(), encoder_autocast(images.device):
         for some in images.split(PASS):
-            elements = model(whole_pass(some), iterations=iterations)
+            elements = model(pad_to_pass(some), iterations=iterations)
             found.append(elements[: len(some)].float().cpu())
     return torch.cat(found)
 
 
-def whole_pass(rows: Tensor) -> Tensor:
+def pad_to_pass(rows: Tensor) -> Tensor:
     """Repeat the last of at most `PASS` rows until there are `PASS`; images keep their memory format."""
     return rows if len(rows) == PASS else rows[torch.arange(PASS, device=rows.device).clamp(max=len(rows) - 1)]
 

@@ -145,7 +145,7 @@ def test_what_the_tokens_support_is_drawn_where_they_vote_alone(checkpoint, tmp_
         assert iterates.shape == (4, 3, 4, CLEVR.set_dim)
         assert voting.votes.shape == (3, 16, CLEVR.set_dim)
         torch.testing.assert_close(iterates[-1], given["predicted"][:3])
-    # the mass of a token is all that it supports; the energy is that of the whole objective, and falls
+    # a token's supports sum to its mass; the energy is that of the complete objective, and falls
     images = data.__getitems__(range(3))["image"]
     model = voting_model(energy)
     features = model.encode(images)

@@ -15,15 +15,7 @@ from setpred.commands.common import Parser, at_least, choose_device, exit_code, 
 from setpred.data.dataset import SetImages, open_data
 from setpred.decoders import IDSPN
 from setpred.errors import InputError
-from setpred.evaluation import (
-    PROTOCOLS,
-    Predictions,
-    encoder_autocast,
-    format_report,
-    predict,
-    report,
-    whole_pass,
-)
+from setpred.evaluation import PROTOCOLS, Predictions, encoder_autocast, format_report, pad_to_pass, predict, report
 from setpred.inner import Problem, Sum, VotingEnergy
 from setpred.inner.voting import Ballot
 from setpred.model import SetPredictor
@@ -45,7 +37,7 @@ def figures(
 ) -> list[Path]:
     """Write the figures of an evaluation, with every iterate of the descent for the first `shown` images."""
     first = data.__getitems__(range(min(shown, len(data))))
-    images = whole_pass(first["image"].to(device))  # the shape in which they were predicted
+    images = pad_to_pass(first["image"].to(device))  # the shape in which they were predicted
     with encoder_autocast(device):
         refined = loaded.model.refine(images, iterations=iterations)
         iterates = torch.stack([elements[: len(first["image"])].float() for elements in refined])

@@ -192,7 +192,7 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
             draw_outlined_image(path, picture, decode(elements), schema=schema, about=about)
     except InputError as error:
         raise InputError(f"{error}; the predictions are in {options.out} all the same") from error
-    skipped = f", {tally.skipped:,} broken ones skipped" if options.skip_broken else ""
+    skipped = f", {tally.skipped:,} skipped" if options.skip_broken else ""
     print(f"{options.out}: {tally.predicted:,} images, {rate:.4g} a second{skipped}")
     return tally
 

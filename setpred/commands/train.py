@@ -279,15 +279,15 @@ def quiet() -> None:
 
 
 def default_config(arguments: list[str]) -> list[str]:
-    """Return the `--config` to add: none if given, else the one beside a resumed checkpoint, else the quickstart."""
+    """Return the `--config` to add: none if given, else that of a resumed checkpoint's folder, else the quickstart."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("-c", "--config")
     early.add_argument("--resume", default="last")
     found = early.parse_known_args(arguments)[0]
     if found.config is not None:
         return []
-    beside = Path(found.resume).parent / "config.yaml"
-    return ["--config", str(beside if found.resume not in NEWEST and beside.is_file() else QUICKSTART)]
+    resumed = Path(found.resume).parent / "config.yaml"
+    return ["--config", str(resumed if found.resume not in NEWEST and resumed.is_file() else QUICKSTART)]
 
 
 def build(arguments: list[str]) -> TrainCLI:
