@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.tables import markdown as table
 from benchmarks.tables import number
-from setpred.commands.compare.table import Results
+from setpred.commands.compare.results import read_results
 from setpred.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +47,7 @@ def runs_of(path: Path) -> list[dict[str, Any]]:
         else:
             found = [
                 (f"{run['name']}, seed {run['seed']}", f"training alone; {place(run)}", run["points"])
-                for run in Results(path).read().values()
+                for run in read_results(path).values()
             ]
         runs = [
             {"name": name, "note": note, "points": [(float(p["seconds"]), float(p[SCORE])) for p in points if p[SCORE]]}

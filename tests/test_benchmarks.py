@@ -1,4 +1,4 @@
-"""Every benchmark runs and gives figures; the page keeps what people wrote, and both files are whole."""
+"""Benchmarks: every topic has rows; the page keeps text written by hand; files are complete or unchanged."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from benchmarks import __main__, decoder, growth, memory, minutes_to_ap, report,
 from benchmarks.report import Report, filled
 from benchmarks.timing import Row, flops, products_alone
 from benchmarks.topics import EXTRAS, TOPICS, measure
-from setpred.commands.compare.runs import Results
+from setpred.commands.compare.results import add_result
 from setpred.decoders import IDSPN, GreedyVotes
 from setpred.errors import InputError
 from setpred.inner import GradientDescent, VotingEnergy, compiled
@@ -50,8 +50,9 @@ def test_every_topic_gives_rows(topic):
     assert promised.get(topic, set()) <= set(keys)
 
 
+@pytest.mark.slow
 def test_memory_grows_where_every_step_is_kept():
-    """In a process of its own, whose memory no other test has enlarged."""
+    """In a separate process, whose memory no other test has enlarged."""
     code = (
         f"from benchmarks.memory import *; print([growths(way, decoder.QUICK) for way in {['implicit', 'unrolled']}])"
     )
@@ -106,7 +107,7 @@ def test_minutes_are_those_of_the_first_score_at_the_bar(tmp_path, capsys):
     assert (of_table["minutes"], of_table["best"], of_table["length"]) == (4.0, 0.9, 6.0)
     run = {"digest": "a", "seed": 3, "budget": "9steps", "options": [], "name": "quickstart", "threads": 2}
     run |= {"processor": "Some", "torch": "2", "points": [points[0] | {minutes_to_ap.SCORE: None}, *points[2:3]]}
-    Results(tmp_path / "results.jsonl").add(run)
+    add_result(tmp_path / "results.jsonl", run)
     (of_results,) = map(minutes_to_ap.reached, minutes_to_ap.runs_of(tmp_path / "results.jsonl"))
     assert (of_results["minutes"], of_results["best"]) == (None, 0.79)
     assert "| never |" in " ".join(minutes_to_ap.markdown([of_results]).split())
@@ -135,6 +136,17 @@ def cells(line):
     return line.replace(r"\|", "").count("|")
 
 
+def written(folder, *, afresh=True, gpu=None, **ratios):
+    """A report of these rows, by topic and ratio, as it was written."""
+    made = Report(folder, afresh=afresh)
+    if gpu is not None:
+        made.add_gpu(gpu)
+    for topic, ratio in ratios.items():
+        made.add(topic, [row(f"{topic}_cpu", ratio)])
+    made.write()
+    return made
+
+
 def test_tables_keep_their_shape():
     text = tables.markdown(["a", "b"], [["x | y", "1"], ["two\nlines", "22"]], numbers=[1])
     assert {cells(line) for line in text.splitlines()} == {3}
@@ -145,7 +157,7 @@ def test_tables_keep_their_shape():
     assert [tables.number(v) for v in (0.0, 1e-5, 999.96, 12345.6)] == ["0.00", "1.00e-05", "1,000", "12,346"]
 
 
-def test_what_stands_outside_the_marks_stays():
+def test_text_outside_the_marks_stays():
     text = "# Title\n\nby hand\n\n<!-- table -->\nold\n<!-- /table -->\n\nby hand too"
     new = filled(text, {"table": "| new |\n"})
     assert new == "# Title\n\nby hand\n\n<!-- table -->\n| new |\n<!-- /table -->\n\nby hand too"
@@ -154,12 +166,12 @@ def test_what_stands_outside_the_marks_stays():
 
 
 @pytest.mark.parametrize("text", ["", "<!-- /table -->\n<!-- table -->", "<!-- table -->" * 2 + "<!-- /table -->"])
-def test_marks_that_are_missing_are_said(text):
+def test_missing_marks_are_an_error(text):
     with pytest.raises(InputError, match="<!-- table -->"):
         filled(text, {"table": "new"})
 
 
-def test_a_report_is_written_added_to_and_read_again(tmp_path):
+def test_a_report_is_written_extended_and_read_again(tmp_path):
     first = Report(tmp_path, afresh=True)
     first.add("train_step", [row("train_step_cpu")])
     first.add("decoder", [row("decoder_fspool_cpu", 3.0), row("decoder_pairwise_cpu")])
@@ -167,12 +179,10 @@ def test_a_report_is_written_added_to_and_read_again(tmp_path):
     first.write()
     page = tmp_path / "benchmarks.md"
     page.write_text(page.read_text() + "\nwritten by hand\n")
-    again = Report(tmp_path, afresh=False)
-    again.add("decoder", [row("decoder_fspool_cpu", 4.0)])
-    again.write()
+    written(tmp_path, afresh=False, decoder=4.0)
     content = json.loads((tmp_path / "benchmarks.json").read_text())
     assert {"machine", "versions", "ratios", "rows", "growth"} <= set(content)
-    assert content["ratios"] == {"decoder_fspool_cpu": 4.0, "train_step_cpu": 2.0}
+    assert content["ratios"] == {"decoder_cpu": 4.0, "train_step_cpu": 2.0}
     assert [line["topic"] for line in content["rows"]] == ["decoder", "train_step"]
     assert {"avx2", "avx512", "bfloat16", "amx", "encoder_trains_in"} <= set(content["machine"])
     assert {"python", "torch", "numpy", "scipy"} == set(content["versions"])
@@ -183,8 +193,7 @@ def test_a_report_is_written_added_to_and_read_again(tmp_path):
 
 
 def test_figures_of_two_machines_are_not_mixed(tmp_path):
-    first = Report(tmp_path, afresh=True)
-    first.add("train_step", [row("train_step_cpu")])
+    first = written(tmp_path, train_step=2.0)
     first.content["machine"]["threads"] = 99
     first.write()
     with pytest.raises(InputError, match="99 threads"):
@@ -192,84 +201,62 @@ def test_figures_of_two_machines_are_not_mixed(tmp_path):
     assert Report(tmp_path, afresh=True).content["ratios"] == {}
 
 
-def test_rows_of_a_gpu_come_from_elsewhere_and_stay(tmp_path, monkeypatch):
+def test_rows_of_a_gpu_come_from_another_machine_and_stay(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     there, here = tmp_path / "there", tmp_path / "here"
     other = Report(there, afresh=True)
     other.content["machine"] |= {"gpu": "A Large One", "cores": 77}
-    other.add("decoder", [row("decoder_fspool_cpu", 9.0), row("decoder_fspool_gpu", 7.0)])
+    other.add("decoder", [row("decoder_cpu", 9.0), row("decoder_gpu", 7.0)])
     other.write()
-    ours = Report(here, afresh=True)
-    ours.add_gpu(there / "benchmarks.json")
-    ours.add("decoder", [row("decoder_fspool_cpu", 3.0)])
-    ours.write()
+    written(here, gpu=there / "benchmarks.json", decoder=3.0)
     for afresh in (False, True):
-        ours = Report(here, afresh=afresh)
-        ours.add("decoder", [row("decoder_fspool_cpu", 4.0)])
-        ours.write()
-        assert ours.content["ratios"] == {"decoder_fspool_cpu": 4.0, "decoder_fspool_gpu": 7.0}
-        assert "Rows of a GPU: " in (here / "benchmarks.md").read_text()
-        assert "A Large One" in (here / "benchmarks.md").read_text()
-    without = Report(tmp_path / "without", afresh=True)
-    without.write()
+        assert written(here, afresh=afresh, decoder=4.0).content["ratios"] == {"decoder_cpu": 4.0, "decoder_gpu": 7.0}
+        text = (here / "benchmarks.md").read_text()
+        assert "Rows of a GPU: " in text
+        assert "A Large One" in text
+    without = written(tmp_path / "without")
     with pytest.raises(InputError, match="got none"):
         without.add_gpu(tmp_path / "without" / "benchmarks.json")
 
 
-def test_a_write_that_fails_leaves_the_page_as_it_was(tmp_path, monkeypatch):
-    first = Report(tmp_path, afresh=True)
-    first.add("train_step", [row("train_step_cpu")])
-    first.write()
+def test_a_failed_write_leaves_the_page_as_it_was(tmp_path, monkeypatch):
+    written(tmp_path, train_step=2.0)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    first.add("train_step", [row("train_step_cpu", 5.0)])
     with pytest.raises(InputError, match="disk is full"):
-        first.write()
+        written(tmp_path, afresh=False, train_step=5.0)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def figures(monkeypatch, tmp_path):
-    """Topics that take no time, and a folder in the place of docs."""
+def test_the_command_prints_quick_figures_and_writes_the_others(monkeypatch, tmp_path, capsys):
+    """A topic that fails loses none of the others; a page without marks is one sentence."""
 
     def found(topic, quick):
         if topic == "matching":
-            raise SystemExit("broken")
+            raise SystemExit("failed")
         return GROWTH if topic == "growth" else [row(f"{topic}_cpu", 2.0 if quick else 3.0)]
 
+    docs, out = tmp_path / "docs", tmp_path / "out"
     monkeypatch.setattr(__main__, "measure_alone", found)
-    monkeypatch.setattr(__main__, "DOCS", tmp_path / "docs")
-    return tmp_path
-
-
-def test_quick_figures_are_printed_and_docs_stay(figures, capsys):
+    monkeypatch.setattr(__main__, "DOCS", docs)
     assert __main__.main(["--quick", "--only", "data", "growth"]) == 0
     assert "what \\| data_cpu is" in capsys.readouterr().out
-    assert not (figures / "docs").exists()
-    assert __main__.main(["--quick", "--only", "data", "--out", str(figures / "out")]) == 0
-    assert (figures / "out" / "benchmarks.md").exists()
-    assert not (figures / "docs").exists()
-
-
-def test_a_topic_that_fails_loses_none_of_the_others(figures, capsys):
+    assert __main__.main(["--quick", "--only", "data", "--out", str(out)]) == 0
+    assert (out / "benchmarks.md").exists()
+    assert not docs.exists()
     assert __main__.main(["--only", "data", "matching", "inference"]) == 1
     assert "failed: matching" in capsys.readouterr().err
-    content = json.loads((figures / "docs" / "benchmarks.json").read_text())
-    assert content["ratios"] == {"data_cpu": 3.0, "inference_cpu": 3.0}
-
-
-def test_what_is_wrong_is_one_sentence(figures, capsys):
-    (figures / "docs").mkdir()
-    (figures / "docs" / "benchmarks.md").write_text("no marks")
+    assert json.loads((docs / "benchmarks.json").read_text())["ratios"] == {"data_cpu": 3.0, "inference_cpu": 3.0}
+    (docs / "benchmarks.md").write_text("no marks")
     assert __main__.main(["--only", "data"]) == 2
-    assert capsys.readouterr().err.startswith("error: expected <!-- machine -->")
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: expected <!-- machine -->")
 
 
 def test_the_page_has_its_marks_and_every_topic_its_command():

@@ -1,5 +1,6 @@
-"""Functions that all commands share: arguments, output streams, atomic writes, locks, messages."""
+"""Shared by every command: one sentence for an error, ~ in arguments, closed outputs, links and pipes."""
 
+import importlib
 import io
 import os
 import subprocess
@@ -8,9 +9,87 @@ import threading
 
 import pytest
 
-from setpred.commands.common import LastingStream, expanded
+from setpred.__main__ import COMMANDS
+from setpred.__main__ import main as program
+from setpred.commands.common import LastingStream, expanded, finite
 from setpred.errors import InputError
 from setpred.files import locked, write_atomically
+
+MISSING = {
+    "train": "--config none.yaml",
+    "evaluate": "none.ckpt",
+    "predict": "none.ckpt none.png --out p.json",
+    "data": "info none.h5",
+    "compare": "none.yaml --budget 1steps",
+    "release": "none.ckpt --out p.safetensors",
+    "gradients": "none.ckpt",
+    "replay": "none.pt",
+}
+OUT_OF_RANGE = [
+    ("evaluate none.ckpt", ["--iterations=-1", "--images=0", "--batch-size=0", "--workers=-1", "--shown=0"]),
+    ("predict none.ckpt none.png --out p", ["--batch-size=0", "--iterations=-1", "--threads=0", "--shown=0"]),
+    ("gradients none.ckpt", ["--images=0", "--iterations=0", "--steps=0", "--damping=-1", "--damping=nan"]),
+    ("compare none.yaml --budget 1s", ["--seeds=0", "--points=0", "--first-seed=-1", "--threads=0"]),
+]
+
+
+def status():
+    """The exit status of the program with `sys.argv`."""
+    try:
+        return program()
+    except SystemExit as stopped:  # of parsers that are not ours
+        return stopped.code
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_missing_file_is_one_sentence_and_status_2(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["setpred", command, *MISSING[command].split()])
+    assert status() == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("error: ")
+    assert "none" in message
+    assert not [path for path in tmp_path.iterdir() if path.suffix]
+
+
+@pytest.mark.parametrize(("start", "option"), [(start, each) for start, options in OUT_OF_RANGE for each in options])
+def test_a_number_out_of_range_is_one_sentence_and_status_2(start, option, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["setpred", *start.split(), option])
+    assert program() == 2
+    name, value = option.split("=")
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {name}: expected at least ")
+    assert f", got {value}; see setpred {start.split()[0]} --help" in message
+
+
+@pytest.mark.parametrize("words", ["evaluate x.ckpt --nope", "predict x.ckpt", "nope"])
+def test_a_mistyped_command_line_is_one_sentence_and_status_2(words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["setpred", *words.split()])
+    assert program() == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_on_a_screen(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", ["setpred", command, "--help"])
+    assert status() == 0
+    printed = capsys.readouterr().out
+    assert f"setpred {command} " in printed
+    assert printed.count("\n") <= 40
+
+
+def test_ctrl_c_is_status_130(monkeypatch, capsys):
+    for name in ("predict", "evaluate"):
+        command = importlib.import_module(f"setpred.commands.{name}")
+        monkeypatch.setattr(command, "parser", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert command.main([]) == 130
+        assert capsys.readouterr().err.startswith("interrupted")
+
+
+def test_json_has_null_for_what_is_not_finite():
+    found = finite({"a": [1.0, float("nan")], "b": {"c": float("inf")}})
+    assert found == {"a": [1.0, None], "b": {"c": None}}
 
 
 def test_home_is_expanded_at_the_start_of_a_value_only(monkeypatch):

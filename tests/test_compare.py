@@ -1,4 +1,4 @@
-"""Comparing under a budget: what counts, that schedules come to their end, that runs repeat, and the table."""
+"""Compare: the budget and its schedule, repeatable and resumable runs, errors, the table."""
 
 import json
 import math
@@ -11,10 +11,10 @@ import yaml
 from tiny import CONFIG
 
 from setpred.commands import compare as command
-from setpred.commands.compare import budget as budget_module
 from setpred.commands.compare import command_line, compare, main
-from setpred.commands.compare.budget import Budget, BudgetedTraining, Plan, Stretched
-from setpred.commands.compare.table import Results, markdown
+from setpred.commands.compare import training as training_module
+from setpred.commands.compare.results import add_result, markdown, ranked, read_results
+from setpred.commands.compare.training import Budget, BudgetedTraining, Stretched, planned_steps
 from setpred.errors import InputError
 from setpred.training.schedules import StepDecay, WarmupCosine
 from setpred.visualise import draw_training_curves
@@ -22,68 +22,65 @@ from setpred.visualise import draw_training_curves
 MLP = {"class_path": "setpred.decoders.MLPDecoder", "init_args": {"set_size": 4, "latent_dim": 16}}
 
 
-# budgets
+# --- budget and schedule ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("text", "amount", "in_steps"),
-    [("90s", 90, False), ("10m", 600, False), ("1.5h", 5400, False), ("2000steps", 2000, True), ("1step", 1, True)],
+    ("text", "amount"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("2000steps", 2000), ("1step", 1)]
 )
-def test_budgets_are_read(text, amount, in_steps):
+def test_budgets_are_times_or_steps(text, amount):
     budget = Budget.parse(text)
-    assert budget == Budget(amount, in_steps)
+    assert budget == Budget(amount, in_steps="step" in text)
     assert Budget.parse(str(budget)) == budget
 
 
-@pytest.mark.parametrize(
-    "text", ["", "10", "m", "ten minutes", "-5s", "0s", "0steps", "2.5steps", "1e3s", "infs", "5d"]
-)
-def test_other_budgets_are_refused(text):
+@pytest.mark.parametrize("text", ["", "10", "m", "ten minutes", "-5s", "0s", "0steps", "2.5steps", "1e3s", "infs"])
+def test_other_budgets_are_errors(text):
     with pytest.raises(InputError, match="--budget"):
         Budget.parse(text)
 
 
-# the schedule
-
-
-def stretched_over(amount, schedule):
-    """The factors of a schedule planned for 60 steps in epochs of 10, before each step of a budget and after it."""
+@pytest.mark.parametrize("amount", [1, 7, 60, 61, 999, 12_345])
+@pytest.mark.parametrize(
+    "schedule", [WarmupCosine(warmup_steps=5, total_steps=60, final=0.01), StepDecay(epochs=[2, 5])]
+)
+def test_a_schedule_keeps_its_shape_and_its_end_under_every_budget(schedule, amount):
+    """A budget of the 60 planned steps leaves every factor as it is."""
     budget, steps = Budget(amount, in_steps=True), iter(range(amount + 1))
     stretched = Stretched(schedule, lambda: budget.progress(0.0, next(steps)), steps=60, steps_per_epoch=10)
-    return [stretched(0, 0) for _ in range(amount + 1)]  # its own count goes, not what it is called with
-
-
-@pytest.mark.parametrize("schedule", [WarmupCosine(warmup_steps=5, total_steps=60), StepDecay(epochs=[2, 5])])
-def test_a_budget_of_the_planned_steps_leaves_the_schedule_as_it_is(schedule):
-    assert stretched_over(60, schedule) == [schedule(step, step // 10) for step in range(61)]
-
-
-@pytest.mark.parametrize("amount", [1, 7, 60, 61, 999, 12_345])
-def test_a_schedule_ends_at_its_end_whatever_the_budget(amount):
-    cosine = WarmupCosine(warmup_steps=5, total_steps=60, final=0.01)
-    factors = stretched_over(amount, cosine)
-    assert factors[0] == cosine(0, 0)
-    assert factors[-1] == cosine(60, 6)
+    factors = [stretched(0, 0) for _ in range(amount + 1)]  # the training's own count has no effect
+    planned = [schedule(step, step // 10) for step in range(61)]
+    assert (factors[0], factors[-1]) == (planned[0], planned[-1])
     peak = factors.index(max(factors))
-    assert factors[:peak] == sorted(factors[:peak])
+    assert factors[: peak + 1] == sorted(factors[: peak + 1])
     assert factors[peak:] == sorted(factors[peak:], reverse=True)
+    assert amount != 60 or factors == planned
 
 
-def test_a_plan_is_the_shorter_of_epochs_and_steps():
-    assert Plan(epochs=3, steps=None, validation_batches=1.0).length(10) == 30
-    assert Plan(epochs=3, steps=7, validation_batches=1.0).length(10) == 7
-    assert Plan(epochs=None, steps=7, validation_batches=1.0).length(math.inf) == 7
-    assert Plan(epochs=None, steps=None, validation_batches=1.0).length(10) is None
-    assert Plan(epochs=3, steps=None, validation_batches=1.0).length(math.inf) is None
+def test_progress_is_exact():
+    assert Budget(3, in_steps=True).progress(9.9, 1) == Fraction(1, 3)
+    assert Budget(3, in_steps=False).progress(9.9, 1) == 1
 
 
-# what counts
+@pytest.mark.parametrize(
+    ("planned", "length"),
+    [
+        ((3, -1, 10), 30),
+        ((3, 7, 10), 7),
+        ((-1, 7, math.inf), 7),
+        ((-1, -1, 10), None),
+        ((None, -1, 10), None),
+        ((3, -1, math.inf), None),
+    ],
+)
+def test_the_planned_length_is_the_shorter_of_epochs_and_steps(planned, length):
+    assert planned_steps(*planned) == length
 
 
 def test_validation_does_not_count_as_training_time(monkeypatch):
-    """A step takes a second here and a validation a thousand: 20 seconds are 20 steps."""
+    """A step takes a second and a validation a thousand: 20 seconds are 20 steps."""
     clock = SimpleNamespace(now=1e6)
-    monkeypatch.setattr(budget_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(training_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     cosine, factors, validated = WarmupCosine(warmup_steps=0, total_steps=40), [], []
 
     def validate(batches):
@@ -92,16 +89,20 @@ def test_validation_does_not_count_as_training_time(monkeypatch):
         return {"val_loss": 0.5}
 
     model = SimpleNamespace(schedule=cosine, validate=validate)
+    loop = SimpleNamespace(max_epochs=10, min_epochs=2, epoch_loop=SimpleNamespace(max_steps=-1, min_steps=5))
     trainer = SimpleNamespace(
         datamodule=SimpleNamespace(val_dataloader=lambda: ["a", "b", "c", "d"]),
+        fit_loop=loop,  # plans 10 epochs of 4 steps
+        limit_val_batches=0.5,
         num_training_batches=8,
         accumulate_grad_batches=2,
         precision_plugin=SimpleNamespace(val_step_context=nullcontext),
         global_step=0,
         should_stop=False,
     )
-    plan = Plan(epochs=10, steps=None, validation_batches=0.5)  # 10 epochs of 4 steps
-    training = BudgetedTraining(Budget(20, in_steps=False), points=4, plan=plan, report=lambda point: None)
+    training = BudgetedTraining(Budget(20, in_steps=False), points=4, report=lambda point: None)
+    training.setup(trainer, model, "fit")
+    assert (loop.max_epochs, loop.min_epochs, loop.epoch_loop.max_steps, trainer.limit_val_batches) == (-1, None, -1, 0)
     training.on_train_start(trainer, model)
     batches = 0
     while not trainer.should_stop:
@@ -110,43 +111,39 @@ def test_validation_does_not_count_as_training_time(monkeypatch):
         clock.now += 0.5
         trainer.global_step = batches // 2
         training.on_train_batch_end(trainer, model, {"loss": batches / 2}, None, 0)
-    assert training.steps == 20
-    assert training.seconds == 20
+    assert (training.steps, training.seconds) == (20, 20)
     assert [(point["seconds"], point["step"]) for point in training.points] == [(5, 5), (10, 10), (15, 15), (20, 20)]
     assert [point["train_loss"] for point in training.points] == [5.5, 15.5, 25.5, 35.5]  # the means of tens
-    assert training.first_loss == 6  # of the batches with which the first five steps ended
+    assert training.first == [2, 4, 6, 8, 10]  # the last batch of each of the first steps
     assert validated == [["a", "b"]] * 4
     assert factors[:3] == [cosine(0, 0), cosine(1, 0), cosine(2, 0)]
     assert factors[-1] == cosine(39, 9)
 
 
-# whole comparisons
+# --- comparisons ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory, tiny_data):
-    """Configurations by name: an iDSPN, an MLP, and an MLP that cannot be trained."""
+    """Configurations by name: an iDSPN, an MLP, and faulty ones."""
     folder = tmp_path_factory.mktemp("configs")
     content = yaml.safe_load(CONFIG)
     content["data"]["init_args"]["folder"] = str(tiny_data)
-    trainer, mlp = content["trainer"], content["model"] | {"decoder": MLP}
+    mlp = content["model"] | {"decoder": MLP}
     stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "nothing"}}
-    written = {
-        "idspn": content,
-        "mlp": content | {"model": mlp},
-        "broken": content | {"model": mlp, "trainer": trainer | {"callbacks": [stopping]}},
-        "wild": content | {"model": mlp | {"learning_rate": 1e30, "schedule": None}},
-        "loss": content | {"model": mlp | {"schema": None}},
-        "own": content | {"model": mlp | {"decoder": MLP | {"class_path": "own_part.Mine"}}},
-        "typo": content | {"model": mlp | {"learning_rat": 1.0}},
+    models = {
+        "mlp": mlp,
+        "wild": mlp | {"learning_rate": 1e30, "schedule": None},
+        "loss": mlp | {"schema": None},
+        "own": mlp | {"decoder": MLP | {"class_path": "own_part.Mine"}},
+        "typo": mlp | {"learning_rat": 1.0},
     }
-    (folder / "own_part.py").write_text(
-        "from setpred.decoders import MLPDecoder\n\n\nclass Mine(MLPDecoder):\n    pass\n"
-    )
-    paths = {name: folder / f"{name}.yaml" for name in written}
-    for name, path in paths.items():
-        path.write_text(yaml.safe_dump(written[name]))
-    return paths
+    written = {"idspn": content} | {name: content | {"model": model} for name, model in models.items()}
+    written["failing"] = written["mlp"] | {"trainer": content["trainer"] | {"callbacks": [stopping]}}
+    (folder / "own_part.py").write_text("from setpred.decoders import MLPDecoder\nclass Mine(MLPDecoder):\n    pass\n")
+    for name, each in written.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(each))
+    return {name: folder / f"{name}.yaml" for name in written}
 
 
 def lines(out):
@@ -155,7 +152,7 @@ def lines(out):
 
 def without_time(run):
     points = [{name: value for name, value in point.items() if name != "seconds"} for point in run["points"]]
-    return run | {"points": points, "seconds": None, "config": None}
+    return run | {"points": points, "seconds": None}
 
 
 @pytest.fixture(scope="module")
@@ -168,15 +165,14 @@ def compared(configs, tmp_path_factory):
     return out, arguments
 
 
-def test_a_budget_of_steps_is_taken_to_the_step(compared):
+def test_a_budget_of_steps_is_exact(compared):
     out, _ = compared
     runs = lines(out)
     assert [(run["name"], run["seed"]) for run in runs] == [("idspn", 0), ("mlp", 0), ("idspn", 1), ("mlp", 1)]
     for run in runs:
-        assert run["steps"] == 6
+        assert (run["steps"], run["failed"]) == (6, None)
         assert [point["step"] for point in run["points"]] == [2, 4, 6]
         assert {"val_loss", "val_ap", "val_ap_inf", "train_loss", "seconds"} <= set(run["points"][-1])
-        assert not run["failed"]
     assert not list(out.rglob("*.ckpt"))
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     table = (out / "table.md").read_text()
@@ -187,61 +183,61 @@ def test_a_budget_of_steps_is_taken_to_the_step(compared):
 def test_runs_repeat_whatever_was_trained_before(compared, configs, tmp_path):
     arguments = ["--budget", "6steps", "--seeds", "1", "--first-seed", "1", "--points", "3", "--keep"]
     assert compare([str(configs["mlp"]), *arguments, "--out", str(tmp_path)]) == 0
-    (again,), before = lines(tmp_path), lines(compared[0])[-1]
-    assert without_time(again) == without_time(before)
-    assert without_time(again)["points"] != without_time(lines(compared[0])[1])["points"]  # another seed's
+    (again,), before = lines(tmp_path), lines(compared[0])
+    assert without_time(again) == without_time(before[-1])
+    assert without_time(again)["points"] != without_time(before[1])["points"]  # of another seed
     assert (tmp_path / "runs" / "mlp-seed1" / "last.ckpt").is_file()
 
 
-def test_what_is_in_the_file_is_not_trained_again(compared, monkeypatch, tmp_path, capsys):
+def test_finished_runs_are_not_repeated(compared, monkeypatch, tmp_path, capsys):
     out, arguments = compared
     (tmp_path / "results.jsonl").write_bytes((out / "results.jsonl").read_bytes() + b'{"half a li')
     arguments = [*arguments[:-1], str(tmp_path)]
     trained = []
 
-    def stub(which, seed, settings):
-        trained.append((which.name, seed))
+    def stub(path, seed, options):
+        trained.append((path.stem, seed))
         if len(trained) == 2:
             raise KeyboardInterrupt
-        return lines(out)[0] | {"seed": seed, "digest": which.digest, "options": list(settings.options)}
+        return {
+            name: value for name, value in lines(out)[0].items() if name not in ("seed", "name", "digest", "options")
+        }
 
     monkeypatch.setattr(command, "train_one", stub)
-    monkeypatch.setattr(command, "prepare", lambda which, settings: None)
+    monkeypatch.setattr(command, "prepare_data", lambda cli: None)
     assert main(arguments) == 0
     assert trained == []
-    assert "left out" in capsys.readouterr().out  # the line of a process that was killed
+    assert "skipped line 5" in capsys.readouterr().out  # of a killed process
     arguments[arguments.index("--seeds") + 1] = "3"
     assert main(arguments) == 130
     assert trained == [("idspn", 2), ("mlp", 2)]
-    assert "| idspn | 3 |" in (tmp_path / "table.md").read_text()  # what was finished is kept
+    assert "| idspn | 3 |" in (tmp_path / "table.md").read_text()  # the finished run is kept
     assert main(arguments) == 0
     assert trained[2:] == [("mlp", 2)]
     assert main([*arguments, "--", "--data.init_args.batch_size", "4"]) == 0
-    assert len(trained) == 3 + 6  # with other options it is another training
+    assert len(trained) == 3 + 6  # other options make other runs
 
 
-def test_a_failing_configuration_does_not_take_the_others_with_it(configs, tmp_path, capsys):
-    arguments = [str(configs[name]) for name in ("broken", "wild", "mlp")]
-    assert main([*arguments, *["--budget", "8steps", "--points", "2", "--out"], str(tmp_path)]) == 1
-    broken, wild, mlp = lines(tmp_path)
-    told = tmp_path / "runs" / "broken-seed0" / "error.txt"
-    assert broken["failed"].endswith(f"(more in {told})")
-    assert told.read_text().startswith("Traceback")
-    assert [point["step"] for point in broken["points"]] == [4]
+def test_a_failing_configuration_leaves_the_others_and_own_parts_are_allowed(configs, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(configs["own"].parent)
+    arguments = [str(configs[name]) for name in ("failing", "wild", "own")]
+    budget = ["--budget", "8steps", "--points", "2", "--allow", "own_part.Mine", "--out"]
+    assert main([*arguments, *budget, str(tmp_path)]) == 1
+    failing, wild, own = lines(tmp_path)
+    error = tmp_path / "runs" / "failing-seed0" / "error.txt"
+    assert failing["failed"].endswith(f"(more in {error})")
+    assert error.read_text().startswith("Traceback")
+    assert [point["step"] for point in failing["points"]] == [4]
     assert "lower model.learning_rate" in wild["failed"]
-    assert not mlp["failed"]
+    assert not own["failed"]
     table = capsys.readouterr().out
-    assert table.index("| mlp | 1 |") < table.index("| broken | 0 of 1 |")
+    assert table.index("| own | 1 |") < table.index("| failing | 0 of 1 |")
     assert f"- wild, seed 0, **failed**: {wild['failed']}" in table
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("mlp --budget 10", "--budget"),
-        ("mlp --budget 5s --seeds 0", "--seeds"),
-        ("mlp --budget 5s --points 0", "--points"),
-        ("mlp --budget 5s --first-seed -1", "--first-seed"),
         ("mlp missing.yaml --budget 5s", "missing.yaml"),
         ("mlp mlp --budget 5s", "same name"),
         ("mlp --budget 5s --out FILE", "not a folder"),
@@ -254,29 +250,18 @@ def test_a_failing_configuration_does_not_take_the_others_with_it(configs, tmp_p
         ("mlp --budget 5s -- --data.init_args.set_size 5", "set_size"),
     ],
 )
-def test_faults_are_said_before_anything_is_trained(arguments, sentence, configs, tmp_path, monkeypatch, capsys):
+def test_errors_come_before_any_training(arguments, sentence, configs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "train_one", lambda *_: pytest.fail("trained"))
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "file"
     file.touch()
-    words = [str(configs.get(word, word)).replace("FILE", str(file)) for word in arguments.split()]
-    assert main(words) == 2
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("error: ")
-    assert sentence in said
+    assert main([str(configs.get(word, word)).replace("FILE", str(file)) for word in arguments.split()]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("error: ")
+    assert sentence in message
 
 
-def test_a_part_of_the_users_own_is_compared_once_it_is_allowed(configs, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(configs["own"].parent)
-    arguments = [str(configs["own"]), str(configs["mlp"]), *["--budget", "2steps", "--points", "1", "--out"]]
-    assert main([*arguments, str(tmp_path), "--allow", "own_part.Mine"]) == 0
-    assert [run["name"] for run in lines(tmp_path)] == ["own", "mlp"]
-    # what one seed of another configuration gives does not depend on it
-    assert main([str(configs["mlp"]), *arguments[2:], str(tmp_path / "alone")]) == 0
-    assert without_time(lines(tmp_path)[1]) == without_time(lines(tmp_path / "alone")[0])
-
-
-# table and plot
+# --- table and plot ---------------------------------------------------------------------------------------------------
 
 
 def known(name, seed, score, **changes):
@@ -292,7 +277,8 @@ def test_the_table_of_known_results():
         "never": [known("never", 0, 0.9, failed="it rained", points=[])],
         "high": [known("high", 0, 0.5), known("high", 1, 0.6, failed="it hailed")],
     }
-    head, _, *rows = markdown(runs, monitor="val_ap", mode="max", command="compare it").splitlines()
+    table = markdown(ranked(runs, "val_ap", "max"), monitor="val_ap", command="compare it")
+    head, _, *rows = table.splitlines()
     columns = "| configuration | seeds | AP | 0.5 | val. loss | train loss | steps | ms/step | parameters |"
     assert head == columns
     # 0.1, 0.2, 0.3: mean 0.2, standard deviation of the sample 0.1; seconds 2, 3, 4 for ten steps
@@ -303,33 +289,28 @@ def test_the_table_of_known_results():
     ]
     assert rows[4].startswith("`compare it`; budget 2 minutes (training alone")
     assert "seeds 0, 1, 2; Abacus, 2 threads, torch 9.9;" in rows[4]
-    assert rows[6:] == ["- never, seed 0, **failed**: it rained", "- high, seed 1, **failed**: it hailed"]
-    least = markdown(runs, monitor="val_ap", mode="min", command="").splitlines()
-    assert [row.split(" | ")[0] for row in least[2:5]] == ["| low", "| high", "| never"]
+    assert sorted(rows[6:]) == ["- high, seed 1, **failed**: it hailed", "- never, seed 0, **failed**: it rained"]
+    assert list(ranked(runs, "val_ap", "min")) == ["low", "high", "never"]
+    assert "| never | 0 of 1 |" in markdown({"never": runs["never"]}, monitor="val_ap", command="")
 
 
-def test_a_table_of_nothing_but_failures():
-    runs = {"never": [known("never", 0, 0.9, failed="it rained", points=[])]}
-    assert "| never | 0 of 1 |" in markdown(runs, monitor="val_ap", mode="max", command="")
-
-
-def test_all_of_a_folder_is_called_so(tmp_path):
+def test_all_configurations_of_a_folder_are_named_by_it(tmp_path):
     paths = [tmp_path / f"{name}.yaml" for name in "abc"]
     for path in paths:
         path.touch()
     arguments = [*map(str, paths), "--budget", "5s"]
-    assert command_line(arguments, paths) == f"python -m setpred compare {tmp_path}/*.yaml --budget 5s"
+    assert command_line(arguments, paths) == f"setpred compare {tmp_path}/*.yaml --budget 5s"
     assert command_line(arguments[1:], paths[1:]).count(".yaml") == 2
 
 
-def test_a_line_without_its_end_does_not_swallow_the_next(tmp_path):
-    results = Results(tmp_path / "results.jsonl")
+def test_a_cut_off_line_does_not_swallow_the_next(tmp_path):
+    path = tmp_path / "results.jsonl"
     run = {"digest": "d", "seed": 0, "budget": "5s", "options": [], "value": 1}
-    results.path.write_text("{")
-    results.add(run)
-    results.add(run | {"value": 2})  # tried again
-    assert results.path.read_text().count("\n") == 3
-    assert list(results.read().values()) == [run | {"value": 2}]
+    path.write_text("{")
+    add_result(path, run)
+    add_result(path, run | {"value": 2})  # repeated
+    assert path.read_text().count("\n") == 3
+    assert list(read_results(path).values()) == [run | {"value": 2}]
 
 
 @pytest.mark.parametrize("count", [0, 1, 13])
@@ -337,8 +318,3 @@ def test_curves_are_drawn(count, tmp_path):
     curves = {f"configuration {number}": [[(1, 0.5), (2, number)], [(1.5, 0.7)]] for number in range(count)}
     path = draw_training_curves(tmp_path / "curves.png", curves, spent="steps", score="AP", subtitle="of nothing")
     assert path.read_bytes().startswith(b"\x89PNG")
-
-
-def test_progress_is_exact():
-    assert Budget(3, in_steps=True).progress(9.9, 1) == Fraction(1, 3)
-    assert Budget(3, in_steps=False).progress(9.9, 1) == 1

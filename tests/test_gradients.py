@@ -1,19 +1,18 @@
-"""Truncated unrolling, what tells how good a gradient is, and the command that says it of a checkpoint."""
+"""Truncated unrolling, the quality of gradients, and the command that measures it for a checkpoint."""
 
 import json
 import math
-import sys
 
 import pytest
 import torch
 from problems import Quadratic, finite_difference, normal
-from tiny import run
+from tiny import untrained
 from torch import nn
 
 from setpred.aggregators import FSPool, SetEncoder
 from setpred.checkpoint.load import KEY, save_checkpoint, training_iterations
 from setpred.commands import gradients as command
-from setpred.commands.gradients import check, in_words
+from setpred.commands.gradients import check, conclusions
 from setpred.decoders import IDSPN
 from setpred.errors import InputError
 from setpred.inner import (
@@ -261,9 +260,7 @@ def test_a_singular_hessian_is_damped_and_a_saddle_is_seen():
     asked = compare_gradients(decoder, linear_loss, latent, target, damping=0.5)
     assert (asked["singular"], asked["damping"]) == (False, 0.5)
     decoder, latent, target = quadratic_decoder((-0.5, 0.5, 0.8, 1.2), iterations=5)
-    result = compare_gradients(decoder, linear_loss, latent, target)
-    assert result["smallest"] == pytest.approx([-0.5] * 5)
-    assert any("5 of 5 images the objective curves down" in sentence for sentence in in_words(result | {"images": 5}))
+    assert compare_gradients(decoder, linear_loss, latent, target)["smallest"] == pytest.approx([-0.5] * 5)
 
 
 def test_what_cannot_be_compared_raises(monkeypatch):
@@ -286,27 +283,28 @@ def test_steps_that_are_all_of_them_are_unrolled_once():
     assert "unrolled, last 5" not in names
 
 
-# --- in words -------------------------------------------------------------------------------------------------------
+# --- the conclusions --------------------------------------------------------------------------------------------------
 
 
-def test_the_words_follow_the_numbers():
-    decoder, latent, target = quadratic_decoder()
-    result = compare_gradients(decoder, linear_loss, latent, target, steps=[1]) | {"images": 5}
-    said = " ".join(in_words(result))
-    assert "at an optimum for practical purposes" in said
-    assert "well curved (largest to smallest curvature 4)" in said
-    assert "damped" not in said
-    stopped = compare_gradients(decoder, linear_loss, latent, target, iterations=2, steps=[1]) | {"images": 5}
-    assert "far from an optimum" in " ".join(in_words(stopped))
-    decoder.differentiation = Implicit(Exact())
-    exact = compare_gradients(decoder, linear_loss, latent, target, steps=[1]) | {"images": 5}
-    assert "follows the exact one (cosine 1.00" in " ".join(in_words(exact))
-    damped = compare_gradients(decoder, linear_loss, latent, target, steps=[1], damping=0.1) | {"images": 5}
-    assert "damped by 0.1, as asked" in " ".join(in_words(damped))
-    decoder, *problem = quadratic_decoder((1e-5, 0.5, 0.8, 1.2))
-    assert "nearly flat" in " ".join(
-        in_words(compare_gradients(decoder, linear_loss, *problem, steps=[1]) | {"images": 5})
-    )
+@pytest.mark.parametrize(
+    ("eigenvalues", "differentiation", "options", "sentence"),
+    [
+        ((0.3, 0.5, 0.8, 1.2), None, {}, "at an optimum for practical purposes"),
+        ((0.3, 0.5, 0.8, 1.2), None, {}, "well curved (largest to smallest curvature 4)"),
+        ((0.3, 0.5, 0.8, 1.2), None, {"iterations": 2}, "far from an optimum"),
+        ((0.3, 0.5, 0.8, 1.2), Implicit(Exact()), {}, "follows the exact one (cosine 1.00"),
+        ((0.3, 0.5, 0.8, 1.2), None, {"damping": 0.1}, "damped by 0.1, as asked"),
+        ((1e-5, 0.5, 0.8, 1.2), None, {}, "nearly flat"),
+        ((0.0, 0.5, 0.8, 1.2), None, {}, "is singular"),
+        ((-0.5, 0.5, 0.8, 1.2), None, {"iterations": 5}, "In 5 of 5 images the objective curves down"),
+    ],
+)
+def test_the_conclusions_follow_the_numbers(eigenvalues, differentiation, options, sentence):
+    decoder, latent, target = quadratic_decoder(eigenvalues, differentiation=differentiation)
+    result = compare_gradients(decoder, linear_loss, latent, target, steps=[1], **options) | {"images": 5}
+    found = " ".join(conclusions(result))
+    assert sentence in found
+    assert ("damped" in found) == (bool(options.get("damping")) or result["singular"])
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -314,7 +312,7 @@ def test_the_words_follow_the_numbers():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory, tiny_data):
-    return run(tmp_path_factory.mktemp("run"), "--trainer.max_epochs=1", data=tiny_data) / "best.ckpt"
+    return untrained(tmp_path_factory.mktemp("run"), data=tiny_data)
 
 
 def changed(checkpoint, tmp_path, change):
@@ -325,18 +323,14 @@ def changed(checkpoint, tmp_path, change):
     return str(path)
 
 
-def test_the_command_says_it_of_a_checkpoint(checkpoint, tmp_path, capsys):
+def test_the_command_measures_a_checkpoint(checkpoint, tmp_path, capsys):
     out = tmp_path / "deep" / "check.json"
     result = check([str(checkpoint), "--images", "3", "--steps", "1", "2", "--json", str(out)])
-    printed = capsys.readouterr().out
-    assert json.loads(out.read_text())["agreement"] == result["agreement"]
+    printed, found = capsys.readouterr().out, result["agreement"]
+    assert json.loads(out.read_text())["agreement"] == found
     assert (result["images"], result["iterations"], result["loss"]) == (3, 3, "HungarianLoss")
     assert result["own"] == "Implicit(Identity())"
-    for name in result["agreement"]:
-        assert name in printed
-    assert "3 images" in printed
-    assert "smallest" in printed
-    found = result["agreement"]
+    assert [text for text in (*found, "3 images", "smallest") if text not in printed] == []
     assert found[EXACT]["latent"]["cosine"] == pytest.approx([1.0] * 3)
     assert found[UNROLLED]["latent"]["cosine_to_unrolled"] == pytest.approx([1.0] * 3)
     assert found[OWN] == found["implicit, identity"]
@@ -349,22 +343,23 @@ def test_the_command_says_it_of_a_checkpoint(checkpoint, tmp_path, capsys):
 
 def test_the_loss_is_that_of_the_training(checkpoint, tmp_path):
     loss = DistributionalSlicedWasserstein(projections=4, seed=3)
+    path = "setpred.losses.DistributionalSlicedWasserstein"
 
     def retrained(content):
-        content[KEY]["settings"]["model"]["loss"] = {
-            "class_path": "setpred.losses.DistributionalSlicedWasserstein",
-            "init_args": {"projections": 4, "seed": 3},
-        }
+        config = {"class_path": path, "init_args": {"projections": 4, "seed": 3}}
+        content[KEY]["settings"]["model"]["loss"] = config
         content["state_dict"] |= {f"loss.{name}": value for name, value in loss.state_dict().items()}
 
-    content = torch.load(changed(checkpoint, tmp_path, retrained), weights_only=True)
-    rebuilt = command.training_loss(content, [])
+    file = changed(checkpoint, tmp_path, retrained)
+    rebuilt = command.training_loss(torch.load(file, weights_only=True), [])
     assert not rebuilt.training
     a, b = torch.rand(2, 4, CLEVR.set_dim), torch.rand(2, 4, CLEVR.set_dim)
     with torch.no_grad():
         assert torch.equal(rebuilt(a, b), loss.eval()(a, b))
-    result = check([str(tmp_path / "changed.ckpt"), "--images", "2", "--steps", "1"])
-    assert result["loss"] == "DistributionalSlicedWasserstein"
+    assert check([file, "--images", "2", "--steps", "1"])["loss"] == "DistributionalSlicedWasserstein"
+    bad = {"class_path": "setpred.losses.SinkhornDivergence", "init_args": {"epsilon": -1.0}}
+    with pytest.raises(InputError, match="SinkhornDivergence cannot be built"):
+        check([changed(checkpoint, tmp_path, lambda content: content[KEY]["settings"]["model"].update(loss=bad))])
 
 
 def test_the_iterations_are_those_of_the_training():
@@ -372,22 +367,3 @@ def test_the_iterations_are_those_of_the_training():
     assert training_iterations(content) == 10
     assert training_iterations(content | {"epoch": 5}) == 40
     assert training_iterations({KEY: {}, "epoch": 5}) is None
-
-
-def test_mistakes_are_sentences(checkpoint, tmp_path, monkeypatch, capsys):
-    def moved(content):
-        content[KEY]["data"]["path"] = str(tmp_path / "gone.h5")
-
-    with pytest.raises(InputError, match=r"cannot be read .*give --data"):
-        check([changed(checkpoint, tmp_path, moved)])
-    with pytest.raises(InputError, match="does not say what data"):
-        check([changed(checkpoint, tmp_path, lambda content: content[KEY]["data"].update(path=None))])
-    bad = {"class_path": "setpred.losses.SinkhornDivergence", "init_args": {"epsilon": -1.0}}
-    with pytest.raises(InputError, match="SinkhornDivergence cannot be built"):
-        check([changed(checkpoint, tmp_path, lambda content: content[KEY]["settings"]["model"].update(loss=bad))])
-    for options in (["--images", "0"], ["--iterations", "0"], ["--steps", "0"], ["--damping", "-1"]):
-        with pytest.raises(InputError, match=options[0]):
-            check([str(checkpoint), *options])
-    monkeypatch.setattr(sys, "argv", ["check", str(tmp_path / "none.ckpt")])
-    assert command.main() == 2
-    assert capsys.readouterr().err.startswith("error: no checkpoint")

@@ -11,7 +11,7 @@ from tiny import CONFIG, untrained
 from setpred.checkpoint import load_checkpoint, untrusted
 from setpred.checkpoint.release import portable
 from setpred.commands import config as configuration
-from setpred.commands.compare.runs import digest
+from setpred.commands.compare import digest
 from setpred.commands.config import allowed_paths, guarded
 from setpred.commands.train import build, main
 from setpred.errors import InputError

@@ -35,7 +35,7 @@ from setpred.decoders import (
     TransformerDecoder,
 )
 from setpred.encoders import PositionedTokens, SmallCNN, SmallTrunk
-from setpred.evaluation import PASS, PROTOCOLS, predict, predict_in_passes, report, whole_pass
+from setpred.evaluation import PASS, PROTOCOLS, pad_to_pass, predict, predict_in_passes, report
 from setpred.inner import GradientDescent, LatentMatching
 from setpred.metrics import AveragePrecision
 from setpred.model import SetPredictor
@@ -147,12 +147,12 @@ def test_threads_do_not_matter(model, scenes, expected):
 
 def test_what_fills_a_pass_up_is_the_last_one_in_the_same_layout():
     images = torch.randint(0, 256, (5, 4, 4, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    filled = whole_pass(images)
+    filled = pad_to_pass(images)
     assert filled.shape == (PASS, 3, 4, 4)
     assert filled.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(filled[:5], images)
     assert torch.equal(filled[5:], images[4:].expand(PASS - 5, -1, -1, -1))
-    assert whole_pass(filled) is filled
+    assert pad_to_pass(filled) is filled
 
 
 def test_every_pass_has_one_shape():
@@ -280,7 +280,7 @@ def test_chance_knows_neither_order_nor_number_nor_the_generator(drawing):
 
 
 def test_iterates_are_those_of_the_prediction_and_no_chance_is_left(drawing):
-    images = whole_pass(some_images())
+    images = pad_to_pass(some_images())
     with torch.no_grad():
         *_, last = drawing.refine(images)
         assert torch.equal(last, drawing(images))

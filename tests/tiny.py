@@ -49,11 +49,17 @@ def run(folder: Path, *arguments: str, data: Path, name: str = "tiny") -> Path:
     )
 
 
-def untrained(folder: Path, *arguments: str, name: str = "tiny") -> Path:
-    """The checkpoint that a training of no steps would leave in the run's folder, with its config.yaml; no data."""
+def untrained(folder: Path, *arguments: str, name: str = "tiny", data: Path | None = None) -> Path:
+    """Write the checkpoint of a training of no steps into the run's folder, with its config.yaml.
+
+    Scenes are rendered once under `data`, if given.
+    """
+    arguments = (*arguments, *([] if data is None else [f"--data.init_args.folder={data}"]))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tiny.yaml").write_text(CONFIG)
     cli = build(["--config", str(folder / "tiny.yaml"), "--runs", str(folder), "--name", name, *arguments])
+    if data is not None:
+        cli.datamodule.prepare_data()
     content = {"state_dict": cli.model.state_dict(), "epoch": 0, "global_step": 5, "optimizer_states": []}
     save_checkpoint(content | {KEY: cli.model.description()}, cli.folder / "best.ckpt")
     (cli.folder / "config.yaml").write_text(cli.parser.dump(cli.config, skip_none=False))

@@ -1,25 +1,75 @@
-"""What all commands share: arguments, output streams, devices, JSON."""
+"""Shared by all commands: options, devices, JSON, output streams, the exit status."""
 
 from __future__ import annotations
 
+import argparse
 import errno
+import json
 import math
 import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from setpred.errors import InputError
+from setpred.files import write_atomically
 
 if TYPE_CHECKING:
     import torch
 
+SHARED_OPTIONS: dict[str, dict[str, Any]] = {
+    "--data": {"metavar": "PATH", "help": "FILE.h5 or a CLEVR_v1.0 folder (default: the training's validation data)"},
+    "--device": {"default": "auto", "help": "cpu, cuda, … (default: a GPU if one works, else cpu)"},
+    "--allow": {
+        **{"action": "append", "default": [], "metavar": "PACKAGE.CLASS"},
+        "help": "a class of your own that the file may name; repeatable",
+    },
+    "--json": {"type": Path, "metavar": "FILE", "help": "write the results as JSON"},
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """The argument parser of `setpred COMMAND`, which raises `InputError` instead of printing its usage."""
+
+    def __init__(self, command: str, description: str, **arguments: Any) -> None:
+        super().__init__(prog=f"setpred {command}", description=description, allow_abbrev=False, **arguments)
+
+    def add_shared(self, *names: str) -> None:
+        """Add options that several commands have, by their names in `SHARED_OPTIONS`."""
+        for name in names:
+            self.add_argument(name, **SHARED_OPTIONS[name])
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+
+def at_least(least: float, kind: type = int) -> Callable[[str], Any]:
+    """The type of an option: a number of `kind` that is at least `least`.
+
+    >>> at_least(1)("12")
+    12
+    """
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"expected at least {least}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where `kind` raises an error
+    return parse
+
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU if there is one that works."""
-    import torch  # not at the top: worker processes of `setpred data` need none of it
+    """The device with this name; "auto" is a GPU if one works, else the CPU.
+
+    Raises:
+        InputError: a device that does not exist or cannot compute.
+    """
+    import torch  # not at the top: the worker processes of `setpred data` do without it
 
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
@@ -30,7 +80,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def finite(value: Any) -> Any:
-    """JSON has no NaN: what there was nothing to average becomes null."""
+    """Replace NaN and infinity by None, which JSON can hold, in nested dictionaries and lists."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -38,7 +88,13 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-UNREADABLE = (errno.EPIPE, errno.EIO, errno.ENOSPC, errno.ENXIO)  # nobody reads, the terminal is closed, a full disk
+def write_json(path: Path | None, result: dict[str, Any]) -> None:
+    """Write the results of a command for `--json`; nothing without a path."""
+    if path is not None:
+        write_atomically(path, json.dumps(finite(result), indent=2) + "\n")
+
+
+UNWRITABLE = (errno.EPIPE, errno.EIO, errno.ENOSPC, errno.ENXIO)  # closed pipe, closed terminal, full disk
 
 
 def expanded(arguments: Sequence[str]) -> list[str]:
@@ -57,9 +113,9 @@ def expanded(arguments: Sequence[str]) -> list[str]:
 
 
 class LastingStream:
-    """A text stream whose failure does not end the program: what cannot be written is dropped.
+    """A text stream that drops what it cannot write, instead of ending the program.
 
-    Names that the encoding lacks are written with backslashes.
+    Characters outside the encoding are written with backslashes.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -84,9 +140,9 @@ class LastingStream:
         try:
             function(*arguments)
         except OSError as error:
-            if error.errno not in UNREADABLE:
+            if error.errno not in UNWRITABLE:
                 raise
-            with suppress(OSError, ValueError):  # from now on into nothing, also what is still in its buffer
+            with suppress(OSError, ValueError):  # drop all later output, and what the buffer holds
                 nothing = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nothing, self._stream.fileno())
                 os.close(nothing)
@@ -104,7 +160,7 @@ def exit_code(command: Callable[[], int | None], *, interrupted: str = "interrup
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
-        if hasattr(stopped, "status"):  # a training that has saved its state says so
+        if hasattr(stopped, "status"):  # `setpred.training.run_folder.Interrupted`
             raise
         print(interrupted, file=sys.stderr)
         return 130
@@ -116,7 +172,7 @@ def exit_code(command: Callable[[], int | None], *, interrupted: str = "interrup
 def start(main: Callable[[], int]) -> int:
     """Run the `main` of a command as the program; return its exit status."""
     sys.argv[1:] = expanded(sys.argv[1:])
-    # None where whoever started the program has closed it
+    # a stream is None if the parent process closed it
     streams = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     sys.stdout, sys.stderr = map(LastingStream, streams)
     return main()

@@ -9,35 +9,33 @@ from pathlib import Path
 from setpred.checkpoint.load import load_checkpoint
 from setpred.checkpoint.release import CONFIG, MEGABYTES, export
 from setpred.checkpoint.torch_export import export_program
-from setpred.commands.common import exit_code
+from setpred.commands.common import Parser, exit_code
 from setpred.errors import InputError
 from setpred.files import write_atomically
 
 PROGRAM_SUFFIX = ".pt2"
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
-    options = argparse.ArgumentParser(
-        prog="python -m setpred release",
-        description="Write a checkpoint as a small file to publish: weights in half precision as safetensors, and the "
-        "configuration of its training beside it. evaluate.py and the others read it as they read the checkpoint.",
+def parser() -> Parser:
+    """Return the argument parser of the command."""
+    options = Parser(
+        "release",
+        "Write a checkpoint as a small file to publish: weights in half precision as safetensors, and beside it the "
+        "configuration of its training. Every command reads it like the checkpoint.",
     )
-    options.add_argument("checkpoint", help="a .ckpt file written by train.py")
-    options.add_argument("--out", type=Path, metavar="NAME.safetensors", help="where to write it")
+    options.add_argument("checkpoint", help="a .ckpt of `setpred train`")
+    options.add_argument("--out", type=Path, metavar="NAME.safetensors", help="release file to write")
     options.add_argument(
         "--export",
         type=Path,
         metavar="NAME.pt2",
-        help="write the model as a program of torch.export, too or instead: images [batch, 3, size, size], uint8 or "
-        "float32 in [0, 1], to elements, without setpred",
+        help="also or only write the model as a torch.export program, which runs without setpred: images [batch, 3, "
+        "size, size], uint8 or float32 in [0, 1], to elements",
     )
     options.add_argument(
-        "--megabytes", type=float, default=MEGABYTES, help=f"the largest file to write (default: {MEGABYTES:g})"
+        "--megabytes", type=float, default=MEGABYTES, help="largest file to write (default: %(default)g)"
     )
-    options.add_argument(
-        "--allow", action="append", default=[], metavar="PACKAGE.CLASS", help="a part of your own that may be built"
-    )
+    options.add_shared("--allow")
     return options
 
 

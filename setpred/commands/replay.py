@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
-from setpred.commands.common import choose_device, exit_code
+from setpred.commands.common import Parser, choose_device, exit_code
 from setpred.errors import InputError, reason
 from setpred.nonfinite.locate import diagnose
 from setpred.nonfinite.repro import read
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options of the command."""
-    options = argparse.ArgumentParser(
-        prog="python -m setpred replay",
-        description="Repeat a step whose numbers broke, from the file that the training wrote: every stage with its "
-        "norms, down to the first number that is not finite. Exit status 0: it broke as in the training; 1: it did "
-        "not; 2: the file cannot be repeated.",
+def parser() -> Parser:
+    """Return the argument parser of the command."""
+    options = Parser(
+        "replay",
+        "Repeat a training step with non-finite numbers, from the file that the training wrote, and print the norms of "
+        "every stage up to the first non-finite number. Exit status 0: it failed as in the training; 1: it did not; 2: "
+        "the file cannot be replayed.",
     )
-    options.add_argument("file", help="a repro-step-N.pt out of the run's folder")
-    options.add_argument("--device", default="auto", help="cpu, cuda, … (default: a GPU if there is one)")
-    options.add_argument(
-        "--allow", action="append", default=[], metavar="PACKAGE.CLASS", help="a part of your own that may be built"
-    )
+    options.add_argument("file", help="a repro-step-N.pt of the run's folder")
+    options.add_shared("--device", "--allow")
     return options
 
 

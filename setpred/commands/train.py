@@ -1,4 +1,22 @@
-"""The command line of train.py."""
+"""Train a set predictor: `setpred train`, also `python train.py`.
+
+usage: setpred train [--config FILE] [--name NAME] [--resume last] [--KEY.KEY VALUE ...]
+
+  --config FILE          configuration, repeatable, later files override earlier ones (default: the quickstart)
+  --KEY.KEY VALUE        override any key of the configuration, such as --trainer.max_epochs 3, --model.learning_rate
+                         1e-3 or --data.init_args.batch_size 64
+  --name NAME            name of the run (default: that of the configuration)
+  --runs FOLDER          folder of all runs (default: checkpoints)
+  --resume last          continue the run NAME; or the path of a checkpoint; auto: last if it exists, else a new run
+  --init CHECKPOINT      start a new run from these weights (fine-tuning); the model must have the same parts
+  --save_minutes M       write last.ckpt at least every M minutes within an epoch (default: 10; 0: after every step)
+  --allow PACKAGE.CLASS  a class of your own that a configuration may name; repeatable
+  --print_config         print every key with its value, and exit
+  --data.help CLASS      describe the arguments of a class; so do --model.encoder.help, --model.decoder.help, ...
+  --help_all             describe every key (3,000 lines)
+
+The run's folder gets best.ckpt, last.ckpt, config.yaml and metrics.csv. Configurations are in configs/.
+"""
 
 from __future__ import annotations
 
@@ -38,52 +56,50 @@ from setpred.training.task import HASTY_IMAGES, STATISTICS_IMAGES, SetPrediction
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 CHECKPOINTS = Path("checkpoints")
-NEWEST = ("last", "auto")  # what --resume takes besides a path
+NEWEST = ("last", "auto")  # values of --resume that are no paths
+IGNORED_WARNINGS = (
+    "LightningCLI's args parameter",
+    "does not have many workers",
+    "Checkpoint directory.*exists and is not empty",
+    "GPU available but not used",
+    "callbacks used to create the checkpoint",  # resumed with other callbacks
+    "The dirpath has changed",  # resumed from another folder: the best score starts anew
+    "find_unused_parameters=True was specified",  # every parameter happens to be used
+    "LeafSpec",  # of torch, about itself
+)
 
 
 class TrainCLI(LightningCLI):
-    """LightningCLI with a run folder and `--resume`.
+    """LightningCLI with a run folder, `--resume` and `--init`.
 
-    What is in force, the later over the earlier: defaults, `--config` files in order, other options. A resumed run
-    takes weights, optimiser state and position from the checkpoint, and all settings from there too; the model must
-    be the same, and other settings that have changed are said.
+    Later values override earlier ones: defaults, `--config` files in order, other options. A resumed run takes
+    weights, optimiser state and position from the checkpoint. Its model must be the same; changes of other settings
+    are printed.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--name", type=str | None, default=None, help="run name; the configuration's unless given")
-        parser.add_argument(
-            "--resume",
-            type=str | None,
-            default=None,
-            help="'last', or the path of a checkpoint, to go on from; 'auto' is 'last' if there is one, else a new run",
-        )
-        parser.add_argument(
-            "--init",
-            type=str | None,
-            default=None,
-            help="a checkpoint whose weights a new run starts from (fine-tuning); the model must have the same parts",
-        )
+        parser.add_argument("--name", type=str | None, default=None, help="name of the run")
+        parser.add_argument("--resume", type=str | None, default=None, help="'last', 'auto' or a path of a checkpoint")
+        parser.add_argument("--init", type=str | None, default=None, help="a checkpoint of the first weights")
         parser.add_argument(
             "--save_minutes",
             type=NonNegativeFloat,
             default=10.0,
-            help="last.ckpt is written at least so often within an epoch, besides its end. Each time the encoder also "
-            f"sees {STATISTICS_IMAGES} images, to estimate batch statistics. 0: after every step, each time over "
-            f"{HASTY_IMAGES} images, 1.4 times the quickstart's time",
+            help="longest time between two writes of last.ckpt within an epoch. For each the encoder sees "
+            f"{STATISTICS_IMAGES} images, to estimate batch statistics; with 0, after every step, {HASTY_IMAGES}",
         )
-        parser.add_argument("--runs", type=str, default=str(CHECKPOINTS), help="folder that holds the runs")
+        parser.add_argument("--runs", type=str, default=str(CHECKPOINTS), help="folder of all runs")
 
     @property
     def folder(self) -> Path:
         return Path(self.config.runs) / self.config.name
 
     def resume_path(self) -> Path | None:
-        """The checkpoint to go on from, checked to be readable and of the same model."""
-        if self.config.resume is None:
+        """Return the checkpoint to resume from, after checking that it is readable and of the same model."""
+        asked, last = self.config.resume, self.folder / "last.ckpt"
+        if asked is None or (asked == "auto" and not last.exists()):
             return None
-        if self.config.resume == "auto" and not (self.folder / "last.ckpt").exists():
-            return None
-        found = newest_whole(self.folder, self.say) if self.config.resume in NEWEST else Path(self.config.resume)
+        found = newest_whole(self.folder, self.say) if asked in NEWEST else Path(asked)
         content = read_checkpoint(found)
         if "optimizer_states" not in content:
             raise InputError(f"{found} holds weights only and cannot be resumed; resume from the .ckpt it was made of")
@@ -96,27 +112,29 @@ class TrainCLI(LightningCLI):
             )
         if changes := differences(saved.get("settings") or {}, self.model.settings):
             self.say("resumed with other settings: " + "; ".join(changes))
+        epochs = self.trainer.max_epochs
+        if epochs not in (None, -1) and "loops" in content:
+            done = content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+            if done >= epochs:
+                self.say(f"nothing left to train: {found} has {done} epochs of {epochs}")
         return found
 
-    def initial_weights(self) -> dict[str, Tensor] | None:
-        """The weights that `--init` names, checked to fit the model; None without it."""
+    def load_initial_weights(self) -> None:
+        """Load the weights of `--init`, if given; raise `InputError` if they do not fit the model."""
         if self.config.init is None:
-            return None
-        state, own = read_checkpoint(self.config.init)["state_dict"], self.model.state_dict()
-        sizes = [
-            {name: list(tensor.shape) for name, tensor in weights.items() if name.startswith("model.")}
-            for weights in (state, own)
-        ]
-        if changes := differences(*sizes):
-            more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+            return
+        state, prefix = read_checkpoint(self.config.init)["state_dict"], "model."
+        weights = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+        try:
+            self.model.model.load_state_dict(weights)
+        except RuntimeError as error:
             raise InputError(
-                f"--init {self.config.init}: its weights do not fit the model: {'; '.join(changes[:3])}{more}; "
-                "use a configuration with the same parts"
-            )
-        return own | {name: state[name] for name in sizes[0]}
+                f"--init {self.config.init}: its weights do not fit the model: {reason(error)[:300]}; use a "
+                "configuration with the same parts"
+            ) from error
 
     def say(self, sentence: str) -> None:
-        """Prints it, once for all processes."""
+        """Print a sentence, from the first process only."""
         if self.trainer.is_global_zero:
             print(sentence, flush=True)
 
@@ -129,98 +147,95 @@ class TrainCLI(LightningCLI):
         require_room(plain(self.config.model))
         try:
             super().instantiate_classes()
-        except Exception as error:  # whatever a part makes of its arguments
+        except Exception as error:  # a part can raise any exception for its arguments
             raise InputError(f"the configuration cannot be built: {str(error) or type(error).__name__}") from error
 
     def instantiate_trainer(self, **arguments: Any) -> pl.Trainer:
-        model = plain(self.config.model)
-        self.model.model_config = {part: model.pop(part) for part in ("encoder", "decoder")}
-        self.model.settings = {"model": model, "data": plain(self.config.data), "seed": self.config.seed_everything}
-        self.model.seed = int(self.config.seed_everything or 0)
-        if getattr(self.datamodule, "seed", 0) is None:
-            self.datamodule.seed = self.model.seed
-        named = {"path": "val_path", "split": "val_split", "image_size": "image_size"}
-        described = {key: getattr(self.datamodule, name, None) for key, name in named.items()}
-        if described["image_size"] is None:
-            described["image_size"] = getattr(self.model.model.encoder, "image_size", None)
-        self.model.data_description = described
-        terminal = sys.stdout.isatty()  # where Lightning's bar goes
-        minutes = self.config.save_minutes
-        saving = checkpoint_callbacks(self.folder, self.model.monitor, self.model.mode, minutes=minutes)
-        measuring = [TrainLoss(), DataWaiting(), NotFiniteCounts(), ResidualGrowth()]
-        callbacks = [*measuring, MetricsFile(self.folder / "metrics.csv"), *saving]
-        callbacks += [EpochLines(), *([TQDMProgressBar(leave=False)] if terminal else [])]
-        given = self.config_init.trainer.callbacks or []
-        arguments |= {
-            "callbacks": [*given, *callbacks],
-            "enable_progress_bar": terminal,
-            "default_root_dir": str(self.folder),
-            "plugins": [*(self.config_init.trainer.plugins or []), WholeCheckpoints(), *processes.scheduler()],
-            "logger": self._logger(),
-        }
-        if str(self.config.trainer.precision) in ("64", "64-true"):
+        options, given = self.config.trainer, self.config_init.trainer
+        if str(options.precision) in ("64", "64-true"):
             raise InputError(
                 "expected a precision of 32 bits or less, got 64-true: data and descent are float32; leave it out"
             )
-        if str(self.config.trainer.strategy).endswith(("_spawn", "_fork", "_notebook")):
+        if str(options.strategy).endswith(("_spawn", "_fork", "_notebook")):
             raise InputError(
-                f"expected strategy auto or ddp, got {self.config.trainer.strategy}, whose processes would each begin "
+                f"expected strategy auto or ddp, got {options.strategy}, whose processes would each begin "
                 "a run; pass --trainer.strategy ddp"
             )
-        if self.config.trainer.precision is None:
-            arguments["precision"] = training_precision(self.config.trainer.accelerator)
-        trainer = super().instantiate_trainer(**arguments)
+        self._describe()
+        terminal = sys.stdout.isatty()  # where the progress bar is drawn
+        callbacks = [
+            *(given.callbacks or []),
+            *(TrainLoss(), DataWaiting(), NotFiniteCounts(), ResidualGrowth()),
+            MetricsFile(self.folder / "metrics.csv"),
+            *checkpoint_callbacks(self.folder, self.model.monitor, self.model.mode, minutes=self.config.save_minutes),
+            EpochLines(),
+            *([TQDMProgressBar(leave=False)] if terminal else []),
+        ]
+        logger = given.logger
+        if logger is None:  # metrics.csv is always written
+            has_tensorboard = importlib.util.find_spec("tensorboard") is not None
+            folder = {"name": self.config.name, "version": "tensorboard"}
+            logger = TensorBoardLogger(self.config.runs, **folder) if has_tensorboard else False
+        arguments |= {
+            "enable_progress_bar": terminal,
+            "default_root_dir": str(self.folder),
+            "plugins": [*(given.plugins or []), WholeCheckpoints(), *processes.scheduler()],
+            "logger": logger,
+        }
+        if options.precision is None:
+            arguments["precision"] = training_precision(options.accelerator)
+        trainer = super().instantiate_trainer(**arguments, callbacks=[*callbacks])  # which adds to the list
         processes.check_started(trainer)
-        if trainer.world_size > 1 and self.config.trainer.strategy in ("auto", "ddp"):
-            arguments |= {"strategy": processes.STRATEGY, "callbacks": [*given, *callbacks]}
-            trainer = super().instantiate_trainer(**arguments)
+        if trainer.world_size > 1 and options.strategy in ("auto", "ddp"):
+            arguments["strategy"] = processes.STRATEGY
+            trainer = super().instantiate_trainer(**arguments, callbacks=[*callbacks])
         return trainer
 
-    def _logger(self) -> Any:
-        """TensorBoard where it is installed, unless the configuration says otherwise; metrics.csv is always written."""
-        chosen = self.config_init.trainer.logger
-        if chosen is not None:
-            return chosen
-        if importlib.util.find_spec("tensorboard") is None:
-            return False
-        return TensorBoardLogger(self.config.runs, name=self.config.name, version="tensorboard")
+    def _describe(self) -> None:
+        """Give the module what its checkpoints say of model, settings, seed and validation data."""
+        model, module, data = plain(self.config.model), self.model, self.datamodule
+        module.model_config = {part: model.pop(part) for part in ("encoder", "decoder")}
+        module.settings = {"model": model, "data": plain(self.config.data), "seed": self.config.seed_everything}
+        module.seed = int(self.config.seed_everything or 0)
+        if getattr(data, "seed", 0) is None:
+            data.seed = module.seed
+        size = getattr(data, "image_size", None) or getattr(module.model.encoder, "image_size", None)
+        path, split = getattr(data, "val_path", None), getattr(data, "val_split", None)
+        module.data_description = {"path": path, "split": split, "image_size": size}
 
 
 def check_fit(cli: TrainCLI) -> None:
-    """Model and data must speak of the same inputs and of sets of the same size."""
-    takes, gives = cli.model.model.takes_sets, isinstance(cli.datamodule, World)
-    if takes != gives:
-        kinds = ("images", "sets")
+    """Check that model and data have inputs of the same kind and size and sets of the same size, and predict once.
+
+    Raises:
+        InputError: they differ, or the model cannot predict.
+    """
+    encoder, data, train_data = cli.model.model.encoder, cli.datamodule, getattr(cli.datamodule, "train_data", None)
+    kinds, takes, has = ("images", "sets"), cli.model.model.takes_sets, isinstance(data, World)
+    if takes != has:
         raise InputError(
-            f"the encoder {type(cli.model.model.encoder).__name__} takes {kinds[takes]}, the data "
-            f"{type(cli.datamodule).__name__} has {kinds[gives]}; give both of one kind"
+            f"the encoder {type(encoder).__name__} takes {kinds[takes]}, the data {type(data).__name__} has "
+            f"{kinds[has]}; give both of one kind"
         )
-    if gives and cli.datamodule.input_dim != cli.model.model.encoder.in_dim:
-        raise InputError(
-            f"the encoder takes elements of {cli.model.model.encoder.in_dim} numbers, the data has elements of "
-            f"{cli.datamodule.input_dim}; give the encoder that set_dim"
-        )
-    sees, given = (getattr(part, "image_size", None) for part in (cli.model.model.encoder, cli.datamodule))
-    if None not in (sees, given) and sees != given:
-        raise InputError(
-            f"the encoder takes images of {sees}x{sees}, the data has {given}x{given}; give both the same image_size "
-            "(model.encoder.init_args.image_size and data.init_args.image_size)"
-        )
-    model_size = getattr(cli.model.model.decoder, "set_size", None)
-    data_size = getattr(getattr(cli.datamodule, "train_data", None), "set_size", model_size)
-    if model_size not in (None, data_size):
-        raise InputError(
-            f"the decoder predicts sets of {model_size}, the data has sets of {data_size}; give both the same "
-            "set_size (model.decoder.init_args.set_size and data.init_args.set_size)"
-        )
+    sizes = (
+        ("encoder takes elements of {} numbers", "elements of {}", "in_dim", getattr(data, "input_dim", None)),
+        ("encoder takes images of {0}x{0}", "{0}x{0}", "image_size", getattr(data, "image_size", None)),
+        ("decoder predicts sets of {}", "sets of {}", "set_size", getattr(train_data, "set_size", None)),
+    )
+    for of_model, of_data, name, size in sizes:
+        part = of_model.split()[0]
+        if None not in (own := getattr(getattr(cli.model.model, part), name, None), size) and own != size:
+            raise InputError(
+                f"the {of_model.format(own)}, the data has {of_data.format(size)}; give both the same "
+                f"{name.replace('in_dim', 'set_dim')} (in model.{part}.init_args and data.init_args)"
+            )
     size = cli.model.data_description["image_size"]
-    if size is None and not gives:
-        names = " nor ".join(type(part).__name__ for part in (cli.datamodule, cli.model.model.encoder))
+    if size is None and not has:
         cli.say(
-            f"evaluate.py and predict will not read the checkpoints of this run: neither {names} has an image_size; "
-            "give one of them that attribute"
+            "`setpred evaluate` and `setpred predict` will not read the checkpoints of this run: neither "
+            f"{type(data).__name__} nor {type(encoder).__name__} has an image_size; give one of them that attribute"
         )
-    elif not gives:
+    elif not has:
         check_prediction(cli.model, image_size=size)
 
 
@@ -232,7 +247,7 @@ def check_prediction(module: SetPrediction, *, image_size: int) -> None:
     """
     model = module.model
     names = f"{type(model.encoder).__name__} and {type(model.decoder).__name__}"
-    if getattr(model.decoder, "compiled", False):  # would compile for this batch, too
+    if getattr(model.decoder, "compiled", False):  # this batch would be compiled as well
         return
     training = module.training
     try:
@@ -247,51 +262,42 @@ def check_prediction(module: SetPrediction, *, image_size: int) -> None:
     finally:
         module.train(training)
     dim = None if module.schema is None else module.schema.set_dim
-    shape = list(predicted.shape) if isinstance(predicted, Tensor) else None
-    if shape is None or len(shape) != 3 or shape[0] != 2 or (dim is not None and shape[2] != dim):
-        given = type(predicted).__name__ if shape is None else shape
+    got = list(predicted.shape) if isinstance(predicted, Tensor) else type(predicted).__name__
+    if not (isinstance(got, list) and len(got) == 3 and got[0] == 2 and dim in (None, got[2])):
         raise InputError(
             f"the model of {names}: expected elements [batch, set_size, {'set_dim' if dim is None else dim}], got "
-            f"{given} for a batch of 2; see docs/parts.md for the interface of parts"
+            f"{got} for a batch of 2; see docs/parts.md for the interface of parts"
         )
 
 
 def quiet() -> None:
-    """Drops Lightning's advertising and advice that does not apply here."""
+    """Silence Lightning's advertising and its advice that does not apply here."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # of Lightning's own calls
-    for message in (
-        ".*LightningCLI's args parameter.*",
-        ".*does not have many workers.*",
-        ".*Checkpoint directory.*exists and is not empty.*",
-        ".*GPU available but not used.*",
-        ".*callbacks used to create the checkpoint.*",  # resumed from one of other callbacks
-        ".*The dirpath has changed.*",  # resumed from elsewhere: the best so far starts anew
-        ".*find_unused_parameters=True was specified.*",  # where all happen to be used
-        ".*LeafSpec.*",  # of torch, on itself
-    ):
-        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", message=f".*({'|'.join(IGNORED_WARNINGS)})")
 
 
-def default_config(arguments: list[str]) -> Path:
-    """What to run without `--config`: the configuration beside a checkpoint that is resumed, else the quickstart."""
-    look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    look.add_argument("--resume")
-    resumed = look.parse_known_args(arguments)[0].resume
-    beside = Path(resumed or "last").parent / "config.yaml"
-    return beside if resumed not in (None, *NEWEST) and beside.is_file() else QUICKSTART
+def default_config(arguments: list[str]) -> list[str]:
+    """Return the `--config` to add: none if given, else that of a resumed checkpoint's folder, else the quickstart."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("-c", "--config")
+    early.add_argument("--resume", default="last")
+    found = early.parse_known_args(arguments)[0]
+    if found.config is not None:
+        return []
+    resumed = Path(found.resume).parent / "config.yaml"
+    return ["--config", str(resumed if found.resume not in NEWEST and resumed.is_file() else QUICKSTART)]
 
 
 def build(arguments: list[str]) -> TrainCLI:
-    """Parses the options of train.py and builds model, data and trainer; the quickstart if no config is given.
+    """Parse the options of `setpred train` and build model, data and trainer; the quickstart without `--config`.
 
     Raises:
-        InputError: what cannot be built; a file that asks for classes which may not be named, see `guarded`.
+        InputError: a configuration that cannot be built, or that names classes outside the list, see `guarded`.
     """
     allow, arguments = split_allow(arguments)
-    if not any(argument in ("-c", "--config") or argument.startswith("--config=") for argument in arguments):
-        arguments = ["--config", str(default_config(arguments)), *arguments]
+    arguments = [*default_config(arguments), *arguments]
     quiet()
     with guarded(arguments, allow):
         return TrainCLI(
@@ -301,46 +307,37 @@ def build(arguments: list[str]) -> TrainCLI:
             save_config_callback=None,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            trainer_defaults={
-                "inference_mode": False,  # the inner descent needs gradients in validation too
-                "enable_model_summary": False,
-                "num_sanity_val_steps": 0,
-            },
+            # the inner descent needs gradients in validation too
+            trainer_defaults={"inference_mode": False, "enable_model_summary": False, "num_sanity_val_steps": 0},
             run=False,
             args=arguments,
             parser_class=Parser,
             parser_kwargs={
-                "description": "Train a set predictor; without --config, the quickstart on built-in scenes.",
-                "usage": "train.py [--config FILE] [--resume last] [--allow PACKAGE.CLASS] [options]   "
-                "(train.py --help lists them all)",
+                "prog": "setpred train",
+                "usage": "setpred train [--config FILE] [options]; setpred train --help explains them",
                 "parser_mode": MODE,
-                "allow_abbrev": False,  # a mistyped key is refused, not taken for a longer one
+                "allow_abbrev": False,  # a mistyped key is an error, not a prefix of another
             },
         )
 
 
 def train(arguments: list[str] | None = None) -> Path:
-    """Runs train.py with these command line arguments (`sys.argv` unless given).
+    """Run `setpred train` with these arguments, `sys.argv` by default.
 
     Returns:
         The run's folder, with best.ckpt, last.ckpt, config.yaml and metrics.csv.
 
     Raises:
-        InputError: bad configuration, data or checkpoint; a loss that is not finite; a disk that does not take files.
+        InputError: wrong configuration, data or checkpoint; a loss that is not finite; a file that cannot be written.
     """
     cli = build(sys.argv[1:] if arguments is None else arguments)
     with ExitStack() as held:
         if cli.trainer.is_global_zero:
             held.enter_context(alone(cli.folder))
         resume = cli.resume_path()
-        weights = cli.initial_weights() if resume is None else None
+        if resume is None:
+            cli.load_initial_weights()
         kept = prepare(cli, resume) if cli.trainer.is_global_zero else None
-        if resume is not None and cli.trainer.max_epochs not in (None, -1):
-            done = read_checkpoint(resume)["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-            if done >= cli.trainer.max_epochs:
-                cli.say(f"nothing left to train: {resume} has {done} epochs of {cli.trainer.max_epochs}")
-        if weights is not None:
-            cli.model.load_state_dict(weights)
         try:
             fit(cli, resume)
         except BaseException:
@@ -351,14 +348,19 @@ def train(arguments: list[str] | None = None) -> Path:
     return cli.folder
 
 
-def prepare(cli: TrainCLI, resume: Path | None) -> Path | None:
-    """Prepares the data and the run's folder; returns where an earlier run of that name is kept, if there is one.
-
-    What can fail for the user's reasons comes first, so that an earlier run stays in place.
-    """
+def prepare_data(cli: TrainCLI) -> None:
+    """Render or read the data; raise `InputError` if they do not fit the model."""
     cli.datamodule.prepare_data()
     cli.datamodule.setup("fit")
     check_fit(cli)
+
+
+def prepare(cli: TrainCLI, resume: Path | None) -> Path | None:
+    """Prepare the data and the run's folder; return the new place of an earlier run of that name, if any.
+
+    What can fail comes first, so that an earlier run stays in place.
+    """
+    prepare_data(cli)
     elsewhere = resume is None or resume.resolve().parent != cli.folder.resolve()
     kept = set_aside(cli.folder) if elsewhere else None
     make_folder(cli.folder)
@@ -370,7 +372,7 @@ def prepare(cli: TrainCLI, resume: Path | None) -> Path | None:
 
 
 def fit(cli: TrainCLI, resume: Path | None) -> None:
-    """Trains, and turns whatever stops it from outside into `Interrupted`."""
+    """Train; raise `Interrupted` if a signal ends the training."""
     try:
         with processes.together(cli.trainer):
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=True)
@@ -379,21 +381,21 @@ def fit(cli: TrainCLI, resume: Path | None) -> None:
     except SystemExit as stopped:  # how Lightning ends on a second Ctrl-C, and on signals before the first step
         raise Interrupted(cli.folder) from stopped
     except (MisconfigurationException, ValueError) as error:
-        if isinstance(error, InputError) or cli.trainer.global_step or not _raised_by_lightning(error):
+        innermost = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+        of_trainer = innermost.f_globals.get("__name__", "").startswith("lightning.")  # not of a part
+        if isinstance(error, InputError) or cli.trainer.global_step or not of_trainer:
             raise
         raise InputError(f"the trainer cannot start with these options: {reason(error)}") from error
     if cli.trainer.interrupted or cli.trainer.received_sigterm:
         raise Interrupted(cli.folder)
 
 
-def _raised_by_lightning(error: BaseException) -> bool:
-    """Whether the innermost frame of its traceback is the trainer's, not a part's."""
-    innermost = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-    return innermost.f_globals.get("__name__", "").startswith("lightning.")
-
-
 def main() -> int:
-    """Run train.py; return the exit status."""
+    """Run `setpred train`; return the exit status."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(__doc__)
+        return 0
+    sys.argv = ["--help" if word == "--help_all" else word for word in sys.argv]
     try:
         return exit_code(lambda: train() and None, interrupted="interrupted")
     except Interrupted as stopped:
