@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -114,13 +114,13 @@ class SetPredictor(nn.Module):
 
 @dataclass(frozen=True)
 class Step:
-    """What a training step, or a batch of a validation, is a function of, beside weights and modes of its parts.
+    """Inputs of a training step, or of a batch of a validation; its result also depends on weights and modes.
 
     Args:
-        model, loss: as they are trained.
+        model, loss: the parts in training.
         batch: see `setpred.training.SetPrediction`.
-        seed: of torch's generator when the step begins; None for a validation, which draws nothing.
-        iterations: of the descent; the decoder's own unless given.
+        seed: seed of torch's generator at the begin of the step; None for a validation, which draws no numbers.
+        iterations: steps of the descent; the decoder's own number by default.
     """
 
     model: SetPredictor
@@ -134,17 +134,11 @@ class Step:
         return "image" if "image" in self.batch else "input"
 
     def predict(self) -> Tensor:
-        """The predicted sets `[batch, set_size, set_dim]`, from torch's generator as it stands."""
+        """Predicted sets `[batch, set_size, set_dim]`, with torch's generator in its present state."""
         mask = self.batch.get("input_mask")
         return self.model(self.batch[self.input_name], mask=mask, iterations=self.iterations)
 
     def inputs(self) -> Tensor:
-        """Images or sets; zero where a set has no element, since padding may hold anything."""
+        """Images or sets; padding, which may hold any numbers, is zero."""
         inputs, mask = self.batch[self.input_name], self.batch.get("input_mask")
         return inputs if mask is None else inputs.masked_fill(~mask.unsqueeze(-1), 0)
-
-    def without(self, samples: Sequence[int]) -> Step:
-        """The step of the other samples."""
-        size = len(self.batch["elements"])
-        rest = [sample for sample in range(size) if sample not in set(samples)]
-        return replace(self, batch={name: value[rest] for name, value in self.batch.items()})

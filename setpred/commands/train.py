@@ -30,11 +30,12 @@ from setpred.data.toy import World
 from setpred.errors import InputError, reason
 from setpred.files import make_folder, remove_leftovers, write_atomically
 from setpred.training import distributed as processes
-from setpred.training.callbacks import DataWaiting, EpochLines, MetricsFile, NotFiniteCounts, ResidualGrowth, TrainLoss
-from setpred.training.checkpointing import StopSignalError, WholeCheckpoints, checkpoint_callbacks
+from setpred.training.callbacks import DataWaiting, EpochLines, MetricsFile, ResidualGrowth, SkippedSteps, TrainLoss
+from setpred.training.checkpointing import AtomicCheckpointIO, BestCheckpoint, Interrupted, LastCheckpoint
 from setpred.training.mixed_precision import training_precision
-from setpred.training.run_folder import Interrupted, alone, newest_whole, put_back, set_aside
-from setpred.training.task import HASTY_IMAGES, STATISTICS_IMAGES, SetPrediction
+from setpred.training.run_folder import earlier_run_aside, newest_checkpoint, run_lock
+from setpred.training.statistics import HASTY_IMAGES, STATISTICS_IMAGES
+from setpred.training.task import SetPrediction
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 CHECKPOINTS = Path("checkpoints")
@@ -83,8 +84,10 @@ class TrainCLI(LightningCLI):
             return None
         if self.config.resume == "auto" and not (self.folder / "last.ckpt").exists():
             return None
-        found = newest_whole(self.folder, self.say) if self.config.resume in NEWEST else Path(self.config.resume)
-        content = read_checkpoint(found)
+        if self.config.resume in NEWEST:
+            found, content = newest_checkpoint(self.folder, self.say)
+        else:
+            found, content = Path(self.config.resume), read_checkpoint(self.config.resume)
         if "optimizer_states" not in content:
             raise InputError(f"{found} holds weights only and cannot be resumed; resume from the .ckpt it was made of")
         saved = content[checkpoint.KEY]
@@ -96,6 +99,9 @@ class TrainCLI(LightningCLI):
             )
         if changes := differences(saved.get("settings") or {}, self.model.settings):
             self.say("resumed with other settings: " + "; ".join(changes))
+        done, most = content["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"], self.trainer.max_epochs
+        if most not in (None, -1) and done >= most:
+            self.say(f"nothing left to train: {found} has {done} epochs of {most}")
         return found
 
     def initial_weights(self) -> dict[str, Tensor] | None:
@@ -146,8 +152,10 @@ class TrainCLI(LightningCLI):
         self.model.data_description = described
         terminal = sys.stdout.isatty()  # where Lightning's bar goes
         minutes = self.config.save_minutes
-        saving = checkpoint_callbacks(self.folder, self.model.monitor, self.model.mode, minutes=minutes)
-        measuring = [TrainLoss(), DataWaiting(), NotFiniteCounts(), ResidualGrowth()]
+        # two, since one with `save_last` writes last.ckpt only when it also saves a better one
+        saving = [BestCheckpoint(self.folder, self.model.monitor, self.model.mode)]
+        saving += [LastCheckpoint(self.folder / "last.ckpt", minutes=minutes)]
+        measuring = [TrainLoss(), DataWaiting(), SkippedSteps(), ResidualGrowth()]
         callbacks = [*measuring, MetricsFile(self.folder / "metrics.csv"), *saving]
         callbacks += [EpochLines(), *([TQDMProgressBar(leave=False)] if terminal else [])]
         given = self.config_init.trainer.callbacks or []
@@ -155,7 +163,7 @@ class TrainCLI(LightningCLI):
             "callbacks": [*given, *callbacks],
             "enable_progress_bar": terminal,
             "default_root_dir": str(self.folder),
-            "plugins": [*(self.config_init.trainer.plugins or []), WholeCheckpoints(), *processes.scheduler()],
+            "plugins": [*(self.config_init.trainer.plugins or []), AtomicCheckpointIO(), *processes.slurm_plugins()],
             "logger": self._logger(),
         }
         if str(self.config.trainer.precision) in ("64", "64-true"):
@@ -331,59 +339,42 @@ def train(arguments: list[str] | None = None) -> Path:
     cli = build(sys.argv[1:] if arguments is None else arguments)
     with ExitStack() as held:
         if cli.trainer.is_global_zero:
-            held.enter_context(alone(cli.folder))
+            held.enter_context(run_lock(cli.folder))
         resume = cli.resume_path()
         weights = cli.initial_weights() if resume is None else None
-        kept = prepare(cli, resume) if cli.trainer.is_global_zero else None
-        if resume is not None and cli.trainer.max_epochs not in (None, -1):
-            done = read_checkpoint(resume)["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-            if done >= cli.trainer.max_epochs:
-                cli.say(f"nothing left to train: {resume} has {done} epochs of {cli.trainer.max_epochs}")
+        if cli.trainer.is_global_zero:
+            # what can fail by the user's mistakes comes first, so that an earlier run stays in place
+            cli.datamodule.prepare_data()
+            cli.datamodule.setup("fit")
+            check_fit(cli)
+            if resume is None or resume.resolve().parent != cli.folder.resolve():
+                held.enter_context(earlier_run_aside(cli.folder))
+            make_folder(cli.folder)
+            remove_leftovers(cli.folder)
+            repeatable = cli.config.clone()
+            repeatable.resume = None
+            write_atomically(cli.folder / "config.yaml", cli.parser.dump(repeatable, skip_none=False))
         if weights is not None:
             cli.model.load_state_dict(weights)
-        try:
-            fit(cli, resume)
-        except BaseException:
-            if kept is not None:
-                put_back(cli.folder, kept)
-            raise
+        fit(cli, resume)
     cli.say(f"checkpoints, configuration and metrics are in {cli.folder}")
     return cli.folder
 
 
-def prepare(cli: TrainCLI, resume: Path | None) -> Path | None:
-    """Prepares the data and the run's folder; returns where an earlier run of that name is kept, if there is one.
-
-    What can fail for the user's reasons comes first, so that an earlier run stays in place.
-    """
-    cli.datamodule.prepare_data()
-    cli.datamodule.setup("fit")
-    check_fit(cli)
-    elsewhere = resume is None or resume.resolve().parent != cli.folder.resolve()
-    kept = set_aside(cli.folder) if elsewhere else None
-    make_folder(cli.folder)
-    remove_leftovers(cli.folder)
-    repeatable = cli.config.clone()
-    repeatable.resume = None
-    write_atomically(cli.folder / "config.yaml", cli.parser.dump(repeatable, skip_none=False))
-    return kept
-
-
 def fit(cli: TrainCLI, resume: Path | None) -> None:
-    """Trains, and turns whatever stops it from outside into `Interrupted`."""
+    """Train; raise `Interrupted` where a signal stops the training."""
+    last = cli.folder / "last.ckpt"
     try:
-        with processes.together(cli.trainer):
+        with processes.common_end(cli.trainer):
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=True)
-    except StopSignalError as stopped:
-        raise Interrupted(cli.folder, stopped.number, saved=True) from stopped
-    except SystemExit as stopped:  # how Lightning ends on a second Ctrl-C, and on signals before the first step
-        raise Interrupted(cli.folder) from stopped
+    except SystemExit as stopped:  # Lightning's end on a second Ctrl-C, and on signals before the first step
+        raise Interrupted(last) from stopped
     except (MisconfigurationException, ValueError) as error:
         if isinstance(error, InputError) or cli.trainer.global_step or not _raised_by_lightning(error):
             raise
         raise InputError(f"the trainer cannot start with these options: {reason(error)}") from error
     if cli.trainer.interrupted or cli.trainer.received_sigterm:
-        raise Interrupted(cli.folder)
+        raise Interrupted(last)
 
 
 def _raised_by_lightning(error: BaseException) -> bool:
@@ -397,6 +388,6 @@ def main() -> int:
     try:
         return exit_code(lambda: train() and None, interrupted="interrupted")
     except Interrupted as stopped:
-        if processes.number() == 0:
+        if processes.process_number() == 0:
             print(stopped, file=sys.stderr)
         return stopped.status

@@ -44,50 +44,44 @@ class EMA(pl.Callback):
         self.inside = False
         self.step = 0  # the last one seen
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
         self.average, self.inside = {}, False  # before the state of a resumed run comes
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         if TRAINED in checkpoint and trainer.state.fn == "fit":
-            self.average = {name: checkpoint["state_dict"][name] for name, _ in pl_module.named_parameters()}
-            pl_module.load_state_dict(checkpoint[TRAINED])
+            self.average = {name: checkpoint["state_dict"][name] for name, _ in module.named_parameters()}
+            module.load_state_dict(checkpoint[TRAINED])
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        named = pl_module.named_parameters()  # which are on the device by now
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        named = module.named_parameters()  # which are on the device by now
         self.average = {name: self.average.get(name, own).detach().to(own, copy=True) for name, own in named}
         self.step = trainer.global_step
-        pl_module.averaged = lambda: self.averaged(pl_module)
+        module.averaged = lambda: self.averaged(module)
 
     @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         stepped, self.step = trainer.global_step != self.step, trainer.global_step
         # a step that is skipped has no gradients
-        if stepped and any(weight.grad is not None for weight in pl_module.parameters()):
+        if stepped and any(weight.grad is not None for weight in module.parameters()):
             decay = min(self.decay, (1 + self.step) / (10 + self.step))
-            for average, weight in zip(self.average.values(), pl_module.parameters(), strict=True):
+            for average, weight in zip(self.average.values(), module.parameters(), strict=True):
                 average.lerp_(weight, 1 - decay)
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._swap(pl_module)
+    def on_validation_epoch_start(self, trainer: pl.Trainer, module: Any) -> None:
+        self._swap(module)
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._swap(pl_module)
+    def on_validation_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
+        self._swap(module)
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         if self.average:
             checkpoint[TRAINED] = checkpoint["state_dict"] | (self.average if self.inside else {})
-            with self.averaged(pl_module):
-                checkpoint["state_dict"] = {name: value.clone() for name, value in pl_module.state_dict().items()}
+            with self.averaged(module):
+                checkpoint["state_dict"] = {name: value.clone() for name, value in module.state_dict().items()}
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._swap(pl_module)
-        self.average, self.inside, pl_module.averaged = {}, False, nullcontext
+    def on_fit_end(self, trainer: pl.Trainer, module: Any) -> None:
+        self._swap(module)
+        self.average, self.inside, module.averaged = {}, False, nullcontext
 
     @contextmanager
     def averaged(self, module: pl.LightningModule) -> Iterator[None]:

@@ -29,26 +29,24 @@ class FASet(pl.Callback):
         self.single_epochs = single_epochs
         self.stage: bool | None = None
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.pools = [module for module in pl_module.modules() if isinstance(module, AttSets)]
+    def on_fit_start(self, trainer: pl.Trainer, module: Any) -> None:
+        self.pools = [module for module in module.modules() if isinstance(module, AttSets)]
         if not self.pools:
             raise InputError("FASet trains the attention of AttSets, and the model has none: add one or drop FASet")
         attention = {id(parameter) for pool in self.pools for parameter in pool.attention.parameters()}
-        learned = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
+        learned = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.attention = [parameter for parameter in learned if id(parameter) in attention]
         self.base = [parameter for parameter in learned if id(parameter) not in attention]
         self.stage = None
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         # before a batch, not an epoch, whose start does not come again where a run is resumed within one
         single = trainer.current_epoch < self.single_epochs
         if single != self.stage:
             self.stage = single
             self._learn(base=single, attention=not single, single=single)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
         self._learn(base=True, attention=True, single=False)
 
     def _learn(self, *, base: bool, attention: bool, single: bool) -> None:
