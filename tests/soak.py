@@ -1,4 +1,4 @@
-"""A training watched from outside, and what must not grow while it runs."""
+"""Samples of a running training from outside, and tests for growth."""
 
 from __future__ import annotations
 

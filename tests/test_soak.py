@@ -1,4 +1,4 @@
-"""Half an hour of training: memory, open files, threads, processes, folders and the time of a step stay as they are."""
+"""Half an hour of training: memory, files, threads, processes, folders and the time of a step do not grow."""
 
 import csv
 import dataclasses

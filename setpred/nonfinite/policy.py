@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from setpred.errors import InputError, NotFiniteError
 from setpred.model import Step
-from setpred.nonfinite.locate import Stage, finite_norm, not_finite, trained
+from setpred.nonfinite.locate import Stage, finite_norm, not_finite
 from setpred.nonfinite.repro import report
 
 POLICIES = ("stop", "skip")
@@ -23,13 +23,10 @@ class Guard:
         stop: raise an error; the weights are those of the last finite step.
         skip: leave weights, momentum and buffers, such as running statistics, as they were before the step.
 
-    Under both policies the step is repeated stage by stage to locate the fault, and saved to a file that
-    `setpred replay` repeats. Step numbers, learning rates, seeds and the order of the data are those of a run without
-    the fault. Non-finite weights, and more than `MOST_IN_A_ROW` skipped steps in a row, stop under both policies.
-    Processes decide alike, from the gradient that they share: a process without a loss contributes `poison`.
-
-    Args:
-        policy: "stop" or "skip".
+    Both locate the fault by a repeat of the step, and write a file for `setpred replay`. Step numbers, learning rates,
+    seeds and the order of the data are those of a run without the fault. Non-finite weights, and more than
+    `MOST_IN_A_ROW` skipped steps in a row, always stop. Processes decide alike, from the gradient that they share: a
+    process without a loss contributes `poison`.
 
     Attributes:
         skipped: number of steps skipped since the training began.
@@ -93,16 +90,6 @@ class Guard:
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.skipped, self.in_a_row = (int(state.get(name, 0)) for name in ("skipped_batches", "in_a_row"))
-
-
-def require_finite_weights(module: Any) -> None:
-    """Raise `InputError` if parameters or running statistics have non-finite numbers."""
-    if names := not_finite(trained(module)):
-        fault = Stage("weights", names=names)
-        raise InputError(
-            f"step {module.global_step} (epoch {module.current_epoch}): {fault}, so they are not saved; an earlier "
-            f"checkpoint stays. What to do: {fault.advice}"
-        )
 
 
 def poison(parameters: Iterable[nn.Parameter]) -> Tensor:

@@ -108,7 +108,7 @@ def report(module: Any, steps: Sequence[Step], seen: Stage) -> tuple[Stage, str]
     """
     repeats = ((_located(module, step), step) for step in steps)
     fault, step = next((repeat for repeat in repeats if repeat[0] is not None), (None, steps[-1]))
-    text = f"step {module.global_step} (epoch {module.current_epoch}): {fault or seen}"
+    text = f"{module.when()}: {fault or seen}"
     if fault is None:
         if seen.place == "gradient" and not module.trainer.is_global_zero:
             return seen, f"{text}, from the batch of another process, whose message says more"

@@ -184,10 +184,9 @@ class DataWaiting(EpochMean):
 
         data_waiting = Σ (step begins - batch is asked for) / Σ (step ends - batch is asked for)
 
-    over the steps of all processes. Reading, moving to the device and drawing scenes count as waiting; validation and
-    checkpoints count as neither. It is the host's time: an upper bound on a GPU that still has work while the host
-    waits. Near 0 the data keep up; if not, try more `num_workers` or `in_memory`. Only loaders with the time `asked`
-    are measured, such as `setpred.data.loading.ResumableLoader`.
+    over the steps of all processes, by the host's clock: an upper bound on a GPU that has work while the host waits.
+    Validation and checkpoints count as neither. If it is far from 0, try more `num_workers` or `in_memory`. Only
+    loaders with the time `asked` are measured, such as `setpred.data.loading.ResumableLoader`.
     """
 
     name = "data_waiting"
@@ -235,18 +234,15 @@ class ResidualGrowth(pl.Callback):
         module.log("val_residual_growth", growth.float(), batch_size=WATCHED, sync_dist=True)
         if growth > RISING and self.warned != trainer.current_epoch and trainer.is_global_zero:
             self.warned = trainer.current_epoch
-            module.say(f"epoch {trainer.current_epoch}: {divergence(decoder, float(growth))}")
-
-
-def divergence(decoder: IDSPN, growth: float) -> str:
-    """The sentence for the user."""
-    descent, best = decoder.descent, getattr(decoder.differentiation, "best", False)
-    rate, momentum = (float(torch.as_tensor(value).detach()) for value in (descent.learning_rate, descent.momentum))
-    return (
-        f"the inner descent diverges: its residual ends {growth:.3g} times above the least on the way; lower the "
-        f"learning_rate ({rate:.3g}) or momentum ({momentum:.3g}) of model.decoder.init_args.descent"
-        + ("" if best else ", or keep the best iterate with setpred.inner.Implicit's best: true")
-    )
+            numbers = (decoder.descent.learning_rate, decoder.descent.momentum)
+            rate, momentum = (float(torch.as_tensor(number).detach()) for number in numbers)
+            best = getattr(decoder.differentiation, "best", False)
+            module.say(
+                f"epoch {trainer.current_epoch}: the inner descent diverges: its residual ends {float(growth):.3g} "
+                f"times above the least on the way; lower the learning_rate ({rate:.3g}) or momentum ({momentum:.3g}) "
+                "of model.decoder.init_args.descent"
+                + ("" if best else ", or keep the best iterate with setpred.inner.Implicit's best: true")
+            )
 
 
 @torch.no_grad()

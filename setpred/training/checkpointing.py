@@ -92,13 +92,12 @@ class Interrupted(Exception):
 class LastCheckpoint(Checkpoint):
     """Keeps `last.ckpt`, from which a run resumes exactly.
 
-    Saves at the end of each epoch, before each validation, and every `minutes` within an epoch: a kill costs at most
-    the training since then. On each of `SIGNALS` it saves after the present step and raises `Interrupted`; during a
-    validation it raises at once, as nothing was trained since the save. A second Ctrl-C stops at once. A signal to
-    one of several processes stops all at the same step.
+    Saves at the end of each epoch, before each validation, and every `minutes` within an epoch. On each of `SIGNALS`
+    it saves after the present step and raises `Interrupted`, during a validation at once. A second Ctrl-C stops at
+    once. A signal to one of several processes stops all at the same step.
 
-    The batch statistics in it are those of its weights. They are over fewer images (`BatchStatistics.hasty`) in saves
-    after every step, and in the first save on a signal within an epoch; a second save over all images follows.
+    Batch statistics are over fewer images (`BatchStatistics.hasty`) in saves after every step, and in the first save on
+    a signal within an epoch; a second save over all images follows.
 
     Args:
         path: of the checkpoint; the earlier one stays until the new one is complete.
@@ -110,13 +109,12 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, *, minutes: float) -> None:
         self.path, self.minutes = path, minutes
-        self.signal = 0
-        self.saved = 0.0  # time of the latest save
-        self.step = -1  # number of the latest step
         self.before_validation = False
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        self.signal, self.saved, self.step = 0, time.monotonic(), trainer.global_step
+        self.signal, self.saved = 0, time.monotonic()  # time of the latest save
+        self.step = trainer.global_step  # the latest one
+        module.statistics.hasty = self.before_validation = False
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:  # the trainer restores the handlers at its end
                 ignored = signal.getsignal(number) is signal.SIG_IGN
@@ -141,10 +139,8 @@ class LastCheckpoint(Checkpoint):
         number, due = self._agreed(trainer)
         if number or due:
             module.statistics.hasty = bool(number) or self.minutes == 0
-            try:
-                self._save(trainer)
-            finally:
-                module.statistics.hasty = False
+            self._save(trainer)
+            module.statistics.hasty = False
         if number:
             self._save(trainer)
             raise Interrupted(self.path, number, saved=True)
@@ -153,10 +149,8 @@ class LastCheckpoint(Checkpoint):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self.before_validation = True
-        try:
-            self._save(trainer)
-        finally:
-            self.before_validation = False
+        self._save(trainer)
+        self.before_validation = False
         self._stop_if_asked(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:

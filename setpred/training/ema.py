@@ -15,22 +15,21 @@ from setpred.errors import InputError
 
 
 class EMA(pl.Callback):
-    """Validates and saves an exponential moving average of the weights, and trains as without it.
+    """Exponential moving average of the weights for validations and checkpoints; training is the same without.
 
         average ← d · average + (1 - d) · weights,  d = min(decay, (1 + t) / (10 + t))
 
-    after optimiser step t, all parameters alike. d grows from 2/11, as in TensorFlow's `ExponentialMovingAverage` with
-    `num_updates`, so that the untrained weights are soon forgotten. A step that is skipped (`on_not_finite`) leaves the
-    average as it is.
+    after optimiser step t. d grows from 2/11, as in TensorFlow's `ExponentialMovingAverage` with `num_updates`, so that
+    the untrained weights are soon forgotten. Skipped steps (`on_not_finite`) leave the average as it is.
 
-    Validations and the `state_dict` of checkpoints, which evaluation loads, have the average, with batch statistics of
-    its own; so has the module after the training. The trained weights are in the checkpoint, too, and a resumed run
-    goes on exactly. One that is resumed without this callback goes on from the average.
+    Validations, the `state_dict` of checkpoints, and the module after training have the average, with its own batch
+    statistics. Checkpoints hold the trained weights, too: a resumed run is exact. One that is resumed without this
+    callback starts from the average.
 
         trainer: {callbacks: [{class_path: setpred.training.EMA, init_args: {decay: 0.999}}]}
 
     Args:
-        decay: d in the long run, in [0, 1): the average is over about the last 1 / (1 - d) steps.
+        decay: limit of d, in [0, 1): the average is over about the last 1 / (1 - d) steps.
 
     Raises:
         InputError: another decay.
@@ -42,7 +41,7 @@ class EMA(pl.Callback):
         self.decay = decay
         self.average: dict[str, Tensor] = {}  # while `inside`, the trained weights
         self.inside = False
-        self.step = 0  # the last one seen
+        self.step = 0  # the latest one
 
     def setup(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
         self.average, self.inside = {}, False  # before the state of a resumed run comes
@@ -53,15 +52,15 @@ class EMA(pl.Callback):
             module.load_state_dict(checkpoint[TRAINED])
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        named = module.named_parameters()  # which are on the device by now
+        named = module.named_parameters()  # on the device by now
         self.average = {name: self.average.get(name, own).detach().to(own, copy=True) for name, own in named}
         self.step = trainer.global_step
         module.averaged = lambda: self.averaged(module)
 
     @torch.no_grad()
-    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
         stepped, self.step = trainer.global_step != self.step, trainer.global_step
-        # a step that is skipped has no gradients
+        # a skipped step has no gradients
         if stepped and any(weight.grad is not None for weight in module.parameters()):
             decay = min(self.decay, (1 + self.step) / (10 + self.step))
             for average, weight in zip(self.average.values(), module.parameters(), strict=True):
@@ -86,18 +85,18 @@ class EMA(pl.Callback):
     @contextmanager
     def averaged(self, module: pl.LightningModule) -> Iterator[None]:
         """Within, the module has the average."""
-        if self.inside:
-            yield
-            return
-        self._swap(module)
+        swapped = not self.inside
+        if swapped:
+            self._swap(module)
         try:
             yield
         finally:
-            self._swap(module)
+            if swapped:
+                self._swap(module)
 
     @torch.no_grad()
     def _swap(self, module: pl.LightningModule) -> None:
-        """The average in the place of the weights, or back."""
+        """Swap average and weights."""
         self.inside = not self.inside
         for average, weight in zip(self.average.values(), module.parameters(), strict=bool(self.average)):
             kept = weight.clone()

@@ -45,14 +45,15 @@ class BatchStatistics:
         Uses `statistics_batches(images)` of the data module; without it the running averages stay. All processes
         must call it at the same step; they use the same images.
         """
-        data = module.fit_data()
-        if not self._trained or not hasattr(data, "statistics_batches"):
+        trainer = module._trainer
+        data = trainer and getattr(trainer, "datamodule", None)
+        if not self._trained or not hasattr(data, "statistics_batches") or trainer.state.fn != "fit":
             return
         if self._images is None:  # kept, for streamed scenes are drawn anew
-            move = module.trainer.strategy.batch_to_device
-            images = [move(batch)["image"] for batch in data.statistics_batches(STATISTICS_IMAGES)]
+            batches = data.statistics_batches(STATISTICS_IMAGES)
+            images = [trainer.strategy.batch_to_device(batch)["image"] for batch in batches]
             # a non-finite image, which a training may skip, would spoil all statistics
-            finite = [some[some.isfinite().flatten(1).all(1)] if some.is_floating_point() else some for some in images]
+            finite = [some[some.isfinite().flatten(1).all(1)] for some in images]
             self._images = [some for some in finite if len(some)]
         images = self._images
         if self.hasty:
@@ -62,8 +63,7 @@ class BatchStatistics:
         wanted = [torch.tensor(len(images)), *encoder.state_dict().values()]
         if len(wanted) == len(self._estimated) and all(map(torch.equal, wanted, self._estimated)):
             return
-        precision = module.trainer.precision_plugin.forward_context()
-        with precision, evaluating(encoder), estimating_statistics(self._trained):
+        with trainer.precision_plugin.forward_context(), evaluating(encoder), estimating_statistics(self._trained):
             for some in images:
                 module.model.encode(some)
         self._estimated = [value.clone() for value in wanted]

@@ -17,8 +17,8 @@ from setpred.losses import HungarianLoss
 from setpred.metrics import AveragePrecision, Mean
 from setpred.model import SetPredictor, Step
 from setpred.nn import evaluating
-from setpred.nonfinite.locate import Stage, finite_norm, trained
-from setpred.nonfinite.policy import Guard, poison, require_finite_weights
+from setpred.nonfinite.locate import Stage, finite_norm, not_finite, trained
+from setpred.nonfinite.policy import Guard, poison
 from setpred.nonfinite.repro import report
 from setpred.schema import CLEVR, ElementSchema
 from setpred.sets import check_set
@@ -35,10 +35,9 @@ class SetPrediction(pl.LightningModule):
 
     Batches are dictionaries of `image` uint8 `[batch, 3, H, W]`, or `input` `[batch, n, in_dim]` with an optional
     `input_mask` bool `[batch, n]`; the target `elements [batch, set_size, set_dim]`; and optionally `index [batch]`,
-    by which messages name the examples. The randomness of a training step is a function of (seed, step), so that a
-    resumed run equals the undisturbed one. Validations and checkpoints have batch statistics of the present weights,
-    see `BatchStatistics`. Logs `val_loss` and `val_<name>` of every number of the metric;
-    `setpred.training.callbacks.TrainLoss` logs `train_loss`.
+    by which messages name the examples. Random numbers of a step depend on (seed, step) alone, so that a resumed run
+    equals the undisturbed one. Validations and checkpoints have batch statistics of the present weights, see
+    `BatchStatistics`. Logs `val_loss` and `val_<name>` of every number of the metric.
 
     Args:
         encoder: image, or set, to features.
@@ -194,23 +193,20 @@ class SetPrediction(pl.LightningModule):
 
     def _losses(self, step: Step) -> tuple[Tensor, Tensor]:
         """Loss of each example and predicted sets; `NotFiniteError` unless they, weights and batch are finite."""
-        elements, inputs = step.batch["elements"], step.inputs()
+        elements = step.batch["elements"]
         check_set(elements, set_dim=None if self.schema is None else self.schema.set_dim)
         predicted = step.predict()
         losses = self.loss(predicted.float(), elements)
-        numbers = [losses, predicted, elements, *([inputs] if inputs.is_floating_point() else [])]
-        finite = [each.detach().isfinite().all() for each in numbers]
+        finite = [each.detach().isfinite().all() for each in (losses, predicted, elements, step.inputs())]
         finite.append(finite_norm(trained(self).values(), largest=True))
         # one number to the host in each step, against hours of training on nothing
         if not torch.stack(finite).all():
             raise NotFiniteError("loss", (~losses.detach().isfinite()).nonzero().flatten().tolist())
         return losses, predicted
 
-    def fit_data(self) -> Any:
-        """The data module of the training under way, or None."""
-        if self._trainer is None or self.trainer.state.fn != "fit":
-            return None
-        return getattr(self.trainer, "datamodule", None)
+    def when(self) -> str:
+        """The present step, for messages."""
+        return f"step {self.global_step} (epoch {self.current_epoch})"
 
     def say(self, sentence: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -218,15 +214,16 @@ class SetPrediction(pl.LightningModule):
         bar.print(sentence) if bar is not None else print(sentence, flush=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            self.parameters(), self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
-        )
+        options = {"betas": self.betas, "weight_decay": self.weight_decay}
+        return torch.optim.AdamW(self.parameters(), self.learning_rate, **options)
 
     def on_save_checkpoint(self, content: dict[str, Any]) -> None:
         """Add batch statistics of the weights, and the description that rebuilds the model, in plain types only."""
         with self.averaged():
             self.statistics.estimate(self)
-        require_finite_weights(self)
+        if names := not_finite(trained(self)):
+            fault = Stage("weights", names=names)
+            raise InputError(f"{self.when()}: {fault}; they are not saved. What to do: {fault.advice}")
         # Lightning has taken the weights before, perhaps as copies
         state = content["state_dict"]
         state |= {name: value.detach() for name, value in self.named_buffers() if name in state}
