@@ -60,7 +60,7 @@ def test_batches_are_those_of_the_ordinary_way(files, device, ordinary, rank):
         theirs.sampler.set_epoch(epoch)
         assert len(ours) == len(theirs)
         assert_same(ours, theirs)
-    state = {"epoch": 1, "examples": 8}
+    state = ours.state_dict() | {"epoch": 1, "batches": 1}
     ours.load_state_dict(state)
     theirs.load_state_dict(state)
     assert_same(ours, theirs)
