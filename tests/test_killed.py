@@ -39,9 +39,9 @@ class Runs:
         self.arguments += [f"--data.init_args.folder={data}", "--data.init_args.eval_batch_size=6", *options]
         self.numbers = itertools.count()
         self.train(self.fresh(), "--trainer.max_epochs=1")  # renders, which the next one's time leaves out
-        self.whole = self.fresh()
+        self.undisturbed = self.fresh()
         begun = time.monotonic()
-        assert self.train(self.whole) == 0, start.log.read_text()
+        assert self.train(self.undisturbed) == 0, start.log.read_text()
         self.seconds = time.monotonic() - begun
 
     def fresh(self) -> Path:
@@ -52,12 +52,12 @@ class Runs:
 
     def check(self, run: Path) -> None:
         """The run has ended as the undisturbed one."""
-        ours, theirs = (read_checkpoint(each / "last.ckpt") for each in (run, self.whole))
+        ours, theirs = (read_checkpoint(each / "last.ckpt") for each in (run, self.undisturbed))
         for key in ("state_dict", TRAINED, "optimizer_states", "epoch", "global_step"):
             assert same(ours.get(key), theirs.get(key)), key
-        assert table(run) == table(self.whole)
-        assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in self.whole.iterdir())
-        best, wanted = (read_checkpoint(each / "best.ckpt") for each in (run, self.whole))
+        assert table(run) == table(self.undisturbed)
+        assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in self.undisturbed.iterdir())
+        best, wanted = (read_checkpoint(each / "best.ckpt") for each in (run, self.undisturbed))
         assert same(best["state_dict"], wanted["state_dict"])
 
 
@@ -204,7 +204,7 @@ def test_a_signal_saves_first_whenever_there_are_validations(when, tmp_path, tin
     """Also in an epoch without a validation, and in one that continues after it."""
     option, steps = VALIDATED[when]
     runs = Runs(tmp_path, tiny_data, start, "file", option)
-    validated = [row["val_ap"] != "" for row in table(runs.whole)]
+    validated = [row["val_ap"] != "" for row in table(runs.undisturbed)]
     assert validated == ([False, True, False] if when == "seldom" else [True] * EPOCHS)
     for call, number in [("training_step", 5), *(("validation_step", step) for step in steps)]:
         run = runs.fresh()

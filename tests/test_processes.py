@@ -375,9 +375,9 @@ def test_a_signal_to_one_process_saves_and_stops_both_and_a_resume_is_exact(fold
     for ours, theirs in zip(seen(run), two, strict=True):
         assert ours["steps"] == theirs["steps"][MIDDLE + 1 :]
         assert all(torch.equal(value, theirs["weights"][name]) for name, value in ours["weights"].items())
-    after, whole = rows(run), rows(folder / "two")
+    after, undisturbed = rows(run), rows(folder / "two")
     for name in ("epoch", "step", "val_loss", "val_ap", "train_loss"):
-        assert [row[name] for row in after] == [row[name] for row in whole]
+        assert [row[name] for row in after] == [row[name] for row in undisturbed]
 
 
 @pytest.mark.slow

@@ -113,7 +113,7 @@ def test_neither_order_nor_other_images_matter(model, scenes, expected, seed):
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_the_metric_does_not_see_order_or_batches(expected, name):
     predicted, target, _ = expected
-    whole = None
+    first = None
     for seed in range(3):
         for size in (256, 7, 1):
             order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed))
@@ -121,8 +121,8 @@ def test_the_metric_does_not_see_order_or_batches(expected, name):
             for some in order.split(size):
                 metric.update(predicted[some], target[some])
             found = {key: float(value) for key, value in metric.compute().items()}
-            whole = whole or found
-            assert found == pytest.approx(whole, abs=1e-6)
+            first = first or found
+            assert found == pytest.approx(first, abs=1e-6)
 
 
 def test_threads_do_not_matter(model, scenes, expected):

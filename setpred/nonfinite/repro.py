@@ -111,7 +111,7 @@ def report(module: Any, steps: Sequence[Step], seen: Stage) -> tuple[Stage, str]
     text = f"{module.when()}: {fault or seen}"
     if fault is None:
         if seen.place == "gradient" and not module.trainer.is_global_zero:
-            return seen, f"{text}, from the batch of another process, whose message says more"
+            return seen, f"{text}, from the batch of another process, see its message"
         fault = replace(seen, repeated=False)
     if fault.samples and "index" in step.batch:
         text += f"; data indices {listed([int(step.batch['index'][sample]) for sample in fault.samples])}"
