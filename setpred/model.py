@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -139,8 +139,3 @@ class Step:
         """Images or sets, with zeros in place of padding."""
         inputs, mask = self.batch[self.input_name], self.batch.get("input_mask")
         return inputs if mask is None else inputs.masked_fill(~mask.unsqueeze(-1), 0)
-
-    def without(self, samples: Sequence[int]) -> Step:
-        """Drop samples from the batch."""
-        rest = [sample for sample in range(len(self.batch["elements"])) if sample not in set(samples)]
-        return replace(self, batch={name: value[rest] for name, value in self.batch.items()})

@@ -1,14 +1,13 @@
-"""Trainings as processes of their own that can be killed, started in a fraction of a second by a fork.
+"""Trainings in forked processes, which start within a fraction of a second and can be killed.
 
-Run as a program it imports everything once; then each line on its input is a request, JSON:
+As a program it imports everything once; then each line of its input is a request in JSON:
 
     {"arguments": [...], "kill": null | {"seconds": 0.3} | {"call": "write", "number": 4, "signal": 9}}
 
-for which it forks a child that runs `setpred.commands.train.main` with these arguments, and gets the signal (SIGKILL
-unless given) so many seconds later, or from itself at its n-th call of something: "write", "fsync" and "replace", by
-which files are written (half of the bytes written, not synced, not renamed), "training_step" or "validation_step". With
-"group": true its data loader's processes get the signal too. The answer is a line with the status of the child,
-negative for a signal that ended it.
+A child runs `setpred.commands.train.main` with the arguments. It gets the signal (SIGKILL by default) after so many
+seconds, or at its n-th call of "write", "fsync" or "replace", which write files (half of the bytes written, not
+synced, not renamed), "training_step" or "validation_step"; with "group": true its data loader's processes get it, too.
+The answer is a line with the status of the child, negative for a signal that ended it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from typing import Any
 
 
 class Trainings:
-    """Starts trainings one after another; each call gives the exit status, negative if a signal ended it."""
+    """Runs trainings one after another; each call returns the exit status, negative if a signal ended it."""
 
     def __init__(self, log: Path) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -54,7 +53,7 @@ class Trainings:
 
 
 def strike(call: str, number: int, *, sent: int = signal.SIGKILL, group: bool = False) -> None:
-    """The n-th call from now on sends this process a signal when it begins, or half-way of a file's content."""
+    """Send this process a signal at the n-th call from now on, or halfway through a file's content."""
     from setpred import files
     from setpred.training.task import SetPrediction
 
@@ -74,7 +73,7 @@ def strike(call: str, number: int, *, sent: int = signal.SIGKILL, group: bool = 
     def send() -> None:
         if not group:
             return os.kill(os.getpid(), sent)
-        if os.fork() == 0:  # from somebody else, as from a scheduler: torch's processes heed their parent otherwise
+        if os.fork() == 0:  # from another process, as from a scheduler: torch's processes obey signals of their parent
             os.killpg(0, sent)
             os._exit(0)
         time.sleep(0.5)
@@ -92,7 +91,7 @@ def strike(call: str, number: int, *, sent: int = signal.SIGKILL, group: bool = 
 
 
 def child(request: dict[str, Any], answers: int) -> None:
-    os.dup2(2, 1)  # what the training prints does not belong among the answers
+    os.dup2(2, 1)  # output of the training is no answer
     os.close(answers)
     import torch
 
@@ -100,7 +99,7 @@ def child(request: dict[str, Any], answers: int) -> None:
 
     torch.set_num_threads(1)
     os.setpgid(0, 0)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup, under which tests may run, has left ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which tests may run, ignores it
     if "call" in (kill := request["kill"] or {}):
         strike(kill["call"], kill["number"], sent=kill.get("signal", signal.SIGKILL), group=kill.get("group", False))
     sys.argv = ["train.py", *request["arguments"]]

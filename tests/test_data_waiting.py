@@ -1,4 +1,4 @@
-"""The share of a training that waits for its data: seen where data are slow, gone where they are there."""
+"""The logged share of a training that waits for data is that of reading."""
 
 import csv
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from setpred.training.callbacks import DataWaiting, EpochLines, MetricsFile
 
 @dataclass
 class Clock:
-    """In the place of the module `time`: goes only when told to."""
+    """Stand-in for the module `time`."""
 
     now: float = 1000.0
 
@@ -35,7 +35,7 @@ def clock(monkeypatch) -> Clock:
 
 
 class Numbers(Dataset):
-    """Eight, each of which takes so many seconds."""
+    """Eight numbers, each read in `seconds`."""
 
     def __init__(self, clock: Clock, seconds: float) -> None:
         self.clock, self.seconds = clock, seconds
@@ -49,7 +49,7 @@ class Numbers(Dataset):
 
 
 class Model(LightningModule):
-    """Learns nothing, in so many seconds a step and a validation step."""
+    """A step and a validation step take the given seconds."""
 
     monitor = "val_loss"
 
@@ -70,7 +70,7 @@ class Model(LightningModule):
 
 
 def shares(tmp_path, model, loader, val=None, **options) -> list[str | None]:
-    """What metrics.csv has of it, an epoch each."""
+    """Column of metrics.csv, one entry per epoch."""
     trainer = Trainer(
         max_epochs=2,
         accelerator="cpu",
@@ -108,13 +108,10 @@ def test_validation_is_neither_waiting_nor_training(tmp_path, clock):
         assert [float(value) for value in found] == pytest.approx([0.75, 0.75])
 
 
-def test_a_loader_that_does_not_tell_is_not_timed(tmp_path, clock):
+def test_only_loaders_with_the_time_asked_are_measured(tmp_path, clock):
     assert shares(tmp_path, Model(clock, step=1), DataLoader(Numbers(clock, 1), 2)) == [None, None]
-
-
-def test_a_loader_tells_when_it_was_asked(clock):
-    batches, asked = loader(clock, 3), []
+    batches, asked, start = loader(clock, 3), [], clock.now
     for _ in batches:
-        asked.append(batches.asked - 1000)
+        asked.append(batches.asked - start)
         clock.now += 100
     assert asked == [0, 106, 212, 318]

@@ -1,4 +1,4 @@
-"""Trainings that are killed and resumed end as undisturbed ones, bit by bit; signals save first."""
+"""Killed and resumed trainings end as undisturbed ones, bit by bit; signals save first."""
 
 import csv
 import itertools
@@ -18,7 +18,7 @@ from setpred.checkpoint.release import export
 from setpred.commands.train import build
 from setpred.errors import InputError
 from setpred.nn import batch_norms, estimating_statistics
-from setpred.training.run_folder import alone
+from setpred.training.run_folder import run_lock
 
 STREAMED = CONFIG.replace("datamodule.RenderedScenes", "streamed.StreamedScenes").replace(
     "train_images: 40", "scenes_per_epoch: 44"
@@ -38,10 +38,10 @@ class Runs:
         self.arguments = ["--config", str(config), "--runs", str(folder), f"--trainer.max_epochs={EPOCHS}"]
         self.arguments += [f"--data.init_args.folder={data}", "--data.init_args.eval_batch_size=6", *options]
         self.numbers = itertools.count()
-        self.train(self.fresh(), "--trainer.max_epochs=1")  # which renders, so that the next one's time is its own
-        self.whole = self.fresh()
+        self.train(self.fresh(), "--trainer.max_epochs=1")  # renders, which the next one's time leaves out
+        self.undisturbed = self.fresh()
         begun = time.monotonic()
-        assert self.train(self.whole) == 0, start.log.read_text()
+        assert self.train(self.undisturbed) == 0, start.log.read_text()
         self.seconds = time.monotonic() - begun
 
     def fresh(self) -> Path:
@@ -52,12 +52,12 @@ class Runs:
 
     def check(self, run: Path) -> None:
         """The run has ended as the undisturbed one."""
-        ours, theirs = (read_checkpoint(each / "last.ckpt") for each in (run, self.whole))
+        ours, theirs = (read_checkpoint(each / "last.ckpt") for each in (run, self.undisturbed))
         for key in ("state_dict", TRAINED, "optimizer_states", "epoch", "global_step"):
             assert same(ours.get(key), theirs.get(key)), key
-        assert table(run) == table(self.whole)
-        assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in self.whole.iterdir())
-        best, wanted = (read_checkpoint(each / "best.ckpt") for each in (run, self.whole))
+        assert table(run) == table(self.undisturbed)
+        assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in self.undisturbed.iterdir())
+        best, wanted = (read_checkpoint(each / "best.ckpt") for each in (run, self.undisturbed))
         assert same(best["state_dict"], wanted["state_dict"])
 
 
@@ -100,7 +100,7 @@ def runs(request):
 
 
 def survive(runs: Runs, rng: random.Random, *, kills: int, timed: bool) -> list[str]:
-    """Trains under the name of a new run, killed up to so many times on the way; how it was killed each time."""
+    """Train a new run, killed up to `kills` times and resumed; return the kills."""
     run, done = runs.fresh(), []
     minutes = rng.choice([0, 0, 0.001, 10])
     workers = rng.choice([0, 0, 2])
@@ -136,11 +136,9 @@ def test_killed_at_random_moments_again_and_again(runs, capsys):
     assert sum(map(bool, killed)) > 18
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
-def test_a_kill_in_every_write_leaves_whole_files(files, call):
-    """Whatever can be read after it is whole."""
+def test_a_kill_in_any_write_leaves_complete_files(files):
     run = files.fresh()
-    for number in (2, 5, 8):
+    for call, number in (("write", 2), ("fsync", 5), ("replace", 8), ("write", 5), ("replace", 3)):
         status = files.train(run, "--resume=auto", "--save_minutes=0", kill={"call": call, "number": number})
         assert status == -signal.SIGKILL
         for path in run.glob("*.ckpt"):
@@ -150,39 +148,29 @@ def test_a_kill_in_every_write_leaves_whole_files(files, call):
     files.check(run)
 
 
-STOPPED = {  # at which call of which step: how many steps are done when the run is saved and stops
-    ("training_step", 2): 2,
-    ("training_step", 5): 5,  # the last one of an epoch, before its validation
-    ("validation_step", 1): 5,
-    ("validation_step", 2): 5,
-    ("validation_step", 4): 10,
-    ("training_step", 15): 15,  # the last one of the training
-}
+STOPPED = [  # call, its number, signal, steps that are saved
+    ("training_step", 2, signal.SIGUSR1, 2),
+    ("training_step", 5, signal.SIGTERM, 5),  # the last one of an epoch, before its validation
+    ("validation_step", 2, signal.SIGUSR1, 5),
+    ("training_step", 7, signal.SIGINT, 7),
+    ("validation_step", 4, signal.SIGTERM, 10),
+    ("training_step", 15, signal.SIGTERM, 15),  # the last one of the training
+]
 
 
-@pytest.mark.parametrize("call", STOPPED, ids=lambda call: f"{call[0]}-{call[1]}")
-def test_a_signal_saves_first(files, call):
-    """Whenever it comes, no step is lost, and the run goes on as if nothing had happened."""
-    run, number = files.fresh(), signal.SIGTERM if call[1] % 2 else signal.SIGUSR1
-    kill = {"call": call[0], "number": call[1], "signal": number}
-    assert files.train(run, kill=kill) == 128 + number
-    assert f"stopped by {number.name}" in files.start.log.read_text()
-    assert read_checkpoint(run / "last.ckpt")["global_step"] == STOPPED[call]
-    assert files.train(run, "--resume=last") == 0
-    files.check(run)
-
-
-def test_ctrl_c_saves_first(files):
+@pytest.mark.parametrize(("call", "number", "sent", "steps"), STOPPED)
+def test_a_signal_saves_first_and_the_resume_is_exact(call, number, sent, steps, files):
     run = files.fresh()
-    assert files.train(run, kill={"call": "training_step", "number": 7, "signal": signal.SIGINT}) == 130
-    assert read_checkpoint(run / "last.ckpt")["global_step"] == 7
+    assert files.train(run, kill={"call": call, "number": number, "signal": sent}) == 128 + sent
+    assert f"stopped by {sent.name}" in files.start.log.read_text()
+    assert read_checkpoint(run / "last.ckpt")["global_step"] == steps
     assert files.train(run, "--resume=last") == 0
     files.check(run)
 
 
 @pytest.mark.parametrize("options", [(), ("--save_minutes=0",)], ids=["signal", "kill"])
-def test_what_is_left_within_an_epoch_has_the_statistics_of_its_weights(runs, options, tmp_path):
-    """Not running averages, which trail behind at this learning rate; a release has them, too."""
+def test_a_checkpoint_within_an_epoch_has_the_statistics_of_its_weights(runs, options, tmp_path):
+    """Running averages would trail behind at this learning rate; a release has the statistics, too."""
     run, sent = runs.fresh(), signal.SIGKILL if options else signal.SIGTERM
     kill = {"call": "training_step", "number": 8, "signal": sent}
     runs.train(run, "--model.learning_rate=0.05", *options, kill=kill)
@@ -205,20 +193,20 @@ def test_what_is_left_within_an_epoch_has_the_statistics_of_its_weights(runs, op
     assert all(map(torch.equal, saved, weights))
 
 
-VALIDATED = {  # by which option, and in which validation steps a signal comes
-    "seldom": ("--trainer.check_val_every_n_epoch=2", (1, 2)),
-    "often": ("--trainer.val_check_interval=2", (1, 4, 5)),
+VALIDATED = {  # option, and validation steps at which a signal comes
+    "seldom": ("--trainer.check_val_every_n_epoch=2", (2,)),
+    "often": ("--trainer.val_check_interval=2", (1, 4)),
 }
 
 
 @pytest.mark.parametrize("when", VALIDATED)
 def test_a_signal_saves_first_whenever_there_are_validations(when, tmp_path, tiny_data, start):
-    """Also in an epoch that has none, and in one that goes on after it."""
+    """Also in an epoch without a validation, and in one that continues after it."""
     option, steps = VALIDATED[when]
     runs = Runs(tmp_path, tiny_data, start, "file", option)
-    validated = [row["val_ap"] != "" for row in table(runs.whole)]
+    validated = [row["val_ap"] != "" for row in table(runs.undisturbed)]
     assert validated == ([False, True, False] if when == "seldom" else [True] * EPOCHS)
-    for call, number in [("training_step", 4), ("training_step", 5), *(("validation_step", step) for step in steps)]:
+    for call, number in [("training_step", 5), *(("validation_step", step) for step in steps)]:
         run = runs.fresh()
         kill = {"call": call, "number": number, "signal": signal.SIGTERM}
         assert runs.train(run, kill=kill) == 128 + signal.SIGTERM
@@ -226,8 +214,8 @@ def test_a_signal_saves_first_whenever_there_are_validations(when, tmp_path, tin
         runs.check(run)
 
 
-def test_a_run_with_averaged_weights_goes_on_exactly(tmp_path, tiny_data, start):
-    """Killed after a step, and stopped within an epoch and within a validation, which has the averages in place."""
+def test_a_resume_with_averaged_weights_is_exact(tmp_path, tiny_data, start):
+    """Killed after a step, stopped within an epoch, and within a validation, where the average is in place."""
     averaging = '--trainer.callbacks=[{"class_path": "setpred.training.EMA", "init_args": {"decay": 0.8}}]'
     runs = Runs(tmp_path, tiny_data, start, "file", averaging)
     run = runs.fresh()
@@ -247,7 +235,7 @@ def test_a_run_with_averaged_weights_goes_on_exactly(tmp_path, tiny_data, start)
     runs.check(run)
 
 
-@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("number", [1, 3])
 def test_a_kill_within_a_validation_costs_no_step(files, number):
     run = files.fresh()
     kill = {"call": "validation_step", "number": number, "signal": signal.SIGKILL}
@@ -257,39 +245,39 @@ def test_a_kill_within_a_validation_costs_no_step(files, number):
     files.check(run)
 
 
-def test_a_damaged_last_checkpoint_gives_way_to_the_best(files):
+def test_a_resume_falls_back_from_a_damaged_last_checkpoint_to_the_best(files):
     run = files.fresh()
     assert files.train(run) == 0
     best = read_checkpoint(run / "best.ckpt")["epoch"]
     (run / "last.ckpt").write_bytes((run / "last.ckpt").read_bytes()[:1000])
     assert files.train(run, "--resume=last") == 0
-    assert f"going on from {run / 'best.ckpt'}" in files.start.log.read_text()
+    assert f"falling back to {run / 'best.ckpt'}" in files.start.log.read_text()
     assert best + 1 == EPOCHS or read_checkpoint(run / "last.ckpt")["epoch"] == EPOCHS - 1
 
 
 def test_a_signal_to_the_whole_group_saves_first(streams):
-    """As a scheduler or a terminal sends it, to the processes that read too, which go on until the run has saved."""
+    """As from a scheduler or a terminal; the data loader's processes continue until the run has saved."""
     run, workers = streams.fresh(), "--data.init_args.num_workers=2"
-    for number, sent in ((3, signal.SIGTERM), (3, signal.SIGHUP), (3, signal.SIGXCPU), (3, signal.SIGINT)):
-        kill = {"call": "training_step", "number": number, "signal": sent, "group": True}
+    for sent in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        kill = {"call": "training_step", "number": 3, "signal": sent, "group": True}
         assert streams.train(run, workers, "--resume=auto", kill=kill) == 128 + sent, streams.start.log.read_text()
-    assert read_checkpoint(run / "last.ckpt")["global_step"] == 12
+    assert read_checkpoint(run / "last.ckpt")["global_step"] == 9
     assert "Traceback" not in streams.start.log.read_text()
     assert streams.train(run, workers, "--resume=auto") == 0
     streams.check(run)
 
 
 def test_two_trainings_do_not_share_a_folder(tmp_path, monkeypatch):
-    """The second one would move the first one's folder away under it."""
+    """The second one would move the folder of the first."""
     monkeypatch.setattr("setpred.training.run_folder.PATIENCE", 0.2)
-    with alone(tmp_path / "run"):
+    with run_lock(tmp_path / "run"):
         with (
             pytest.raises(InputError, match=r"another training writes into .*run; wait for its end"),
-            alone(tmp_path / "run"),
+            run_lock(tmp_path / "run"),
         ):
             pytest.fail("both have it")
-        with alone(tmp_path / "other"):
+        with run_lock(tmp_path / "other"):
             pass
-    with alone(tmp_path / "run"):
+    with run_lock(tmp_path / "run"):
         pass
     assert list(tmp_path.iterdir()) == []

@@ -1,11 +1,10 @@
-"""Two processes that train together (gloo, on the CPU): the numbers of one, every image once, one who writes."""
+"""Training in two processes (gloo, on the CPU) gives the numbers of one; one process writes; an error ends both."""
 
 from __future__ import annotations
 
 import csv
 import inspect
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,10 +27,10 @@ from setpred.metrics import AveragePrecision
 from setpred.training import distributed as processes
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 300  # seconds that a training may take before it counts as hanging
-SCENES, VAL, BATCH = 24, 13, 4  # of an epoch, of a validation (which do not go round evenly), of a step and process
-MIDDLE = 4  # the step after which a checkpoint is kept: the first one of the second epoch
-WATCHED = "SETPRED_TEST_WATCHED"  # in the environment of processes whose writing is noted
+LIMIT = 300  # seconds, after which a training counts as hanging
+SCENES, VAL, BATCH = 24, 13, 4  # of an epoch, of a validation (an odd number), of a step and process
+MIDDLE = 4  # the second step of the second epoch
+WATCHED = "SETPRED_TEST_WATCHED"  # environment variable of processes whose writing is recorded
 
 CONFIG = f"""
 model:
@@ -74,20 +73,20 @@ trainer: {{max_epochs: 2, accelerator: cpu, precision: 32-true, deterministic: t
 
 
 class Pixels(nn.Module):
-    """Image to latent vector without batch normalisation, whose statistics are those of a process."""
+    """Image to latent vector, without batch normalisation, whose statistics are those of one process."""
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
         self.image_size, self.latent_dim = 16, latent_dim
         self.linear = nn.Linear(3 * 16, latent_dim)
-        self.register_buffer("scale", torch.ones(()))  # which the processes keep equal
+        self.register_buffer("scale", torch.ones(()))
 
     def forward(self, image: Tensor) -> Tensor:
         return self.scale * self.linear(nn.functional.avg_pool2d(image, 4).flatten(1))
 
 
 class Recorder(pl.Callback):
-    """Notes what this process sees, does and writes; `fail` is (process, step, how)."""
+    """Records what this process sees and writes; `fail` is (process, step, how)."""
 
     def __init__(self, folder: str, fail: tuple[int, int, str] | None = None) -> None:
         self.folder, self.fail = Path(folder), fail
@@ -104,22 +103,16 @@ class Recorder(pl.Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.seen["steps"].append(batch["index"].tolist())
-        last = Path(trainer.default_root_dir) / "last.ckpt"
-        if trainer.global_step == MIDDLE and trainer.is_global_zero and last.exists() and WATCHED in os.environ:
-            shutil.copy(last, self.folder / "middle.ckpt")
         if self.fail is not None and tuple(self.fail[:2]) == (trainer.global_rank, trainer.global_step):
-            self._fail(batch)
-
-    def _fail(self, batch):
-        how = self.fail[2]
-        if how == "raise":
-            raise RuntimeError("on purpose")
-        if how == "file":
-            raise InputError("data.h5 is damaged; copy or make it again")
-        if how == "nan":
-            batch["elements"].fill_(float("nan"))
-        else:
-            os.kill(os.getpid(), getattr(signal, how))
+            how = self.fail[2]
+            if how == "raise":
+                raise RuntimeError("on purpose")
+            if how == "file":
+                raise InputError("data.h5 is damaged; copy or make it again")
+            if how == "nan":
+                batch["elements"].fill_(float("nan"))
+            else:
+                os.kill(os.getpid(), getattr(signal, how))
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.seen["losses"].append(float(outputs["loss"]))
@@ -142,7 +135,7 @@ class Recorder(pl.Callback):
 
 
 def command(folder: Path, data: Path, *options: str, fail: tuple[int, int, str] | None = None) -> list[str]:
-    """The options of train.py for a run in `folder`, which the recorder watches."""
+    """Options of train.py for a recorded run in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(CONFIG)
     recorder = {"class_path": "test_processes.Recorder", "init_args": {"folder": str(folder)}}
@@ -158,10 +151,7 @@ def command(folder: Path, data: Path, *options: str, fail: tuple[int, int, str] 
 
 
 def launch(options: list[str], *, torchrun: bool = False) -> subprocess.CompletedProcess[str]:
-    """Runs train.py with two processes; a hang ends after `LIMIT`, with the whole group.
-
-    It returns when the last process has ended, for all of them hold the ends of its pipes.
-    """
+    """Run train.py with two processes until the last one ends; a hang ends after `LIMIT`."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if torchrun else []
     environment = {name: value for name, value in os.environ.items() if "RANK" not in name and "MASTER" not in name}
     environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", WATCHED: "1"}
@@ -184,7 +174,7 @@ def launch(options: list[str], *, torchrun: bool = False) -> subprocess.Complete
 
 
 def seen(folder: Path, processes: int = 2) -> list[dict]:
-    """What the recorders of all processes noted."""
+    """Records of all processes."""
     return [torch.load(folder / f"seen-{rank}-of-{processes}.pt", weights_only=True) for rank in range(processes)]
 
 
@@ -194,7 +184,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
-    """The largest difference, against the largest number."""
+    """Largest difference, relative to the largest number."""
     assert ours.keys() == theirs.keys()
     flat = [torch.cat([part[name].flatten() for name in part]) for part in (ours, theirs)]
     return float((flat[0] - flat[1]).abs().max() / flat[1].abs().max())
@@ -225,28 +215,22 @@ def two(folder, printed):
     return seen(folder / "two")
 
 
-def test_streamed_scenes_differ_by_process_and_are_together_those_of_one(alone, two):
+def test_scenes_gradients_and_weights_are_those_of_one_process_with_the_doubled_batch(alone, two):
+    """Scenes differ by process; sums are in float32, in another order; one parameter of the start has no gradient."""
     for ours, *theirs in zip(alone["steps"], *(each["steps"] for each in two), strict=True):
         assert [number for pair in zip(*theirs, strict=True) for number in pair] == ours
     assert list(chain(*alone["steps"])) == list(range(2 * SCENES))
-
-
-def test_gradients_are_those_of_one_process_with_the_doubled_batch(alone, two):
-    """In float32, where sums are taken in another order; one parameter of the start is without a gradient."""
     for ours, theirs, expected in zip(two[0]["gradients"], two[1]["gradients"], alone["gradients"], strict=True):
         assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
         assert apart(ours, expected) < 1e-5
     assert apart(two[0]["gradients"][0], alone["gradients"][0]) < 3e-6
     assert "model.decoder.start.initial" not in alone["gradients"][0]
-
-
-def test_weights_stay_those_of_one_process(alone, two):
     assert all(torch.equal(value, two[1]["weights"][name]) for name, value in two[0]["weights"].items())
     assert apart(two[0]["weights"], alone["weights"]) < 1e-5
 
 
 def test_every_image_is_validated_once_and_the_scores_are_those_of_one_process(alone, two):
-    """In their order too; one process has a batch more than the other."""
+    """In their order; one process has a batch more than the other."""
     assert [len(each["validated"]) for each in two] == [2 * 6, 2 * 7]
     for epoch in range(2):
         first, second = (
@@ -265,7 +249,7 @@ def test_every_image_is_validated_once_and_the_scores_are_those_of_one_process(a
 
 
 def test_what_is_logged_is_the_same_in_all_processes_and_in_one(alone, two):
-    latest, mean_of_own = "loss", "val_residual_growth"  # of the latest step; of the first images of each process
+    latest, mean_of_own = "loss", "val_residual_growth"  # the latter over the first images of each process
     for name, value in two[0]["metrics"].items():
         assert name == latest or value == two[1]["metrics"][name]
         if name.startswith(("val_", "train_")) and name != mean_of_own:
@@ -273,8 +257,8 @@ def test_what_is_logged_is_the_same_in_all_processes_and_in_one(alone, two):
     assert 0 < two[0]["metrics"]["data_waiting"] < 1
 
 
-def test_process_0_alone_writes(folder, two):
-    """Beside what the recorder itself writes; each file aside, then under its name."""
+def test_process_0_alone_writes_and_prints(folder, printed, two):
+    """Each file aside, then under its name."""
     runs = folder / "two" / "runs"
     written = [[(event, path) for event, path in each["written"] if str(runs) in path] for each in two]
     assert written[1] == []
@@ -286,29 +270,10 @@ def test_process_0_alone_writes(folder, two):
     assert final.count("config.yaml") == 1
     assert final.count("metrics.csv") == len(rows(folder / "two")) == 2
     assert {path.name for path in runs.iterdir()} - {".run.lock"} == {"run"}
-
-
-def test_process_0_alone_prints(printed):
     lines = printed.stdout.splitlines()
     assert len(lines) == len(set(lines)) == 3
     assert [line[:8] for line in lines] == ["epoch 0:", "epoch 1:", "checkpoi"]
     assert "error: " not in printed.stderr
-
-
-def test_one_process_goes_on_within_the_epoch_of_two(folder, two):
-    """With batches of another size: the scenes that come next, a validation at the end, and means over all."""
-    resumed = folder / "resumed"
-    options = ["--resume", str(folder / "two" / "middle.ckpt"), "--data.init_args.batch_size=3"]
-    train(command(resumed, folder / "data", *options))
-    (after,) = seen(resumed, 1)
-    first = SCENES + 2 * BATCH
-    assert after["steps"] == [list(range(start, start + 3)) for start in range(first, first + 15, 3)]
-    assert list(chain(*after["validated"])) == list(range(VAL))
-    (row,) = rows(resumed)
-    assert row["epoch"] == "1"
-    assert row["val_loss"] != ""
-    before = BATCH * sum(each["losses"][MIDDLE - 1] for each in two)
-    assert float(row["train_loss"]) == pytest.approx((before + 3 * sum(after["losses"])) / (2 * BATCH + 15), rel=1e-5)
 
 
 def test_an_error_of_one_process_ends_both_with_a_sentence(folder, alone):
@@ -316,7 +281,7 @@ def test_an_error_of_one_process_ends_both_with_a_sentence(folder, alone):
     assert ended.returncode == 2
     assert [line for line in ended.stderr.splitlines() if line.startswith("error: ")] == [
         "error: process 1 of 2: data.h5 is damaged; copy or make it again",
-        "error: process 0 of 2: another process of this training has ended; its own message says why",
+        "error: process 0 of 2: another process of this training has ended; see its message",
     ]
 
 
@@ -324,7 +289,7 @@ def test_a_process_ends_with_its_parent_wherever_it_waits(tmp_path):
     watch = inspect.getsource(processes._end_with_parent)
     lines = ("from __future__ import annotations", "import os, threading, time", watch, "_end_with_parent()")
     (tmp_path / "child.py").write_text("\n".join((*lines, "time.sleep(60)")))
-    # which holds no end of a pipe that would be waited for
+    # without pipes, for which `run` would wait
     start = f"subprocess.Popen([sys.executable, {str(tmp_path / 'child.py')!r}], stdout=-3, stderr=-3)"
     parent = f"import subprocess, sys, time; print({start}.pid, flush=True); time.sleep(3)"
     started = subprocess.run([sys.executable, "-c", parent], capture_output=True, check=True)
@@ -346,11 +311,11 @@ def test_torchrun_and_the_trainer_count_the_same_processes():
         processes.check_started(trainer, elastic | {"WORLD_SIZE": "2"})
 
 
-def test_who_starts_the_processes_numbers_them():
-    assert processes.number({}) == 0
-    assert processes.number({"RANK": "9", "LOCAL_RANK": "1"}) == 9  # torchrun
-    assert processes.number({"LOCAL_RANK": "1", "SLURM_PROCID": "0"}) == 1  # Lightning, in a job of one task
-    assert processes.number({"SLURM_PROCID": "9"}) == 9  # srun
+def test_the_starter_numbers_the_processes():
+    assert processes.process_number({}) == 0
+    assert processes.process_number({"RANK": "9", "LOCAL_RANK": "1"}) == 9  # torchrun
+    assert processes.process_number({"LOCAL_RANK": "1", "SLURM_PROCID": "0"}) == 1  # Lightning, in a job of one task
+    assert processes.process_number({"SLURM_PROCID": "9"}) == 9  # srun
 
 
 def test_lightning_does_not_requeue_the_jobs_of_slurm(tmp_path, monkeypatch):
@@ -371,8 +336,8 @@ launched = pytest.mark.parametrize("torchrun", [False, True], ids=["lightning", 
 
 
 @pytest.mark.slow
-def test_a_training_is_the_same_to_the_last_bit_when_it_is_done_again(folder, two):
-    """By torchrun; in the same folder, whose earlier run is kept."""
+def test_a_repeated_training_is_equal_to_the_last_bit(folder, two):
+    """By torchrun, in the same folder, which keeps the earlier run."""
     ended = launch(command(folder / "two", folder / "data"), torchrun=True)
     assert ended.returncode == 0, ended.stderr
     for ours, theirs in zip(seen(folder / "two"), two, strict=True):
@@ -381,27 +346,26 @@ def test_a_training_is_the_same_to_the_last_bit_when_it_is_done_again(folder, tw
         assert all(torch.equal(value, theirs["weights"][name]) for name, value in ours["weights"].items())
     runs = folder / "two" / "runs"
     assert {path.name for path in runs.iterdir()} - {".run.lock"} == {"run", "run-before-1"}
-    assert ended.stdout.count("an earlier run was in") == 1
+    assert ended.stdout.count("moved the previous run to") == 1
 
 
 @pytest.mark.slow
 @launched
-@pytest.mark.parametrize("how", ["raise", "file", "nan", "SIGKILL"])
+@pytest.mark.parametrize("how", ["raise", "nan", "SIGKILL"])
 @pytest.mark.parametrize("process", [0, 1])
-def test_whatever_ends_one_process_ends_both(folder, alone, process, how, torchrun):
+def test_a_failing_process_ends_both(folder, process, how, torchrun):
     run = folder / f"ends-{process}-{how}-{torchrun}"
     ended = launch(command(run, folder / "data", fail=(process, 1, how)), torchrun=torchrun)
     assert ended.returncode != 0
     if how == "SIGKILL":
         assert torchrun or process == 0 or "error: process 0 of 2: another process" in ended.stderr
     else:
-        assert {"raise": "on purpose", "file": "damaged", "nan": "step 1 (epoch 0)"}[how] in ended.stderr
+        assert {"raise": "on purpose", "nan": "step 1 (epoch 0)"}[how] in ended.stderr
 
 
 @pytest.mark.slow
 @launched
-def test_a_signal_to_one_process_saves_and_stops_both_and_the_run_goes_on(folder, two, torchrun):
-    """To the last bit, and with data of its own for each."""
+def test_a_signal_to_one_process_saves_and_stops_both_and_a_resume_is_exact(folder, two, torchrun):
     run = folder / f"signal-{torchrun}"
     ended = launch(command(run, folder / "data", fail=(1, MIDDLE, "SIGUSR1")), torchrun=torchrun)
     assert ended.returncode != 0
@@ -411,9 +375,9 @@ def test_a_signal_to_one_process_saves_and_stops_both_and_the_run_goes_on(folder
     for ours, theirs in zip(seen(run), two, strict=True):
         assert ours["steps"] == theirs["steps"][MIDDLE + 1 :]
         assert all(torch.equal(value, theirs["weights"][name]) for name, value in ours["weights"].items())
-    after, whole = rows(run), rows(folder / "two")
+    after, undisturbed = rows(run), rows(folder / "two")
     for name in ("epoch", "step", "val_loss", "val_ap", "train_loss"):
-        assert [row[name] for row in after] == [row[name] for row in whole]
+        assert [row[name] for row in after] == [row[name] for row in undisturbed]
 
 
 @pytest.mark.slow
@@ -428,7 +392,7 @@ def test_compiled_descents_train_in_two_processes(folder, alone, two):
 
 @pytest.mark.slow
 def test_files_batch_normalisation_and_random_starts_train_in_two_processes(tmp_path, tiny_data):
-    """The tiny training of the other tests: processes agree, though batches and draws are their own."""
+    """The processes agree, though each has its own batches and random numbers."""
     (tmp_path / "tiny.yaml").write_text(CONFIG_TINY)
     options = ["--config", str(tmp_path / "tiny.yaml"), "--runs", str(tmp_path / "runs"), "--name", "run"]
     options += [f"--data.init_args.folder={tiny_data}", "--data.init_args.num_workers=1", "--save_minutes=0"]

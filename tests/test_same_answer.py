@@ -1,7 +1,7 @@
-"""The same answer: a prediction is that of the image and the model, however it is batched, read, ordered or threaded.
+"""A prediction depends on image and model alone, not on batches, order, workers or threads.
 
-All of it holds bit by bit for the released models, whose descents tell: they turn a rounding of 1e-7 into another set
-for a few images in a hundred. It holds since every pass has one shape; see `setpred.evaluation`.
+It holds bit by bit for the released models, whose descents amplify a rounding of 1e-7 to another set for a few images
+in a hundred, because every pass has one shape; see `setpred.evaluation`.
 """
 
 import csv
@@ -85,7 +85,7 @@ def assert_same_reports(ours, theirs, *, within=1e-6):
 
 
 def test_the_scenes_tell_good_predictions_from_bad_ones(expected):
-    """An equality of zeros would say little."""
+    """An equality of zeros would show little."""
     ap = report(expected, CLEVR, "dataset")["ap"]
     assert 0.3 < ap["inf"] < 1
     assert ap["0.0625"] < ap["0.25"] < ap["inf"]
@@ -93,37 +93,27 @@ def test_the_scenes_tell_good_predictions_from_bad_ones(expected):
 
 @pytest.mark.parametrize("batch_size", [pytest.param(1, marks=slow), 7, pytest.param(PASS, marks=slow), 100])
 def test_batches_do_not_matter(model, scenes, expected, batch_size):
-    found = predict(model, scenes, batch_size=batch_size)
+    found = predict(model, scenes, batch_size=batch_size, workers=2 * (batch_size == 7))
     assert torch.equal(found.predicted, expected.predicted)
     assert torch.equal(found.target, expected.target)
     assert_same_reports(found, expected, within=0)
 
 
-def test_an_image_alone_is_predicted_as_among_others(model, scenes, expected):
-    for number in (0, FEW - 1):
-        found = predict(model, Subset(scenes, [number]), batch_size=1)
-        assert torch.equal(found.predicted[0], expected.predicted[number])
-
-
-def test_workers_do_not_matter(model, scenes, expected):
-    found = predict(model, scenes, batch_size=16, workers=2)
-    assert torch.equal(found.predicted, expected.predicted)
-    assert torch.equal(found.target, expected.target)
-
-
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=slow)])
-def test_order_does_not_matter(model, scenes, expected, seed):
+def test_neither_order_nor_other_images_matter(model, scenes, expected, seed):
     order = torch.randperm(len(scenes), generator=torch.Generator().manual_seed(seed))
     found = predict(model, Subset(scenes, order.tolist()), batch_size=50)
     assert torch.equal(found.predicted, expected.predicted[order])
     assert torch.equal(found.index, expected.index[order])
     assert_same_reports(found, expected, within=0)
+    alone = predict(model, Subset(scenes, [FEW - 1]), batch_size=1)
+    assert torch.equal(alone.predicted[0], expected.predicted[FEW - 1])
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_the_metric_does_not_see_order_or_batches(expected, name):
     predicted, target, _ = expected
-    whole = None
+    first = None
     for seed in range(3):
         for size in (256, 7, 1):
             order = torch.randperm(len(target), generator=torch.Generator().manual_seed(seed))
@@ -131,8 +121,8 @@ def test_the_metric_does_not_see_order_or_batches(expected, name):
             for some in order.split(size):
                 metric.update(predicted[some], target[some])
             found = {key: float(value) for key, value in metric.compute().items()}
-            whole = whole or found
-            assert found == pytest.approx(whole, abs=1e-6)
+            first = first or found
+            assert found == pytest.approx(first, abs=1e-6)
 
 
 def test_threads_do_not_matter(model, scenes, expected):
@@ -145,7 +135,7 @@ def test_threads_do_not_matter(model, scenes, expected):
         torch.set_num_threads(before)
 
 
-def test_what_fills_a_pass_up_is_the_last_one_in_the_same_layout():
+def test_a_pass_is_filled_with_the_last_image_in_the_same_layout():
     images = torch.randint(0, 256, (5, 4, 4, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     filled = pad_to_pass(images)
     assert filled.shape == (PASS, 3, 4, 4)
@@ -194,7 +184,7 @@ def test_evaluate_writes_the_same_file(model, scenes, tmp_path, protocol):
 
 
 def test_predict_writes_the_same_file(model, folder, tmp_path):
-    """Whatever the batches and the threads that decode."""
+    """With other batches and decoding threads."""
     checkpoint = ROOT / "checkpoints" / f"{model.name}.safetensors"
     written = set()
     for batch_size, threads in ((256, 1), (7, 4)):
@@ -205,22 +195,16 @@ def test_predict_writes_the_same_file(model, folder, tmp_path):
     assert len(written) == 1
 
 
-def test_predict_says_what_evaluation_says(model, folder, expected):
-    """Of the same pixels."""
+def test_predictions_of_files_are_those_of_evaluation_in_any_order(model, folder, expected):
     paths = find_images([folder])
-    found = torch.stack([elements for _, elements in predict_files(model, paths, image_size=64)])
-    assert torch.equal(found, expected.predicted)
-
-
-def test_files_in_another_order_or_alone_are_predicted_alike(model, folder, expected):
-    paths = find_images([folder])
-    turned = [elements for _, elements in predict_files(model, paths[::-1], image_size=64, batch_size=11)]
-    assert torch.equal(torch.stack(turned[::-1]), expected.predicted)
+    for order in (paths, paths[::-1]):
+        found = [elements for _, elements in predict_files(model, order, image_size=64, batch_size=11)]
+        assert torch.equal(torch.stack(found if order is paths else found[::-1]), expected.predicted)
     alone = next(predict_files(model, paths[-1:], image_size=64))
     assert torch.equal(alone.elements, expected.predicted[-1])
 
 
-# --- every decoder with chance in it ------------------------------------------------------------------------
+# --- every decoder with random numbers ----------------------------------------------------------------------
 
 
 def slots(**options):
@@ -267,8 +251,7 @@ def some_images(count=9):
     return torch.randint(256, (count, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
 
 
-def test_chance_knows_neither_order_nor_number_nor_the_generator(drawing):
-    """In passes, whose shape is fixed, to the last bit."""
+def test_random_numbers_depend_on_neither_batch_nor_generator(drawing):
     images = some_images()
     expected = predict_in_passes(drawing, images)
     torch.manual_seed(5)
@@ -279,12 +262,12 @@ def test_chance_knows_neither_order_nor_number_nor_the_generator(drawing):
         assert torch.allclose(torch.cat([drawing(image) for image in images.split(1)]), expected, atol=1e-4)
 
 
-def test_iterates_are_those_of_the_prediction_and_no_chance_is_left(drawing):
+def test_the_last_iterate_is_the_prediction(drawing):
     images = pad_to_pass(some_images())
     with torch.no_grad():
         *_, last = drawing.refine(images)
         assert torch.equal(last, drawing(images))
-    assert not list(drawing.decoder.buffers())  # nothing that a checkpoint of before lacks
+    assert not list(drawing.decoder.buffers())  # which earlier checkpoints would lack
 
 
 def test_training_draws_afresh(drawing):
@@ -295,18 +278,18 @@ def test_training_draws_afresh(drawing):
     assert not torch.equal(first[0], first[1])
 
 
-# --- other arithmetic: equal up to rounding, and that is not equal for every image ---------------------------
+# --- other arithmetic: equal up to rounding, which changes the set of a few images ---------------------------
 
 
 def compare(ours, theirs):
-    """Largest difference of each image, falling AP differences by threshold."""
+    """Largest difference of each image, and differences of AP by threshold."""
     difference = (ours.predicted - theirs.predicted).abs().flatten(1).amax(1)
     scores = [report(each, CLEVR, "dataset")["ap"] for each in (ours, theirs)]
     return difference, {name: abs(score - scores[1][name]) for name, score in scores[0].items()}
 
 
 @slow
-def test_the_compiled_descent_is_the_plain_one_but_where_rounding_decides(model, scenes, expected):
+def test_the_compiled_descent_is_the_plain_one_up_to_rounding(model, scenes, expected):
     if not hasattr(model.decoder, "compiled"):
         pytest.skip(f"{model.name} has no descent on an objective that could be compiled")
     model.decoder.compiled = True
@@ -320,7 +303,7 @@ def test_the_compiled_descent_is_the_plain_one_but_where_rounding_decides(model,
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares a GPU with the CPU, and there is no GPU here")
-def test_a_gpu_says_what_the_cpu_says(model, scenes, expected, monkeypatch):
+def test_a_gpu_predicts_as_the_cpu(model, scenes, expected, monkeypatch):
     """In full precision for nearly all images; with the encoder in bfloat16, as evaluation has it, by the score."""
     _, scores = compare(predict(model, scenes, device="cuda"), expected)
     with monkeypatch.context() as full:
@@ -337,15 +320,15 @@ def test_a_gpu_says_what_the_cpu_says(model, scenes, expected, monkeypatch):
 # --- seeds --------------------------------------------------------------------------------------------------
 
 
-def told(folder):
-    """Weights of the last checkpoint, and the metrics but for times."""
+def results(folder):
+    """Weights of the last checkpoint, and metrics without times."""
     with (folder / "metrics.csv").open(newline="") as file:
         rows = [{k: v for k, v in row.items() if k not in ("seconds", "data_waiting")} for row in csv.DictReader(file)]
     return torch.load(folder / "last.ckpt", weights_only=True)["state_dict"], rows
 
 
 def assert_equal_runs(ours, theirs):
-    (mine, my_rows), (its, its_rows) = told(ours), told(theirs)
+    (mine, my_rows), (its, its_rows) = results(ours), results(theirs)
     assert mine.keys() == its.keys()
     assert all(torch.equal(value, its[name]) for name, value in mine.items())
     assert my_rows == its_rows
@@ -355,7 +338,7 @@ def in_a_process_of_its_own(folder, data, *arguments):
     (folder / "tiny.yaml").write_text(CONFIG)
     command = [sys.executable, "-W", "ignore:This DataLoader", str(ROOT / "train.py")]
     command += ["--config", str(folder / "tiny.yaml"), "--runs", str(folder), f"--data.init_args.folder={data}"]
-    # another order of sets and dictionaries' keys, too, where anything should depend on one
+    # in another order of sets
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     subprocess.run([*command, *arguments], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
     return folder / "tiny"
@@ -383,5 +366,5 @@ def test_streamed_scenes_of_a_seed_are_one_run_whatever_the_workers(tmp_path, ti
 
     without = training("without")
     assert_equal_runs(training("two", "--data.init_args.num_workers=2"), without)
-    other, _ = told(training("other", "--seed_everything=1"))
-    assert any(not torch.equal(value, other[name]) for name, value in told(without)[0].items())
+    other, _ = results(training("other", "--seed_everything=1"))
+    assert any(not torch.equal(value, other[name]) for name, value in results(without)[0].items())

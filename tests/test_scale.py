@@ -1,4 +1,4 @@
-"""Large sets and many of them: the answers of the obvious ways, from memory that does not grow with the pairs."""
+"""Large sets, and many: same results as obvious code, with memory that does not grow with the pairs."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ PROTOCOLS = [
 
 
 def random_sets(images, set_size, *, noise, seed=0):
-    """Sets that are half full or fuller, and predictions that are those plus noise."""
+    """Targets with at least half of their elements present, and noisy predictions of them."""
     generator = torch.Generator().manual_seed(seed)
     target = torch.rand(images, set_size, CLEVR.set_dim, generator=generator)
     objects = torch.randint(set_size // 2, set_size + 1, (images, 1), generator=generator)
@@ -30,7 +30,7 @@ def random_sets(images, set_size, *, noise, seed=0):
 
 
 class Largest(TorchDispatchMode):
-    """Notes the most numbers that any tensor made meanwhile has; views of what was there are not made."""
+    """Records the size of the largest tensor that is made; views of earlier ones do not count."""
 
     numbers = 0
 
@@ -84,7 +84,7 @@ def test_costs_go_to_the_host_once_masks_included(monkeypatch):
 
 
 @pytest.mark.parametrize("pairwise", [pairwise_smooth_l1, pairwise_squared])
-def test_some_examples_at_a_time_cost_what_they_cost_together(pairwise, monkeypatch):
+def test_costs_of_few_examples_at_a_time_equal_those_of_all(pairwise, monkeypatch):
     predicted, target = random_sets(5, 64, noise=0.3)
     together = pairwise(predicted, target)
     monkeypatch.setattr(matching, "NUMBERS_AT_ONCE", 2 * predicted[0].numel() * 64)
@@ -97,7 +97,6 @@ def test_some_examples_at_a_time_cost_what_they_cost_together(pairwise, monkeypa
 @pytest.mark.parametrize("weights", [None, {"coords": 10.0}])
 @pytest.mark.parametrize("masked", [False, True])
 def test_the_loss_has_the_gradient_of_the_matched_cost(weights, masked):
-    """As if the whole cost had been kept, bit by bit."""
     predicted, target = random_sets(3, 64, noise=0.3)
     predicted.requires_grad_()
     loss = HungarianLoss(weights=weights)
@@ -115,7 +114,7 @@ def test_the_loss_has_the_gradient_of_the_matched_cost(weights, masked):
 
 
 @pytest.mark.parametrize(("protocol", "twin"), PROTOCOLS)
-def test_150000_images_are_scored_as_the_few_that_they_repeat(protocol, twin):
+def test_150000_images_are_scored_as_the_150_that_they_repeat(protocol, twin):
     """Distinct presences, each k times: hits come k at a time, and precision rises within them to what it was."""
     few, times = 150, 1000
     predicted, target = random_sets(few, CLEVR.max_objects, noise=0.05)
@@ -151,8 +150,8 @@ def test_sets_of_64_are_scored_as_in_loops(protocol, twin):
 
 @pytest.mark.parametrize("protocol", [protocol for protocol, _ in PROTOCOLS])
 @pytest.mark.parametrize("size", [64, 256])
-def test_what_is_right_before_what_is_wrong_is_the_score(protocol, size):
-    """Full sets, shuffled; of each the first quarter is right and sure, the rest is of no object's classes."""
+def test_the_score_is_the_share_of_right_elements_before_wrong_ones(protocol, size):
+    """Full sets, shuffled; the first quarter is right and certain, the rest has wrong classes."""
     generator = torch.Generator().manual_seed(0)
     coords = torch.rand(6, size, 3, generator=generator)
     target = torch.zeros(6, size, CLEVR.set_dim)

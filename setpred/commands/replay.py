@@ -31,22 +31,22 @@ def replay(arguments: Sequence[str] | None = None) -> bool:
     """
     options = parser().parse_args(arguments)
     repro = read(options.file, allow=options.allow, device=choose_device(options.device))
-    about = repro.about
-    print(f"{options.file}: {'training' if about['training'] else 'validation'}, seed {repro.step.seed}, ", end="")
-    print(f"{about['precision']}, {len(repro.step.batch['elements'])} samples, written on {about.get('device')}")
+    kind = "validation" if repro.step.seed is None else "training"
+    print(f"{options.file}: {kind}, seed {repro.step.seed}, {repro.precision}")
     try:
-        with repro.context():
-            fault, stages = diagnose(repro.step)
-    except Exception as error:  # the batch of a stranger's file may fail anywhere
+        with repro.autocast():
+            stages = diagnose(repro.step)
+    except Exception as error:  # the batch of an untrusted file may fail anywhere
         raise InputError(f"{options.file}: the step cannot be repeated: {reason(error)}") from error
     for stage in stages:
-        print(f"  {stage}")
-    same = fault is not None and fault.same(repro.fault)
+        print(f"  {stage}, norm {stage.norm:.3g}")
+    fault = stages[-1]
+    same = not fault.finite and fault == repro.fault
     if same:
         print(f"reproduced: {fault}. What to do: {fault.advice}")
     else:
-        now = "all is finite" if fault is None else fault
-        print(f"not reproduced: in the training {about.get('sentence')}; here {now}")
+        now = "all numbers are finite" if fault.finite else fault
+        print(f"not reproduced: in the training {repro.fault}; here {now}")
     return same
 
 

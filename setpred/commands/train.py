@@ -48,11 +48,12 @@ from setpred.data.toy import World
 from setpred.errors import InputError, reason
 from setpred.files import make_folder, remove_leftovers, write_atomically
 from setpred.training import distributed as processes
-from setpred.training.callbacks import DataWaiting, EpochLines, MetricsFile, NotFiniteCounts, ResidualGrowth, TrainLoss
-from setpred.training.checkpointing import StopSignalError, WholeCheckpoints, checkpoint_callbacks
+from setpred.training.callbacks import DataWaiting, EpochLines, MetricsFile, ResidualGrowth, SkippedSteps, TrainLoss
+from setpred.training.checkpointing import AtomicCheckpointIO, BestCheckpoint, Interrupted, LastCheckpoint
 from setpred.training.mixed_precision import training_precision
-from setpred.training.run_folder import Interrupted, alone, newest_whole, put_back, set_aside
-from setpred.training.task import HASTY_IMAGES, STATISTICS_IMAGES, SetPrediction
+from setpred.training.run_folder import earlier_run_aside, newest_checkpoint, run_lock
+from setpred.training.statistics import HASTY_IMAGES, STATISTICS_IMAGES
+from setpred.training.task import SetPrediction
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 CHECKPOINTS = Path("checkpoints")
@@ -99,8 +100,10 @@ class TrainCLI(LightningCLI):
         asked, last = self.config.resume, self.folder / "last.ckpt"
         if asked is None or (asked == "auto" and not last.exists()):
             return None
-        found = newest_whole(self.folder, self.say) if asked in NEWEST else Path(asked)
-        content = read_checkpoint(found)
+        if asked in NEWEST:
+            found, content = newest_checkpoint(self.folder, self.say)
+        else:
+            found, content = Path(asked), read_checkpoint(asked)
         if "optimizer_states" not in content:
             raise InputError(f"{found} holds weights only and cannot be resumed; resume from the .ckpt it was made of")
         saved = content[checkpoint.KEY]
@@ -165,9 +168,11 @@ class TrainCLI(LightningCLI):
         terminal = sys.stdout.isatty()  # where the progress bar is drawn
         callbacks = [
             *(given.callbacks or []),
-            *(TrainLoss(), DataWaiting(), NotFiniteCounts(), ResidualGrowth()),
+            *(TrainLoss(), DataWaiting(), SkippedSteps(), ResidualGrowth()),
             MetricsFile(self.folder / "metrics.csv"),
-            *checkpoint_callbacks(self.folder, self.model.monitor, self.model.mode, minutes=self.config.save_minutes),
+            # two, since one with `save_last` writes last.ckpt only when it also saves a better one
+            BestCheckpoint(self.folder, self.model.monitor, self.model.mode),
+            LastCheckpoint(self.folder / "last.ckpt", minutes=self.config.save_minutes),
             EpochLines(),
             *([TQDMProgressBar(leave=False)] if terminal else []),
         ]
@@ -179,7 +184,7 @@ class TrainCLI(LightningCLI):
         arguments |= {
             "enable_progress_bar": terminal,
             "default_root_dir": str(self.folder),
-            "plugins": [*(given.plugins or []), WholeCheckpoints(), *processes.scheduler()],
+            "plugins": [*(given.plugins or []), AtomicCheckpointIO(), *processes.slurm_plugins()],
             "logger": logger,
         }
         if options.precision is None:
@@ -333,17 +338,20 @@ def train(arguments: list[str] | None = None) -> Path:
     cli = build(sys.argv[1:] if arguments is None else arguments)
     with ExitStack() as held:
         if cli.trainer.is_global_zero:
-            held.enter_context(alone(cli.folder))
+            held.enter_context(run_lock(cli.folder))
         resume = cli.resume_path()
         if resume is None:
             cli.load_initial_weights()
-        kept = prepare(cli, resume) if cli.trainer.is_global_zero else None
-        try:
-            fit(cli, resume)
-        except BaseException:
-            if kept is not None:
-                put_back(cli.folder, kept)
-            raise
+        if cli.trainer.is_global_zero:
+            prepare_data(cli)  # what can fail comes first, so that an earlier run stays in place
+            if resume is None or resume.resolve().parent != cli.folder.resolve():
+                held.enter_context(earlier_run_aside(cli.folder))
+            make_folder(cli.folder)
+            remove_leftovers(cli.folder)
+            repeatable = cli.config.clone()
+            repeatable.resume = None
+            write_atomically(cli.folder / "config.yaml", cli.parser.dump(repeatable, skip_none=False))
+        fit(cli, resume)
     cli.say(f"checkpoints, configuration and metrics are in {cli.folder}")
     return cli.folder
 
@@ -355,31 +363,14 @@ def prepare_data(cli: TrainCLI) -> None:
     check_fit(cli)
 
 
-def prepare(cli: TrainCLI, resume: Path | None) -> Path | None:
-    """Prepare the data and the run's folder; return the new place of an earlier run of that name, if any.
-
-    What can fail comes first, so that an earlier run stays in place.
-    """
-    prepare_data(cli)
-    elsewhere = resume is None or resume.resolve().parent != cli.folder.resolve()
-    kept = set_aside(cli.folder) if elsewhere else None
-    make_folder(cli.folder)
-    remove_leftovers(cli.folder)
-    repeatable = cli.config.clone()
-    repeatable.resume = None
-    write_atomically(cli.folder / "config.yaml", cli.parser.dump(repeatable, skip_none=False))
-    return kept
-
-
 def fit(cli: TrainCLI, resume: Path | None) -> None:
-    """Train; raise `Interrupted` if a signal ends the training."""
+    """Train; raise `Interrupted` where a signal stops the training."""
+    last = cli.folder / "last.ckpt"
     try:
-        with processes.together(cli.trainer):
+        with processes.common_end(cli.trainer):
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=True)
-    except StopSignalError as stopped:
-        raise Interrupted(cli.folder, stopped.number, saved=True) from stopped
-    except SystemExit as stopped:  # how Lightning ends on a second Ctrl-C, and on signals before the first step
-        raise Interrupted(cli.folder) from stopped
+    except SystemExit as stopped:  # Lightning's end on a second Ctrl-C, and on signals before the first step
+        raise Interrupted(last) from stopped
     except (MisconfigurationException, ValueError) as error:
         innermost = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
         of_trainer = innermost.f_globals.get("__name__", "").startswith("lightning.")  # not of a part
@@ -387,7 +378,7 @@ def fit(cli: TrainCLI, resume: Path | None) -> None:
             raise
         raise InputError(f"the trainer cannot start with these options: {reason(error)}") from error
     if cli.trainer.interrupted or cli.trainer.received_sigterm:
-        raise Interrupted(cli.folder)
+        raise Interrupted(last)
 
 
 def main() -> int:
@@ -399,6 +390,6 @@ def main() -> int:
     try:
         return exit_code(lambda: train() and None, interrupted="interrupted")
     except Interrupted as stopped:
-        if processes.number() == 0:
+        if processes.process_number() == 0:
             print(stopped, file=sys.stderr)
         return stopped.status

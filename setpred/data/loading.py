@@ -1,4 +1,4 @@
-"""Which examples come when, for every process of a training, and going on in the middle of it.
+"""Order of the examples in every process of a training, resumable within an epoch.
 
 `training_loader` and `validation_loader` make the loaders; `trainer` says how many processes there are and which of
 them this is (`world_size`, `global_rank`), None is one process.
@@ -6,7 +6,6 @@ them this is (`world_size`, `global_rank`), None is one process.
 
 from __future__ import annotations
 
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -99,29 +98,37 @@ class InOrder(DistributedSampler[int]):
 
 
 class ResumableLoader(DataLoader):
-    """A loader of an `EpochOrder` that can go on within an epoch.
+    """A loader of an `EpochOrder` that can resume within an epoch.
 
-    Lightning saves `state_dict` in every checkpoint, and calls `load_state_dict` to go on from one that was saved in
-    the middle of an epoch, be it with another batch size or number of processes.
+    Lightning saves `state_dict` in every checkpoint and calls `load_state_dict` on a resume.
 
     Attributes: `asked`, when the latest batch was asked for (`time.perf_counter`).
+
+    Raises:
+        InputError: resumed within an epoch with another batch size or number of processes.
     """
 
     asked = 0.0
-    _examples = 0  # of this epoch, handed out so far by all processes
+    _batches = 0  # of this epoch, handed out so far by each process
     _resumed: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         # A generator, which asks for the order with the first batch only: when Lightning resumes, it takes the
         # iterator before it says which epoch it is for.
         resumed, self._resumed = self._resumed, None
-        self._examples = resumed["examples"] if resumed and resumed["epoch"] == self._epoch else 0
-        processes = getattr(self.sampler, "num_replicas", 1)
+        within = resumed is not None and resumed["epoch"] == self._epoch
+        if within and any(resumed.get(name) != value for name, value in self._sizes.items()):
+            raise InputError(
+                f"expected batch_size {resumed.get('batch_size')} and {resumed.get('processes')} processes, as in this "
+                f"checkpoint of within an epoch, got {self.batch_size} and {self._sizes['processes']}; resume with "
+                "those of the checkpoint, or from the end of an epoch"
+            )
+        self._batches = resumed["batches"] if within else 0
         if isinstance(self.sampler, EpochOrder):
-            self.sampler.first = math.ceil(self._examples / processes)
+            self.sampler.first = self._batches * self.batch_size
         self.asked = time.perf_counter()
         for batch in super().__iter__():
-            self._examples += self.batch_size * processes
+            self._batches += 1
             yield batch
             self.asked = time.perf_counter()
 
@@ -129,15 +136,12 @@ class ResumableLoader(DataLoader):
     def _epoch(self) -> int:
         return getattr(self.sampler, "epoch", 0)  # for `overfit_batches` Lightning puts a sampler of its own
 
-    def behind(self, epoch: int) -> int | None:
-        """How many batches of the epoch lie behind the place where it goes on within it; None if it does not."""
-        if self._resumed is None or self._resumed["epoch"] != epoch or not isinstance(self.sampler, EpochOrder):
-            return None
-        left = len(self.sampler) - math.ceil(self._resumed["examples"] / self.sampler.num_replicas)
-        return len(self) - max(0, left) // self.batch_size
+    @property
+    def _sizes(self) -> dict[str, int]:
+        return {"batch_size": self.batch_size, "processes": getattr(self.sampler, "num_replicas", 1)}
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self._epoch, "examples": self._examples}
+        return {"epoch": self._epoch, "batches": self._batches} | self._sizes
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._resumed = state

@@ -1,1 +1,1 @@
-"""NaN and infinity in training: what to do about them, where they began, files that repeat the step."""
+"""NaN and infinity in training: policy, location, files that repeat the step."""

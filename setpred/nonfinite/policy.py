@@ -1,109 +1,100 @@
-"""What a training does where numbers break: it stops, skips the step, or goes on with what is whole."""
+"""Stop a training, or skip a step, at non-finite numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from setpred.errors import InputError
+from setpred.errors import InputError, NotFiniteError
+from setpred.model import Step
+from setpred.nonfinite.locate import Stage, finite_norm, not_finite
+from setpred.nonfinite.repro import report
 
-Policy = Literal["stop", "skip", "sanitise"]
-MOST_IN_A_ROW = 10  # steps that are skipped; after so many nothing is learned any more
-MOST_REPEATS = 3  # of one step, each without more samples
-MOST_REPROS = 3  # files a process writes, where a training goes on
-COUNTS = ("skipped_batches", "sanitised_samples", "sanitised_gradients")
+POLICIES = ("stop", "skip")
+MOST_IN_A_ROW = 10  # skipped steps, after which a training learns nothing more
 
 
 class Guard:
-    """Policy and memory of a training against numbers that are not finite.
+    """Policy of a training for NaN and infinity.
 
-    Under every policy the step is repeated stage by stage to find the place, and a file that repeats it is written.
+        stop: raise an error; the weights are those of the last finite step.
+        skip: leave weights, momentum and buffers, such as running statistics, as they were before the step.
 
-        stop: an error; the weights are those of the last good step.
-        skip: the step changes neither weights nor momentum nor buffers, such as running statistics.
-        sanitise: the step is taken with the samples that are whole; entries of a gradient that are not finite, or have
-            no finite square, become zero. Where nothing is left the step is skipped.
+    Both locate the fault by a repeat of the step, and write a file for `setpred replay`. Step numbers, learning rates,
+    seeds and the order of the data are those of a run without the fault. Non-finite weights, and more than
+    `MOST_IN_A_ROW` skipped steps in a row, always stop. Processes decide alike, from the gradient that they share: a
+    process without a loss contributes `poison`.
 
-    The number of the step, its learning rate, the seeds and the order of the data go on as without the fault. Weights
-    that are not finite, and `MOST_IN_A_ROW` skipped steps in a row, stop under every policy. With many processes all
-    of them take the same decision, from the gradient that they share: a process without a loss gives `poison`.
+    Attributes:
+        skipped: number of steps skipped since the training began.
+        in_a_row: number of steps skipped last.
+        files: number of files that this process has written.
 
-    Attributes: `counts` since the training began, of this process; `in_a_row`, the steps skipped last; `files`, how
-    many that repeat a step were written.
+    Raises:
+        InputError: another policy.
     """
 
-    def __init__(self, policy: Policy) -> None:
-        if policy not in get_args(Policy):
-            raise InputError(f"on_not_finite: expected one of {', '.join(get_args(Policy))}, got {policy!r}")
+    def __init__(self, policy: str) -> None:
+        if policy not in POLICIES:
+            raise InputError(f"on_not_finite: expected {' or '.join(POLICIES)}, got {policy!r}; use skip or stop")
         self.policy = policy
-        self.counts = dict.fromkeys(COUNTS, 0)
-        self.in_a_row = self.files = 0
-        self._kept: list[Tensor] = []
-        self._step: int | None = None
+        self.skipped = self.in_a_row = self.files = 0
+        self.steps: list[Step] = []  # batches of the present step of the optimiser
+        self.lost: tuple[Step, NotFiniteError] | None = None  # one of them without a loss
+        self._buffers: list[Tensor] = []  # from before them
 
-    def keep(self, buffers: Iterable[Tensor], step: int) -> None:
-        """Remembers the buffers as they are before this step; of several batches of a step, before the first."""
-        buffers = list(buffers)
-        if step == self._step and len(buffers) == len(self._kept):
+    def begin(self, step: Step, buffers: Iterable[Tensor]) -> None:
+        """Remember a batch of the optimiser's step; before the first one also the buffers."""
+        if not self.steps:
+            self._buffers, self.lost = [buffer.clone() for buffer in buffers], None
+        self.steps.append(step)
+
+    @torch.no_grad()
+    def check(self, module: Any) -> None:
+        """Let the optimiser take the step if the gradient is finite, or act by the policy.
+
+        Raises:
+            InputError: non-finite numbers, unless the step is skipped.
+        """
+        steps, self.steps = self.steps, []
+        if finite_norm(parameter.grad for parameter in module.parameters() if parameter.grad is not None):
+            self.in_a_row = 0
             return
-        self._step = step
-        if [value.shape for value in buffers] != [value.shape for value in self._kept]:
-            self._kept = [buffer.clone() for buffer in buffers]
-        for kept, buffer in zip(self._kept, buffers, strict=True):
-            kept.copy_(buffer)
-
-    def restore(self, buffers: Iterable[Tensor]) -> list[Tensor]:
-        """Makes the buffers those before this step; returns what they were."""
-        found = []
-        for kept, buffer in zip(self._kept, buffers, strict=True):
-            found.append(buffer.clone())
-            buffer.copy_(kept)
-        return found
-
-    def drop(self, parameters: Iterable[nn.Parameter], buffers: Iterable[Tensor]) -> None:
-        """Makes the step one that does nothing: an optimiser leaves parameters without a gradient alone."""
-        for parameter in parameters:
-            parameter.grad = None
-        self.restore(buffers)
-        self.counts["skipped_batches"] += 1
+        if self.lost is not None:
+            steps, error = [self.lost[0]], self.lost[1]
+            seen = Stage(error.place, error.samples)
+        elif getattr(module.trainer.precision_plugin, "scaler", None) is not None:
+            return  # the scaler skips the step and lowers its scale of the loss
+        else:
+            gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+            seen = Stage("gradient", names=not_finite(gradients))
+        for buffer, before in zip(module.buffers(), self._buffers, strict=True):
+            buffer.copy_(before)
+        with torch.enable_grad():
+            fault, sentence = report(module, steps, seen)
+        if self.policy == "stop" or fault.place == "weights":
+            raise InputError(sentence)
+        if self.in_a_row >= MOST_IN_A_ROW:
+            raise InputError(f"{MOST_IN_A_ROW} steps in a row were skipped, and the next one fails, too: {sentence}")
+        for parameter in module.parameters():
+            parameter.grad = None  # an optimiser leaves parameters without a gradient as they are
+        self.skipped += 1
         self.in_a_row += 1
+        module.say(f"skipped ({self.skipped} so far): {sentence}")
 
-    def mend(self, parameters: Iterable[nn.Parameter]) -> bool:
-        """Sets what is not finite of the gradients to zero; False, and nothing done, if that leaves nothing."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        mended = [torch.where(gradient.square().isfinite(), gradient, 0.0) for gradient in gradients]
-        whole = any(bool(gradient.square().isfinite().any()) for gradient in gradients)
-        if not whole or not finite_norm(mended):
-            return False
-        for gradient, value in zip(gradients, mended, strict=True):
-            gradient.copy_(value)
-        self.counts["sanitised_gradients"] += 1
-        return True
+    def state_dict(self) -> dict[str, int]:
+        return {"skipped_batches": self.skipped, "in_a_row": self.in_a_row}
 
-    def load(self, state: Mapping[str, int]) -> None:
-        """Goes on with the counts of a checkpoint."""
-        self.counts = {name: int(state.get(name, 0)) for name in COUNTS}
-        self.in_a_row = int(state.get("in_a_row", 0))
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.skipped, self.in_a_row = (int(state.get(name, 0)) for name in ("skipped_batches", "in_a_row"))
 
 
 def poison(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """A loss in place of one that does not exist: NaN, with NaN as the gradient of every parameter.
+    """A loss that is NaN and has NaN as the gradient of every parameter.
 
-    So a process that has no loss takes part in the sum of gradients as all others do, and all get to know.
+    A process without a loss takes part in the sum of gradients with it, so that all processes see the fault.
     """
     return torch.stack([each.float().sum() for each in parameters if each.requires_grad]).sum() * torch.nan
-
-
-def trained(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and running statistics, by name: what must be finite. Other buffers may hold masks of infinities."""
-    statistics = {name: each for name, each in module.named_buffers() if name.endswith(("running_mean", "running_var"))}
-    return dict(module.named_parameters()) | statistics
-
-
-def finite_norm(tensors: Iterable[Tensor], *, largest: bool = False) -> Tensor:
-    """Whether the norm of all of them together is finite, on their device; with `largest` the largest number is."""
-    values = [tensor.detach() for tensor in tensors]
-    return torch.isfinite(nn.utils.get_total_norm(values, norm_type=torch.inf if largest else 2.0))

@@ -1,4 +1,4 @@
-"""What a training run measures and prints: means over epochs, one line of metrics an epoch, plain progress."""
+"""Callbacks that measure and report a training: means of epochs, metrics.csv, lines on the screen."""
 
 from __future__ import annotations
 
@@ -18,23 +18,20 @@ from setpred.inner import Unrolled
 from setpred.inner.diagnostics import Recorded, residual_growth, residual_norms
 from setpred.model import Step
 
-VALIDATED = "val_"  # begins the names of what a validation measures
+VALIDATED = "val_"  # prefix of the metrics of a validation
 STEP_LOSS = "loss"  # of the latest step, for the progress bar and loggers
-NOTABLE_WAITING = 0.05  # a smaller share is not worth a word on the screen; metrics.csv has it
+NOTABLE_WAITING = 0.05  # share of waiting from which the screen shows it; metrics.csv always has it
+LINE_SECONDS = 30.0  # between two lines within an epoch
+WATCHED = 4  # samples of the first validation batch
+RISING = 3.0  # settled descents end at most 1.8 times above their least residual, diverging ones 5 times and more
 
 
-class MetricsFile(pl.Callback):
-    """One row an epoch in `metrics.csv`: epoch, step, seconds of the run, learning rate, losses, AP and so on.
+class EpochReport(pl.Callback):
+    """Base of callbacks that report the metrics of each epoch, without validations of earlier epochs."""
 
-    A resumed run keeps the rows of the epochs before it and drops later ones, so none is missing or double. Its
-    seconds count from those of its checkpoint; what was trained after that and lost is not in them.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: list[dict[str, Any]] = []
+    def setup(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
         self.start = time.monotonic()
-        self.validated: dict[str, float] = {}  # of the latest validation since the last row
+        self.validated: dict[str, float] = {}  # metrics of the latest validation of this epoch
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": time.monotonic() - self.start, "validated": dict(self.validated)}
@@ -43,24 +40,40 @@ class MetricsFile(pl.Callback):
         self.start = time.monotonic() - state_dict["seconds"]
         self.validated = dict(state_dict.get("validated", {}))
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.start, self.validated = time.monotonic(), {}  # before the state of a resumed run comes
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.rows = []
-        if trainer.current_epoch > 0 and self.path.exists():
-            with self.path.open(newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < trainer.current_epoch]
-        # what was measured in this epoch before a resume, for who looks for the best
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.validated.items()})
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
         if not trainer.sanity_checking:
             metrics = trainer.callback_metrics.items()
             self.validated = {name: float(value) for name, value in metrics if name.startswith(VALIDATED)}
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.is_global_zero or trainer.sanity_checking:
+    def epoch_metrics(self, trainer: pl.Trainer) -> dict[str, float]:
+        """Metrics of the epoch that ends, by name; Lightning also keeps those of earlier validations."""
+        kept = {name: float(value) for name, value in trainer.callback_metrics.items() if name != STEP_LOSS}
+        found = {name: value for name, value in kept.items() if not name.startswith(VALIDATED)} | self.validated
+        self.validated = {}
+        return found
+
+
+class MetricsFile(EpochReport):
+    """One row per epoch in `metrics.csv`: epoch, step, seconds, learning rate, and all metrics.
+
+    A resumed run keeps the rows of earlier epochs and drops later ones, so that each epoch has one row. Its seconds
+    continue those of the checkpoint; they leave out what was trained after it and lost.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        self.rows: list[dict[str, Any]] = []
+        if trainer.current_epoch > 0 and self.path.exists():
+            with self.path.open(newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < trainer.current_epoch]
+        # scores of this epoch from before a resume, for callbacks that look for the best
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.validated.items()})
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
+        metrics = self.epoch_metrics(trainer)
+        if not trainer.is_global_zero:
             return
         row: dict[str, Any] = {
             "epoch": trainer.current_epoch,
@@ -68,12 +81,7 @@ class MetricsFile(pl.Callback):
             "seconds": round(time.monotonic() - self.start, 1),
             "learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
         }
-        measured = {name: float(value) for name, value in trainer.callback_metrics.items() if name != STEP_LOSS}
-        # Lightning keeps the numbers of a validation, also for epochs that have none
-        measured = {name: value for name, value in measured.items() if not name.startswith(VALIDATED)}
-        row |= sorted((measured | self.validated).items())
-        self.validated = {}
-        self.rows.append(row)
+        self.rows.append(row | dict(sorted(metrics.items())))
         names = list(dict.fromkeys(name for each in self.rows for name in each))
         text = io.StringIO()
         writer = csv.DictWriter(text, names, lineterminator="\n")
@@ -82,108 +90,16 @@ class MetricsFile(pl.Callback):
         write_atomically(self.path, text.getvalue())
 
 
-class EpochMean(pl.Callback):
-    """Logs a mean over the training of an epoch as `name`; a run that is resumed within one goes on with its sums.
+class EpochLines(EpochReport):
+    """One line per epoch on the screen, and one every `LINE_SECONDS` where there is no progress bar."""
 
-    Over all processes. Subclasses add to `total` and `weight`, tensors or numbers.
-    """
-
-    name: str
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.trainer = trainer
-        self.total: Tensor | float = 0.0
-        self.weight: Tensor | float = 0.0
-
-    def state_dict(self) -> dict[str, float]:
-        return dict(zip(("total", "weight"), self._sums(), strict=True))
-
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        if self.trainer.is_global_zero:  # the sums are of all processes, however many there are now
-            self.total, self.weight = state_dict.get("total", 0.0), state_dict.get("weight", 0.0)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        total, weight = self._sums()
-        if weight > 0:
-            pl_module.log(self.name, total / weight, sync_dist=True, reduce_fx="max")  # the same in all processes
-        self.total = self.weight = 0.0
-
-    def _sums(self) -> list[float]:
-        """Of all processes, which must all ask."""
-        sums = [float(self.total), float(self.weight)]
-        if self.trainer.world_size == 1:
-            return sums
-        both = torch.tensor(sums, dtype=torch.float64, device=self.trainer.strategy.root_device)
-        return self.trainer.strategy.reduce(both, reduce_op="sum").tolist()
-
-
-class TrainLoss(EpochMean):
-    """Logs `train_loss`, the mean over the training examples of the epoch, and `loss`, of each step.
-
-    Steps whose loss is not finite do not count.
-    """
-
-    name = "train_loss"
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if outputs is None:
-            return
-        # left on the device, in double precision, where there is one; Lightning has divided by the batches of a step
-        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
-        pl_module.log(STEP_LOSS, loss, prog_bar=True)
-        loss = loss if loss.device.type == "mps" else loss.double()
-        known = torch.isfinite(loss)
-        examples = len(batch["elements"])
-        self.total = self.total + torch.where(known, loss * examples, 0)
-        self.weight = self.weight + known * examples
-
-
-class DataWaiting(EpochMean):
-    """Logs `data_waiting` each epoch, the share of training that is spent waiting for data, from 0 to 1.
-
-        data_waiting = Σ (step begins - batch is asked for) / Σ (step ends - batch is asked for)
-
-    over the steps of the epoch in all processes. Reading, moving to the device and, of streamed scenes, drawing count
-    as waiting; validation and checkpoints count as neither. It is the host's time: on a GPU that still has work while
-    the host waits, an upper bound. Near 0 the data keep up; if not, more `num_workers` or `in_memory` help. Only
-    loaders that tell when they were `asked` are timed, as `setpred.data.loading.ResumableLoader`.
-    """
-
-    name = "data_waiting"
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self.total += self._since_asked(trainer)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.weight += self._since_asked(trainer)
-
-    def _since_asked(self, trainer: pl.Trainer) -> float:
-        asked = getattr(trainer.train_dataloader, "asked", None)
-        return 0.0 if asked is None else time.perf_counter() - asked
-
-
-class EpochLines(pl.Callback):
-    """A line an epoch; where no progress bar shows, one every 30 s between."""
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         self.start = self.last = time.monotonic()
         self.first_step = trainer.global_step
-        self.validated = False
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.validated = True
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         now = time.monotonic()
-        if now - self.last >= 30 and trainer.is_global_zero and trainer.progress_bar_callback is None:
+        if now - self.last >= LINE_SECONDS and trainer.is_global_zero and trainer.progress_bar_callback is None:
             self.last = now
             rate = (trainer.global_step - self.first_step) / (now - self.start)
             print(
@@ -192,92 +108,141 @@ class EpochLines(pl.Callback):
                 flush=True,
             )
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.is_global_zero:
-            # Lightning keeps the numbers of a validation, also for epochs that have none
-            kept = trainer.callback_metrics.items()
-            metrics = {name: value for name, value in kept if self.validated or not name.startswith(VALIDATED)}
-            self.validated = False
-            scores = ", ".join(
-                f"{name} {float(metrics[name]):.4f}" for name in ("train_loss", "val_loss") if name in metrics
-            )
-            scores += "".join(
-                f", AP_{name} {100 * float(metrics[f'val_ap_{name}']):.1f}"
-                for name in ("inf", "1", "0.5")
-                if f"val_ap_{name}" in metrics
-            )
-            if pl_module.monitor not in ("val_ap", "val_loss") and pl_module.monitor in metrics:
-                scores += f", {pl_module.monitor} {float(metrics[pl_module.monitor]):.4f}"
-            elapsed = time.monotonic() - self.start
-            line = f"epoch {trainer.current_epoch}: step {trainer.global_step}, {scores}, {elapsed:.0f} s"
-            if (waiting := float(metrics.get("data_waiting", 0.0))) >= NOTABLE_WAITING:
-                line += f" ({100 * waiting:.0f} % of the training waits for data)"
-            if trainer.progress_bar_callback is None:
-                print(line, flush=True)
-            else:
-                trainer.progress_bar_callback.print(line)
-            self.last = time.monotonic()
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
+        metrics, self.last = self.epoch_metrics(trainer), time.monotonic()
+        if not trainer.is_global_zero:
+            return
+        monitor = module.monitor
+        shown = {name: f"{name} {{:.4f}}" for name in ("train_loss", "val_loss")}
+        shown |= {f"val_ap_{name}": f"AP_{name} {{:.1f}}" for name in ("inf", "1", "0.5")}
+        shown |= {} if monitor in ("val_ap", "val_loss") else {monitor: f"{monitor} {{:.4f}}"}
+        percent = {name: 100 * value if name.startswith("val_ap_") else value for name, value in metrics.items()}
+        scores = [text.format(percent[name]) for name, text in shown.items() if name in metrics]
+        words = [f"step {trainer.global_step}", *scores, f"{self.last - self.start:.0f} s"]
+        line = f"epoch {trainer.current_epoch}: {', '.join(words)}"
+        if (waiting := metrics.get(DataWaiting.name, 0.0)) >= NOTABLE_WAITING:
+            line += f" ({100 * waiting:.0f} % of the training waits for data)"
+        bar = trainer.progress_bar_callback
+        bar.print(line) if bar is not None else print(line, flush=True)
 
 
-WATCHED = 4  # samples, of the first validation batch
-RISING = (
-    3.0  # descents that settle end at most 1.8 times above their least residual, those that diverge 5 times and more
-)
+class EpochMean(pl.Callback):
+    """Base of callbacks that log total / weight over the training of an epoch, in all processes, as `name`.
 
-
-class NotFiniteCounts(pl.Callback):
-    """Logs what `setpred.nonfinite.policy.Guard` has counted since the training began, unless its policy is to stop.
-
-    `skipped_batches` and `sanitised_gradients`, which are the same in all processes, and `sanitised_samples` of all.
+    A run that is resumed within an epoch continues its sums. Subclasses add to `total` and `weight`.
     """
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if pl_module.guard.policy != "stop":
-            pl_module.log_dict({name: float(count) for name, count in pl_module.not_finite_counts().items()})
+    name: str
+
+    def setup(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
+        self.trainer = trainer
+        self.total: Tensor | float = 0.0
+        self.weight: Tensor | float = 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        return dict(zip(("total", "weight"), self._sums(), strict=True))
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        if self.trainer.is_global_zero:  # the sums are of all processes
+            self.total, self.weight = state_dict.get("total", 0.0), state_dict.get("weight", 0.0)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
+        total, weight = self._sums()
+        if weight > 0:
+            module.log(self.name, total / weight, sync_dist=True, reduce_fx="max")  # the same in all processes
+        self.total = self.weight = 0.0
+
+    def _sums(self) -> list[float]:
+        """Sums over all processes, which must all call it."""
+        sums = [float(self.total), float(self.weight)]
+        if self.trainer.world_size == 1:
+            return sums
+        both = torch.tensor(sums, dtype=torch.float64, device=self.trainer.strategy.root_device)
+        return self.trainer.strategy.reduce(both, reduce_op="sum").tolist()
+
+
+class TrainLoss(EpochMean):
+    """Logs `train_loss`, the mean over the training examples of the epoch, and `loss` of each step.
+
+    Steps with a non-finite loss do not count.
+    """
+
+    name = "train_loss"
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # stays on the device, in double precision where it has one; Lightning has divided by the batches of a step
+        loss = outputs["loss"].detach() * trainer.accumulate_grad_batches
+        module.log(STEP_LOSS, loss, prog_bar=True)
+        loss = loss if loss.device.type == "mps" else loss.double()
+        known, examples = torch.isfinite(loss), len(batch["elements"])
+        self.total = self.total + torch.where(known, loss * examples, 0)
+        self.weight = self.weight + known * examples
+
+
+class DataWaiting(EpochMean):
+    """Logs `data_waiting`, the share of an epoch's training that is spent waiting for data, in [0, 1].
+
+        data_waiting = Σ (step begins - batch is asked for) / Σ (step ends - batch is asked for)
+
+    over the steps of all processes, by the host's clock: an upper bound on a GPU that has work while the host waits.
+    Validation and checkpoints count as neither. If it is far from 0, try more `num_workers` or `in_memory`. Only
+    loaders with the time `asked` are measured, such as `setpred.data.loading.ResumableLoader`.
+    """
+
+    name = "data_waiting"
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        self.total += self._since_asked(trainer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.weight += self._since_asked(trainer)
+
+    def _since_asked(self, trainer: pl.Trainer) -> float:
+        asked = getattr(trainer.train_dataloader, "asked", None)
+        return 0.0 if asked is None else time.perf_counter() - asked
+
+
+class SkippedSteps(pl.Callback):
+    """Logs `skipped_batches`, the number of steps skipped since the training began, unless the policy is to stop."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
+        if module.guard.policy != "stop":
+            module.log("skipped_batches", float(module.guard.skipped))
 
 
 class ResidualGrowth(pl.Callback):
-    """Measures the descent in each validation: `val_residual_growth`, and a sentence where it diverges.
+    """Logs `val_residual_growth` of the inner descent in each validation, and prints a sentence where it diverges.
 
-    The median, over the first `WATCHED` samples, of `setpred.inner.diagnostics.residual_growth`; of the descent as it
-    is, whichever iterate is kept. Draws no random numbers and changes nothing. Decoders without a descent have none.
+    The value is the median of `setpred.inner.diagnostics.residual_growth` over `WATCHED` samples. The descent is
+    recomputed outside the validation, so predictions, scores and training are the same as without.
     """
 
-    def __init__(self) -> None:
-        self.said = -1  # in which epoch
+    warned = -1  # epoch of the latest sentence
 
     def on_validation_batch_start(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        batch: dict[str, Tensor],
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        decoder = pl_module.model.decoder
+        decoder = module.model.decoder
         if batch_idx or not isinstance(decoder, IDSPN):
             return
         few = {name: value[:WATCHED] for name, value in batch.items()}
         with trainer.precision_plugin.forward_context():
-            norms = descent_norms(Step(pl_module.model, pl_module.loss, few))
+            norms = descent_norms(Step(module.model, module.loss, few))
         if not norms[0].isfinite().all():
-            return  # broken before the descent, which the validation says itself
+            return  # non-finite before the descent, which the validation reports
         growth = residual_growth(norms).median()
-        pl_module.log("val_residual_growth", growth.float(), batch_size=WATCHED, sync_dist=True)
-        if growth > RISING and self.said != trainer.current_epoch and trainer.is_global_zero:
-            self.said = trainer.current_epoch
-            pl_module.say(f"epoch {trainer.current_epoch}: {rising(decoder, float(growth))}")
-
-
-def rising(decoder: IDSPN, growth: float) -> str:
-    """The sentence for the user."""
-    descent, kept = decoder.descent, getattr(decoder.differentiation, "best", False)
-    rate, momentum = (float(torch.as_tensor(value).detach()) for value in (descent.learning_rate, descent.momentum))
-    return (
-        f"the inner descent diverges: its residual ends {growth:.3g} times above the least on the way; lower the "
-        f"learning_rate ({rate:.3g}) or momentum ({momentum:.3g}) of model.decoder.init_args.descent"
-        + ("" if kept else ", or keep the best iterate with setpred.inner.Implicit's best: true")
-    )
+        module.log("val_residual_growth", growth.float(), batch_size=WATCHED, sync_dist=True)
+        if growth > RISING and self.warned != trainer.current_epoch and trainer.is_global_zero:
+            self.warned = trainer.current_epoch
+            numbers = (decoder.descent.learning_rate, decoder.descent.momentum)
+            rate, momentum = (float(torch.as_tensor(number).detach()) for number in numbers)
+            best = getattr(decoder.differentiation, "best", False)
+            module.say(
+                f"epoch {trainer.current_epoch}: the inner descent diverges: its residual ends {float(growth):.3g} "
+                f"times above the least on the way; lower the learning_rate ({rate:.3g}) or momentum ({momentum:.3g}) "
+                "of model.decoder.init_args.descent"
+                + ("" if best else ", or keep the best iterate with setpred.inner.Implicit's best: true")
+            )
 
 
 @torch.no_grad()
@@ -285,8 +250,7 @@ def descent_norms(step: Step) -> Tensor:
     """|R(Y_t)| along the decoder's descent on a batch, `[iterates, batch]`, whichever iterate it keeps."""
     decoder: Any = step.model.decoder
     recorded, own = Recorded(Unrolled()), (decoder.differentiation, decoder.compiled)
-    # as written: a batch of another size would be compiled anew
-    decoder.differentiation, decoder.compiled = recorded, False
+    decoder.differentiation, decoder.compiled = recorded, False  # a batch of another size would be compiled anew
     try:
         step.predict()
     finally:

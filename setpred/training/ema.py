@@ -15,22 +15,21 @@ from setpred.errors import InputError
 
 
 class EMA(pl.Callback):
-    """Validates and saves an exponential moving average of the weights, and trains as without it.
+    """Exponential moving average of the weights for validations and checkpoints; training is the same without.
 
         average ← d · average + (1 - d) · weights,  d = min(decay, (1 + t) / (10 + t))
 
-    after optimiser step t, all parameters alike. d grows from 2/11, as in TensorFlow's `ExponentialMovingAverage` with
-    `num_updates`, so that the untrained weights are soon forgotten. A step that is skipped (`on_not_finite`) leaves the
-    average as it is.
+    after optimiser step t. d grows from 2/11, as in TensorFlow's `ExponentialMovingAverage` with `num_updates`, so that
+    the untrained weights are soon forgotten. Skipped steps (`on_not_finite`) leave the average as it is.
 
-    Validations and the `state_dict` of checkpoints, which evaluation loads, have the average, with batch statistics of
-    its own; so has the module after the training. The trained weights are in the checkpoint, too, and a resumed run
-    goes on exactly. One that is resumed without this callback goes on from the average.
+    Validations, the `state_dict` of checkpoints, and the module after training have the average, with its own batch
+    statistics. Checkpoints hold the trained weights, too: a resumed run is exact. One that is resumed without this
+    callback starts from the average.
 
         trainer: {callbacks: [{class_path: setpred.training.EMA, init_args: {decay: 0.999}}]}
 
     Args:
-        decay: d in the long run, in [0, 1): the average is over about the last 1 / (1 - d) steps.
+        decay: limit of d, in [0, 1): the average is over about the last 1 / (1 - d) steps.
 
     Raises:
         InputError: another decay.
@@ -42,68 +41,62 @@ class EMA(pl.Callback):
         self.decay = decay
         self.average: dict[str, Tensor] = {}  # while `inside`, the trained weights
         self.inside = False
-        self.step = 0  # the last one seen
+        self.step = 0  # the latest one
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, module: Any, stage: str) -> None:
         self.average, self.inside = {}, False  # before the state of a resumed run comes
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         if TRAINED in checkpoint and trainer.state.fn == "fit":
-            self.average = {name: checkpoint["state_dict"][name] for name, _ in pl_module.named_parameters()}
-            pl_module.load_state_dict(checkpoint[TRAINED])
+            self.average = {name: checkpoint["state_dict"][name] for name, _ in module.named_parameters()}
+            module.load_state_dict(checkpoint[TRAINED])
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        named = pl_module.named_parameters()  # which are on the device by now
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        named = module.named_parameters()  # on the device by now
         self.average = {name: self.average.get(name, own).detach().to(own, copy=True) for name, own in named}
         self.step = trainer.global_step
-        pl_module.averaged = lambda: self.averaged(pl_module)
+        module.averaged = lambda: self.averaged(module)
 
     @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *_: Any) -> None:
         stepped, self.step = trainer.global_step != self.step, trainer.global_step
-        # a step that is skipped has no gradients
-        if stepped and any(weight.grad is not None for weight in pl_module.parameters()):
+        # a skipped step has no gradients
+        if stepped and any(weight.grad is not None for weight in module.parameters()):
             decay = min(self.decay, (1 + self.step) / (10 + self.step))
-            for average, weight in zip(self.average.values(), pl_module.parameters(), strict=True):
+            for average, weight in zip(self.average.values(), module.parameters(), strict=True):
                 average.lerp_(weight, 1 - decay)
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._swap(pl_module)
+    def on_validation_epoch_start(self, trainer: pl.Trainer, module: Any) -> None:
+        self._swap(module)
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._swap(pl_module)
+    def on_validation_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
+        self._swap(module)
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         if self.average:
             checkpoint[TRAINED] = checkpoint["state_dict"] | (self.average if self.inside else {})
-            with self.averaged(pl_module):
-                checkpoint["state_dict"] = {name: value.clone() for name, value in pl_module.state_dict().items()}
+            with self.averaged(module):
+                checkpoint["state_dict"] = {name: value.clone() for name, value in module.state_dict().items()}
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._swap(pl_module)
-        self.average, self.inside, pl_module.averaged = {}, False, nullcontext
+    def on_fit_end(self, trainer: pl.Trainer, module: Any) -> None:
+        self._swap(module)
+        self.average, self.inside, module.averaged = {}, False, nullcontext
 
     @contextmanager
     def averaged(self, module: pl.LightningModule) -> Iterator[None]:
         """Within, the module has the average."""
-        if self.inside:
-            yield
-            return
-        self._swap(module)
+        swapped = not self.inside
+        if swapped:
+            self._swap(module)
         try:
             yield
         finally:
-            self._swap(module)
+            if swapped:
+                self._swap(module)
 
     @torch.no_grad()
     def _swap(self, module: pl.LightningModule) -> None:
-        """The average in the place of the weights, or back."""
+        """Swap average and weights."""
         self.inside = not self.inside
         for average, weight in zip(self.average.values(), module.parameters(), strict=bool(self.average)):
             kept = weight.clone()

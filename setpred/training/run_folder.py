@@ -1,41 +1,47 @@
-"""The folder of a run: one training at a time, an earlier run kept, the newest whole checkpoint found."""
+"""Folder of a run: one training at a time, earlier runs kept, the newest readable checkpoint."""
 
 from __future__ import annotations
 
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from setpred.checkpoint.load import read_checkpoint
 from setpred.errors import InputError
 from setpred.files import locked, make_folder, writing
 
-PATIENCE = 15.0  # seconds; the data loader's processes of a training that was killed take five to notice
+PATIENCE = 15.0  # seconds; the data loader's processes of a killed training end within five
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """A run's folder for one training at a time: another one of its name would move it, or replace its checkpoints."""
+def run_lock(folder: Path) -> Iterator[None]:
+    """Lock a run's folder: another training of its name would move it, or replace its checkpoints.
+
+    Raises:
+        InputError: another training holds the lock.
+    """
     lock = make_folder(folder.parent) / f".{folder.name}.lock"
     with ExitStack() as held:
         with writing(lock):
             try:
                 held.enter_context(locked(lock, passing=True, patience=PATIENCE))
             except InputError as error:
-                says = f"another training writes into {folder}; wait for its end, or give this one a --name"
-                raise InputError(says) from error
+                text = f"another training writes into {folder}; wait for its end, or give this one a --name"
+                raise InputError(text) from error
         yield
 
 
-def set_aside(folder: Path) -> Path | None:
-    """Keeps an earlier run of the same name under another name; returns that name, None if there was none.
+@contextmanager
+def earlier_run_aside(folder: Path) -> Iterator[None]:
+    """Move an earlier run out of `folder` to another name; move it back if the block fails before it trains.
 
-    Where the folder is a link, the folder that it points to is moved, and the link stays.
+    Where the folder is a link, its target is moved, and the link stays.
     """
     if not any(folder.glob("*.ckpt")):
-        return None
+        yield
+        return
     folder = folder.resolve() if folder.is_symlink() else folder
     number = 1
     while (kept := folder.with_name(f"{folder.name}-before-{number}")).exists():
@@ -43,52 +49,30 @@ def set_aside(folder: Path) -> Path | None:
     with writing(folder):
         folder.rename(kept)
     make_folder(folder)
-    print(f"an earlier run was in {folder}: it is kept in {kept} (pass --resume last to continue it)", flush=True)
-    return kept
+    print(f"moved the previous run to {kept}; pass --resume last to continue it instead", flush=True)
+    try:
+        yield
+    except BaseException:
+        if {path.name for path in folder.iterdir()} <= {"config.yaml", "tensorboard"}:  # written before the first step
+            shutil.rmtree(folder)
+            kept.rename(folder)
+            print(f"moved the previous run back to {folder}", flush=True)
+        raise
 
 
-def put_back(folder: Path, kept: Path) -> None:
-    """Gives the earlier run its name back after a start that failed, if that has left no more than its settings."""
-    folder = folder.resolve() if folder.is_symlink() else folder
-    if {path.name for path in folder.iterdir()} <= {"config.yaml", "tensorboard"}:  # whose logger writes before a step
-        shutil.rmtree(folder)
-        kept.rename(folder)
-        print(f"moved the previous run back to {folder}", flush=True)
-
-
-def newest_whole(folder: Path, say: Callable[[str], None]) -> Path:
-    """last.ckpt, or best.ckpt if a fault of the disk has damaged it, which is said.
+def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
+    """Path and content of last.ckpt, or of best.ckpt if last.ckpt is damaged.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no readable checkpoint.
     """
     last, best = folder / "last.ckpt", folder / "best.ckpt"
     if not last.exists():
         raise InputError(f"nothing to resume: no {last}; start without --resume, or give the run's --name")
     try:
-        read_checkpoint(last)
+        return last, read_checkpoint(last)
     except InputError as error:
         if not best.exists():
             raise
-        say(f"{error}; going on from {best}, which is older")
-        return best
-    return last
-
-
-class Interrupted(KeyboardInterrupt):
-    """Training was stopped by a signal.
-
-    Attributes: `status`, with which the program ends: 128 and the signal's number, as shells have it.
-    """
-
-    def __init__(self, folder: Path, number: int = signal.SIGINT, *, saved: bool = False) -> None:
-        last = folder / "last.ckpt"
-        name = signal.Signals(number).name
-        if saved:
-            says = f"stopped by {name}; {last} has all that was trained, go on from it with --resume last"
-        elif last.exists():
-            says = f"interrupted; {last} has what was trained until it was written, go on from it with --resume last"
-        else:
-            says = "interrupted before there was anything to save"
-        super().__init__(says)
-        self.status = 128 + number
+        say(f"{error}; falling back to {best}, which is older")
+        return best, read_checkpoint(best)

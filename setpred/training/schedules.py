@@ -1,7 +1,7 @@
 """Learning rate schedules: (step, epoch) to a factor on the learning rate.
 
-A schedule that is given its length does not depend on how long the run is asked to be, so that a run of one epoch
-resumed for another takes the same steps as a run of two. One without a length takes that of the run.
+A schedule with a length does not depend on the length of the run, so that a run of one epoch resumed for another takes
+the same steps as a run of two. One without a length takes that of the run.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
 from setpred.errors import InputError
 
 
@@ -17,13 +20,13 @@ class Schedule(ABC):
     """factor(step, epoch) on the learning rate, both counted from 0.
 
     Attributes:
-        total_steps: the step at which it ends; None for a schedule without an end, or without a length yet.
+        total_steps: the step at which it ends; None without an end, or without a length yet.
     """
 
     total_steps: int | None = None
 
     def lasting(self, steps: float) -> Schedule:
-        """The schedule of a run of so many steps: itself, unless it takes its length from the run."""
+        """The schedule of a run of `steps`: itself, unless it takes its length from the run."""
         return self
 
     @abstractmethod
@@ -38,7 +41,7 @@ class Constant(Schedule):
 
 
 class StepDecay(Schedule):
-    """Multiplied by `factor` from each of the given epochs on."""
+    """Multiplication by `factor` from each of the given epochs on."""
 
     def __init__(self, *, epochs: Sequence[int], factor: float = 0.1) -> None:
         self.epochs, self.factor = tuple(epochs), factor
@@ -48,11 +51,11 @@ class StepDecay(Schedule):
 
 
 class WarmupCosine(Schedule):
-    """Rises linearly over `warmup_steps`, then falls along a half cosine to `final` at `total_steps` and stays.
+    """Linear rise over `warmup_steps`, then a half cosine down to `final` at `total_steps`, where it stays.
 
     Args:
         warmup_steps: length of the rise.
-        total_steps: length of all; None takes that of the run, of which the rise is a tenth at most.
+        total_steps: length of the schedule; None takes that of the run, with a rise of at most a tenth.
         final: factor at the end.
     """
 
@@ -66,7 +69,7 @@ class WarmupCosine(Schedule):
             return self
         if not math.isfinite(steps):
             raise InputError(
-                "expected a run of known length for a WarmupCosine without total_steps, got one without an end; "
+                "expected a run of known length for a WarmupCosine without total_steps, got one without end; "
                 "pass --trainer.max_epochs, or --model.schedule.init_args.total_steps"
             )
         steps = max(1, int(steps))
@@ -78,3 +81,33 @@ class WarmupCosine(Schedule):
         rise = min(1.0, (step + 1) / (self.warmup_steps + 1))
         along = min(1.0, max(0.0, (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)))
         return rise * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * along)))
+
+
+def planned_steps(trainer: pl.Trainer) -> float:
+    """Optimiser steps of a run whose data is set up; infinite for a run without end."""
+    most = math.inf if trainer.max_steps == -1 else trainer.max_steps
+    if trainer.max_epochs == -1 or math.isinf(batches := trainer.num_training_batches):
+        return most
+    changing = [part for part in trainer.callbacks if isinstance(part, GradientAccumulationScheduler)]
+    accumulated = [
+        changing[0].get_accumulate_grad_batches(epoch) if changing else trainer.accumulate_grad_batches
+        for epoch in range(trainer.max_epochs)
+    ]
+    return min(most, sum(math.ceil(batches / number) for number in accumulated))
+
+
+def fitted(schedule: Schedule, trainer: pl.Trainer) -> Schedule:
+    """The schedule with the length of the trainer's run.
+
+    Raises:
+        InputError: the schedule ends before the run.
+    """
+    steps = planned_steps(trainer)
+    schedule = schedule.lasting(steps)
+    if schedule.total_steps is not None and math.isfinite(steps) and steps > schedule.total_steps:
+        raise InputError(
+            f"expected a schedule of at least the {steps} steps of this run, got one of {schedule.total_steps}, after "
+            f"which nothing is learned; pass --model.schedule.init_args.total_steps {steps}, or fewer "
+            "--trainer.max_epochs"
+        )
+    return schedule
