@@ -21,17 +21,18 @@ LARGEST_SIZE = 2**16
 class Field:
     """One named group of numbers inside an element.
 
-    A continuous field holds `size` numbers, each the real value divided by `scale`; a categorical field holds
-    one number per class (one-hot in targets, scores in predictions) and has `size == len(classes)`.
+    A continuous field holds `size` numbers, each (value - `offset`) / `scale`; a categorical field holds one number
+    per class (one-hot in targets, scores in predictions) and has `size == len(classes)`.
     """
 
     name: str
     size: int
     classes: tuple[str, ...] = ()
     scale: float = 1.0
+    offset: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.size < 1 or not 0 < self.scale < math.inf:
+        if self.size < 1 or not (0 < self.scale < math.inf and math.isfinite(self.offset)):
             raise InputError(f"field {self.name!r}: expected size >= 1 and scale > 0, got {self.size}, {self.scale}")
         if self.classes and len(self.classes) != self.size:
             raise InputError(f"field {self.name!r}: expected {self.size} class names, got {len(self.classes)}")
@@ -41,9 +42,9 @@ class Field:
         return bool(self.classes)
 
 
-def continuous(name: str, size: int, *, scale: float = 1.0) -> Field:
-    """A field of `size` real numbers, stored divided by `scale`."""
-    return Field(name, size, scale=scale)
+def continuous(name: str, size: int, *, scale: float = 1.0, offset: float = 0.0) -> Field:
+    """A field of `size` real numbers, stored as (value - `offset`) / `scale`."""
+    return Field(name, size, scale=scale, offset=offset)
 
 
 def categorical(name: str, *classes: str) -> Field:
@@ -117,7 +118,7 @@ class ElementSchema:
         if name == PRESENCE:
             return part[..., 0]
         field = self.field(name)
-        return part.argmax(-1) if field.categorical else part * field.scale
+        return part.argmax(-1) if field.categorical else _real(part, field)
 
     def encode(self, objects: Sequence[Mapping[str, Any]], set_size: int | None = None) -> np.ndarray:
         """Named objects to elements, zero-padded.
@@ -162,7 +163,7 @@ class ElementSchema:
             numbers = np.empty(0)
         if numbers.shape != (field.size,) or not (np.abs(numbers) < 1e30).all():  # NaN, or beyond float32
             raise InputError(f"{field.name}: expected {field.size} finite numbers, got {shown(value)}")
-        return numbers / field.scale
+        return (numbers - field.offset) / field.scale
 
     def decode(self, elements: Any, *, threshold: float = 0.5) -> list[dict[str, Any]]:
         """Elements `[set_size, set_dim]` to named objects, most confident first.
@@ -197,7 +198,9 @@ class ElementSchema:
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, for files and checkpoints."""
         fields = [
-            {"name": f.name, "size": f.size, "classes": list(f.classes), "scale": float(f.scale)} for f in self.fields
+            {"name": f.name, "size": f.size, "classes": list(f.classes), "scale": float(f.scale)}
+            | ({"offset": float(f.offset)} if f.offset else {})
+            for f in self.fields
         ]
         return {"name": self.name, "max_objects": self.max_objects, "fields": fields}
 
@@ -205,7 +208,10 @@ class ElementSchema:
     def from_dict(cls, data: Mapping[str, Any]) -> ElementSchema:
         """Inverse of `to_dict`; raises `InputError` if the record is not one, or its sizes are over `LARGEST_SIZE`."""
         try:
-            fields = [Field(f["name"], f["size"], tuple(f["classes"]), float(f["scale"])) for f in data["fields"]]
+            fields = [
+                Field(f["name"], f["size"], tuple(f["classes"]), float(f["scale"]), float(f.get("offset", 0.0)))
+                for f in data["fields"]
+            ]
             name, max_objects = data["name"], data["max_objects"]
             texts = [name, *(text for f in fields for text in (f.name, *f.classes))]
             sizes = [max_objects, *(f.size for f in fields)]
@@ -218,6 +224,69 @@ class ElementSchema:
         except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise InputError(f"not a schema record: {error!r}; expected name, max_objects and fields") from error
 
+    @property
+    def position(self) -> tuple[Field, ...]:
+        """The fields that distances are measured in: `coords` where there is one, else every continuous field."""
+        return tuple(field for field in self.continuous if field.name == "coords") or self.continuous
+
+    @property
+    def thresholds(self) -> tuple[float, ...]:
+        """Distances, in the units of `position`, at which average precision is reported: inf, scale / 3 and its halves.
+
+        >>> CLEVR.thresholds
+        (inf, 1.0, 0.5, 0.25, 0.125, 0.0625)
+        """
+        first = min((field.scale for field in self.position), default=3.0) / 3
+        return (math.inf, *(float(f"{first / 2**halvings:.4g}") for halvings in range(5)))
+
+    def converted(self, elements: np.ndarray, other: ElementSchema) -> np.ndarray:
+        """Elements of another schema as elements of this one, which has the same fields, and classes and room for all.
+
+        Args:
+            elements: `[..., set_size, other.set_dim]`; present ones first in each set.
+
+        Returns:
+            float32 `[..., max_objects, set_dim]`.
+
+        Raises:
+            InputError: another field; a class that this schema lacks; too many objects; positions in images of
+                another size, whose units differ.
+        """
+        advice = "import the file with --schema and a file of the schema that is wanted"
+        if self == other:
+            return elements
+        if {(f.name, f.categorical or f.size) for f in self.fields} != {
+            (f.name, f.categorical or f.size) for f in other.fields
+        }:
+            raise InputError(f"expected elements of the same fields, got {self.differences(other)}; {advice}")
+        present = elements[..., -1] > 0.5
+        if (most := int(present.sum(-1).max(initial=0))) > self.max_objects:
+            raise InputError(f"expected sets of at most {self.max_objects} objects, got one of {most}")
+        found = np.zeros((*elements.shape[:-1], self.set_dim), np.float32)
+        for field in self.fields:
+            theirs, to = other.field(field.name), self.slice(field.name)
+            values = other.values(elements, field.name)
+            if field.categorical:
+                if unknown := set(theirs.classes) - set(field.classes):
+                    raise InputError(
+                        f"{field.name}: expected one of {', '.join(field.classes)}, got {', '.join(sorted(unknown))}; "
+                        f"{advice}"
+                    )
+                places = np.array([field.classes.index(name) for name in theirs.classes])
+                found[..., to] = np.eye(field.size, dtype=np.float32)[places[values]]
+            else:
+                in_pixels = field.name == "coords" and field.scale == field.offset and theirs.scale == theirs.offset
+                if in_pixels and field.scale != theirs.scale:
+                    raise InputError(
+                        f"expected positions in images whose longer side is {2 * field.scale:g} pixels, got "
+                        f"{2 * theirs.scale:g}; {advice}"
+                    )
+                found[..., to] = (values.astype(np.float64) - field.offset) / field.scale
+        found[..., -1] = 1.0
+        found[~present] = 0.0
+        room = [(0, 0)] * (found.ndim - 2) + [(0, max(0, self.max_objects - found.shape[-2])), (0, 0)]
+        return np.pad(found, room)[..., : self.max_objects, :]
+
     def differences(self, other: ElementSchema) -> str:
         """A sentence on how `other` differs, for error messages; empty if equal."""
         mine, theirs = self.to_dict(), other.to_dict()
@@ -229,6 +298,10 @@ class ElementSchema:
             if a != b:
                 return f"field {a['name']!r}: {a} against {b}"
         return f"{mine['name']} (up to {mine['max_objects']}) against {theirs['name']} (up to {theirs['max_objects']})"
+
+
+def _real(part: Any, field: Field) -> Any:
+    return part * field.scale + field.offset if field.offset else part * field.scale
 
 
 # CLEVR v1.0; coords are divided by 3, the half side of the square that objects are placed in.

@@ -1,0 +1,519 @@
+"""Import annotated images into a prepared file: CSV tables, COCO JSON, and the schema that they imply.
+
+An annotation is one row of a table: the image, then numbers and class names by column. Columns become fields:
+
+    x, y (and z)                              `coords`, the position
+    xmin, ymin, xmax, ymax (or x1, y1, ...)   `coords`, the centre, and `extent`, width and height
+    x, y, width, height                       the same; `xy` says whether x and y are the centre or the corner
+    every other column                        a field with the column's name: numbers, or classes
+
+Images keep their aspect ratio: each is padded at its right and bottom to a square, then resized. Positions and extents
+in pixels follow: they are pixels of an image whose longer side is that of the largest image.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL import __version__ as pillow_version
+
+from setpred.data.hdf5 import Header, Record
+from setpred.data.hdf5_writer import write_set_file
+from setpred.data.images import BROKEN, find_images, open_image, upright
+from setpred.errors import InputError, shown
+from setpred.schema import ElementSchema, Field, categorical, continuous
+
+IMAGE = ("image", "image_id", "image_name", "image_path", "filename", "file_name", "file", "path")
+CORNERS = (("xmin", "ymin", "xmax", "ymax"), ("x1", "y1", "x2", "y2"), ("left", "top", "right", "bottom"))
+SIDES = (("width", "height"), ("w", "h"))
+CLASSES = ("label", "class", "category", "type", "species", "kind", "name", "color", "colour", "shape", "material")
+DELIMITERS = ",;\t|"
+MOST_BYTES = 2**30  # of a file of annotations
+SMALL = 64  # pixels: images that are no larger are stored at this size, others at twice this
+UNITS = ("pixels", "relative", "given")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One annotated object: values by column, and where the file has it."""
+
+    image: str
+    values: dict[str, Any]
+    where: str
+
+
+@dataclass
+class Table:
+    """Annotations as read: the rows, the kind of every column, and images that are known to exist.
+
+    `images` is None where the folder of images says which there are, those without a row included.
+    """
+
+    source: str
+    rows: list[Row] = field(default_factory=list)
+    classes: dict[str, tuple[str, ...] | None] = field(default_factory=dict)  # None for a column of numbers
+    images: list[str] | None = None
+
+
+def read_csv(path: str | os.PathLike[str], *, categorical: Sequence[str] = ()) -> Table:
+    """Read one CSV file for all images, or a folder with one CSV file per image, of the same stem.
+
+    The first line names the columns. The delimiter is the one of comma, semicolon, tab and bar that the first line has
+    most often. UTF-8, UTF-16 with a byte order mark and Windows-1252 are read.
+
+    Args:
+        categorical: columns of classes whose names are numbers.
+
+    Raises:
+        InputError: names file, line and column of whatever cannot be understood.
+    """
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(path.glob("*.csv"))
+        if not files:
+            raise InputError(f"{path}: expected CSV files, one per image, got a folder without any")
+        tables = [_read_rows(file, image=file.stem) for file in files]
+    else:
+        tables = [_read_rows(path, image=None)]
+    columns = list(dict.fromkeys(name for names, _ in tables for name in names))
+    for (names, _), file in zip(tables, files if path.is_dir() else [path], strict=True):
+        if lacking := [name for name in columns if name not in names]:
+            raise InputError(f"{file}: expected the columns {', '.join(columns)}, got no {', '.join(lacking)}")
+    if unknown := [name for name in categorical if name.strip().lower() not in columns]:
+        raise InputError(f"{path}: expected the columns {', '.join(columns)}, got no {', '.join(unknown)}")
+    rows = [row for _, found in tables for row in found]
+    kept = [row for row in rows if any(row.values.values())]  # a row with nothing but an image: it is empty
+    table = Table(str(path), kept)
+    named = {name.strip().lower() for name in categorical}
+    for column in columns:
+        table.classes[column] = _numbers_or_classes(kept, column, forced=column in named)
+    _check_repeats(kept)
+    if path.is_dir():
+        table.images = [file.stem for file in files]
+    return table
+
+
+def _read_rows(path: Path, *, image: str | None) -> tuple[list[str], list[Row]]:
+    reader = csv.reader(io.StringIO(text := _decoded(path), newline=""), delimiter=_delimiter(text))
+    try:
+        header = [cell.strip().lower() for cell in next(reader, [])]
+        if len(set(header)) < len(header) or not all(header):
+            raise InputError(f"{path}, line 1: expected column names that differ, got {', '.join(map(repr, header))}")
+        named = [name for name in header if name in IMAGE] if image is None else []
+        if image is None and len(named) != 1:
+            got = f"got {', '.join(named)}" if named else f"got {', '.join(map(repr, header)) or 'an empty file'}"
+            raise InputError(f"{path}, line 1: expected one column of images, such as {IMAGE[0]!r}, {got}")
+        columns = [name for name in header if name not in named]
+        if not columns:
+            raise InputError(f"{path}, line 1: expected columns beside {named[0]!r}, separated by one of , ; tab |")
+        rows = []
+        for cells in reader:
+            where = f"{path}, line {reader.line_num}"
+            if not any(cell.strip() for cell in cells):
+                continue
+            if len(cells) != len(header):
+                raise InputError(f"{where}: expected {len(header)} values as in line 1, got {len(cells)}")
+            values = dict(zip(header, (cell.strip() for cell in cells), strict=True))
+            name = image if image is not None else values.pop(named[0])
+            if not name:
+                raise InputError(f"{where}, column {named[0]!r}: expected the name of an image, got nothing")
+            rows.append(Row(name, values, where))
+        return columns, rows
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: expected CSV, got: {error}") from error
+
+
+def _decoded(path: Path) -> str:
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise InputError(f"{path}: expected at most {MOST_BYTES:,} bytes, got {path.stat().st_size:,}; split it")
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path} ({error.strerror})") from error
+    for name in ("utf-16",) if content.startswith((b"\xff\xfe", b"\xfe\xff")) else ("utf-8-sig", "cp1252"):
+        try:
+            text = content.decode(name)
+        except UnicodeDecodeError:
+            continue
+        if "\0" not in text:
+            return text
+    raise InputError(f"{path}: expected text in UTF-8, UTF-16 or Windows-1252, got other bytes; convert it")
+
+
+def _delimiter(text: str) -> str:
+    header = text.partition("\n")[0]
+    return max(DELIMITERS, key=header.count)
+
+
+def _numbers_or_classes(rows: Sequence[Row], column: str, *, forced: bool) -> tuple[str, ...] | None:
+    """Convert the numbers of a column in place and return None, or return the sorted classes of a column of names."""
+    numbers = [_number(row.values[column]) for row in rows]
+    position = column in {"x", "y", "z", *itertools.chain(*CORNERS, *SIDES)}
+    classes = forced or (column in CLASSES and not position) or (not position and all(n is None for n in numbers))
+    for row, number in zip(rows, numbers, strict=True):
+        text = row.values[column]
+        place = f"{row.where}, column {column!r}"
+        if classes:
+            if not text:
+                raise InputError(f"{place}: expected a class, got nothing; fill it in, or leave the row out")
+            continue
+        if number is None:
+            first = next((other.where for other, n in zip(rows, numbers, strict=True) if n is not None), None)
+            hint = "" if position else f"; correct it, or pass --categorical {column}"
+            seen = f" as in {first}" if first else ""
+            raise InputError(f"{place}: expected a number{seen}, got {shown(text) if text else 'nothing'}{hint}")
+        if not math.isfinite(number):
+            raise InputError(f"{place}: expected a finite number, got {text}; leave the row out")
+        row.values[column] = number
+    return tuple(sorted({row.values[column] for row in rows})) if classes else None
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text) if "_" not in text else None
+    except ValueError:
+        return None
+
+
+def _check_repeats(rows: Sequence[Row]) -> None:
+    seen: dict[tuple[Any, ...], str] = {}
+    for row in rows:
+        key = (row.image, *row.values.items())
+        if key in seen:
+            raise InputError(f"{row.where}: repeats {seen[key].rpartition(', ')[2]}; leave one of them out")
+        seen[key] = row.where
+
+
+def read_coco(path: str | os.PathLike[str]) -> Table:
+    """Read COCO JSON: the boxes, categories and attributes of `annotations`, for the images of `images`.
+
+    Boxes `[x, y, width, height]` become corners; `category` is the category's name; the entries of an annotation's
+    `attributes` are further columns. Regions of crowds (`iscrowd`) are left out.
+
+    Raises:
+        InputError: names the annotation that cannot be understood.
+    """
+    path = Path(path)
+    try:
+        document = json.loads(_decoded(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected JSON, got: {error}") from error
+    if not isinstance(document, dict) or not all(isinstance(document.get(k), list) for k in ("images", "annotations")):
+        raise InputError(f"{path}: expected COCO JSON with images and annotations, got {shown(document)}")
+    names = _by_id(document["images"], "file_name", f"{path}: images")
+    categories = _by_id(document.get("categories") or [], "name", f"{path}: categories")
+    table = Table(str(path), images=list(names.values()))
+    for number, annotation in enumerate(document["annotations"]):
+        where = f"{path}, annotation {number}"
+        if not isinstance(annotation, dict):
+            raise InputError(f"{where}: expected an object, got {shown(annotation)}")
+        if annotation.get("iscrowd"):
+            continue
+        if annotation.get("image_id") not in names:
+            raise InputError(f"{where}: expected the id of an image, got image_id {shown(annotation.get('image_id'))}")
+        box = annotation.get("bbox")
+        if not isinstance(box, list) or len(box) != 4 or not all(type(n) in (int, float) for n in box):
+            raise InputError(f"{where}: expected bbox as four numbers x, y, width, height, got {shown(box)}")
+        x, y, width, height = map(float, box)
+        if width <= 0 or height <= 0:
+            raise InputError(f"{where}: expected a box with width and height above 0, got {shown(box)}")
+        values: dict[str, Any] = {"xmin": x, "ymin": y, "xmax": x + width, "ymax": y + height}
+        if categories:
+            if annotation.get("category_id") not in categories:
+                found = shown(annotation.get("category_id"))
+                raise InputError(f"{where}: expected the id of a category, got category_id {found}")
+            values["category"] = categories[annotation["category_id"]]
+        attributes = annotation.get("attributes") or {}
+        if not isinstance(attributes, dict):
+            raise InputError(f"{where}: expected attributes by name, got {shown(attributes)}")
+        for name, value in attributes.items():
+            if name.lower() in values or type(value) not in (int, float, str, bool):
+                raise InputError(f"{where}: expected an attribute with a number or a name, got {shown({name: value})}")
+            values[name.lower()] = value if type(value) in (int, float) else str(value)
+        table.rows.append(Row(names[annotation["image_id"]], values, where))
+    columns = dict.fromkeys(name for row in table.rows for name in row.values)
+    for name in columns:
+        kinds = {isinstance(row.values.get(name), str) for row in table.rows}
+        lacking = next((row.where for row in table.rows if name not in row.values), None)
+        if lacking or len(kinds) > 1:
+            where = lacking or str(path)
+            raise InputError(f"{where}: expected a number, or a name, for {name!r} in every annotation; complete them")
+        if kinds == {True}:
+            table.classes[name] = tuple(sorted({row.values[name] for row in table.rows}))
+            if name == "category":
+                table.classes[name] = tuple(dict.fromkeys(categories.values()))
+        else:
+            table.classes[name] = None
+    _check_repeats(table.rows)
+    return table
+
+
+def _by_id(items: Sequence[Any], key: str, where: str) -> dict[Any, str]:
+    found: dict[Any, str] = {}
+    for item in items:
+        if not isinstance(item, dict) or type(item.get("id")) not in (int, str) or not isinstance(item.get(key), str):
+            raise InputError(f"{where}: expected an id and a {key}, got {shown(item)}")
+        if item["id"] in found:
+            raise InputError(f"{where}: expected ids that differ, got {shown(item['id'])} twice")
+        found[item["id"]] = item[key]
+    return found
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which columns hold the position, and how."""
+
+    corners: tuple[str, ...] = ()
+    position: tuple[str, ...] = ()
+    sides: tuple[str, ...] = ()
+    centred: bool = True
+
+    @classmethod
+    def of(cls, table: Table, xy: str | None) -> _Layout:
+        columns = table.classes
+        for corners in CORNERS:
+            if all(name in columns for name in corners):
+                return cls(corners=corners)
+        position = tuple(name for name in ("x", "y", "z") if name in columns)
+        sides = next((pair for pair in SIDES if all(name in columns for name in pair)), ())
+        if sides and position == ("x", "y"):
+            if xy is None:
+                raise InputError(
+                    f"{table.source}: x and y of a box with width and height may be its centre or its upper left "
+                    "corner; pass --xy centre or --xy corner"
+                )
+            return cls(position=position, sides=sides, centred=xy == "centre")
+        return cls(position=position)
+
+    @property
+    def columns(self) -> set[str]:
+        return {*self.corners, *self.position, *self.sides}
+
+    def boxes(self) -> bool:
+        return bool(self.corners or self.sides)
+
+    def read(self, row: Row, scale: Sequence[float]) -> dict[str, tuple[float, ...]]:
+        """Position and extent of an object, each axis multiplied by `scale`."""
+        if not self.columns:
+            return {}
+        if not self.boxes():
+            return {"coords": tuple(row.values[name] * s for name, s in zip(self.position, scale, strict=False))}
+        if self.corners:
+            x0, y0, x1, y1 = (row.values[name] for name in self.corners)
+            centre, extent = ((x0 + x1) / 2, (y0 + y1) / 2), (x1 - x0, y1 - y0)
+        else:
+            x, y = (row.values[name] for name in self.position)
+            extent = tuple(row.values[name] for name in self.sides)
+            centre = (x, y) if self.centred else (x + extent[0] / 2, y + extent[1] / 2)
+        if min(extent) <= 0:
+            raise InputError(
+                f"{row.where}: expected a box with width and height above 0, got {extent[0]:g} and "
+                f"{extent[1]:g}; correct it"
+            )
+        pairs = (centre, extent)
+        return dict(
+            zip(
+                ("coords", "extent"), (tuple(v * s for v, s in zip(p, scale, strict=False)) for p in pairs), strict=True
+            )
+        )
+
+
+def import_images(
+    table: Table,
+    images: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    image_size: int | None = None,
+    schema: ElementSchema | None = None,
+    units: str = "pixels",
+    xy: str | None = None,
+    force: bool = False,
+) -> ElementSchema:
+    """Write annotated images as a prepared file; return its schema.
+
+    Args:
+        images: the folder that the names of images in the table belong to.
+        image_size: side of the stored images; 64 for images of at most 64 pixels, else 128.
+        schema: of the file, instead of the inferred one: that of another file, whose classes and scales are kept.
+        units: of positions and extents: "pixels" of their image, "relative" to its width and height, or "given":
+            kept as they are, and scaled by their range.
+        xy: whether x and y are the "centre" or the "corner" of a box with width and height.
+
+    Raises:
+        InputError: an image that is missing or damaged; an unknown class; a set larger than the schema's.
+    """
+    paths = _match(table, Path(images))
+    sizes = {name: _size(path) for name, path in paths.items()}
+    layout = _Layout.of(table, xy)
+    units = "given" if "z" in layout.position else units
+    objects = _objects(table, layout, units, sizes, side := _side(schema, sizes))
+    schema = _inferred(table, layout, units, objects, side) if schema is None else schema
+    size = (SMALL if max(map(max, sizes.values())) <= SMALL else 2 * SMALL) if image_size is None else image_size
+    elements = np.zeros((len(paths), schema.max_objects, schema.set_dim), np.float32)
+    for number, name in enumerate(paths):
+        found = objects.get(name, [])
+        if len(found) > schema.max_objects:
+            raise InputError(
+                f"{name}: expected at most {schema.max_objects} objects as in the schema, got {len(found)}"
+            )
+        for place, (row, values) in enumerate(found):
+            try:
+                elements[number, place] = schema.encode([values], 1)[0]
+            except InputError as error:
+                raise InputError(f"{row.where}: {error}") from error
+
+    def records(start: int) -> Iterator[Record]:
+        for number, path in itertools.islice(enumerate(paths.values()), start, None):
+            yield Record(square_image(path, size), elements[number], np.full(3, np.nan), number)
+
+    source = {"kind": "imported", "from": Path(table.source).name, "units": units}
+    write_set_file(
+        out,
+        Header(len(paths), size, schema, source),
+        records,
+        producer=f"pillow {pillow_version}",
+        description=f"importing {size}x{size}",
+        force=force,
+    )
+    return schema
+
+
+def _match(table: Table, folder: Path) -> dict[str, Path]:
+    """The file of each image, by the name that rows have; those without rows, too."""
+    there = {Path(path).relative_to(folder).as_posix(): Path(path) for path in find_images([folder])}
+    stems: dict[str, list[str]] = {}
+    for name in there:
+        stems.setdefault(Path(name).stem, []).append(name)
+    found: dict[str, Path] = {}
+
+    def add(name: str, where: str) -> None:
+        plain = name.replace("\\", "/")
+        exact = next((known for known in (plain, Path(plain).name) if known in there), None)
+        matching = [exact] if exact else stems.get(plain, [])
+        if len(matching) == 1:
+            found[name] = there[matching[0]]
+        elif not matching:
+            raise InputError(f"{where}: expected an image in {folder}, got {shown(name)}, which is not there")
+        else:
+            raise InputError(f"{where}: expected one image of the name {name}, got {', '.join(matching)}")
+
+    for row in table.rows:
+        if row.image not in found:
+            add(row.image, row.where)
+    for name in table.images or ():
+        if name not in found:
+            add(name, table.source)
+    if table.images is None:
+        used = set(found.values())
+        found |= {name: path for name, path in there.items() if path not in used}
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _size(path: Path) -> tuple[int, int]:
+    try:
+        with open_image(path) as image:
+            return upright(image).size
+    except InputError:
+        raise
+    except BROKEN as error:
+        raise InputError(f"the image {path} cannot be read ({error}); replace it, or leave it out") from error
+
+
+def square_image(path: Path, size: int) -> np.ndarray:
+    """An image as uint8 RGB `[size, size, 3]`: upright by EXIF, padded with black at right and bottom, resized.
+
+    Grey images of 16 bits are scaled to 8; transparent pixels become black.
+    """
+    try:
+        with open_image(path) as image:
+            image = upright(image)
+            if image.mode.startswith("I"):
+                image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+            elif image.mode == "F":
+                raise InputError(f"the image {path} has pixels of floating point, expected 8 or 16 bits; convert it")
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+            image = image.convert("RGB")
+            square = Image.new("RGB", (max(image.size),) * 2)
+            square.paste(image, (0, 0))
+            return np.asarray(square.resize((size, size), Image.Resampling.BILINEAR))
+    except InputError:
+        raise
+    except BROKEN as error:
+        raise InputError(f"the image {path} cannot be read ({error}); replace it, or leave it out") from error
+
+
+def _side(schema: ElementSchema | None, sizes: Mapping[str, tuple[int, int]]) -> float:
+    """The longer side of the image that positions in pixels belong to."""
+    if schema is not None:
+        return 2 * schema.field("coords").scale if "coords" in {f.name for f in schema.fields} else 1.0
+    return float(max(map(max, sizes.values())))
+
+
+def _objects(
+    table: Table, layout: _Layout, units: str, sizes: Mapping[str, tuple[int, int]], side: float
+) -> dict[str, list[tuple[Row, dict[str, Any]]]]:
+    """The objects of each image as `ElementSchema.encode` takes them."""
+    found: dict[str, list[tuple[Row, dict[str, Any]]]] = {}
+    if units == "pixels" and layout.columns and table.rows:
+        values = [abs(row.values[name]) for row in table.rows for name in layout.columns]
+        if max(values) <= 1:
+            raise InputError(
+                f"{table.source}: all positions are between -1 and 1; pass --units relative where they are shares of "
+                "the image's width and height, else --units given"
+            )
+    for row in table.rows:
+        width, height = sizes[row.image]
+        unit = side / max(width, height)
+        scale = {"pixels": (unit, unit), "relative": (unit * width, unit * height), "given": (1.0, 1.0, 1.0)}[units]
+        values = layout.read(row, scale)
+        if units != "given" and layout.columns:
+            for value, most in zip(values["coords"], (unit * width, unit * height), strict=True):
+                if not -most / 2 <= value <= 1.5 * most:
+                    raise InputError(
+                        f"{row.where}: expected a position in the image of {width}x{height} pixels, got "
+                        f"{', '.join(f'{v / unit:g}' for v in values['coords'])}; correct it, or pass --units"
+                    )
+        values |= {name: value for name, value in row.values.items() if name not in layout.columns}
+        found.setdefault(row.image, []).append((row, values))
+    return found
+
+
+def _inferred(
+    table: Table,
+    layout: _Layout,
+    units: str,
+    objects: Mapping[str, Sequence[tuple[Row, dict[str, Any]]]],
+    side: float,
+) -> ElementSchema:
+    """The schema of a table: position first, then extent, numbers and classes in the order of the columns."""
+    if not table.rows:
+        raise InputError(f"{table.source}: expected at least one object, got none; the schema cannot be inferred")
+    fields: list[Field] = []
+    names = [*(("coords",) if layout.columns else ()), *(("extent",) if layout.boxes() else ())]
+    names += [name for name, classes in table.classes.items() if classes is None and name not in layout.columns]
+    for name in names:
+        values = np.array([np.atleast_1d(values[name]) for found in objects.values() for _, values in found], float)
+        if name in ("coords", "extent") and units != "given":
+            fields.append(continuous(name, 2, scale=side / 2, offset=side / 2 if name == "coords" else 0.0))
+        else:
+            low, high = float(values.min()), float(values.max())
+            middle, half = (low + high) / 2, (high - low) / 2
+            fields.append(continuous(name, values.shape[1], scale=half or max(abs(middle), 1.0), offset=middle))
+    fields += [categorical(name, *classes) for name, classes in table.classes.items() if classes is not None]
+    if not fields:
+        raise InputError(f"{table.source}: expected columns of numbers or classes, got none")
+    largest = max(map(len, objects.values()))
+    return ElementSchema(Path(table.source).stem, fields, max_objects=largest)

@@ -1,0 +1,233 @@
+"""Importing annotated images: known answers, the same data in other clothes, and one clear error per mistake."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from setpred.data.dataset import SetFile
+from setpred.data.importing import import_images, read_coco, read_csv, square_image
+from setpred.errors import InputError
+
+HEADER = "image,x,y,radius,label"
+ROWS = ["a.png,3,4,1.5,disc", "a.png,10,6,2,square", "b.png,0,11,1,disc"]
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Three images of 16x12 pixels; c.png has no objects."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in "abc":
+        Image.new("RGB", (16, 12), "navy").save(folder / f"{name}.png")
+    return folder
+
+
+def table(tmp_path, text, name="points.csv"):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def imported(source, images, tmp_path, **options):
+    out = tmp_path / "out.h5"
+    import_images(source, images, out, force=True, **options)
+    return SetFile(out)
+
+
+def objects(data):
+    return [data.schema.decode(element) for element in data.__getitems__(range(len(data)))["elements"]]
+
+
+def test_a_table_becomes_elements_in_its_own_units(images, tmp_path):
+    data = imported(read_csv(table(tmp_path, "\n".join([HEADER, *ROWS]))), images, tmp_path)
+    assert [len(found) for found in objects(data)] == [2, 1, 0]  # the image without a row is kept, and is empty
+    first = {found["label"]: found for found in objects(data)[0]}
+    assert first["disc"]["coords"] == pytest.approx([3, 4], abs=1e-5)
+    assert first["square"]["radius"] == pytest.approx([2], abs=1e-6)
+    assert data.schema.max_objects == 2
+    assert data.schema.field("label").classes == ("disc", "square")
+    assert data.schema.thresholds[1] == pytest.approx(8 / 3, rel=1e-3)  # a third of half the longer side
+    encoded = data.schema.encode([{"coords": (16, 0), "radius": 1, "label": "disc"}])[0]
+    assert encoded[:2].tolist() == [1.0, -1.0]  # the longer side is 16
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("\r\n".join([HEADER, *ROWS]).encode(), "points.csv"),
+        (b"\xef\xbb\xbf" + "\n".join([HEADER, *ROWS]).encode(), "points.csv"),
+        ("\n".join([HEADER, *ROWS]).encode("utf-16"), "points.csv"),
+        ("\n".join([HEADER, *ROWS]).replace(",", ";").encode(), "points.csv"),
+        ("\n".join([HEADER, *ROWS]).replace(",", "\t").encode(), "points.csv"),
+        ("\n".join([HEADER.upper(), "", *ROWS, "c.png,,,,"]).encode(), "points.csv"),
+        (b"label,radius,y,x,filename\ndisc,1.5,4,3,a\nsquare,2,6,10,a\ndisc,1,11,0,b\n", "points.csv"),
+    ],
+)
+def test_the_same_table_in_other_clothes_is_the_same_data(images, tmp_path, text, name):
+    expected = objects(imported(read_csv(table(tmp_path, "\n".join([HEADER, *ROWS]))), images, tmp_path))
+    assert objects(imported(read_csv(table(tmp_path, text, name)), images, tmp_path)) == expected
+
+
+def test_one_file_per_image_is_the_same_data(images, tmp_path):
+    expected = objects(imported(read_csv(table(tmp_path, "\n".join([HEADER, *ROWS]))), images, tmp_path))
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    for name in "abc":
+        rows = [row.partition(",")[2] for row in ROWS if row.startswith(name)]
+        (folder / f"{name}.csv").write_text("\n".join(["x,y,radius,label", *rows]))
+    assert objects(imported(read_csv(folder), images, tmp_path)) == expected
+
+
+def test_boxes_of_every_source_are_the_same_data(images, tmp_path):
+    coco = {
+        "images": [{"id": 7, "file_name": "a.png"}, {"id": 8, "file_name": "b.png"}, {"id": 9, "file_name": "c.png"}],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 2, "bbox": [2, 1, 4, 6]},
+            {"id": 2, "image_id": 8, "category_id": 1, "bbox": [0, 0, 10, 4]},
+            {"id": 3, "image_id": 8, "category_id": 1, "bbox": [0, 0, 16, 12], "iscrowd": 1},
+        ],
+    }
+    found = [objects(imported(read_coco(table(tmp_path, json.dumps(coco), "coco.json")), images, tmp_path))]
+    tables = [
+        ("image,xmin,ymin,xmax,ymax,category\na.png,2,1,6,7,dog\nb.png,0,0,10,4,cat", None),
+        ("image,x,y,width,height,category\na.png,2,1,4,6,dog\nb.png,0,0,10,4,cat", "corner"),
+        ("image,h,w,x,y,category\na.png,6,4,4,4,dog\nb.png,4,10,5,2,cat", "centre"),
+    ]
+    found += [objects(imported(read_csv(table(tmp_path, text)), images, tmp_path, xy=xy)) for text, xy in tables]
+    assert found[0][0][0] | {"confidence": 1.0} == {
+        "coords": [4.0, 4.0], "extent": [4.0, 6.0], "category": "dog", "confidence": 1.0
+    }  # fmt: skip
+    assert all(each == found[0] for each in found)
+
+
+def test_positions_follow_their_pixels(images, tmp_path):
+    """A bright dot is where the stored position says, whatever the shape and kind of the image."""
+    for path in images.iterdir():
+        path.unlink()
+    rows, x, y = ["image,x,y"], 37, 11
+    grey = np.zeros((24, 60), np.uint16)
+    grey[y - 2 : y + 3, x - 2 : x + 3] = 60000
+    Image.fromarray(grey).save(images / "sixteen.png")
+    eight = Image.fromarray((grey // 257).astype(np.uint8))
+    eight.save(images / "grey.png")
+    eight.convert("P").save(images / "palette.png")
+    eight.convert("RGBA").save(images / "alpha.png")
+    turned = eight.transpose(Image.Transpose.ROTATE_90)  # stored turned, with a note that turns it back
+    exif = turned.getexif()
+    exif[274] = 6
+    turned.save(images / "turned.png", exif=exif)
+    tall = Image.new("L", (60, 120))
+    tall.paste(eight, (0, 0))
+    tall.save(images / "tall.png")
+    rows += [f"{path.name},{x},{y}" for path in sorted(images.iterdir())]
+    data = imported(read_csv(table(tmp_path, "\n".join(rows))), images, tmp_path, image_size=64)
+    batch = data.__getitems__(range(len(data)))
+    assert len(data) == 6
+    for image, elements in zip(batch["image"], batch["elements"], strict=True):
+        assert (image[0] == image[2]).all()
+        bright = (image.float().mean(0) > 100).nonzero().float()
+        centre = bright.mean(0).flip(0) + 0.5
+        expected = (elements[0, :2] + 1) / 2 * 64 + 64 / 120 / 2
+        assert (centre - expected).abs().max() < 1
+
+
+def test_relative_and_given_units(images, tmp_path):
+    text = "image,x,y\na,0.5,0.5\nb,1,0"
+    with pytest.raises(InputError, match="pass --units relative"):
+        imported(read_csv(table(tmp_path, text)), images, tmp_path)
+    data = imported(read_csv(table(tmp_path, text)), images, tmp_path, units="relative")
+    assert objects(data)[0][0]["coords"] == pytest.approx([8, 6])
+    data = imported(read_csv(table(tmp_path, text)), images, tmp_path, units="given")
+    assert objects(data)[0][0]["coords"] == pytest.approx([0.5, 0.5])
+    data = imported(read_csv(table(tmp_path, "image,x,y,z\na,0.5,0.5,300\nb,1,0,-100")), images, tmp_path)
+    assert objects(data)[1][0]["coords"] == pytest.approx([1, 0, -100], abs=1e-4)
+
+
+def test_a_schema_of_another_file_is_kept_and_classes_convert(images, tmp_path):
+    text = "\n".join([HEADER, *ROWS])
+    first = imported(read_csv(table(tmp_path, text)), images, tmp_path)
+    fewer = "\n".join([HEADER, ROWS[1]])
+    second = imported(read_csv(table(tmp_path, fewer)), images, tmp_path)
+    converted = first.schema.converted(second.__getitems__([0])["elements"].numpy(), second.schema)
+    found = first.schema.decode(converted[0])[0]
+    assert found["label"] == "square"
+    assert found["coords"] == pytest.approx([10, 6], abs=1e-5)
+    assert found["radius"] == pytest.approx([2], abs=1e-5)
+    with pytest.raises(InputError, match=r"label: expected one of square, got disc"):
+        second.schema.converted(first.__getitems__([0])["elements"].numpy()[:, :1], first.schema)
+    given = imported(read_csv(table(tmp_path, fewer)), images, tmp_path, schema=first.schema)
+    assert given.schema == first.schema
+    with pytest.raises(InputError, match=r"line 3: unknown label 'star'; expected one of disc, square"):
+        imported(
+            read_csv(table(tmp_path, "\n".join([HEADER, ROWS[0], "b,1,1,1,star"]))), images, tmp_path,
+            schema=first.schema,
+        )  # fmt: skip
+
+
+MISTAKES = {
+    "no image column": ("x,y\n1,2", "line 1: expected one column of images"),
+    "two image columns": ("image,file,x\na,a,1", "line 1: expected one column of images, .* got image, file"),
+    "another delimiter": ("image:x:y\na:1:2", "line 1: expected one column of images"),
+    "a column twice": ("image,x,x\na,1,2", "line 1: expected column names that differ"),
+    "nothing": ("", "line 1: expected one column of images, .* got an empty file"),
+    "no objects": ("image,x,y\n", "expected at least one object, got none"),
+    "a short row": ("image,x,y\na,1,2\nb,3", "line 3: expected 3 values as in line 1, got 2"),
+    "a word for a number": ("image,x,y\na,1,2\nb,one,3", "line 3, column 'x': expected a number as in .*, got 'one'"),
+    "an empty cell": ("image,x,y\na,1,2\nb,,3", "line 3, column 'x': expected a number .* got nothing"),
+    "NaN": ("image,x,y\na,1,2\nb,nan,3", "line 3, column 'x': expected a finite number, got nan"),
+    "infinity": ("image,x,y,r\na,1,2,inf", "line 2, column 'r': expected a finite number, got inf"),
+    "a mixed column": ("image,x,y,r\na,1,2,3\na,1,3,big", "line 3, column 'r': .* pass --categorical r"),
+    "no class": ("image,x,y,label\na,1,2,disc\nb,2,2,", "line 3, column 'label': expected a class, got nothing"),
+    "a repeated row": ("image,x,y\na,1,2\nb,1,2\na,1,2", "line 4: repeats line 2"),
+    "no such image": ("image,x,y\na,1,2\nz.png,1,2", "line 3: expected an image in .*, got 'z.png'"),
+    "outside": ("image,x,y\na,1,2\nb,900,2", "line 3: expected a position in the image of 16x12 pixels, got 900, 2"),
+    "a negative box": ("image,xmin,ymin,xmax,ymax\na,5,5,3,9", "line 2: expected a box with width and height above 0"),
+    "an ambiguous box": ("image,x,y,w,h\na,5,5,3,9", "pass --xy centre or --xy corner"),
+    "bytes": (b"image,x,y\n\x00\x01\xff", "expected text in UTF-8"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_table_is_one_clear_error(images, tmp_path, mistake):
+    text, message = MISTAKES[mistake]
+    with pytest.raises(InputError, match=message) as found:
+        imported(read_csv(table(tmp_path, text)), images, tmp_path)
+    assert "points.csv" in str(found.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "points.csv"]  # no partial file
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("images"), "expected COCO JSON with images and annotations"),
+        (lambda c: c["annotations"][0].update(image_id=5), "annotation 0: expected the id of an image"),
+        (lambda c: c["annotations"][0].update(category_id=5), "annotation 0: expected the id of a category"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "annotation 0: expected bbox as four numbers"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, -3, 2]), "annotation 0: expected a box with width"),
+        (lambda c: c["annotations"].append(dict(c["annotations"][0])), "annotation 1: repeats annotation 0"),
+        (lambda c: c["images"].append(dict(c["images"][0])), "expected ids that differ"),
+        (lambda c: c["images"][0].update(file_name="z.png"), "expected an image in .*, got 'z.png'"),
+        (lambda c: c["annotations"][0].update(attributes={"wet": [1]}), "annotation 0: expected an attribute"),
+    ],
+)
+def test_a_mistake_in_coco_is_one_clear_error(images, tmp_path, change, message):
+    content = {
+        "images": [{"id": 0, "file_name": "a.png"}],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [{"id": 1, "image_id": 0, "category_id": 1, "bbox": [2, 1, 4, 6]}],
+    }
+    change(content)
+    with pytest.raises(InputError, match=message):
+        imported(read_coco(table(tmp_path, json.dumps(content), "coco.json")), images, tmp_path)
+
+
+def test_an_image_that_cannot_be_read_is_named(images, tmp_path):
+    (images / "b.png").write_bytes((images / "b.png").read_bytes()[:40])
+    with pytest.raises(InputError, match=r"the image .*b\.png cannot be read"):
+        imported(read_csv(table(tmp_path, "\n".join([HEADER, *ROWS]))), images, tmp_path)
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(images / "c.tiff")
+    with pytest.raises(InputError, match="floating point"):
+        square_image(images / "c.tiff", 8)
