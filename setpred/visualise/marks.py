@@ -1,0 +1,127 @@
+"""Draw predicted and real objects on their images: points and boxes of any schema with positions in pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from setpred.schema import ElementSchema
+from setpred.visualise.comparison import Comparison, compare
+from setpred.visualise.style import INK, heading, new_figure, plural, save_png, styled
+
+REAL, FOUND, EXTRA = "#2fe05b", "#ffd23e", "#ff4b33"  # of the three kinds of marks; they differ in form, too
+PANEL, GAP, COLUMNS = 2.6, 0.25, 4  # inches
+BELOW = 0.42  # for the two lines under an image
+
+
+def lies_on_images(schema: ElementSchema) -> bool:
+    """Whether positions are places on the image: "coords" of two numbers from its corner, as imported in pixels."""
+    return any(f.name == "coords" and f.size == 2 and f.offset == f.scale for f in schema.continuous)
+
+
+@styled()
+def draw_marks(
+    path: Path,
+    images: np.ndarray,
+    predicted: Tensor,
+    target: Tensor,
+    *,
+    schema: ElementSchema,
+    about: str = "",
+    shown: int = 12,
+) -> Path:
+    """Draw the images with the worst predictions: rings or boxes where objects are, crosses or boxes where predicted.
+
+    A line leads from each prediction to its object. Images are ordered by missed and extra objects and wrong classes,
+    then by distance.
+
+    Args:
+        images: uint8 `[n, S, S, 3]`.
+        predicted, target: `[n, set_size, set_dim]` of the same images.
+        schema: one for which `lies_on_images` is true.
+    """
+    compared = [compare(*pair, schema) for pair in zip(predicted, target, strict=True)]
+    worst = sorted(range(len(images)), key=lambda k: (_faults(compared[k]), _error(compared[k])), reverse=True)[:shown]
+    columns = min(COLUMNS, len(worst))
+    rows = -(-len(worst) // columns)
+    top = 0.95
+    width = max(5.4, 2 * GAP + columns * PANEL + (columns - 1) * GAP)
+    height = top + rows * (PANEL + BELOW) + 0.35
+    figure = new_figure(width, height)
+    heading(figure, "Predictions on images", f"The worst {len(worst)} of {plural(len(images), 'image')}.", about)
+    for place, number in enumerate(worst):
+        row, column = divmod(place, columns)
+        left = GAP + column * (PANEL + GAP)
+        bottom = height - top - PANEL - row * (PANEL + BELOW)
+        axes = figure.add_axes((left / width, bottom / height, PANEL / width, PANEL / height))
+        _show(axes, images[number], compared[number], schema)
+        axes.text(0, -0.03, _summary(compared[number]), transform=axes.transAxes, fontsize=8, va="top", color=INK)
+    handles = [
+        Line2D([], [], marker="o", mfc="none", mec=REAL, ls="", label="real object"),
+        Line2D([], [], marker="x", mec=FOUND, ls="", label="prediction with its object"),
+        Line2D([], [], marker="x", mec=EXTRA, ls="", label="prediction without one, or of another class"),
+    ]
+    legend = figure.legend(handles=handles, loc="lower left", ncols=3, fontsize=8, bbox_to_anchor=(0.01, 0.0))
+    legend.get_frame().set_facecolor("#555555")
+    legend.set_frame_on(True)
+    for text in legend.get_texts():
+        text.set_color("white")
+    return save_png(figure, path)
+
+
+def _show(axes: Axes, image: np.ndarray, compared: Comparison, schema: ElementSchema) -> None:
+    side = 2 * schema.field("coords").scale
+    axes.imshow(image, extent=(0, side, side, 0), interpolation="nearest")
+    axes.set(xlim=(0, side), ylim=(side, 0), xticks=[], yticks=[])
+    for real in compared.real:
+        _mark(axes, real, REAL, "o", side)
+    for found, partner, wrong in zip(compared.predicted, compared.partner, compared.wrong, strict=True):
+        colour = EXTRA if partner is None or wrong else FOUND
+        if partner is not None:
+            ends = zip(found["coords"], compared.real[partner]["coords"], strict=True)
+            axes.plot(*(list(pair) for pair in ends), color=colour, lw=0.9, solid_capstyle="round")
+        _mark(axes, found, colour, "x", side)
+
+
+def _mark(axes: Axes, obj: Mapping[str, Any], colour: str, marker: str, side: float) -> None:
+    x, y = obj["coords"]
+    if "extent" in obj:
+        width, height = obj["extent"]
+        style = "-" if marker == "o" else "--"
+        corner = (x - width / 2, y - height / 2)
+        axes.add_patch(Rectangle(corner, width, height, fill=False, ec=colour, lw=1.3, ls=style))
+    else:
+        size = 8 if marker == "o" else 5
+        axes.plot([x], [y], marker, ms=size, mfc="none", mec=colour, mew=1.3)
+
+
+def _faults(compared: Comparison) -> int:
+    return len(compared.missed) + compared.partner.count(None) + sum(map(bool, compared.wrong))
+
+
+def _error(compared: Comparison) -> float:
+    return max((distance for distance in compared.distance if distance is not None), default=0.0)
+
+
+def _summary(compared: Comparison) -> str:
+    found = [distance for distance in compared.distance if distance is not None]
+    lines = [f"{len(found)} of {plural(len(compared.real), 'object')} found"]
+    if found:
+        lines[0] += f", {np.mean(found):.2g} away in the mean"
+    faults: Sequence[str] = [
+        f"{count} {name}"
+        for count, name in (
+            (len(compared.missed), "missed"),
+            (compared.partner.count(None), "extra"),
+            (sum(map(bool, compared.wrong)), "of another class"),
+        )
+        if count
+    ]
+    return "\n".join([*lines, ", ".join(faults)])
