@@ -225,9 +225,9 @@ def test_a_mistake_in_coco_is_one_clear_error(images, tmp_path, change, message)
 
 
 def test_an_image_that_cannot_be_read_is_named(images, tmp_path):
-    (images / "b.png").write_bytes((images / "b.png").read_bytes()[:40])
-    with pytest.raises(InputError, match=r"the image .*b\.png cannot be read"):
+    (images / "b.png").write_bytes((images / "b.png").read_bytes()[:-30])
+    with pytest.raises(InputError, match=r"the image .*b\.png is cut short or damaged"):
         imported(read_csv(table(tmp_path, "\n".join([HEADER, *ROWS]))), images, tmp_path)
     Image.fromarray(np.zeros((4, 4), np.float32)).save(images / "c.tiff")
-    with pytest.raises(InputError, match="floating point"):
+    with pytest.raises(InputError, match="grey values outside 16 bits"):
         square_image(images / "c.tiff", 8)

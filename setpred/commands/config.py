@@ -19,6 +19,7 @@ from setpred import metrics
 from setpred.checkpoint import allowed_classes, build
 from setpred.checkpoint.allowlist import PART_MODULES, imported, moved, public_parts, torch_modules
 from setpred.checkpoint.untrusted import check_sizes, load_yaml, read_yaml
+from setpred.commands.linking import fill_sizes
 from setpred.data import toy
 from setpred.errors import InputError
 
@@ -45,7 +46,12 @@ CLASS_PATH = re.compile(r"(?<![\w./-])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*\.[A-Z]\w*(
 
 
 class Parser(LightningArgumentParser):
-    """A parser that raises `InputError` for a denied class path, and shortens messages that quote long values."""
+    """A parser that takes a model's sizes from its data, raises `InputError` for a denied class path, and shortens
+    messages that quote long values."""
+
+    def validate(self, config: Any, **options: Any) -> None:
+        fill_sizes(config)
+        super().validate(config, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         error: BaseException | None = ex

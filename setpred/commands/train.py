@@ -5,6 +5,8 @@ usage: setpred train [--config FILE] [--name NAME] [--resume last] [--KEY.KEY VA
   --config FILE          configuration, repeatable, later files override earlier ones (default: the quickstart)
   --KEY.KEY VALUE        override any key of the configuration, such as --trainer.max_epochs 3, --model.learning_rate
                          1e-3 or --data.init_args.batch_size 64
+  --data FILE.h5         prepared training data, with --val FILE.h5 as validation data: they give the schema, the sizes
+                         and, without --config, a default model
   --name NAME            name of the run (default: that of the configuration)
   --runs FOLDER          folder of all runs (default: checkpoints)
   --resume last          continue the run NAME; or the path of a checkpoint; auto: last if it exists, else a new run
@@ -44,6 +46,7 @@ from setpred.checkpoint import load as checkpoint
 from setpred.checkpoint.load import read_checkpoint
 from setpred.commands.common import exit_code
 from setpred.commands.config import MODE, Parser, differences, guarded, plain, require_room, split_allow, without
+from setpred.commands.linking import expanded_data
 from setpred.data.toy import World
 from setpred.errors import InputError, reason
 from setpred.files import make_folder, remove_leftovers, write_atomically
@@ -302,6 +305,7 @@ def build(arguments: list[str]) -> TrainCLI:
         InputError: a configuration that cannot be built, or that names classes outside the list, see `guarded`.
     """
     allow, arguments = split_allow(arguments)
+    arguments = expanded_data(arguments, QUICKSTART)
     arguments = [*default_config(arguments), *arguments]
     quiet()
     with guarded(arguments, allow):

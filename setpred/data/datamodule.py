@@ -6,11 +6,11 @@ import os
 import subprocess
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,17 +19,18 @@ from torch.utils.data import DataLoader, Dataset
 
 import setpred
 from setpred.data.dataset import ClevrImages, SetFile, as_batch, fitting_workers, open_data
-from setpred.data.hdf5 import Header
+from setpred.data.hdf5 import Header, file_header
 from setpred.data.loading import EpochOrder, EpochPermutation, training_loader, validation_loader
 from setpred.data.scenes import render_records, rendered_header
 from setpred.errors import InputError
 from setpred.files import locked, make_folder, writing
-from setpred.schema import CLEVR
+from setpred.schema import CLEVR, ElementSchema
 from setpred.workers import leave_signals_to_parent
 
 InMemory = bool | Literal["device"] | None
 
 LONGEST_WAIT = 24 * 3600.0  # seconds, for another process that renders a file
+FOLDER_SIZE = 128  # side of the images of a CLEVR folder, by default
 VALIDATION_SEED = 1_000_000  # added to the seed of the training scenes: no training seed comes near
 
 
@@ -157,6 +158,15 @@ class ImageData(SetData):
         self.teardown()
 
 
+class DataSizes(NamedTuple):
+    """What a model must know of its data; `images` is 0 where the data do not say."""
+
+    schema: ElementSchema
+    set_size: int
+    image_size: int
+    images: int = 0
+
+
 class SetDataModule(ImageData):
     """Training and validation data, each a prepared file or a CLEVR_v1.0 folder.
 
@@ -165,11 +175,27 @@ class SetDataModule(ImageData):
         val: validation data.
         train_split, val_split: split of the data, if it is a folder.
         train_images, val_images: only the first so many.
+        image_size: side of the images; by default that of the files, 128 for folders.
         arguments: those of `ImageData`.
 
     Raises:
         InputError: on `setup`, something is wrong with the data.
     """
+
+    @classmethod
+    def sizes(cls, arguments: Mapping[str, Any]) -> DataSizes:
+        """Read the sizes of data with these arguments from the headers of the files.
+
+        The schema is that of the training data, with room for the largest set of both.
+        """
+        paths = [os.path.expanduser(path) for path in (arguments.get("train"), arguments.get("val")) if path]
+        headers = [None if Path(path).is_dir() else file_header(path) for path in paths]
+        schemas = [cls.schema if header is None else header.schema for header in headers]
+        schema = schemas[0].with_room(max(each.max_objects for each in schemas))
+        files = [header for header in headers if header is not None]
+        image_size = arguments.get("image_size") or (files[0].image_size if files else FOLDER_SIZE)
+        images = 0 if headers[0] is None else headers[0].images
+        return DataSizes(schema, arguments.get("set_size") or schema.max_objects, image_size, images)
 
     def __init__(
         self,
@@ -180,12 +206,18 @@ class SetDataModule(ImageData):
         val_split: str = "val",
         train_images: int | None = None,
         val_images: int | None = None,
+        image_size: int | None = None,
         **arguments: Any,
     ) -> None:
-        super().__init__(**arguments)
+        sizes = None if image_size is not None else self.sizes({"train": train, "val": val})
+        super().__init__(image_size=image_size or sizes.image_size, **arguments)
         self.train_path, self.val_path = (None if path is None else os.path.expanduser(path) for path in (train, val))
         self.train_split, self.val_split = train_split, val_split
         self.train_images, self.val_images = train_images, val_images
+
+    def setup(self, stage: str | None = None) -> None:
+        self.schema = self.sizes({"train": self.train_path, "val": self.val_path}).schema
+        super().setup(stage)
 
     def open_split(self, split: str) -> SetFile | ClevrImages:
         if split == "val":
@@ -300,6 +332,11 @@ class BuiltInScenes(ImageData):
         self.scenes_seed, self.folder, self.workers = scenes_seed, folder, workers
         self.files = (self.rendered(val_images, scenes_seed + VALIDATION_SEED),)
         self.train_path, self.val_path = None, self.files[0].path
+
+    @classmethod
+    def sizes(cls, arguments: Mapping[str, Any]) -> DataSizes:
+        """The sizes of scenes with these arguments."""
+        return DataSizes(cls.schema, arguments.get("set_size") or cls.schema.max_objects, arguments["image_size"])
 
     def rendered(self, images: int, seed: int) -> RenderedFile:
         """A file of these scenes, after checking the arguments."""

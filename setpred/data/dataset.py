@@ -132,7 +132,7 @@ class SetFile(SetImages):
     Args:
         image_size: expected side of the images; that of the file by default.
         set_size: size of the sets; the schema's `max_objects` by default.
-        schema: expected schema; that of the file by default.
+        schema: schema of the elements; a file with the same fields is converted. That of the file by default.
         images: only the first so many.
         in_memory: read all images at first use and keep them; None does so under 2 GB. A process that this data set
             was sent to reads from the file.
@@ -159,19 +159,20 @@ class SetFile(SetImages):
             raise InputError(f"expected at least 1 image, got {images}")
         with open_set_file(path) as file:
             header = read_header(file, path)
-            if schema is not None and header.schema != schema:
-                raise InputError(
-                    f"{path} holds elements of another schema than the model: {schema.differences(header.schema)}"
-                )
             if image_size is not None and header.image_size != image_size:
                 raise InputError(
                     f"expected images of {image_size}x{image_size}, but {path} has {header.image_size}x"
                     f"{header.image_size}; make it again with --image-size {image_size}, or set the image size to it"
                 )
-            self.schema, self.image_size, self.source = header.schema, header.image_size, dict(header.source)
+            self.schema = header.schema if schema is None else schema
+            self.image_size, self.source = header.image_size, dict(header.source)
             rows = read_sets(file, header, path, images)
             self.image_index, self._cameras = rows.index, rows.camera
-            self._keep(rows.elements, set_size, path)
+            try:
+                elements = self.schema.converted(rows.elements, header.schema)
+            except InputError as error:
+                raise InputError(f"{path} holds elements of another schema than the model: {error}") from error
+            self._keep(elements, set_size, path)
         size = len(self) * self.image_size**2 * 3
         self.in_memory = size < IN_MEMORY_BYTES if in_memory is None else in_memory
 

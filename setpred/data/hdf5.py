@@ -110,6 +110,12 @@ def _reading(path: str | os.PathLike[str]) -> Iterator[None]:
         raise InputError(f"{path} is damaged ({reason(error)[:200]}); copy or make it again") from error
 
 
+def file_header(path: str | os.PathLike[str]) -> Header:
+    """Read the header of a finished file; errors as in `open_set_file` and `read_header`."""
+    with open_set_file(path) as file:
+        return read_header(file, path)
+
+
 def read_header(file: h5py.File, path: str | os.PathLike[str]) -> Header:
     """Read the header of an open file; check the arrays against it, and that this file stores them.
 

@@ -67,6 +67,16 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
+def _eight_bits(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
+    """The image; grey of 16 bits is scaled to 8, where Pillow would clip values above 255."""
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.min(initial=0) < 0 or values.max(initial=0) >= 2**16:
+        raise InputError(f"the image {path} has grey values outside 16 bits; convert it to 8 or 16 bits first")
+    return Image.fromarray((values // 257).astype(np.uint8))
+
+
 def read_image(path: str | os.PathLike[str], *, advice: str = "unpack CLEVR again") -> Image.Image:
     """Read an image, decoded and upright by EXIF.
 
@@ -74,13 +84,11 @@ def read_image(path: str | os.PathLike[str], *, advice: str = "unpack CLEVR agai
         advice: what to do about an image that cannot be read, for the message.
 
     Raises:
-        InputError: the file is missing, not an image or cut short; pixels of more than 8 bits, or too many of them.
+        InputError: the file is missing, not an image or cut short; pixels of more than 16 bits, or too many of them.
     """
     try:
         with open_image(path) as image:
-            if image.mode.startswith(("I", "F")):  # Pillow would clip values above 255
-                raise InputError(f"the image {path} is grey with more than 8 bits a pixel; convert it to 8 bits first")
-            return _upright(image)
+            return _eight_bits(_upright(image), path)
     except InputError:  # a ValueError, too
         raise
     except FileNotFoundError as error:

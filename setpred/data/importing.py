@@ -14,13 +14,15 @@ in pixels follow: they are pixels of an image whose longer side is that of the l
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from PIL import __version__ as pillow_version
 
 from setpred.data.hdf5 import Header, Record
 from setpred.data.hdf5_writer import write_set_file
-from setpred.data.images import BROKEN, find_images, open_image, upright
+from setpred.data.images import find_images, read_image
 from setpred.errors import InputError, shown
 from setpred.schema import ElementSchema, Field, categorical, continuous
 
@@ -41,6 +43,7 @@ CLASSES = ("label", "class", "category", "type", "species", "kind", "name", "col
 DELIMITERS = ",;\t|"
 MOST_BYTES = 2**30  # of a file of annotations
 SMALL = 64  # pixels: images that are no larger are stored at this size, others at twice this
+ADVICE = "replace it, or leave it out"
 UNITS = ("pixels", "relative", "given")
 
 
@@ -338,6 +341,7 @@ def import_images(
     schema: ElementSchema | None = None,
     units: str = "pixels",
     xy: str | None = None,
+    workers: int = 0,
     force: bool = False,
 ) -> ElementSchema:
     """Write annotated images as a prepared file; return its schema.
@@ -350,11 +354,13 @@ def import_images(
             kept as they are, and scaled by their range.
         xy: whether x and y are the "centre" or the "corner" of a box with width and height.
 
+        workers: processes that decode images; 0 decodes in this one.
+
     Raises:
         InputError: an image that is missing or damaged; an unknown class; a set larger than the schema's.
     """
     paths = _match(table, Path(images))
-    sizes = {name: _size(path) for name, path in paths.items()}
+    sizes = {name: read_image(path, advice=ADVICE).size for name, path in paths.items()}
     layout = _Layout.of(table, xy)
     units = "given" if "z" in layout.position else units
     objects = _objects(table, layout, units, sizes, side := _side(schema, sizes))
@@ -373,20 +379,26 @@ def import_images(
             except InputError as error:
                 raise InputError(f"{row.where}: {error}") from error
 
-    def records(start: int) -> Iterator[Record]:
-        for number, path in itertools.islice(enumerate(paths.values()), start, None):
-            yield Record(square_image(path, size), elements[number], np.full(3, np.nan), number)
-
+    rows = list(zip(paths.values(), elements, range(len(paths)), strict=True))
+    digest = hashlib.sha256(elements.tobytes())
+    for path in paths.values():
+        digest.update(f"{path}{path.stat().st_size}{path.stat().st_mtime_ns}".encode())
     source = {"kind": "imported", "from": Path(table.source).name, "units": units}
     write_set_file(
         out,
         Header(len(paths), size, schema, source),
-        records,
-        producer=f"pillow {pillow_version}",
+        rows,
+        partial(_records, size=size),
+        producer=f"pillow {pillow_version}, {digest.hexdigest()[:16]}",  # nothing is resumed from other input
         description=f"importing {size}x{size}",
+        workers=workers,
         force=force,
     )
     return schema
+
+
+def _records(rows: Sequence[tuple[Path, np.ndarray, int]], *, size: int) -> list[Record]:
+    return [Record(square_image(path, size), element, np.full(3, np.nan), n) for path, element, n in rows]
 
 
 def _match(table: Table, folder: Path) -> dict[str, Path]:
@@ -420,39 +432,18 @@ def _match(table: Table, folder: Path) -> dict[str, Path]:
     return dict(sorted(found.items(), key=lambda item: item[1]))
 
 
-def _size(path: Path) -> tuple[int, int]:
-    try:
-        with open_image(path) as image:
-            return upright(image).size
-    except InputError:
-        raise
-    except BROKEN as error:
-        raise InputError(f"the image {path} cannot be read ({error}); replace it, or leave it out") from error
-
-
 def square_image(path: Path, size: int) -> np.ndarray:
-    """An image as uint8 RGB `[size, size, 3]`: upright by EXIF, padded with black at right and bottom, resized.
+    """Read an image as uint8 RGB `[size, size, 3]`: upright, padded with black at right and bottom, resized.
 
-    Grey images of 16 bits are scaled to 8; transparent pixels become black.
+    Transparent pixels become black. Errors as in `read_image`.
     """
-    try:
-        with open_image(path) as image:
-            image = upright(image)
-            if image.mode.startswith("I"):
-                image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
-            elif image.mode == "F":
-                raise InputError(f"the image {path} has pixels of floating point, expected 8 or 16 bits; convert it")
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-            image = image.convert("RGB")
-            square = Image.new("RGB", (max(image.size),) * 2)
-            square.paste(image, (0, 0))
-            return np.asarray(square.resize((size, size), Image.Resampling.BILINEAR))
-    except InputError:
-        raise
-    except BROKEN as error:
-        raise InputError(f"the image {path} cannot be read ({error}); replace it, or leave it out") from error
+    image = read_image(path, advice=ADVICE)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    square = Image.new("RGB", (max(image.size),) * 2)
+    square.paste(image.convert("RGB"), (0, 0))
+    return np.asarray(square.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def _side(schema: ElementSchema | None, sizes: Mapping[str, tuple[int, int]]) -> float:

@@ -26,7 +26,7 @@ class SetLoss(nn.Module):
     Args:
         weights: factor of a group's share of an element's cost, by its name in the schema: `{"coords": 10.0}`; 1 by
             default, not normalised.
-        schema: schema with the groups, CLEVR by default; unused without `weights`.
+        schema: schema with the groups, by default that of the task (`use_schema`), CLEVR outside one.
         presence_threshold: masks elements of either set whose presence, their last number, is not above it. The cut
             has no gradient, so leave it out where presence is to be learned.
 
@@ -42,14 +42,24 @@ class SetLoss(nn.Module):
         presence_threshold: float | None = None,
     ) -> None:
         super().__init__()
-        self.schema = CLEVR if schema is None else schema
+        self.schema, self._own_schema = CLEVR if schema is None else schema, schema is not None
         self.group_weights = dict(weights or {})
         self.grouped = bool(weights)  # whether elements must fit the schema
         self.presence_threshold = presence_threshold
         for name, weight in self.group_weights.items():
             if not weight >= 0:
                 raise InputError(f"weight of {name!r}: expected at least 0, got {weight}")
-        # not persistent: it follows from the configuration, and a checkpoint must fit every loss
+        SetLoss._place_groups(self)
+
+    def use_schema(self, schema: ElementSchema) -> None:
+        """Take the groups of numbers from `schema`, here and in losses within, unless they were given a schema."""
+        for part in self.modules():
+            if isinstance(part, SetLoss) and not part._own_schema:
+                part.schema = schema
+                part._place_groups()
+
+    def _place_groups(self) -> None:
+        # not persistent: they follow from the configuration, and a checkpoint must fit every loss
         self.register_buffer("_weights", self.by_group(self.group_weights), persistent=False)
 
     def forward(

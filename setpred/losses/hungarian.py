@@ -41,6 +41,10 @@ class HungarianLoss(SetLoss):
         for name, error in self.beta.items():
             if not 0 < error < math.inf:
                 raise InputError(f"beta of {name!r}: expected a positive number, got {error}")
+        self._place_groups()
+
+    def _place_groups(self) -> None:
+        super()._place_groups()
         self.register_buffer("_beta", self.by_group(self.beta), persistent=False)
 
     def compare(self, predicted: Tensor, target: Tensor, predicted_mask: Mask, target_mask: Mask) -> Tensor:

@@ -114,7 +114,9 @@ class EpochLines(EpochReport):
             return
         monitor = module.monitor
         shown = {name: f"{name} {{:.4f}}" for name in ("train_loss", "val_loss")}
-        shown |= {f"val_ap_{name}": f"AP_{name} {{:.1f}}" for name in ("inf", "1", "0.5")}
+        scores = [name for name in metrics if name.startswith("val_ap_")]  # of the three largest thresholds
+        scores = sorted(scores, key=lambda name: -float(name.removeprefix("val_ap_")))[:3]
+        shown |= {name: f"AP_{name.removeprefix('val_ap_')} {{:.1f}}" for name in scores}
         shown |= {} if monitor in ("val_ap", "val_loss") else {monitor: f"{monitor} {{:.4f}}"}
         percent = {name: 100 * value if name.startswith("val_ap_") else value for name, value in metrics.items()}
         scores = [text.format(percent[name]) for name, text in shown.items() if name in metrics]

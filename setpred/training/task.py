@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from setpred.checkpoint import load as checkpoint
 from setpred.errors import InputError, NotFiniteError
-from setpred.losses import HungarianLoss
+from setpred.losses import HungarianLoss, SetLoss
 from setpred.metrics import AveragePrecision, Mean
 from setpred.model import SetPredictor, Step
 from setpred.nn import evaluating
@@ -42,7 +42,8 @@ class SetPrediction(pl.LightningModule):
     Args:
         encoder: image, or set, to features.
         decoder: features to set.
-        schema: name of the element schema (`SCHEMAS`), which gives the metric; None for elements without a schema.
+        schema: name of the element schema (`SCHEMAS`), or its record (`ElementSchema.to_dict`). It gives the metric and
+            its thresholds, and the groups of numbers of the loss. None for elements without a schema.
         loss: per-example set loss; `HungarianLoss` by default.
         metric: a torchmetrics metric with `update(predicted, target)`, a `compute` that gives numbers by name, the
             name to `monitor`, and the `mode`, "max" or "min". The default is `AveragePrecision` with a schema, and the
@@ -63,7 +64,7 @@ class SetPrediction(pl.LightningModule):
         encoder: nn.Module,
         decoder: nn.Module,
         *,
-        schema: str | None = CLEVR.name,
+        schema: str | dict[str, Any] | None = CLEVR.name,
         loss: nn.Module | None = None,
         metric: nn.Module | None = None,
         learning_rate: float = 1e-3,
@@ -74,23 +75,27 @@ class SetPrediction(pl.LightningModule):
         on_not_finite: str = "stop",
     ) -> None:
         super().__init__()
-        if schema is not None and schema not in SCHEMAS:
+        if isinstance(schema, str) and schema not in SCHEMAS:
             raise InputError(f"unknown schema {schema!r}; expected one of {', '.join(SCHEMAS)}")
         if not (0 < learning_rate < math.inf and weight_decay >= 0):
             raise InputError(
                 f"expected learning_rate > 0 and weight_decay >= 0, got {learning_rate} and {weight_decay}"
             )
-        self.schema = None if schema is None else SCHEMAS[schema]
+        self.schema = SCHEMAS[schema] if isinstance(schema, str) else schema and ElementSchema.from_dict(schema)
         set_dim = getattr(decoder, "set_dim", None)
         if self.schema is not None and set_dim not in (None, self.schema.set_dim):
             raise InputError(
-                f"schema {schema!r} has elements of {self.schema.set_dim} numbers, the decoder of {set_dim}; give the "
-                "decoder that set_dim, or `schema: null` for elements without a schema"
+                f"schema {self.schema.name!r} has elements of {self.schema.set_dim} numbers, the decoder of {set_dim}; "
+                "give the decoder that set_dim, or `schema: null` for elements without a schema"
             )
         # channels-last is the faster layout for convolutions on GPUs and CPUs alike
         self.model = SetPredictor(encoder, decoder).to(memory_format=torch.channels_last)
         self.loss = HungarianLoss() if loss is None else loss
-        self.metric = AveragePrecision(schema=self.schema) if metric is None and self.schema is not None else metric
+        if isinstance(self.loss, SetLoss) and self.schema is not None:
+            self.loss.use_schema(self.schema)
+        self.metric = metric
+        if metric is None and self.schema is not None:
+            self.metric = AveragePrecision(schema=self.schema, thresholds=self.schema.thresholds)
         if lacking := [name for name in METRIC if self.metric is not None and not hasattr(self.metric, name)]:
             raise InputError(
                 f"metric {type(self.metric).__name__}: expected {', '.join(METRIC)} as of "

@@ -1,0 +1,141 @@
+"""Take a model's sizes from its data: no number is written twice, and a default model fits any schema."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import pydoc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import Namespace
+
+from setpred.checkpoint.untrusted import read_yaml
+from setpred.data.datamodule import DataSizes
+from setpred.errors import InputError
+from setpred.schema import CLEVR
+
+FILES = (".h5", ".hdf5")
+DEFAULT_STEPS = 1500  # of a training without a configuration, whatever the size of the data
+BATCH = 32
+
+
+def fill_sizes(config: Namespace) -> None:
+    """Fill what the parts of a configured model require and the data know, in place.
+
+    These are `set_size`, `set_dim`, `image_size` and `precise` (the numbers of position and extent) wherever a part
+    requires them and the configuration does not give them, and the schema.
+    """
+    sizes = data_sizes(config.get("data"))
+    if sizes is None or "model" not in config:
+        return
+    known = {"set_size": sizes.set_size, "set_dim": sizes.schema.set_dim, "image_size": sizes.image_size}
+    known["precise"] = precise(sizes)
+    for part in vars(config.model).values():
+        _fill(part, known)
+    if sizes.schema != CLEVR and config.model.get("schema") == CLEVR.name:
+        config.model.schema = sizes.schema.to_dict()
+
+
+def data_sizes(data: Any) -> DataSizes | None:
+    """What a configured data module says of its sets; None where it does not."""
+    if not isinstance(data, Namespace) or not isinstance(data.get("class_path"), str):
+        return None
+    describe = getattr(pydoc.locate(data.class_path), "sizes", None)
+    return None if describe is None else describe(dict(vars(data.get("init_args") or Namespace())))
+
+
+def precise(sizes: DataSizes) -> int:
+    """How many numbers at the head of an element are positions and extents."""
+    count = 0
+    for field in sizes.schema.fields:
+        if field.categorical or (count and field.name != "extent"):
+            break
+        count += field.size
+    return count
+
+
+def _fill(value: Any, known: dict[str, Any]) -> None:
+    if isinstance(value, list | tuple):
+        for item in value:
+            _fill(item, known)
+    if not isinstance(value, Namespace):
+        return
+    arguments = value.get("init_args")
+    if isinstance(value.get("class_path"), str) and isinstance(arguments, Namespace):
+        part = pydoc.locate(value.class_path)
+        parameters = inspect.signature(part).parameters if callable(part) else {}
+        for name, number in known.items():
+            required = name in parameters and parameters[name].default is inspect.Parameter.empty
+            if required and number is not None and arguments.get(name) is None:
+                arguments[name] = number
+    for item in vars(value if arguments is None else arguments).values():
+        _fill(item, known)
+
+
+def expanded_data(arguments: Sequence[str], default: Path) -> list[str]:
+    """Expand `--data FILE.h5 --val FILE.h5` to options of a data module and, without `--config`, to a default model.
+
+    Raises:
+        InputError: no `--val`; a file that cannot be read.
+    """
+    arguments = list(arguments)
+    train, val = (_taken(arguments, name) for name in ("--data", "--val"))
+    if train is None:
+        if val is not None:
+            raise InputError("--val: expected --data FILE.h5 with it, got none; give both")
+        return arguments
+    if val is None:
+        raise InputError(f"--data {train}: expected validation data with it; pass --val FILE.h5")
+    module = {"class_path": "setpred.data.datamodule.SetDataModule", "init_args": {"train": train, "val": val}}
+    if any(argument in ("-c", "--config") or argument.startswith("--config=") for argument in arguments):
+        given = {"data": module}
+    else:
+        given = default_configuration(default, module)
+        if not any(argument == "--name" or argument.startswith("--name=") for argument in arguments):
+            arguments += ["--name", Path(train).stem]
+    return ["--config", yaml.safe_dump(given, sort_keys=False), *arguments]
+
+
+def _taken(arguments: list[str], name: str) -> str | None:
+    """Remove an option with the path of a prepared file from the arguments; return the path."""
+    for place, argument in enumerate(arguments):
+        if argument == name and place + 1 < len(arguments) and arguments[place + 1].endswith(FILES):
+            del arguments[place]
+            return arguments.pop(place)
+        if argument.startswith(f"{name}=") and argument.endswith(FILES):
+            return arguments.pop(place).partition("=")[2]
+    return None
+
+
+def default_configuration(path: Path, module: dict[str, Any]) -> dict[str, Any]:
+    """The quickstart's model and recipe for data of another schema.
+
+    Args:
+        path: the quickstart's configuration.
+        module: class path and arguments of the data module.
+    """
+    from setpred.data.datamodule import SetDataModule
+
+    sizes = SetDataModule.sizes(module["init_args"])
+    config, head = read_yaml(path), precise(sizes)
+    encoder, decoder = config["model"]["encoder"]["init_args"], config["model"]["decoder"]["init_args"]
+    trunk = encoder["tokens"]["init_args"]["trunk"]["init_args"]
+    del trunk["image_size"], decoder["set_size"], decoder["start"]["init_args"]["set_size"]
+    if sizes.image_size > 64:
+        trunk["widths"] = [16, 32, 48]  # one stage more: 16 x 16 tokens of 128 x 128 pixels
+        trunk["blocks"] = 1
+    encoder["precise"] = decoder["objective"]["init_args"]["precise"] = head
+    decoder["objective"]["init_args"]["weights"] = decoder["start"]["init_args"]["weights"] = [8] * head
+    names = [field.name for field in sizes.schema.fields if field.name in ("coords", "extent")]
+    loss = config["model"]["loss"]["init_args"]
+    loss["weights"], loss["beta"] = dict.fromkeys(names, 0.3), dict.fromkeys(names, 0.05)
+    batch = min(BATCH, sizes.images)
+    epochs = math.ceil(DEFAULT_STEPS / max(1, sizes.images // batch))
+    config["data"] = {**module, "init_args": {**module["init_args"], "batch_size": batch, "eval_batch_size": 64}}
+    config["trainer"] |= {"max_epochs": min(epochs, 200), "accelerator": "auto"}
+    if epochs > 20:  # small data: validate some twenty times, not after every few steps
+        config["trainer"]["check_val_every_n_epoch"] = epochs // 20
+    return config
