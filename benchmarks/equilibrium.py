@@ -36,6 +36,7 @@ from setpred.inner import EquilibriumMatching, GradientDescent, LatentMatching
 from setpred.losses import HungarianLoss
 from setpred.metrics import average_precision
 from setpred.model import SetPredictor
+from setpred.schema import CLEVR
 from setpred.training.mixed_precision import cpu_has_bfloat16
 from setpred.training.schedules import WarmupCosine
 
@@ -142,7 +143,9 @@ def scenes(form: str, seed: int, *, steps: int) -> dict[str, float]:
     torch.manual_seed(seed)
     objective, clip = forms(set_size, data.schema.set_dim, width)[form]()
     descent = GradientDescent(iterations=10, learning_rate=4.0, momentum=0.9, clip=clip or 10.0)
-    model = SetPredictor(SmallCNN(latent_dim=width), IDSPN(objective, descent, set_size=set_size))
+    model = SetPredictor(
+        SmallCNN(latent_dim=width), IDSPN(objective, descent, set_size=set_size, set_dim=CLEVR.set_dim)
+    )
     model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     schedule, loss = WarmupCosine(warmup_steps=200, total_steps=steps), HungarianLoss()

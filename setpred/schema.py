@@ -224,6 +224,10 @@ class ElementSchema:
         except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
             raise InputError(f"not a schema record: {error!r}; expected name, max_objects and fields") from error
 
+    def with_room(self, max_objects: int) -> ElementSchema:
+        """The schema for sets of up to `max_objects`."""
+        return ElementSchema(self.name, self.fields, max_objects=max_objects)
+
     @property
     def position(self) -> tuple[Field, ...]:
         """The fields that distances are measured in: `coords` where there is one, else every continuous field."""

@@ -84,6 +84,12 @@ def test_heavy_libraries_do_not_come_along(room):
     assert not FREE_OF[room] & set(found.stdout.split())
 
 
+@pytest.mark.parametrize("room", ["inner", "aggregators", "encoders", "decoders", "losses"])
+def test_parts_do_not_know_a_data_set(room):
+    for path in (PACKAGE / room).glob("*.py"):
+        assert not [name for name in imports(path) if name.endswith(".CLEVR")], f"{path} imports CLEVR"
+
+
 def test_few_files_lie_directly_under_the_package():
     assert len(list(PACKAGE.glob("*.py"))) <= FILES
 

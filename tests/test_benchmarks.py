@@ -18,6 +18,7 @@ from setpred.commands.compare.results import add_result
 from setpred.decoders import IDSPN, GreedyVotes
 from setpred.errors import InputError
 from setpred.inner import GradientDescent, VotingEnergy, compiled
+from setpred.schema import CLEVR
 
 ROOT = Path(__file__).resolve().parents[1]
 GROWTH = {"base": {"batch": 8, "set_size": 10, "set_dim": 19, "iterations": 5}, "threads": 1}
@@ -80,10 +81,11 @@ def test_plain_voting_is_the_librarys():
     torch.manual_seed(0)
     weights = [4.0, 4.0, 4.0]
     parts = IDSPN(
-        VotingEnergy(precise=3, weights=weights),
+        VotingEnergy(precise=3, weights=weights, set_dim=CLEVR.set_dim),
         GradientDescent(iterations=6),
         set_size=4,
-        start=GreedyVotes(4, weights=weights),
+        start=GreedyVotes(4, CLEVR.set_dim, weights=weights),
+        set_dim=CLEVR.set_dim,
     ).double()
     votes, rest = torch.randn(2, 16, 19 + 3 + 1, dtype=torch.float64).split([19, 4], dim=-1)
     features = torch.cat([votes, rest.sigmoid()], dim=-1).requires_grad_()

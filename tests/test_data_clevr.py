@@ -198,9 +198,12 @@ def test_formats_and_modes_that_are_read(tmp_path):
         grey = Image.new("RGB", (48, 32), (255, 255, 255)).convert(mode)
         grey.save(path, format="TIFF" if mode == "CMYK" else "PNG")
         np.testing.assert_array_equal(load_image(path, 8), np.full((8, 8, 3), 255))
-    for mode, kind in (("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF"), ("F", "TIFF")):  # all but black would be white
-        Image.new(mode, (48, 32), 300).save(path, format=kind)
-        with pytest.raises(InputError, match=r"^the image .* is grey with more than 8 bits .*; convert it to 8 bits"):
+    for mode, kind in (("I;16", "PNG"), ("I;16", "TIFF"), ("I", "TIFF")):  # Pillow would make all but black white
+        Image.new(mode, (48, 32), 100 * 257).save(path, format=kind)
+        np.testing.assert_array_equal(load_image(path, 8), np.full((8, 8, 3), 100))
+    for mode, value in (("F", 0.5), ("I", 2**16)):
+        Image.new(mode, (48, 32), value).save(path, format="TIFF")
+        with pytest.raises(InputError, match=r"^the image .* has grey values outside 16 bits; convert it to 8 or 16"):
             load_image(path, 8)
 
 

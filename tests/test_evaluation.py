@@ -125,7 +125,7 @@ def voting_model(objective):
     descent = GradientDescent(iterations=3)
     encoder = Votes(PositionedTokens(trunk, token_dim=8), set_dim=CLEVR.set_dim, precise=3)
     start = GreedyVotes(4, CLEVR.set_dim, weights=[2.0])
-    return SetPredictor(encoder, IDSPN(objective, descent, set_size=4, start=start)).eval()
+    return SetPredictor(encoder, IDSPN(objective, descent, set_size=4, start=start, set_dim=CLEVR.set_dim)).eval()
 
 
 def test_what_the_tokens_support_is_drawn_where_they_vote_alone(checkpoint, tmp_path, monkeypatch):

@@ -342,7 +342,7 @@ def test_the_command_measures_a_checkpoint(checkpoint, tmp_path, capsys):
 
 
 def test_the_loss_is_that_of_the_training(checkpoint, tmp_path):
-    loss = DistributionalSlicedWasserstein(projections=4, seed=3)
+    loss = DistributionalSlicedWasserstein(projections=4, seed=3, set_dim=CLEVR.set_dim)
     path = "setpred.losses.DistributionalSlicedWasserstein"
 
     def retrained(content):

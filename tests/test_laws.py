@@ -47,6 +47,7 @@ from setpred.inner import (
     Unrolled,
     VotingEnergy,
 )
+from setpred.schema import CLEVR
 
 BATCH, SIZE, DIM, LATENT = 4, 4, 3, 8
 ORDER = [2, 0, 3, 1]
@@ -87,12 +88,16 @@ def test_every_aggregator_is_in_the_family():
 def test_every_decoder_is_in_a_family():
     family = built(test_decoders.DECODERS, test_numbering.DECODERS)
     assert public(decoders, decoders.SetDecoder, but={"SetDecoder"}) == names(family)
-    others = [DETR(SinePosition(), dim=8, token_dim=4), GreedyVotes(SIZE, DIM), LearnedStart(SIZE, DIM)]
+    others = [
+        DETR(SinePosition(), dim=8, token_dim=4, set_size=CLEVR.max_objects, set_dim=CLEVR.set_dim),
+        GreedyVotes(SIZE, DIM),
+        LearnedStart(SIZE, DIM),
+    ]
     assert public(decoders, nn.Module, but={"SetDecoder"}) <= modules(family + others)
 
 
 def test_every_loss_is_in_the_family_or_has_laws_of_its_own():
-    elsewhere = {"NumberingLoss": "test_numbering.py", "CrossEntropy": "test_worlds.py"}
+    elsewhere = {"NumberingLoss": "test_numbering.py", "CrossEntropy": "test_toy.py"}
     family = names(built(test_losses.LOSSES))
     assert public(losses, nn.Module, but={"SetLoss"}) - family == set(elsewhere)
     for name, file in elsewhere.items():
@@ -176,7 +181,10 @@ OBJECTIVES = {
     "voting and latent matching": lambda: Sum(
         [
             VotingEnergy(set_dim=DIM, precise=2),
-            OfTokens(LatentMatching(encoder_of(DIM)), SetEncoder(FSPool(LATENT), set_dim=DIM + 3, hidden_dim=8)),
+            OfTokens(
+                LatentMatching(encoder_of(DIM)),
+                SetEncoder(FSPool(LATENT, set_size=CLEVR.max_objects), set_dim=DIM + 3, hidden_dim=8),
+            ),
         ]
     ),
 }

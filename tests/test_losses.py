@@ -32,7 +32,7 @@ from setpred.losses import (
 )
 from setpred.losses.sliced import reflected, transport_along
 from setpred.matching import pairwise_smooth_l1, pairwise_squared, sinkhorn
-from setpred.schema import ElementSchema, categorical, continuous
+from setpred.schema import CLEVR, ElementSchema, categorical, continuous
 
 SCHEMA = ElementSchema("thing", [continuous("coords", 2), categorical("kind", "a", "b", "c")], max_objects=4)
 DIM = SCHEMA.set_dim
@@ -249,7 +249,7 @@ IN_CONFIGS = {
     "SinkhornDivergence": {"epsilon": 0.05},
     "SlicedWasserstein": {"projections": 8},
     "MaxSlicedWasserstein": {"steps": 2, "projections": 8},
-    "DistributionalSlicedWasserstein": {"projections": 8},
+    "DistributionalSlicedWasserstein": {"projections": 8, "set_dim": CLEVR.set_dim},
     "DETRCriterion": {"no_object": 0.2, "weights": {"coords": 2.0}},
     "MatchingWithTransport": {"transport": 0.1, "weights": {"coords": 2.0}},
 }
@@ -261,12 +261,14 @@ def test_each_can_be_named_in_a_configuration_and_rebuilt_from_a_checkpoint(name
     parser.add_argument("--loss", type=nn.Module)
     config = parser.parse_object({"loss": {"class_path": f"setpred.losses.{name}", "init_args": IN_CONFIGS[name]}})
     loss = parser.instantiate(config).loss
-    target = torch.zeros(2, 4, loss.schema.set_dim)
+    loss.use_schema(CLEVR)
+    target = torch.zeros(2, 4, CLEVR.set_dim)
     predicted = torch.rand(target.shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
     loss(predicted, target).mean().backward()
     assert predicted.grad.abs().sum() > 0
     assert loss.state_dict().keys() == {key for key, _ in loss.named_parameters()}
     rebuilt = build_part(plain(config.loss), allowed_classes())
+    rebuilt.use_schema(CLEVR)
     rebuilt.load_state_dict(loss.state_dict())
     with torch.no_grad():
         assert torch.equal(rebuilt.eval()(predicted, target), loss.eval()(predicted, target))

@@ -8,15 +8,16 @@ from setpred.decoders import IDSPN
 from setpred.encoders import ResNet, SmallCNN
 from setpred.inner import GradientDescent, Implicit, LatentMatching, Problem, Unrolled
 from setpred.model import SetPredictor
+from setpred.schema import CLEVR
 
 LATENT, SIZE = 16, 4
 
 
 def decoder(differentiation=None):
     torch.manual_seed(0)
-    encoder = SetEncoder(FSPool(LATENT, set_size=SIZE), hidden_dim=16)
+    encoder = SetEncoder(FSPool(LATENT, set_size=SIZE), hidden_dim=16, set_dim=CLEVR.set_dim)
     descent = GradientDescent(iterations=5, momentum=0.9, clip=10.0)
-    return IDSPN(LatentMatching(encoder), descent, differentiation, set_size=SIZE)
+    return IDSPN(LatentMatching(encoder), descent, differentiation, set_size=SIZE, set_dim=CLEVR.set_dim)
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_resnet_is_the_published_trunk_and_head(depth, size, width):
     "build",
     [
         lambda: SmallCNN(image_size=48),
-        lambda: ResNet(depth=20),
+        lambda: ResNet(depth=20, image_size=128),
         lambda: ResNet(image_size=100),
         lambda: ResNet(image_size=192, latent_dim=512),
     ],

@@ -37,19 +37,19 @@ class Read(nn.Module):
 
 
 def descent(momentum=0.0, **options):
-    objective = LatentMatching(SetEncoder(FSPool(16, set_size=4), hidden_dim=16))
+    objective = LatentMatching(SetEncoder(FSPool(16, set_size=4), hidden_dim=16, set_dim=CLEVR.set_dim))
     steps = GradientDescent(iterations=3, momentum=momentum, clip=None if momentum else 1.0)
     return SmallCNN(image_size=16, latent_dim=16, width=4), IDSPN(objective, steps, set_size=4, **options)
 
 
 def voting():
     tokens = PositionedTokens(ResidualTrunk(image_size=16, widths=(4, 8), blocks=1), token_dim=None)
-    encoder = Votes(tokens, precise=3, hidden_dim=8)
+    encoder = Votes(tokens, precise=3, hidden_dim=8, set_dim=CLEVR.set_dim)
     with torch.no_grad():  # different tokens, as trained ones: rounding does not choose the heaviest
         encoder.network[-1].weight *= 20
-    start = GreedyVotes(4, weights=[4, 4, 4])
-    energy = VotingEnergy(precise=3, weights=[4, 4, 4])
-    return encoder, IDSPN(energy, GradientDescent(iterations=4), set_size=4, start=start)
+    start = GreedyVotes(4, CLEVR.set_dim, weights=[4, 4, 4])
+    energy = VotingEnergy(precise=3, weights=[4, 4, 4], set_dim=CLEVR.set_dim)
+    return encoder, IDSPN(energy, GradientDescent(iterations=4), set_size=4, start=start, set_dim=CLEVR.set_dim)
 
 
 def slots(kind=SlotAttention, *parts, **options):

@@ -213,13 +213,19 @@ def slots(**options):
 
 def sharp():
     return SlotAttention(
-        SinkhornAttention(MESH(), dim=4, hidden_dim=8), heads=2, set_size=4, token_dim=8, slot_dim=8, hidden_dim=8
+        SinkhornAttention(MESH(), dim=4, hidden_dim=8),
+        heads=2,
+        set_size=4,
+        token_dim=8,
+        slot_dim=8,
+        hidden_dim=8,
+        set_dim=CLEVR.set_dim,
     )
 
 
 def idspn(start):
-    objective = LatentMatching(SetEncoder(FSPool(8, set_size=4), hidden_dim=8))
-    return IDSPN(objective, GradientDescent(iterations=5, momentum=0.9), set_size=4, start=start)
+    objective = LatentMatching(SetEncoder(FSPool(8, set_size=4), hidden_dim=8, set_dim=CLEVR.set_dim))
+    return IDSPN(objective, GradientDescent(iterations=5, momentum=0.9), set_size=4, start=start, set_dim=CLEVR.set_dim)
 
 
 DRAWING = {
@@ -227,10 +233,10 @@ DRAWING = {
     "iDSPN from a learned distribution": lambda: idspn(GaussianStart(4, CLEVR.set_dim)),
     "Slot Attention": slots,
     "Slot Attention, implicit": lambda: slots(gradient_steps=1),
-    "slot mixture": lambda: SlotMixture(set_size=4, token_dim=8, slot_dim=8, hidden_dim=8),
+    "slot mixture": lambda: SlotMixture(set_size=4, token_dim=8, slot_dim=8, hidden_dim=8, set_dim=CLEVR.set_dim),
     "Slot Attention with MESH": sharp,
     "transformer of random codes": lambda: TransformerDecoder(
-        latent_dim=8, dim=8, heads=2, layers=1, hidden_dim=8, start=RandomStart(4, 8), set_size=4
+        latent_dim=8, dim=8, heads=2, layers=1, hidden_dim=8, start=RandomStart(4, 8), set_size=4, set_dim=CLEVR.set_dim
     ),
 }
 

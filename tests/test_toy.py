@@ -583,7 +583,7 @@ def test_trains_follows_the_loss_and_resumes_as_undisturbed(tmp_path):
     loaded = checkpoint.load_checkpoint(folder / "best.ckpt")
     assert loaded.schema is None
     assert loaded.model(torch.zeros(2, 3, 2)).shape == (2, 3, 2)
-    with pytest.raises(InputError, match="small world"):
+    with pytest.raises(InputError, match="toy data without images"):
         evaluate([str(folder / "best.ckpt")])
     half = run(tmp_path / "half", "--trainer.max_epochs", "1")
     run(tmp_path / "half", "--resume", "last")
@@ -594,7 +594,14 @@ def test_trains_follows_the_loss_and_resumes_as_undisturbed(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model.encoder=setpred.encoders.SmallCNN", "--model.encoder.init_args.latent_dim=8"], "takes images"),
+        (
+            [
+                "--model.encoder=setpred.encoders.SmallCNN",
+                "--model.encoder.init_args.latent_dim=8",
+                "--model.encoder.init_args.image_size=16",
+            ],
+            "takes images",
+        ),
         (["--model.encoder.init_args.set_dim=3"], "elements of 3 numbers, the data has elements of 2"),
         (["--data.init_args.set_size=4"], "predicts sets of 3, the data has sets of 4"),
     ],

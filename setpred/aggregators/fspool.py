@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from setpred.aggregators.base import Aggregator, masked_fill
-from setpred.schema import CLEVR
 
 COUNTED = 16  # up to this size, and up to about twice of it, counting is faster than sorting on a CPU
 
@@ -23,7 +22,7 @@ class FSPool(Aggregator):
         set_size: knots of the weight function; the usual set size.
     """
 
-    def __init__(self, in_dim: int, *, set_size: int = CLEVR.max_objects) -> None:
+    def __init__(self, in_dim: int, *, set_size: int) -> None:
         super().__init__(in_dim)
         # N(0, 1/set_size), the published start (Kaiming normal, fan out, linear)
         self.weight = nn.Parameter(torch.randn(set_size, in_dim) / set_size**0.5)

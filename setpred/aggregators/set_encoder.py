@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from setpred.aggregators.base import Aggregator, masked_fill
 from setpred.errors import InputError
 from setpred.nn import MLP
-from setpred.schema import CLEVR
 from setpred.sets import check_set
 
 
@@ -24,9 +23,7 @@ class SetEncoder(Aggregator):
         kept: how many leading numbers of an element the aggregator gets unchanged.
     """
 
-    def __init__(
-        self, aggregator: Aggregator, *, set_dim: int = CLEVR.set_dim, hidden_dim: int = 512, kept: int = 0
-    ) -> None:
+    def __init__(self, aggregator: Aggregator, *, set_dim: int, hidden_dim: int = 512, kept: int = 0) -> None:
         if not 0 <= kept < min(set_dim, aggregator.in_dim):
             raise InputError(
                 f"expected kept to leave some of {set_dim} numbers and of the aggregator's {aggregator.in_dim}, got "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import pydoc
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +14,11 @@ import yaml
 from jsonargparse import Namespace
 
 from setpred.checkpoint.untrusted import read_yaml
-from setpred.data.datamodule import DataSizes
+from setpred.data.datamodule import DataSizes, SetDataModule
+from setpred.data.hdf5 import file_header
 from setpred.errors import InputError
-from setpred.schema import CLEVR
+from setpred.schema import ElementSchema
+from setpred.training.task import SCHEMAS
 
 FILES = (".h5", ".hdf5")
 DEFAULT_STEPS = 1500  # of a training without a configuration, whatever the size of the data
@@ -28,15 +31,23 @@ def fill_sizes(config: Namespace) -> None:
     These are `set_size`, `set_dim`, `image_size` and `precise` (the numbers of position and extent) wherever a part
     requires them and the configuration does not give them, and the schema.
     """
-    sizes = data_sizes(config.get("data"))
-    if sizes is None or "model" not in config:
+    if "model" not in config:
+        return
+    sizes, named = data_sizes(config.get("data")), _named(config.model.get("schema"))
+    if sizes is None and named is not None:  # of data that do not describe themselves
+        sizes = DataSizes(named, named.max_objects, None)
+    if sizes is None:
         return
     known = {"set_size": sizes.set_size, "set_dim": sizes.schema.set_dim, "image_size": sizes.image_size}
     known["precise"] = precise(sizes)
     for part in vars(config.model).values():
         _fill(part, known)
-    if sizes.schema != CLEVR and config.model.get("schema") == CLEVR.name:
+    if named is not None and sizes.schema != named:
         config.model.schema = sizes.schema.to_dict()
+
+
+def _named(schema: Any) -> ElementSchema | None:
+    return SCHEMAS.get(schema) if isinstance(schema, str) else None
 
 
 def data_sizes(data: Any) -> DataSizes | None:
@@ -89,6 +100,8 @@ def expanded_data(arguments: Sequence[str], default: Path) -> list[str]:
         return arguments
     if val is None:
         raise InputError(f"--data {train}: expected validation data with it; pass --val FILE.h5")
+    for path in (train, val):
+        file_header(os.path.expanduser(path))  # raises for a missing or damaged file
     module = {"class_path": "setpred.data.datamodule.SetDataModule", "init_args": {"train": train, "val": val}}
     if any(argument in ("-c", "--config") or argument.startswith("--config=") for argument in arguments):
         given = {"data": module}
@@ -117,8 +130,6 @@ def default_configuration(path: Path, module: dict[str, Any]) -> dict[str, Any]:
         path: the quickstart's configuration.
         module: class path and arguments of the data module.
     """
-    from setpred.data.datamodule import SetDataModule
-
     sizes = SetDataModule.sizes(module["init_args"])
     config, head = read_yaml(path), precise(sizes)
     encoder, decoder = config["model"]["encoder"]["init_args"], config["model"]["decoder"]["init_args"]

@@ -159,11 +159,11 @@ class ImageData(SetData):
 
 
 class DataSizes(NamedTuple):
-    """What a model must know of its data; `images` is 0 where the data do not say."""
+    """What a model must know of its data; None and 0 where the data do not say."""
 
     schema: ElementSchema
     set_size: int
-    image_size: int
+    image_size: int | None
     images: int = 0
 
 
@@ -186,10 +186,11 @@ class SetDataModule(ImageData):
     def sizes(cls, arguments: Mapping[str, Any]) -> DataSizes:
         """Read the sizes of data with these arguments from the headers of the files.
 
-        The schema is that of the training data, with room for the largest set of both.
+        The schema is that of the training data, with room for the largest set of both. Folders, and files that do not
+        exist yet, count as CLEVR's.
         """
         paths = [os.path.expanduser(path) for path in (arguments.get("train"), arguments.get("val")) if path]
-        headers = [None if Path(path).is_dir() else file_header(path) for path in paths]
+        headers = [file_header(path) if Path(path).is_file() else None for path in paths]
         schemas = [cls.schema if header is None else header.schema for header in headers]
         schema = schemas[0].with_room(max(each.max_objects for each in schemas))
         files = [header for header in headers if header is not None]

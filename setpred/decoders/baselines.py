@@ -10,7 +10,6 @@ from setpred.decoders.base import SetDecoder
 from setpred.decoders.detr import EncoderLayer
 from setpred.decoders.starts import LearnedStart
 from setpred.nn import MLP
-from setpred.schema import CLEVR
 
 
 class MLPDecoder(SetDecoder):
@@ -30,8 +29,8 @@ class MLPDecoder(SetDecoder):
         *,
         latent_dim: int = 512,
         hidden_dim: int = 512,
-        set_size: int = CLEVR.max_objects,
-        set_dim: int = CLEVR.set_dim,
+        set_size: int,
+        set_dim: int,
     ) -> None:
         super().__init__(set_size=set_size, set_dim=set_dim, latent_dim=latent_dim)
         self.network = MLP(latent_dim, hidden_dim, hidden_dim, set_size * set_dim)
@@ -59,8 +58,8 @@ class BiLSTMDecoder(SetDecoder):
         latent_dim: int = 512,
         hidden_dim: int = 256,
         layers: int = 2,
-        set_size: int = CLEVR.max_objects,
-        set_dim: int = CLEVR.set_dim,
+        set_size: int,
+        set_dim: int,
     ) -> None:
         super().__init__(set_size=set_size, set_dim=set_dim, latent_dim=latent_dim)
         self.narrow = nn.Linear(latent_dim, hidden_dim)
@@ -99,8 +98,8 @@ class TransformerDecoder(SetDecoder):
         hidden_dim: int = 512,
         dropout: float = 0.0,
         start: nn.Module | None = None,
-        set_size: int = CLEVR.max_objects,
-        set_dim: int = CLEVR.set_dim,
+        set_size: int,
+        set_dim: int,
     ) -> None:
         super().__init__(set_size=set_size, set_dim=set_dim, latent_dim=latent_dim)
         self.start = LearnedStart(set_size, dim, scale=1.0) if start is None else start

@@ -12,7 +12,6 @@ from torch.nn import functional
 from setpred.decoders.base import SetDecoder
 from setpred.errors import InputError
 from setpred.nn import MLP
-from setpred.schema import CLEVR
 
 
 class Attention(nn.Module):
@@ -179,8 +178,8 @@ class DETR(SetDecoder):
         decoder_layers: int = 6,
         hidden_dim: int = 2048,
         dropout: float = 0.0,
-        set_size: int = CLEVR.max_objects,
-        set_dim: int = CLEVR.set_dim,
+        set_size: int,
+        set_dim: int,
     ) -> None:
         super().__init__(set_size=set_size, set_dim=set_dim, token_dim=token_dim)
         if decoder_layers < 1 or encoder_layers < 0:

@@ -13,7 +13,6 @@ from setpred.inner import GradientDescent, Problem
 from setpred.inner.compiled import CompiledEnergy
 from setpred.inner.differentiation import Differentiation, Implicit
 from setpred.inner.objectives import Energy
-from setpred.schema import CLEVR
 
 
 class IDSPN(SetDecoder):
@@ -45,8 +44,8 @@ class IDSPN(SetDecoder):
         descent: GradientDescent,
         differentiation: Differentiation | None = None,
         *,
-        set_size: int = CLEVR.max_objects,
-        set_dim: int = CLEVR.set_dim,
+        set_size: int,
+        set_dim: int,
         start: nn.Module | None = None,
         compile: bool = False,
     ) -> None:

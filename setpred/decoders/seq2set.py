@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from setpred.decoders.base import SetDecoder
 from setpred.nn import MLP
-from setpred.schema import CLEVR
 
 
 class AdditiveAttention(nn.Module):
@@ -55,8 +54,8 @@ class Seq2Set(SetDecoder):
         token_dim: int = 64,
         hidden_dim: int = 128,
         embedding_dim: int = 64,
-        set_size: int = CLEVR.max_objects,
-        set_dim: int = CLEVR.set_dim,
+        set_size: int,
+        set_dim: int,
     ) -> None:
         super().__init__(set_size=set_size, set_dim=set_dim, token_dim=token_dim)
         self.norm = nn.LayerNorm(token_dim)

@@ -11,7 +11,6 @@ from setpred.decoders.starts import GaussianStart
 from setpred.errors import InputError
 from setpred.inner import Unrolled
 from setpred.nn import MLP
-from setpred.schema import CLEVR
 
 
 class SlotSoftmax(nn.Module):
@@ -81,8 +80,8 @@ class SlotAttention(SetDecoder):
         iterations: int = 3,
         gradient_steps: int | None = None,
         start: nn.Module | None = None,
-        set_size: int = CLEVR.max_objects,
-        set_dim: int = CLEVR.set_dim,
+        set_size: int,
+        set_dim: int,
     ) -> None:
         super().__init__(set_size=set_size, set_dim=set_dim, token_dim=token_dim)
         if slot_dim % heads or iterations < 0 or (gradient_steps is not None and gradient_steps < 1):

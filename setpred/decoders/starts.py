@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from setpred.errors import InputError
 from setpred.inner.voting import Ballot
 from setpred.nn import diagonal
-from setpred.schema import CLEVR
 
 
 def gaussian(shape: Sequence[int], features: Tensor, *, seed: int | None) -> Tensor:
@@ -105,8 +104,8 @@ class GreedyVotes(nn.Module):
 
     def __init__(
         self,
-        set_size: int = CLEVR.max_objects,
-        set_dim: int = CLEVR.set_dim,
+        set_size: int,
+        set_dim: int,
         *,
         weights: Sequence[float] = (),
         floor: float = 0.3,

@@ -53,7 +53,7 @@ class ResidualTrunk(nn.Sequential):
         ValueError: a size that cannot be halved, or no widths.
     """
 
-    def __init__(self, *, image_size: int = 64, widths: Sequence[int] = (24, 48), blocks: int = 2) -> None:
+    def __init__(self, *, image_size: int, widths: Sequence[int] = (24, 48), blocks: int = 2) -> None:
         if not widths or image_size % 2 ** len(widths) or blocks < 0:
             raise ValueError(
                 f"expected widths, an image_size that is a multiple of 2^len(widths) and blocks >= 0, got "
@@ -75,7 +75,7 @@ class SlotTrunk(nn.Sequential):
         strides: stride of each layer.
     """
 
-    def __init__(self, *, image_size: int = 128, width: int = 64, strides: Sequence[int] = (1, 2, 2, 1)) -> None:
+    def __init__(self, *, image_size: int, width: int = 64, strides: Sequence[int] = (1, 2, 2, 1)) -> None:
         channels = [3] + [width] * len(strides)
         layers: list[nn.Module] = []
         for (narrow, wide), stride in zip(pairwise(channels), strides, strict=True):
@@ -97,7 +97,7 @@ class SmallTrunk(nn.Sequential):
         ValueError: another image_size.
     """
 
-    def __init__(self, *, image_size: int = 64, width: int = 32) -> None:
+    def __init__(self, *, image_size: int, width: int = 32) -> None:
         stages = (image_size // SIDE).bit_length() - 1
         if stages < 1 or SIDE * 2**stages != image_size:
             raise ValueError(f"expected image_size {2 * SIDE}, {4 * SIDE}, {8 * SIDE}, …, got {image_size}")
@@ -126,7 +126,7 @@ class SmallCNN(nn.Module):
         self,
         trunk: nn.Module | None = None,
         *,
-        image_size: int = 64,
+        image_size: int,
         latent_dim: int = 256,
         width: int = 32,
         hidden_dim: int = 256,

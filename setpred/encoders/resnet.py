@@ -25,7 +25,7 @@ class ResNetTrunk(nn.Sequential):
         ValueError: another depth, size or number of stages.
     """
 
-    def __init__(self, *, depth: int = 18, image_size: int = 128, stages: int = 4) -> None:
+    def __init__(self, *, depth: int = 18, image_size: int, stages: int = 4) -> None:
         if depth not in TRUNKS or stages not in range(1, 5):
             raise ValueError(
                 f"expected ResNet depth {', '.join(map(str, TRUNKS))} and 1 to 4 stages, got {depth} and {stages}"
@@ -54,7 +54,7 @@ class ResNet(nn.Module):
         ValueError: another size.
     """
 
-    def __init__(self, *, depth: int = 18, image_size: int = 128, latent_dim: int = 512) -> None:
+    def __init__(self, *, depth: int = 18, image_size: int, latent_dim: int = 512) -> None:
         super().__init__()
         side = image_size // STRIDE
         if image_size % STRIDE or side == 0 or latent_dim % side**2:

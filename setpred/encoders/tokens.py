@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from setpred.nn import MLP
-from setpred.schema import CLEVR
 from setpred.sets import check_set
 
 
@@ -107,9 +106,7 @@ class Votes(nn.Module):
         hidden_dim: width of the hidden layer.
     """
 
-    def __init__(
-        self, tokens: nn.Module, *, set_dim: int = CLEVR.set_dim, precise: int = 0, hidden_dim: int = 128
-    ) -> None:
+    def __init__(self, tokens: nn.Module, *, set_dim: int, precise: int = 0, hidden_dim: int = 128) -> None:
         super().__init__()
         self.tokens = tokens
         for name in ("image_size", "in_dim"):

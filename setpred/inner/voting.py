@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from setpred.errors import InputError
 from setpred.inner.objectives import Problem
 from setpred.nn import diagonal
-from setpred.schema import CLEVR
 
 
 class Ballot(NamedTuple):
@@ -70,7 +69,7 @@ class VotingEnergy(nn.Module):
     def __init__(
         self,
         *,
-        set_dim: int = CLEVR.set_dim,
+        set_dim: int,
         precise: int = 0,
         weights: Sequence[float] = (),
         prior_weight: float = 1.0,

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from setpred.errors import InputError
 from setpred.matching import check_pair
-from setpred.schema import CLEVR, ElementSchema
+from setpred.schema import ElementSchema
 from setpred.sets import check_set, set_sizes
 
 Mask = Tensor | None  # bool `[batch, set_size]`, True for present elements; None if all are
@@ -26,12 +26,12 @@ class SetLoss(nn.Module):
     Args:
         weights: factor of a group's share of an element's cost, by its name in the schema: `{"coords": 10.0}`; 1 by
             default, not normalised.
-        schema: schema with the groups, by default that of the task (`use_schema`), CLEVR outside one.
+        schema: schema with the groups, by default that of the task (`use_schema`).
         presence_threshold: masks elements of either set whose presence, their last number, is not above it. The cut
             has no gradient, so leave it out where presence is to be learned.
 
     Raises:
-        InputError: a negative weight, or one of an unknown group.
+        InputError: a negative weight, or one of an unknown group; on use, groups without a schema.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class SetLoss(nn.Module):
         presence_threshold: float | None = None,
     ) -> None:
         super().__init__()
-        self.schema, self._own_schema = CLEVR if schema is None else schema, schema is not None
+        self.schema, self._own_schema = schema, schema is not None
         self.group_weights = dict(weights or {})
         self.grouped = bool(weights)  # whether elements must fit the schema
         self.presence_threshold = presence_threshold
@@ -71,6 +71,8 @@ class SetLoss(nn.Module):
             predicted, target: elements `[batch, n, dim]` and `[batch, m, dim]`.
             predicted_mask, target_mask: bool `[batch, n]` and `[batch, m]`, which elements are present; all by default.
         """
+        if self.grouped and self.schema is None:
+            raise InputError(f"{type(self).__name__} has groups of numbers, expected a schema for them; pass schema")
         check_set(predicted, predicted_mask, set_dim=self.schema.set_dim if self.grouped else None)
         check_set(target, target_mask)
         check_pair(predicted, target)
@@ -88,11 +90,13 @@ class SetLoss(nn.Module):
         return None if self._weights is None else self._weights.to(elements.dtype)
 
     def by_group(self, values: Mapping[str, float]) -> Tensor | None:
-        """Spread values of groups over their numbers: `[dim]`, 1 for other groups; None without values."""
+        """Spread values of groups over their numbers: `[dim]`, 1 for other groups; None without values or schema."""
+        if not values or self.schema is None:
+            return None
         vector = torch.ones(self.schema.set_dim)
         for name, value in values.items():
             vector[self.schema.slice(name)] = value
-        return vector if values else None
+        return vector
 
     def _present(self, elements: Tensor, mask: Mask) -> tuple[Tensor, Mask]:
         """Apply the threshold, and replace absent elements by zeros."""

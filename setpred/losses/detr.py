@@ -70,14 +70,18 @@ class DETRCriterion(SetLoss):
         super().__init__(**common)
         if no_object < 0 or coords < 0 or box_overlap < 0:
             raise ValueError(f"expected weights of at least 0, got {no_object}, {coords} and {box_overlap}")
-        if box is not None and (self.schema.field(box).categorical or self.schema.field(box).size != 4):
-            raise InputError(f"box {box!r}: expected a continuous field of 4 numbers, got {self.schema.field(box)}")
         self.no_object, self.coords, self.box, self.box_overlap = no_object, coords, box, box_overlap
-        self.real_threshold = presence_threshold
+        self.real_threshold, self.grouped = presence_threshold, True
+        self._place_groups()
+
+    def _place_groups(self) -> None:
+        super()._place_groups()
+        if self.box is not None and self.schema is not None:
+            field = self.schema.field(self.box)
+            if field.categorical or field.size != 4:
+                raise InputError(f"box {self.box!r}: expected a continuous field of 4 numbers, got {field}")
 
     def compare(self, predicted: Tensor, target: Tensor, predicted_mask: Mask, target_mask: Mask) -> Tensor:
-        if predicted.shape[-1] != self.schema.set_dim:
-            raise ValueError(f"expected elements of {self.schema.set_dim} numbers, got {predicted.shape[-1]}")
         real = target[..., -1] > self.real_threshold
         real = real if target_mask is None else real & target_mask
         target = target.masked_fill(~real.unsqueeze(-1), 0.0)

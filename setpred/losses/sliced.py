@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from setpred.losses.base import Mask, SetLoss
-from setpred.schema import CLEVR
 from setpred.sets import mean_present, set_sizes
 
 
@@ -111,7 +110,7 @@ class DistributionalSlicedWasserstein(SlicedWasserstein):
         self,
         *,
         concentration: float = 1.0,
-        set_dim: int = CLEVR.set_dim,
+        set_dim: int,
         key_dim: int = 64,
         projections: int = 100,
         **common: Any,

@@ -128,9 +128,9 @@ def _true_positives(
 
 
 def pairwise_distance(predicted: Tensor, target: Tensor, *, schema: ElementSchema = CLEVR) -> Tensor:
-    """L2 distance over the continuous fields, in their units: float64 `[images, set_size, target_size]`."""
+    """L2 distance over the schema's `position`, in its units: float64 `[images, set_size, target_size]`."""
     squared = predicted.new_zeros(*predicted.shape[:2], target.shape[1], dtype=torch.float64)
-    for field in schema.continuous:
+    for field in schema.position:
         # double precision before the scale, for these numbers only
         mine, theirs = (field.scale * each[..., schema.slice(field.name)].double() for each in (predicted, target))
         for a, b in zip(mine.unbind(-1), theirs.unbind(-1), strict=True):
