@@ -9,12 +9,26 @@ from torch import Tensor
 from setpred.losses.cross_entropy import check_aligned
 
 
-class Mean(torchmetrics.MeanMetric):
-    """Mean of all numbers: `update(values [count])` adds some, `compute()` gives float64 `[]`, NaN without any."""
+class Mean(torchmetrics.Metric):
+    """Mean of all numbers: `update(values [count])` adds some, `compute()` gives float64 `[]`, NaN without any.
+
+    `torchmetrics.MeanMetric` follows the precision of the module that it is in, and would sum in float32.
+    """
+
+    full_state_update = False
+    is_differentiable = False
 
     def __init__(self) -> None:
-        super().__init__(nan_strategy="disable")
-        self.set_dtype(torch.float64)
+        super().__init__()
+        self.add_state("total", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", default=torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, values: Tensor) -> None:
+        self.total += values.detach().double().sum()
+        self.count += len(values)
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
 
 
 class MeanMetric(torchmetrics.Metric):
