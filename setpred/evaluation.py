@@ -8,6 +8,7 @@ pass through the model has the same shape: `PASS` images, of which a smaller bat
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -120,8 +121,10 @@ def encoder_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def report(predictions: Predictions, schema: ElementSchema, protocol: str) -> dict[str, Any]:
-    """Compute AP by threshold, attribute accuracies and distance errors, in plain types.
+def report(
+    predictions: Predictions, schema: ElementSchema, protocol: str, thresholds: Sequence[float] = ()
+) -> dict[str, Any]:
+    """Compute AP at the schema's thresholds and further ones, attribute accuracies and distance errors, in plain types.
 
     Real objects beyond the number of slots count as missed in the AP; "attributes" leaves them out and
     "without_slot" counts them. The order of the predictions does not matter: AP ranks equally confident predictions
@@ -129,14 +132,15 @@ def report(predictions: Predictions, schema: ElementSchema, protocol: str) -> di
     """
     order = predictions.index.argsort(stable=True)
     predicted, target = predictions.predicted[order], predictions.target[order]
-    scores = PROTOCOLS[protocol](predicted, target, schema=schema)
+    thresholds = sorted({*schema.thresholds, *thresholds}, reverse=True)
+    scores = PROTOCOLS[protocol](predicted, target, thresholds=thresholds, schema=schema)
     assignment = match_by_position(predicted, target, schema=schema)
     return {
         "ap": {threshold_name(threshold): score for threshold, score in scores.items()},
         "images": len(target),
         "protocol": protocol,
         "without_slot": int((presence_mask(target) & (assignment < 0)).sum()),
-        "attributes": attribute_report(predicted, target, assignment, schema=schema),
+        "attributes": attribute_report(predicted, target, assignment, thresholds=thresholds, schema=schema),
     }
 
 

@@ -229,6 +229,12 @@ class ElementSchema:
         return ElementSchema(self.name, self.fields, max_objects=max_objects)
 
     @property
+    def side(self) -> float | None:
+        """The side, in pixels, of the square image in which `coords` are places; None for other positions."""
+        places = [field for field in self.continuous if field.name == "coords" and field.size == 2]
+        return 2 * places[0].scale if places and places[0].offset == places[0].scale else None
+
+    @property
     def position(self) -> tuple[Field, ...]:
         """The fields that distances are measured in: `coords` where there is one, else every continuous field."""
         return tuple(field for field in self.continuous if field.name == "coords") or self.continuous
@@ -266,6 +272,10 @@ class ElementSchema:
         present = elements[..., -1] > 0.5
         if (most := int(present.sum(-1).max(initial=0))) > self.max_objects:
             raise InputError(f"expected sets of at most {self.max_objects} objects, got one of {most}")
+        if self.side and other.side and self.side != other.side:
+            raise InputError(
+                f"expected positions in images whose longer side is {self.side:g} pixels, got {other.side:g}; {advice}"
+            )
         found = np.zeros((*elements.shape[:-1], self.set_dim), np.float32)
         for field in self.fields:
             theirs, to = other.field(field.name), self.slice(field.name)
@@ -279,12 +289,6 @@ class ElementSchema:
                 places = np.array([field.classes.index(name) for name in theirs.classes])
                 found[..., to] = np.eye(field.size, dtype=np.float32)[places[values]]
             else:
-                in_pixels = field.name == "coords" and field.scale == field.offset and theirs.scale == theirs.offset
-                if in_pixels and field.scale != theirs.scale:
-                    raise InputError(
-                        f"expected positions in images whose longer side is {2 * field.scale:g} pixels, got "
-                        f"{2 * theirs.scale:g}; {advice}"
-                    )
                 found[..., to] = (values.astype(np.float64) - field.offset) / field.scale
         found[..., -1] = 1.0
         found[~present] = 0.0

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from setpred.data.dataset import SetFile
-from setpred.data.importing import import_images, read_coco, read_csv, square_image
+from setpred.data.images import load_image
+from setpred.data.importing import import_images, read_coco, read_csv
 from setpred.errors import InputError
 
 HEADER = "image,x,y,radius,label"
@@ -230,4 +231,4 @@ def test_an_image_that_cannot_be_read_is_named(images, tmp_path):
         imported(read_csv(table(tmp_path, "\n".join([HEADER, *ROWS]))), images, tmp_path)
     Image.fromarray(np.zeros((4, 4), np.float32)).save(images / "c.tiff")
     with pytest.raises(InputError, match="grey values outside 16 bits"):
-        square_image(images / "c.tiff", 8)
+        load_image(images / "c.tiff", 8, padded=True)

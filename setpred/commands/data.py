@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from setpred.commands.common import exit_code
+from setpred.errors import InputError
 from setpred.workers import available_cores
 
 
@@ -62,6 +63,20 @@ def _compare(json: Path | None, **options: Any) -> None:
         write_atomically(json, dumps(figures, indent=1) + "\n")
 
 
+def _import(
+    out: Path, csv: Path | None, coco: Path | None, schema: Path | None, categorical: list[str], **options: Any
+) -> None:
+    from setpred.data.hdf5 import describe, file_header
+    from setpred.data.importing import import_images, read_coco, read_csv
+
+    if (csv is None) == (coco is None):
+        raise InputError("expected one of --csv and --coco, got " + ("none" if csv is None else "both"))
+    table = read_csv(csv, categorical=categorical) if csv is not None else read_coco(coco)
+    options["schema"] = None if schema is None else file_header(schema).schema
+    import_images(table, out=out, **options)
+    print(describe(out))
+
+
 def _verify(file: Path) -> None:
     from setpred.data.hdf5 import verify
 
@@ -77,7 +92,7 @@ def _info(file: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m setpred data",
+        prog="setpred data",
         description="Make, check and describe the HDF5 files of images and object sets that setpred learns from.",
         epilog="Files appear under their name only when complete; an interrupted command, run again, resumes.",
     )
@@ -117,6 +132,23 @@ def _parser() -> argparse.ArgumentParser:
         "from the pictures in it: root mean squared over all pixels and over objects, mean, agreement of the objects' "
         "masks, error of projected centres.",
     )
+    imported = command(
+        "import",
+        _import,
+        "import annotated images: CSV tables or COCO JSON",
+        "The columns of a table become the fields of a schema, which is inferred and printed: docs/own_data.md. Images "
+        "keep their aspect ratio: they are padded to squares and resized.",
+    )
+    imported("--csv", type=Path, metavar="FILE", help="table of all images, or a folder with one table per image")
+    imported("--coco", type=Path, metavar="FILE", help="COCO JSON, instead of --csv")
+    imported("--images", type=Path, required=True, metavar="FOLDER", help="folder of the images")
+    imported("--image-size", type=int, metavar="S", help="side of the stored images (default: 64, or 128 if larger)")
+    imported("--schema", type=Path, metavar="FILE.h5", help="use the schema of this file, such as the training data")
+    imported(
+        "--units", choices=("pixels", "relative", "given"), default="pixels", help="of positions (default: pixels)"
+    )
+    imported("--xy", choices=("centre", "corner"), help="what x and y of a box with width and height are")
+    imported("--categorical", nargs="+", default=[], metavar="COLUMN", help="columns of numbers that are classes")
     prepare("root", metavar="ROOT", type=Path, help="the folder, with images/ and scenes/ in it")
     prepare("--images", type=int, metavar="N", help="only the first N images (default: all)")
     for add in (render, folder):
@@ -133,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         add("--split", default="val", help="name of the split; CLEVR's test split has no scenes (default: val)")
     folder("--width", type=int, default=480, metavar="W", help="of the pictures (default: 480)")
     folder("--height", type=int, default=320, metavar="H", help="of the pictures (default: 320)")
-    for add, name in ((prepare, "FILE.h5"), (render, "FILE.h5"), (folder, "FOLDER")):
+    for add, name in ((prepare, "FILE.h5"), (render, "FILE.h5"), (imported, "FILE.h5"), (folder, "FOLDER")):
         processes = {"type": int, "default": available_cores(), "metavar": "N"}
         add("--out", type=Path, required=True, metavar=name, help="the result; splits can share a folder")
         add("--workers", **processes, help="processes (default: all cores: %(default)s)")

@@ -22,6 +22,8 @@ from setpred.model import SetPredictor
 from setpred.visualise import Voting, draw_own_training, write_report
 from setpred.visualise.report import PICTURED
 
+MARKED = 256  # images of which the worst are drawn with marks
+
 
 @torch.no_grad()
 def figures(
@@ -42,14 +44,17 @@ def figures(
         refined = loaded.model.refine(images, iterations=iterations)
         iterates = torch.stack([elements[: len(first["image"])].float() for elements in refined])
         voting = _voting(loaded.model, images, iterates)
+    seen = first["image"]
+    if loaded.schema.side:  # the worst of these are drawn
+        seen = data.__getitems__(range(min(MARKED, len(data))))["image"]
     return write_report(
         folder,
-        images=first["image"],
+        images=seen,
         predicted=predictions.predicted,
         target=predictions.target,
         iterates=iterates,
         voting=voting,
-        camera=np.stack([data.camera(index) for index in first["index"].tolist()]),
+        camera=None if loaded.schema.side else np.stack([data.camera(index) for index in first["index"].tolist()]),
         schema=loaded.schema,
         title=title,
     )
@@ -76,6 +81,14 @@ def _voting_energy(objective: nn.Module) -> VotingEnergy | None:
     return objective if isinstance(objective, VotingEnergy) else None
 
 
+def positive(text: str) -> float:
+    """Parse a number above 0."""
+    number = float(text)
+    if not number > 0:
+        raise InputError(f"--thresholds: expected distances above 0, got {text}")
+    return number
+
+
 def parser() -> Parser:
     """Return the argument parser of the command."""
     options = Parser("evaluate", "Score a checkpoint by average precision, and draw the predicted sets.")
@@ -85,6 +98,9 @@ def parser() -> Parser:
     options.add_argument("--split", help="split of a CLEVR folder: train or val (default: val)")
     options.add_argument("--iterations", type=steps, help="descent steps (default: the model's)")
     options.add_argument("--protocol", choices=list(PROTOCOLS), default="dataset", help="which AP; see docs/metrics.md")
+    options.add_argument(
+        "--thresholds", type=positive, nargs="+", default=[], metavar="D", help="further distances, in the data's units"
+    )
     options.add_argument("--figures", type=Path, metavar="DIR", help="write figures into DIR")
     options.add_argument("--shown", type=count, default=PICTURED, help="images in the figures (default and most: 6)")
     options.add_argument("--images", type=count, help="evaluate only the first IMAGES images")
@@ -146,7 +162,7 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     device, steps = choose_device(options.device), options.iterations
     reading = {"batch_size": options.batch_size, "workers": options.workers}
     predictions = predict(loaded.model, data, iterations=steps, device=device, **reading)
-    result = report(predictions, loaded.schema, options.protocol) | {
+    result = report(predictions, loaded.schema, options.protocol, options.thresholds) | {
         "data": path,
         "checkpoint": str(options.checkpoint),
         "epoch": loaded.epoch,

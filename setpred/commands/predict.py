@@ -19,13 +19,13 @@ from torch import Tensor
 
 from setpred.checkpoint.load import load_checkpoint
 from setpred.commands.common import Parser, at_least, choose_device, exit_code
-from setpred.data.images import decoded, find_images, load_image
+from setpred.data.images import decoded, find_images, load_image, pixel_size
 from setpred.errors import InputError
 from setpred.evaluation import for_evaluation, predict_in_passes
 from setpred.files import make_folder, replacing
 from setpred.model import SetPredictor
 from setpred.progress import progress
-from setpred.visualise import draw_outlined_image
+from setpred.visualise import draw_marks, draw_outlined_image
 from setpred.visualise.world import has_world
 
 DRAWN_SIZE = 480  # pixels of an image in a figure
@@ -44,6 +44,7 @@ def predict(
     paths: Iterable[str],
     *,
     image_size: int,
+    padded: bool = False,
     batch_size: int = 64,
     iterations: int | None = None,
     device: torch.device | str = "cpu",
@@ -57,6 +58,7 @@ def predict(
 
     Args:
         image_size: side of the model's images; images of any size are resized to its square, see `load_image`.
+        padded: pad images to squares first, as `setpred data import` does.
         iterations: descent steps; the decoder's own number by default.
         threads: threads that decode; see `decoded`.
         skip_broken: yield the error of an unreadable image or a non-finite prediction instead of raising it.
@@ -67,7 +69,7 @@ def predict(
     device = torch.device(device)
     model = for_evaluation(model, device)
     names, files = itertools.tee(paths)
-    with closing(decoded(files, image_size, ahead=2 * batch_size, threads=threads)) as images:
+    with closing(decoded(files, image_size, padded=padded, ahead=2 * batch_size, threads=threads)) as images:
         found = zip(names, images, strict=True)
         while batch := list(itertools.islice(found, batch_size)):
             readable = [image for _, image in batch if isinstance(image, np.ndarray)]
@@ -96,7 +98,7 @@ class Tally:
 
 
 def write_predictions(
-    out: Path, predictions: Iterable[Prediction], decode: Callable[[Tensor], list[dict[str, Any]]]
+    out: Path, predictions: Iterable[Prediction], decode: Callable[[str, Tensor], list[dict[str, Any]]]
 ) -> Tally:
     """Stream predictions into a JSON list, or into JSON Lines if the name ends in .jsonl.
 
@@ -112,7 +114,7 @@ def write_predictions(
                 print(f"skipped: {elements}", file=sys.stderr, flush=True)
                 continue
             # escaped to ASCII: file names need not be UTF-8
-            text = json.dumps({"image": image, "objects": decode(elements)}, allow_nan=False)
+            text = json.dumps({"image": image, "objects": decode(image, elements)}, allow_nan=False)
             file.write((then if tally.predicted else first) + text)
             tally.predicted += 1
         file.write(end if tally.predicted else (first + end).strip("\n"))
@@ -159,8 +161,8 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
     loaded = load_checkpoint(options.checkpoint, allow=options.allow)
     loaded.require_images(options.checkpoint)
     schema, folder = loaded.schema, options.figures
-    if folder is not None and not has_world(schema):
-        raise InputError(f"--figures: schema {schema.name!r} has no 'coords' of three numbers to draw by; leave it out")
+    if folder is not None and not (has_world(schema) or schema.side):
+        raise InputError(f"--figures: schema {schema.name!r} has no 'coords' that can be drawn; leave it out")
     if os.path.isdir(options.out):
         raise InputError(f"--out {options.out}: expected the name of a file, but it is a folder; choose another name")
     if folder is not None and (folder == options.out or os.path.isfile(folder)):
@@ -171,14 +173,20 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
     drawn: list[Prediction] = []
 
     def predictions() -> Iterator[Prediction]:
-        found = predict(loaded.model, paths, image_size=loaded.image_size, **chosen)
+        found = predict(loaded.model, paths, image_size=loaded.image_size, padded=schema.side is not None, **chosen)
         for prediction in progress(found, total=len(paths), description="predicting images"):
             if folder is not None and len(drawn) < options.shown and isinstance(prediction.elements, Tensor):
                 drawn.append(prediction)
             yield prediction
 
-    def decode(elements: Tensor) -> list[dict[str, Any]]:
-        return schema.decode(elements, threshold=options.threshold)
+    def decode(image: str, elements: Tensor) -> list[dict[str, Any]]:
+        found = schema.decode(elements, threshold=options.threshold)
+        if schema.side:  # to pixels of this image
+            unit = max(pixel_size(Path(image))) / schema.side
+            places = [obj[name] for obj in found for name in ("coords", "extent") if name in obj]
+            for place in places:
+                place[:] = [unit * number for number in place]
+        return found
 
     start = time.perf_counter()
     tally = write_predictions(options.out, predictions(), decode)
@@ -186,10 +194,13 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
     try:
         for number, (image, elements) in enumerate(drawn):
             stem = os.fsencode(Path(image).stem)[:LONGEST_STEM].decode(errors="ignore")
-            picture = load_image(Path(image), DRAWN_SIZE, advice="it was there a moment ago")
+            picture = load_image(image, DRAWN_SIZE, padded=schema.side is not None, advice="it was there a moment ago")
             about = os.fsencode(image).decode(errors="replace")
             path = make_folder(folder) / f"{number:03d}-{stem}.png"
-            draw_outlined_image(path, picture, decode(elements), schema=schema, about=about)
+            if schema.side:
+                draw_marks(path, picture[None], elements[None], None, schema=schema, about=about)
+            else:
+                draw_outlined_image(path, picture, decode(image, elements), schema=schema, about=about)
     except InputError as error:
         raise InputError(f"{error}; the predictions are in {options.out} all the same") from error
     skipped = f", {tally.skipped:,} skipped" if options.skip_broken else ""

@@ -25,6 +25,7 @@ SUFFIXES = (
 )
 MOST_PIXELS = 2**26  # 8192x8192; a file of a few kilobytes can claim to hold any number of them
 MOST_THREADS = 16
+REPAIR = "repair it or leave it out"
 # EXIF's orientation, and what makes such an image upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -99,12 +100,26 @@ def read_image(path: str | os.PathLike[str], *, advice: str = "unpack CLEVR agai
         raise InputError(f"the image {path} is cut short or damaged ({error}); {advice}") from error
 
 
-def load_image(path: str | os.PathLike[str], image_size: int, *, advice: str = "unpack CLEVR again") -> np.ndarray:
+def load_image(
+    path: str | os.PathLike[str], image_size: int, *, padded: bool = False, advice: str = "unpack CLEVR again"
+) -> np.ndarray:
     """Read an image as uint8 `[image_size, image_size, 3]`: RGB, resized bilinearly without a crop.
 
     Errors as in `read_image`. Source: the published iDSPN recipe (Zhang et al., ICLR 2022, code) resizes so.
+
+    Args:
+        padded: pad it with black at right and bottom to a square first, which keeps its aspect ratio; transparent
+            pixels become black.
     """
-    image = read_image(path, advice=advice).convert("RGB")
+    image = read_image(path, advice=advice)
+    if padded and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    image = image.convert("RGB")
+    if padded:
+        square = Image.new("RGB", (max(image.size),) * 2)
+        square.paste(image, (0, 0))
+        image = square
     return np.asarray(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
 
 
@@ -148,22 +163,23 @@ def find_images(
 
 
 def decoded(
-    paths: Iterable[str], image_size: int, *, ahead: int = 128, threads: int | None = None
+    paths: Iterable[str], image_size: int, *, padded: bool = False, ahead: int = 128, threads: int | None = None
 ) -> Iterator[np.ndarray | InputError]:
     """Images uint8 `[image_size, image_size, 3]` in the order of `paths`; an error for each that cannot be read.
 
     Threads decode while the caller works: Pillow releases the interpreter meanwhile.
 
     Args:
+        padded: see `load_image`.
         ahead: images that are decoded or under way before they are asked for, which bounds the memory.
         threads: all cores by default, but no more than 16.
     """
-    load = partial(_load, image_size=image_size)
+    load = partial(_load, image_size=image_size, padded=padded)
     return ordered_map(load, paths, workers=threads or min(available_cores(), MOST_THREADS), threads=True, ahead=ahead)
 
 
-def _load(path: str, image_size: int) -> np.ndarray | InputError:
+def _load(path: str, image_size: int, padded: bool) -> np.ndarray | InputError:
     try:
-        return load_image(path, image_size, advice="repair it or leave it out")
+        return load_image(path, image_size, padded=padded, advice=REPAIR)
     except InputError as error:
         return error

@@ -27,12 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from PIL import __version__ as pillow_version
 
 from setpred.data.hdf5 import Header, Record
 from setpred.data.hdf5_writer import write_set_file
-from setpred.data.images import find_images, read_image
+from setpred.data.images import REPAIR, find_images, load_image, read_image
 from setpred.errors import InputError, shown
 from setpred.schema import ElementSchema, Field, categorical, continuous
 
@@ -43,7 +42,6 @@ CLASSES = ("label", "class", "category", "type", "species", "kind", "name", "col
 DELIMITERS = ",;\t|"
 MOST_BYTES = 2**30  # of a file of annotations
 SMALL = 64  # pixels: images that are no larger are stored at this size, others at twice this
-ADVICE = "replace it, or leave it out"
 UNITS = ("pixels", "relative", "given")
 
 
@@ -360,10 +358,11 @@ def import_images(
         InputError: an image that is missing or damaged; an unknown class; a set larger than the schema's.
     """
     paths = _match(table, Path(images))
-    sizes = {name: read_image(path, advice=ADVICE).size for name, path in paths.items()}
+    sizes = {name: read_image(path, advice=REPAIR).size for name, path in paths.items()}
     layout = _Layout.of(table, xy)
     units = "given" if "z" in layout.position else units
-    objects = _objects(table, layout, units, sizes, side := _side(schema, sizes))
+    side = (schema and schema.side) or float(max(map(max, sizes.values())))
+    objects = _objects(table, layout, units, sizes, side)
     schema = _inferred(table, layout, units, objects, side) if schema is None else schema
     size = (SMALL if max(map(max, sizes.values())) <= SMALL else 2 * SMALL) if image_size is None else image_size
     elements = np.zeros((len(paths), schema.max_objects, schema.set_dim), np.float32)
@@ -398,7 +397,10 @@ def import_images(
 
 
 def _records(rows: Sequence[tuple[Path, np.ndarray, int]], *, size: int) -> list[Record]:
-    return [Record(square_image(path, size), element, np.full(3, np.nan), n) for path, element, n in rows]
+    return [
+        Record(load_image(path, size, padded=True, advice=REPAIR), element, np.full(3, np.nan), n)
+        for path, element, n in rows
+    ]
 
 
 def _match(table: Table, folder: Path) -> dict[str, Path]:
@@ -430,27 +432,6 @@ def _match(table: Table, folder: Path) -> dict[str, Path]:
         used = set(found.values())
         found |= {name: path for name, path in there.items() if path not in used}
     return dict(sorted(found.items(), key=lambda item: item[1]))
-
-
-def square_image(path: Path, size: int) -> np.ndarray:
-    """Read an image as uint8 RGB `[size, size, 3]`: upright, padded with black at right and bottom, resized.
-
-    Transparent pixels become black. Errors as in `read_image`.
-    """
-    image = read_image(path, advice=ADVICE)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    square = Image.new("RGB", (max(image.size),) * 2)
-    square.paste(image.convert("RGB"), (0, 0))
-    return np.asarray(square.resize((size, size), Image.Resampling.BILINEAR))
-
-
-def _side(schema: ElementSchema | None, sizes: Mapping[str, tuple[int, int]]) -> float:
-    """The longer side of the image that positions in pixels belong to."""
-    if schema is not None:
-        return 2 * schema.field("coords").scale if "coords" in {f.name for f in schema.fields} else 1.0
-    return float(max(map(max, sizes.values())))
 
 
 def _objects(

@@ -53,7 +53,7 @@ def attribute_report(
     Returns:
         Plain numbers, dictionaries and lists; NaN for an empty mean. "images", "objects". Over matched real objects:
         "accuracy" by categorical field, "all_attributes" (all right), "confusion" by field (counts, rows the real
-        class), "distance" (L2 over the continuous fields in their units: mean, median, p90, p99), "within" (share
+        class), "distance" (L2 over the schema's `position` in its units: mean, median, p90, p99), "within" (share
         strictly under each threshold), "axis_errors" by continuous field (per axis: mean and median of the absolute
         error, bias = mean of the signed one). Over all slots: "presence_accuracy" (confident exactly if matched). Over
         real objects: "found" (share whose match is confident). Over images: "count_error" (mean of |confident − real|),
@@ -88,7 +88,8 @@ def attribute_report(
     squared = torch.zeros_like(truth[:, 0])
     for field in schema.continuous:
         error = schema.values(guess, field.name) - schema.values(truth, field.name)
-        squared += error.square().sum(-1)
+        if field in schema.position:
+            squared += error.square().sum(-1)
         axis_errors[field.name] = [
             {"mean": _mean(axis.abs()), "median": _quantile(axis.abs(), 0.5), "bias": _mean(axis)} for axis in error.T
         ]

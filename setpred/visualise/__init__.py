@@ -3,6 +3,7 @@
 from setpred.visualise.confusion import draw_confusion
 from setpred.visualise.curves import draw_precision_recall
 from setpred.visualise.distances import draw_distance_errors
+from setpred.visualise.marks import draw_marks
 from setpred.visualise.predictions import draw_outlined_image, draw_predictions
 from setpred.visualise.refinement import Descent, draw_refinement_film, draw_refinement_strip
 from setpred.visualise.report import write_report
@@ -14,6 +15,7 @@ __all__ = [
     "Voting",
     "draw_confusion",
     "draw_distance_errors",
+    "draw_marks",
     "draw_outlined_image",
     "draw_own_training",
     "draw_precision_recall",

@@ -7,23 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from setpred.schema import ElementSchema
-from setpred.visualise.comparison import Comparison, compare
-from setpred.visualise.style import INK, heading, new_figure, plural, save_png, styled
+from setpred.visualise.predictions import Comparison, compare
+from setpred.visualise.style import INK, Sheet, plural, styled
 
 REAL, FOUND, EXTRA = "#2fe05b", "#ffd23e", "#ff4b33"  # of the three kinds of marks; they differ in form, too
 PANEL, GAP, COLUMNS = 2.6, 0.25, 4  # inches
 BELOW = 0.42  # for the two lines under an image
-
-
-def lies_on_images(schema: ElementSchema) -> bool:
-    """Whether positions are places on the image: "coords" of two numbers from its corner, as imported in pixels."""
-    return any(f.name == "coords" and f.size == 2 and f.offset == f.scale for f in schema.continuous)
 
 
 @styled()
@@ -31,7 +27,7 @@ def draw_marks(
     path: Path,
     images: np.ndarray,
     predicted: Tensor,
-    target: Tensor,
+    target: Tensor | None,
     *,
     schema: ElementSchema,
     about: str = "",
@@ -44,9 +40,11 @@ def draw_marks(
 
     Args:
         images: uint8 `[n, S, S, 3]`.
-        predicted, target: `[n, set_size, set_dim]` of the same images.
-        schema: one for which `lies_on_images` is true.
+        predicted, target: `[n, set_size, set_dim]` of the same images; without a target the predictions alone.
+        schema: a schema with a `side`.
     """
+    known = target is not None
+    target = torch.zeros_like(predicted) if target is None else target
     compared = [compare(*pair, schema) for pair in zip(predicted, target, strict=True)]
     worst = sorted(range(len(images)), key=lambda k: (_faults(compared[k]), _error(compared[k])), reverse=True)[:shown]
     columns = min(COLUMNS, len(worst))
@@ -54,43 +52,42 @@ def draw_marks(
     top = 0.95
     width = max(5.4, 2 * GAP + columns * PANEL + (columns - 1) * GAP)
     height = top + rows * (PANEL + BELOW) + 0.35
-    figure = new_figure(width, height)
-    heading(figure, "Predictions on images", f"The worst {len(worst)} of {plural(len(images), 'image')}.", about)
+    sheet = Sheet(width, height)
+    count = plural(len(images), "image")
+    sheet.heading("Predictions on images", f"The worst {len(worst)} of {count}." if known else f"{count}.", about)
     for place, number in enumerate(worst):
         row, column = divmod(place, columns)
-        left = GAP + column * (PANEL + GAP)
-        bottom = height - top - PANEL - row * (PANEL + BELOW)
-        axes = figure.add_axes((left / width, bottom / height, PANEL / width, PANEL / height))
-        _show(axes, images[number], compared[number], schema)
-        axes.text(0, -0.03, _summary(compared[number]), transform=axes.transAxes, fontsize=8, va="top", color=INK)
-    handles = [
-        Line2D([], [], marker="o", mfc="none", mec=REAL, ls="", label="real object"),
-        Line2D([], [], marker="x", mec=FOUND, ls="", label="prediction with its object"),
-        Line2D([], [], marker="x", mec=EXTRA, ls="", label="prediction without one, or of another class"),
-    ]
-    legend = figure.legend(handles=handles, loc="lower left", ncols=3, fontsize=8, bbox_to_anchor=(0.01, 0.0))
-    legend.get_frame().set_facecolor("#555555")
-    legend.set_frame_on(True)
-    for text in legend.get_texts():
-        text.set_color("white")
-    return save_png(figure, path)
+        left, bottom = GAP + column * (PANEL + GAP), height - top - PANEL - row * (PANEL + BELOW)
+        axes = sheet.panel(left, bottom, PANEL, PANEL)
+        _show(axes, images[number], compared[number], schema, known)
+        text = _summary(compared[number]) if known else plural(len(compared[number].predicted), "object")
+        axes.text(0, -0.03, text, transform=axes.transAxes, fontsize=8, va="top", color=INK)
+    if known:
+        handles = [
+            Line2D([], [], marker="o", mfc="none", mec=REAL, ls="", label="real object"),
+            Line2D([], [], marker="x", mec=FOUND, ls="", label="prediction with its object"),
+            Line2D([], [], marker="x", mec=EXTRA, ls="", label="prediction without one, or of another class"),
+        ]
+        style = {"frameon": True, "facecolor": "#555555", "labelcolor": "white", "bbox_to_anchor": (0.01, 0.0)}
+        sheet.legend(handles=handles, loc="lower left", ncols=3, fontsize=8, **style)
+    return sheet.save(path)
 
 
-def _show(axes: Axes, image: np.ndarray, compared: Comparison, schema: ElementSchema) -> None:
-    side = 2 * schema.field("coords").scale
+def _show(axes: Axes, image: np.ndarray, compared: Comparison, schema: ElementSchema, known: bool) -> None:
+    side = schema.side
     axes.imshow(image, extent=(0, side, side, 0), interpolation="nearest")
     axes.set(xlim=(0, side), ylim=(side, 0), xticks=[], yticks=[])
     for real in compared.real:
-        _mark(axes, real, REAL, "o", side)
+        _mark(axes, real, REAL, "o")
     for found, partner, wrong in zip(compared.predicted, compared.partner, compared.wrong, strict=True):
-        colour = EXTRA if partner is None or wrong else FOUND
+        colour = EXTRA if known and (partner is None or wrong) else FOUND
         if partner is not None:
             ends = zip(found["coords"], compared.real[partner]["coords"], strict=True)
             axes.plot(*(list(pair) for pair in ends), color=colour, lw=0.9, solid_capstyle="round")
-        _mark(axes, found, colour, "x", side)
+        _mark(axes, found, colour, "x")
 
 
-def _mark(axes: Axes, obj: Mapping[str, Any], colour: str, marker: str, side: float) -> None:
+def _mark(axes: Axes, obj: Mapping[str, Any], colour: str, marker: str) -> None:
     x, y = obj["coords"]
     if "extent" in obj:
         width, height = obj["extent"]

@@ -11,11 +11,12 @@ import numpy as np
 from torch import Tensor
 
 from setpred.files import make_folder
-from setpred.metrics import THRESHOLDS, attribute_report, match_by_position
+from setpred.metrics import attribute_report, match_by_position
 from setpred.schema import CLEVR, ElementSchema
 from setpred.visualise.confusion import draw_confusion
 from setpred.visualise.curves import draw_precision_recall
 from setpred.visualise.distances import draw_distance_errors
+from setpred.visualise.marks import draw_marks
 from setpred.visualise.predictions import draw_predictions
 from setpred.visualise.refinement import Descent, draw_refinement_film, draw_refinement_strip
 from setpred.visualise.supports import Voting, check_voting, draw_supports
@@ -35,7 +36,7 @@ def write_report(
     iterates: Tensor | None = None,
     voting: Voting | None = None,
     camera: np.ndarray | Tensor | None = None,
-    thresholds: Sequence[float] = THRESHOLDS,
+    thresholds: Sequence[float] | None = None,
     schema: ElementSchema = CLEVR,
     title: str = "",
     say: Callable[[str], None] = print,
@@ -44,7 +45,8 @@ def write_report(
 
     predictions.png, refinement.gif and refinement.png (with `iterates`), supports.png (with `iterates` and `voting`),
     precision_recall.png, confusion.png and distance_errors.png. The first four show CLEVR's world and need a
-    continuous field "coords" of three numbers. `say` gets a sentence for each figure that the schema rules out.
+    continuous field "coords" of three numbers; with a schema of places on the image (`side`), predictions.png shows
+    marks on the images. `say` gets a sentence for each figure that the schema rules out.
 
     Args:
         folder: folder of the figures, created if missing.
@@ -55,7 +57,7 @@ def write_report(
         iterates: `[steps + 1, m, set_size, set_dim]`, the descents of the first m predictions from their starts.
         voting: votes of the tokens of the first m images.
         camera: locations `[k, 3]` or `[n, 3]` in world units; CLEVR's nominal camera replaces NaN.
-        thresholds: distances of the average precision.
+        thresholds: distances of the average precision; the schema's by default.
         title: small text right of the title of each figure.
 
     Returns:
@@ -65,6 +67,7 @@ def write_report(
         ValueError: wrong shapes, or NaN in predictions or real objects.
         InputError: a file that cannot be written.
     """
+    thresholds = schema.thresholds if thresholds is None else thresholds
     pictures = as_pictures(images)
     if not 1 <= len(pictures) <= len(predicted):
         raise ValueError(f"expected 1 to {len(predicted)} images, at most one per prediction, got {len(pictures)}")
@@ -91,8 +94,11 @@ def write_report(
         ends = predicted.clamp(-_FAR, _FAR)
         examples = [Descent(pictures[k], ends[k][None], target[k], cameras[k], schema) for k in range(len(cameras))]
         written.append(draw_predictions(folder / "predictions.png", examples, about=title))
+    elif schema.side:
+        sets = predicted[: len(pictures)], target[: len(pictures)]
+        written.append(draw_marks(folder / "predictions.png", pictures, *sets, schema=schema, about=title))
     else:
-        say(f"No pictures of the sets: schema {schema.name!r} has no continuous field 'coords' of three numbers.")
+        say(f"No pictures of the sets: schema {schema.name!r} has no 'coords' that can be drawn.")
     if has_world(schema) and iterates is not None:
         descents = [replace(example, iterates=way) for example, way in zip(examples, iterates.unbind(1), strict=False)]
         written.append(draw_refinement_film(folder / "refinement.gif", descents[:FILMED], about=title))

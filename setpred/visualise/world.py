@@ -29,8 +29,8 @@ _ANNOTATION |= {"annotation_clip": True}
 
 
 def has_world(schema: ElementSchema) -> bool:
-    """Whether elements have a place in CLEVR's world: a continuous field "coords" of three numbers."""
-    return any(field.name == "coords" and field.size == 3 for field in schema.continuous)
+    """Whether elements have a place in CLEVR's world: a continuous field "coords" of three numbers around 0."""
+    return any(field.name == "coords" and field.size == 3 and not field.offset for field in schema.continuous)
 
 
 def half_size(obj: Mapping[str, Any]) -> float:
