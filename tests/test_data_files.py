@@ -642,7 +642,7 @@ def test_help_explains(command, words, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([*command.split(), "--help"])
     text = capsys.readouterr().out
-    assert all(word in text for word in ("usage: python -m setpred data", *words))
+    assert all(word in text for word in ("usage: setpred data", *words))
 
 
 def test_render_info_verify(tmp_path, capsys):

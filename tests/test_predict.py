@@ -113,7 +113,7 @@ def test_a_prediction_does_not_depend_on_the_other_images(model, folder, broken)
 def test_images_are_decoded_a_little_ahead_only(model, folder, monkeypatch):
     started = []
     load = pictures._load
-    monkeypatch.setattr(pictures, "_load", lambda path, image_size: started.append(path) or load(path, image_size))
+    monkeypatch.setattr(pictures, "_load", lambda path, **sizes: started.append(path) or load(path, **sizes))
     found = predict(model, (str(folder / "b.png") for _ in range(10**9)), image_size=16, batch_size=2)
     for _ in range(5):
         next(found)

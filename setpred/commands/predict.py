@@ -28,6 +28,8 @@ from setpred.progress import progress
 from setpred.visualise import draw_marks, draw_outlined_image
 from setpred.visualise.world import has_world
 
+RELEASED = Path(__file__).resolve().parents[1] / "released"  # a model and an image within the package
+EXAMPLE = ("--out", "predictions.json", "--figures", "predictions")
 DRAWN_SIZE = 480  # pixels of an image in a figure
 LONGEST_STEM = 200  # bytes of an image's name in a figure's name; systems allow 255 with number and suffix
 
@@ -127,7 +129,7 @@ def parser() -> Parser:
         "predict",
         "Predict the objects of images. Images of any size are resized to the model's square, as CLEVR's of 480x320 "
         "were in training; crop images of another aspect ratio to 3:2 first. Grey and transparent images become RGB; "
-        "photos are rotated by their EXIF orientation.",
+        "photos are rotated by their EXIF orientation. Without arguments an example runs.",
     )
     count = at_least(1)
     options.add_argument("checkpoint", help="a .ckpt of `setpred train`, or a release file")
@@ -155,6 +157,10 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
         InputError: wrong checkpoint, images or options, before anything is written; a figure that cannot be drawn or
             written, after the predictions.
     """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if example := not arguments:
+        arguments = [str(RELEASED / "quickstart.safetensors"), str(RELEASED / "sample.png"), *EXAMPLE]
+        print(f"no arguments, so this is an example: setpred predict {' '.join(arguments)}")
     options = parser().parse_args(arguments)
     if not 0 <= options.threshold <= 1:
         raise InputError(f"--threshold: expected a confidence between 0 and 1, got {options.threshold:g}")
@@ -203,6 +209,8 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
                 draw_outlined_image(path, picture, decode(image, elements), schema=schema, about=about)
     except InputError as error:
         raise InputError(f"{error}; the predictions are in {options.out} all the same") from error
+    if example:
+        print(options.out.read_text(), "The drawing is in ", folder, sep="")
     skipped = f", {tally.skipped:,} skipped" if options.skip_broken else ""
     print(f"{options.out}: {tally.predicted:,} images, {rate:.4g} a second{skipped}")
     return tally

@@ -58,7 +58,7 @@ from setpred.training.run_folder import earlier_run_aside, newest_checkpoint, ru
 from setpred.training.statistics import HASTY_IMAGES, STATISTICS_IMAGES
 from setpred.training.task import SetPrediction
 
-QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
+QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 CHECKPOINTS = Path("checkpoints")
 NEWEST = ("last", "auto")  # values of --resume that are no paths
 IGNORED_WARNINGS = (
