@@ -87,7 +87,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def estimating_statistics(norms: Sequence[BatchNorm]) -> Iterator[None]:
-    """Estimate running statistics anew, as the mean over the forward passes within; at least one is needed.
+    """Estimate running statistics again, as the mean over the forward passes within; at least one is needed.
 
     Running averages trail behind the weights: at a high learning rate they alone make a model worse in evaluation than
     in training. This is precise batch normalisation (Wu and Johnson, "Rethinking Batch in BatchNorm", 2021). Only the

@@ -15,7 +15,7 @@ class AttSets(Aggregator):
     Each feature is a weighted mean with its own weights; W = 0 gives the plain mean. Differentiable any number of
     times. Equal elements get equal gradients. The weight of the only element of a set is 1 for every W, so such sets
     train the rest of a model alone: the first stage of the paper's training, which `setpred.training.FASet` runs by
-    setting `single`. It suits models that encode input sets; inside an objective, each descent step would draw anew.
+    setting `single`. It suits models that encode input sets; inside an objective, each descent step would draw again.
 
     Args:
         in_dim: features of an element.

@@ -76,7 +76,7 @@ class Eigenvectors(torch.autograd.Function):
         dU = U (K ∘ (Uᵀ dC U)),    K_ij = 1 / (λ_j - λ_i), or 0 on the diagonal and where λ_i = λ_j to rounding
 
     The turning of axes is undefined only within an eigenspace, and is omitted there. Differentiable any number of
-    times, since each derivative computes K anew from C.
+    times, since each derivative recomputes K from C.
     """
 
     @staticmethod

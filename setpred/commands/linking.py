@@ -51,7 +51,7 @@ def _named(schema: Any) -> ElementSchema | None:
 
 
 def data_sizes(data: Any) -> DataSizes | None:
-    """What a configured data module says of its sets; None where it does not."""
+    """The sizes of a configured data module; None if it does not describe them."""
     if not isinstance(data, Namespace) or not isinstance(data.get("class_path"), str):
         return None
     describe = getattr(pydoc.locate(data.class_path), "sizes", None)
@@ -59,7 +59,7 @@ def data_sizes(data: Any) -> DataSizes | None:
 
 
 def precise(sizes: DataSizes) -> int:
-    """How many numbers at the head of an element are positions and extents."""
+    """Count the numbers at the head of an element that are positions and extents."""
     count = 0
     for field in sizes.schema.fields:
         if field.categorical or (count and field.name != "extent"):

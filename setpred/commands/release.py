@@ -20,7 +20,7 @@ def parser() -> Parser:
     """Return the argument parser of the command."""
     options = Parser(
         "release",
-        "Write a checkpoint as a small file to publish: weights in half precision as safetensors, and beside it the "
+        "Write a checkpoint as a small file to publish: weights in half precision as safetensors, with the "
         "configuration of its training. Every command reads it like the checkpoint.",
     )
     options.add_argument("checkpoint", help="a .ckpt of `setpred train`")

@@ -24,7 +24,7 @@ def parser() -> Parser:
 
 
 def replay(arguments: Sequence[str] | None = None) -> bool:
-    """Runs the command with these arguments (`sys.argv` unless given); returns whether the step broke as it did.
+    """Run the command with these arguments, `sys.argv` by default; return whether the step failed in the same way.
 
     Raises:
         InputError: a file that is missing, damaged, of another kind or not allowed; a step that cannot be repeated.
@@ -51,5 +51,5 @@ def replay(arguments: Sequence[str] | None = None) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `setpred replay`; return the exit status, 0 where the step broke as it did."""
+    """Run `setpred replay`; return the exit status, 0 if the step failed in the same way."""
     return exit_code(lambda: 0 if replay(arguments) else 1, interrupted="interrupted")

@@ -67,7 +67,7 @@ IGNORED_WARNINGS = (
     "Checkpoint directory.*exists and is not empty",
     "GPU available but not used",
     "callbacks used to create the checkpoint",  # resumed with other callbacks
-    "The dirpath has changed",  # resumed from another folder: the best score starts anew
+    "The dirpath has changed",  # resumed from another folder: the best score is reset
     "find_unused_parameters=True was specified",  # every parameter happens to be used
     "LeafSpec",  # of torch, about itself
 )

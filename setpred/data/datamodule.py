@@ -159,7 +159,7 @@ class ImageData(SetData):
 
 
 class DataSizes(NamedTuple):
-    """What a model must know of its data; None and 0 where the data do not say."""
+    """Sizes that a model takes from its data; None and 0 for unknown ones."""
 
     schema: ElementSchema
     set_size: int

@@ -262,7 +262,7 @@ def verify(path: str | os.PathLike[str]) -> Header:
 
 
 def malformed(elements: np.ndarray, schema: ElementSchema) -> np.ndarray:
-    """Which sets `[n]` of `elements [n, N, D]` are not as `ElementSchema.encode` writes them."""
+    """Find the sets `[n]` of `elements [n, N, D]` that `ElementSchema.encode` would not write."""
     presence = schema.values(elements, PRESENCE)
     present = presence == 1
     wrong = ~np.isfinite(elements).all((1, 2)) | ~np.isin(presence, (0, 1)).all(1)

@@ -117,7 +117,7 @@ def _read_rows(path: Path, *, image: str | None) -> tuple[list[str], list[Row]]:
             raise InputError(f"{path}, line 1: expected one column of images, such as {IMAGE[0]!r}, {got}")
         columns = [name for name in header if name not in named]
         if not columns:
-            raise InputError(f"{path}, line 1: expected columns beside {named[0]!r}, separated by one of , ; tab |")
+            raise InputError(f"{path}, line 1: expected columns besides {named[0]!r}, separated by one of , ; tab |")
         rows = []
         for cells in reader:
             where = f"{path}, line {reader.line_num}"
@@ -273,7 +273,7 @@ def _by_id(items: Sequence[Any], key: str, where: str) -> dict[Any, str]:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Which columns hold the position, and how."""
+    """The columns with the position, and their form."""
 
     corners: tuple[str, ...] = ()
     position: tuple[str, ...] = ()

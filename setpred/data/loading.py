@@ -134,7 +134,7 @@ class ResumableLoader(DataLoader):
 
     @property
     def _epoch(self) -> int:
-        return getattr(self.sampler, "epoch", 0)  # for `overfit_batches` Lightning puts a sampler of its own
+        return getattr(self.sampler, "epoch", 0)  # for `overfit_batches` Lightning inserts another sampler
 
     @property
     def _sizes(self) -> dict[str, int]:

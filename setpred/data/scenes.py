@@ -28,7 +28,7 @@ from setpred.rendering.sampling import CONDITIONS, SceneRules, sample_scenes
 from setpred.rendering.scenes import Scene
 from setpred.schema import CLEVR
 
-CAMERAS = "cameras.jsonl"  # beyond CLEVR: where camera and lamps stood
+CAMERAS = "cameras.jsonl"  # beyond CLEVR: places of camera and lamps
 BATCH_PIXELS = 300_000  # rendered together: enough to keep torch busy, few enough for a processor's caches
 
 
@@ -58,7 +58,7 @@ def render_records(numbers: Sequence[int], *, image_size: int, **which: Any) -> 
 def _source(
     images: int, width: int, height: int, *, objects: tuple[int, int], seed: int, condition: str = "clevr"
 ) -> dict[str, Any]:
-    """What determines the scenes, in plain types, after checking it; the condition "clevr" is left out."""
+    """Check the parameters of the scenes, and return them as plain types, without the condition "clevr"."""
     if not (1 <= images <= MOST_IMAGES and min(width, height) >= 8 and max(width, height) <= LARGEST_IMAGE):
         raise InputError(
             f"expected at least 1 image of at least 8x8 pixels, at most {MOST_IMAGES} images of at most "

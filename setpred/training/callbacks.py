@@ -252,7 +252,7 @@ def descent_norms(step: Step) -> Tensor:
     """|R(Y_t)| along the decoder's descent on a batch, `[iterates, batch]`, whichever iterate it keeps."""
     decoder: Any = step.model.decoder
     recorded, own = Recorded(Unrolled()), (decoder.differentiation, decoder.compiled)
-    decoder.differentiation, decoder.compiled = recorded, False  # a batch of another size would be compiled anew
+    decoder.differentiation, decoder.compiled = recorded, False  # a batch of another size would be compiled again
     try:
         step.predict()
     finally:

@@ -49,7 +49,7 @@ class BatchStatistics:
         data = trainer and getattr(trainer, "datamodule", None)
         if not self._trained or not hasattr(data, "statistics_batches") or trainer.state.fn != "fit":
             return
-        if self._images is None:  # kept, for streamed scenes are drawn anew
+        if self._images is None:  # kept, for streamed scenes are drawn again
             batches = data.statistics_batches(STATISTICS_IMAGES)
             images = [trainer.strategy.batch_to_device(batch)["image"] for batch in batches]
             # a non-finite image, which a training may skip, would spoil all statistics
