@@ -1,7 +1,5 @@
 """The command `setpred`, also `python -m setpred`: `setpred COMMAND --help` describes a command."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 

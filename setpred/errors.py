@@ -1,7 +1,5 @@
 """Errors that a user can correct, and helpers for their messages."""
 
-from __future__ import annotations
-
 import re
 import reprlib
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ Libraries choose the routine of a matrix product by its size, and each routine r
 pass through the model has the same shape: `PASS` images, of which a smaller batch repeats its last one.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple

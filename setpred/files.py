@@ -1,7 +1,5 @@
 """Files and JSON: atomic writes, locks, and bounds for what untrusted files may hold."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math

@@ -1,7 +1,5 @@
 """Pairwise costs, assignments (Hungarian) and transport plans (Sinkhorn)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple

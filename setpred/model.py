@@ -1,7 +1,5 @@
 """Set predictor: an encoder of images or sets, and a set decoder."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any

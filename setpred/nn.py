@@ -1,7 +1,5 @@
 """Small network parts that several floors share."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Progress: a bar on a terminal, a line every ten seconds in a log."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterable, Iterator

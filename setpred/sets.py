@@ -4,8 +4,6 @@
 (None) means that all are. Padded elements may hold anything (NaN too); every consumer of a mask ignores them.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

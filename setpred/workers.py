@@ -4,8 +4,6 @@ The map starts its own processes instead of those of a `DataLoader`, which impor
 no use for it) and replace the error of a worker by a traceback.
 """
 
-from __future__ import annotations
-
 import itertools
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """AttSets: attention over the set, separately for each feature."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

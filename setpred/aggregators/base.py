@@ -1,7 +1,5 @@
 """Base class of the aggregators, and helpers for masked sets."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from setpred.sets import check_set

@@ -1,7 +1,5 @@
 """Canonical order: turns a function of sequences into a function of sets."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

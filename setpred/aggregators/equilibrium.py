@@ -1,7 +1,5 @@
 """Equilibrium aggregation and its potential."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Frame averaging: makes any set function invariant to rotations."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Featurewise sort pooling (FSPool)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Group invariant global pooling (GIGP): pools elements orbit by orbit."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Superset-aware pooling (INSET): pools a subset together with the set that contains it."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from setpred.aggregators.base import Aggregator, masked_fill, zeros_where_empty

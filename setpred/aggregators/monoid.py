@@ -1,7 +1,5 @@
 """Learnable commutative monoid: a balanced tree of one learned binary operation."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

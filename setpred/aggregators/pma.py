@@ -1,7 +1,5 @@
 """Pooling by multi-head attention (PMA): learned seeds attend to the elements."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Set encoders: an element-wise network, then an aggregator."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

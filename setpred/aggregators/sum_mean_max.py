@@ -1,7 +1,5 @@
 """Sum, mean and max pooling."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

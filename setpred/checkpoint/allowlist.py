@@ -1,7 +1,5 @@
 """The classes that a file may name: setpred's public parts, torch's layers, and those of `--allow`."""
 
-from __future__ import annotations
-
 import importlib
 import re
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Load checkpoints without running code from them, and save them atomically."""
 
-from __future__ import annotations
-
 import io
 import os
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Turn a checkpoint into a release."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 from pathlib import Path

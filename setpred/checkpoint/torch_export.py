@@ -1,7 +1,5 @@
 """Export a model by torch.export: a program for batches of any size that needs torch, but not setpred."""
 
-from __future__ import annotations
-
 import copy
 import io
 import itertools

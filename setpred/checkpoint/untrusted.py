@@ -1,7 +1,5 @@
 """Read untrusted YAML and `torch.save` files: plain values of bounded size, and no code."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import zipfile

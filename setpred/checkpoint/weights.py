@@ -1,7 +1,5 @@
 """Weights in half precision and a record of plain types in one safetensors file, which holds no code."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Read configurations: only allowed classes, plain YAML, differences between runs."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

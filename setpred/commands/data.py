@@ -1,7 +1,5 @@
 """`python -m setpred data`: prepare a CLEVR folder, render built-in scenes, verify and describe the files."""
 
-from __future__ import annotations
-
 import argparse
 import signal
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Score a checkpoint by average precision and draw its predictions: `setpred evaluate CHECKPOINT`."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

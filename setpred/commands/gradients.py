@@ -1,7 +1,5 @@
 """Measure the gradients of a trained model's inner problem: `setpred gradients CHECKPOINT`."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence

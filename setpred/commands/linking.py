@@ -1,7 +1,5 @@
 """Take a model's sizes from its data: no number is written twice, and a default model fits any schema."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import os

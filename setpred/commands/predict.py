@@ -1,7 +1,5 @@
 """Predict the objects of images: `setpred predict CHECKPOINT IMAGES... --out predictions.json`."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -1,7 +1,5 @@
 """Release a checkpoint as a single file: `python -m setpred release`."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Repeats the step that a training failed at: `python -m setpred replay repro-step-N.pt`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from setpred.commands.common import Parser, choose_device, exit_code

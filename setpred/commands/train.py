@@ -20,8 +20,6 @@ usage: setpred train [--config FILE] [--name NAME] [--resume last] [--KEY.KEY VA
 The run's folder gets best.ckpt, last.ckpt, config.yaml and metrics.csv. Configurations are in configs/.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import logging

@@ -1,7 +1,5 @@
 """Read the CLEVR data set, and prepare it as one HDF5 file."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections import Counter

@@ -1,7 +1,5 @@
 """Lightning data modules: prepared files or CLEVR folders, and built-in scenes rendered on demand."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Comparison of the renderer's pictures with those of another one, for scenes whose cameras and lamps are known."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

@@ -14,8 +14,6 @@ The images are not compressed. On 128x128 Blender renderings LZF halves the file
 of 128 random images ten times as slow to read (17 ms against 1.7 ms).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

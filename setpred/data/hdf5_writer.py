@@ -1,7 +1,5 @@
 """Writing a file of prepared images: complete or not at all, in shards, so that an interrupted job resumes."""
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

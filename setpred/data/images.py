@@ -1,7 +1,5 @@
 """Read image files: find, open, turn upright, resize, decode ahead."""
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator

@@ -4,8 +4,6 @@
 them this is (`world_size`, `global_rank`), None is one process.
 """
 
-from __future__ import annotations
-
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Built-in scenes, rendered into an HDF5 file or a folder of the CLEVR layout."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Long jobs in shards: files of some items each, complete or absent, so that an interrupted job resumes."""
 
-from __future__ import annotations
-
 import itertools
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """Training scenes without end: sampled by the loader's workers, rendered in batches on the training device."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

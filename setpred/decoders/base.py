@@ -1,7 +1,5 @@
 """Base class of feed-forward and iterative set decoders."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

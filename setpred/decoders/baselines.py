@@ -1,7 +1,5 @@
 """Baselines that predict all elements from a vector at once: MLP, BiLSTM and transformer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from torch import Tensor, nn

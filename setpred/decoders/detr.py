@@ -1,7 +1,5 @@
 """DETR: learned queries that attend to the image and to each other; and its transformer layers and positions."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

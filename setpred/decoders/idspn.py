@@ -1,7 +1,5 @@
 """iDSPN decoder: a set found by descent on an objective."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from torch import Tensor, nn

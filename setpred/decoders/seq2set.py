@@ -1,7 +1,5 @@
 """Sequence to set: a recurrent decoder that predicts one element after the other."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -1,7 +1,5 @@
 """Decoders that map each element of an input set to one element: DeepSets, BiLSTM, Transformer."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 

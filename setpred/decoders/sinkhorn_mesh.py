@@ -1,7 +1,5 @@
 """Attention by optimal transport for Slot Attention: Sinkhorn attention and MESH."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Slot Attention, and implicit Slot Attention."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from torch import Tensor, nn

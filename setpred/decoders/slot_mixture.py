@@ -1,7 +1,5 @@
 """Slot Mixture Module: slots that are Gaussians, fitted to the tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

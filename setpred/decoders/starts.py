@@ -1,7 +1,5 @@
 """Initial sets of iterative decoders."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

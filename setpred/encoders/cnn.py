@@ -1,7 +1,5 @@
 """Convolutional trunks and encoders of images."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """ResNet trunks, and the published iDSPN encoder."""
 
-from __future__ import annotations
-
 import torchvision.models as zoo
 from torch import Tensor, nn
 

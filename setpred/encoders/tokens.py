@@ -1,7 +1,5 @@
 """Encoders from image or set to tokens: positions of a map, elements, votes."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

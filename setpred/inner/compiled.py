@@ -1,7 +1,5 @@
 """Compiled steps of a descent, for the steps that carry no gradients."""
 
-from __future__ import annotations
-
 import functools
 import warnings
 import weakref

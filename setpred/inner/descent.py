@@ -1,7 +1,5 @@
 """Gradient descent with Nesterov momentum, clipping and projection."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

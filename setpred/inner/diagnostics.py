@@ -1,7 +1,5 @@
 """Diagnostics of an inner problem: residuals of its descent, and quality of its gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Differentiation through argmin_Y L(Y): unrolled (DSPN) or implicit (iDSPN)."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import TypeVar

@@ -4,8 +4,6 @@ They solve A v = u for every example at once. `operator(v)` applies A to `[batch
 batch, so inner products are taken per example. Without a projection A is the Hessian of the inner objective.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Objectives L(Y; z, θ), whose minimum over sets Y is the prediction."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

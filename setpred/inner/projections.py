@@ -1,7 +1,5 @@
 """Projections onto the set of allowed iterates."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 
 import torch

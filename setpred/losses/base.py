@@ -1,7 +1,5 @@
 """Base class of the set losses: checks, weights by group of numbers, and masks."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -1,7 +1,5 @@
 """Chamfer loss, of nearest neighbours."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

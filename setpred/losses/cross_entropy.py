@@ -1,7 +1,5 @@
 """Cross entropy of classes, for aligned elements."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional

@@ -1,7 +1,5 @@
 """DETR's loss: classes, coordinates and boxes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

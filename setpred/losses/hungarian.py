@@ -1,7 +1,5 @@
 """Hungarian loss, of the best one-to-one matching."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

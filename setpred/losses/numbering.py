@@ -1,7 +1,5 @@
 """Loss of class-specific numbering, matched within classes."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Loss of OTSeq2Set: a matching plus optimal transport."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Debiased Sinkhorn divergence."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

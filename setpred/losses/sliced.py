@@ -1,7 +1,5 @@
 """Sliced Wasserstein losses."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

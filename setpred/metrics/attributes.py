@@ -1,7 +1,5 @@
 """Attribute report: the parts of an average precision, each scored separately."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Average precision of predicted sets at distance thresholds."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 

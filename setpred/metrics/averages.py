@@ -1,7 +1,5 @@
 """Metrics that are means over examples, in float64 and over all processes."""
 
-from __future__ import annotations
-
 import torch
 import torchmetrics
 from torch import Tensor

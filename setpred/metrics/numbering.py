@@ -1,7 +1,5 @@
 """Accuracy of class-specific numbering."""
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.nn import functional
 

@@ -1,7 +1,5 @@
 """Distances between predicted and real sets of points."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Locate the first non-finite numbers of a training step by repeating it stage by stage."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace

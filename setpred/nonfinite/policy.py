@@ -1,7 +1,5 @@
 """Stop a training, or skip a step, at non-finite numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

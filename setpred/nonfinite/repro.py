@@ -1,7 +1,5 @@
 """Save a step with non-finite numbers, report it, and load it again."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext

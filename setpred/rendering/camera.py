@@ -4,8 +4,6 @@ World: z up, the ground at z = 0, the unit of CLEVR's `3d_coords`. Image: origin
 centres at half integers. Source: the official scene file, whose camera always looks at the origin without roll.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

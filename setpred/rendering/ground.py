@@ -4,8 +4,6 @@ The strip is straight in one horizontal direction: its height depends on s = -14
 The profile is convex, so a ray from above meets the ground at the nearest of the planes through its segments.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch

@@ -4,8 +4,6 @@ CLEVR's rubber is a matt colour under a weak, broad, grey gloss; its metal is a 
 sharp and four tenths blurred. Indirect light is not traced: constants fitted to CLEVR's renders approximate it.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

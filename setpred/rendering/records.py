@@ -4,8 +4,6 @@ which CLEVR does not publish.
 Source: the official generator (see `sampling`) and its scene files.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ Stages: `find_visible` casts rays at the objects; `gather_fragments` averages ea
 into radiance; `render` blends by coverage and encodes as sRGB. Geometry is exact, light approximate.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from functools import cache

@@ -3,8 +3,6 @@
 Source: the official generator and its base scene (repository facebookresearch/clevr-dataset-gen).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -6,8 +6,6 @@ CLEVR's meshes: with e_i = max(|q_i| - (1 - w), 0)/w the surface is e_x^3 + e_y^
 and e_rho^4 + e_z^4 = 1, w = 1/10, for the cylinder.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -4,8 +4,6 @@ Numbers that decide a pixel use only + - * / and the square root, and sums over 
 operations round in the same way one by one and in groups, so a picture does not depend on the rest of its batch.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

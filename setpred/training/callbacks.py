@@ -1,7 +1,5 @@
 """Callbacks that measure and report a training: means of epochs, metrics.csv, lines on the screen."""
 
-from __future__ import annotations
-
 import csv
 import io
 import time

@@ -1,7 +1,5 @@
 """Checkpoints of a training: the best one, the last one, and one when a signal stops the training."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """Training in several processes: their start, and a common end when one of them fails."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import time

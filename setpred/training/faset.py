@@ -1,7 +1,5 @@
 """Two-stage training of attentional aggregation (FASet)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import lightning.pytorch as pl

@@ -1,7 +1,5 @@
 """Precision of the image encoder: bfloat16 where it is fast. The inner descent and the loss run in float32."""
 
-from __future__ import annotations
-
 import torch
 
 # instruction sets with bfloat16 products; other CPUs emulate bfloat16 and are slower than in float32

@@ -1,7 +1,5 @@
 """Folder of a run: one training at a time, earlier runs kept, the newest readable checkpoint."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """Batch statistics of the weights that a training validates and saves."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

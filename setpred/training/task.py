@@ -1,7 +1,5 @@
 """LightningModule that trains any set predictor."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext

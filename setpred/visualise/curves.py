@@ -1,7 +1,5 @@
 """Precision-recall curves, one for each distance threshold."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

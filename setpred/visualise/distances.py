@@ -1,7 +1,5 @@
 """Distances between predictions and their matched objects."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Draw predicted and real objects on their images: points and boxes of any schema with positions in pixels."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

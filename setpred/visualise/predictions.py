@@ -1,7 +1,5 @@
 """Predicted sets on their images, on a map with the real set, and in words."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

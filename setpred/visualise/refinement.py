@@ -1,7 +1,5 @@
 """The set at every iteration of its refinement, as a film and as a strip."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

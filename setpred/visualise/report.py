@@ -1,7 +1,5 @@
 """All figures of an evaluation in one folder."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace

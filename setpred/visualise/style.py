@@ -3,8 +3,6 @@
 Figures use matplotlib's Agg canvas without pyplot: no display, no global state.
 """
 
-from __future__ import annotations
-
 import io
 import warnings
 from collections.abc import Iterator

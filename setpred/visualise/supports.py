@@ -1,7 +1,5 @@
 """The votes of an image's tokens: which object each token supports, and the paths of the objects to their votes."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """Scores against the training spent on them."""
 
-from __future__ import annotations
-
 import csv
 import os
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,6 @@
 Symbols are to the scale of the map: shape, colour, size and material at a glance.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

@@ -15,8 +15,6 @@ command resumes an interrupted comparison and repeats failed runs. Processes wit
 Exit status: 0; 1 if a run failed; 2 for an error found before any training; 130 for Ctrl-C.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import hashlib

@@ -1,7 +1,5 @@
 """Results of a comparison: the file of runs, the table and the plot."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Base class of the toy tasks: examples made from a seed, kept in memory."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any

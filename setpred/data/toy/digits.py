@@ -1,7 +1,5 @@
 """Toy tasks on scikit-learn's handwritten digits: count classes, classify turned digits, auto-encode sets of points."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Numbers whose median is the target."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Random multisets to auto-encode."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

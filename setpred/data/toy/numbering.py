@@ -1,7 +1,5 @@
 """Class-specific numbering: number the elements of each class."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Counting of Omniglot's characters, from files that the user has."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

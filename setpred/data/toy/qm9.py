@@ -1,7 +1,5 @@
 """QM9's molecules, from files that the user has."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, NamedTuple
 
