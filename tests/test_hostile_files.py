@@ -19,21 +19,21 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from safetensors.torch import save_file
 from tiny import untrained
 from torch import nn
 
 from setpred import CLEVR, InputError
 from setpred.checkpoint import load_checkpoint, read_checkpoint
-from setpred.checkpoint.load import KEY
+from setpred.checkpoint.load import KEY, build
 from setpred.checkpoint.weights import pack
+from setpred.commands.evaluate import evaluate
 from setpred.data.clevr import ClevrFolder
 from setpred.data.dataset import SetFile
 from setpred.data.hdf5 import Header, Record, verify
 from setpred.data.hdf5_writer import write_set_file
-from setpred.data.images import decoded, find_images, load_image
-from setpred.schema import continuous
+from setpred.data.images import MOST_PIXELS, decoded, find_images, load_image
 
 MODEST = 200e6  # bytes that rejecting a file may take
 
@@ -96,6 +96,9 @@ def test_valid_files_are_loaded(content, tmp_path):
     for path in (saved(tmp_path / "a.ckpt", content), tied, released(tmp_path / "c.safetensors", content)):
         loaded = load_checkpoint(path)
         assert (loaded.step, loaded.image_size, loaded.schema) == (5, 16, CLEVR)
+        assert loaded.model.state_dict().keys() == {name.removeprefix("model.") for name in content["state_dict"]}
+    strings = {"projection": "os.system", "list": ["os.system", {"a": 7}]}
+    assert build(strings, {}) == strings  # which are never imported
 
 
 @pytest.mark.parametrize("where", ["top", "state_dict", KEY, "list", "key"])
@@ -178,6 +181,10 @@ DESCENT = f"{DECODER}/init_args/descent"
 SET_ENCODER = f"{DECODER}/init_args/objective/init_args/set_encoder/init_args"
 BIAS = "state_dict/model.encoder.head.bias"
 EVIL = {"class_path": "os.system", "init_args": {"command": "touch canary"}}
+MLP = {
+    "class_path": "setpred.decoders.MLPDecoder",
+    "init_args": {"latent_dim": 8, "set_size": 4, "set_dim": CLEVR.set_dim},
+}
 RECORDS = [
     # sizes, rejected before memory is taken
     (f"{SET_ENCODER}/hidden_dim", 10**9, r"hidden_dim of at most 65536, got 1000000000"),
@@ -197,7 +204,7 @@ RECORDS = [
     (f"{DECODER}/init_args/set_size", -4, "at least 1 element"),
     (ENCODER, "SmallCNN", "init_args of its encoder, got 'SmallCNN'"),
     (DECODER, {"class_path": "torch.nn.ReLU"}, "init_args of its decoder"),
-    (ENCODER, {"class_path": "setpred.decoders.MLPDecoder", "init_args": {"latent_dim": 8}}, "of its encoder"),
+    (ENCODER, MLP, "of its encoder"),
     ("setpred/model", None, "does not say how its model is built"),
     # the rest of the record
     ("setpred/data/image_size", 32, "its image_size is 32, but SmallCNN has 16"),
@@ -251,6 +258,10 @@ def test_parts_of_users_may_need_memory(content, tmp_path):
         load_checkpoint(path)
     with rejected("gives tokens of 4 numbers"):  # so it was built
         load_checkpoint(path, allow=[f"{__name__}.Own"])
+    with rejected("gives tokens of 4 numbers"):
+        evaluate([str(path), "--allow", f"{__name__}.Own"])
+    with rejected("cannot import"):
+        load_checkpoint(path, allow=[f"{__name__}.Nope"])
 
 
 # --- releases -------------------------------------------------------------------------------------------------------
@@ -298,8 +309,13 @@ def test_damaged_headers_of_releases_are_rejected(damaged, tmp_path):
         load_checkpoint(tmp_path / "a.safetensors")
 
 
-def test_foreign_files_are_rejected(tmp_path):
+def test_foreign_files_are_rejected(content, tmp_path):
     path = tmp_path / "a.safetensors"
+    saved(path, content)
+    released(tmp_path / "b.ckpt", content)
+    for wrong in (path, tmp_path / "b.ckpt"):  # each under the other's suffix
+        with rejected("is not a checkpoint, or is damaged"):
+            load_checkpoint(wrong)
     for metadata, words in ((None, "lacks the record"), ({"format": "pt"}, "lacks"), ({"setpred": "{}"}, "checksum")):
         save_file({"a": torch.zeros(2)}, path, metadata)
         with rejected(words):
@@ -415,6 +431,10 @@ def number(name: str, at: Any, value: Any) -> Callable[[h5py.File], Any]:
         (number("camera", (2, 0), np.inf), "image 2"),
         (number("index", 1, -5), "-5"),
         (number("index", 1, 0), "number"),
+        (number("elements", (2, 0, slice(5, 13)), 1.0), "image 2"),
+        (replaced("camera", data=np.zeros((3, 2))), r"expected camera \[3, 3\] <f8, got \[3, 2\] float64"),
+        (attribute(version=99), "format version 99, this setpred reads 1"),
+        (attribute(format="other"), "not one of setpred's"),
     ],
 )
 def test_prepared_files_with_a_fault_are_rejected(change, words, prepared, tmp_path):
@@ -425,6 +445,37 @@ def test_prepared_files_with_a_fault_are_rejected(change, words, prepared, tmp_p
         change(file)
     for use in (SetFile, verify):
         with rejected(words):
+            use(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(number("images", (2, 0, 0, 0), 9), number("elements", (0, 0, 0), 0.3), number("camera", 1, 2.0)),
+        *(number("index", 2, 9), attribute(source='{"kind": "tess"}'), attribute(sha256="0" * 64)),
+        *(attribute(objects=2), schema(name="other")),
+    ],
+)
+def test_changed_content_is_noticed_by_verify(change, prepared, tmp_path):
+    path = tmp_path / "a.h5"
+    path.write_bytes(prepared)
+    with h5py.File(path, "r+") as file:
+        change(file)
+    with rejected("SHA-256 differs|malformed"):
+        verify(path)
+
+
+def test_files_without_a_complete_data_set_are_rejected(prepared, tmp_path):
+    path = tmp_path / "a.h5"
+    for use in (SetFile, verify):
+        with rejected(r"there is no file .*none\.h5$"):
+            use(tmp_path / "none.h5")
+        for kept in (0.02, 0.3, 0.9, 0.98):
+            path.write_bytes(prepared[: int(kept * len(prepared))])
+            with rejected("cut short or damaged"):
+                use(path)
+        path.write_text("hello")
+        with rejected("is not an HDF5 file"):
             use(path)
 
 
@@ -441,19 +492,39 @@ def png(width: int, height: int, *chunks: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + size + b"".join(chunks) + pixels + chunk(b"IEND", b"")
 
 
-def test_images_are_bounded(tmp_path):
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(canary) (w) file closefile\n"
+BOMB = zlib.compress(bytes(3 * 10**8), 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        *((content, r"a\.png is not an image of a format read here \(PNG, JPEG") for content in (b"", b"hello", EPS)),
+        *((content, r"a\.png is cut short or damaged") for content in (png(8, 8)[:46], png(2**13, 2**13))),
+        *((png(8, 8, chunk(kind, text + BOMB)), "damaged") for kind, text in (
+            (b"zTXt", b"a\0\0"), (b"iTXt", b"a\0\1\0\0\0"), (b"iCCP", b"a\0\0"),
+        )),
+    ],
+    ids=["empty", "text", "program", "cut", "claim", "zTXt", "iTXt", "iCCP"],
+)  # fmt: skip
+def test_images_with_a_fault_are_rejected_and_start_no_program(content, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", pytest.fail)
     path = tmp_path / "a.png"
     path.write_bytes(png(8, 8))
     assert load_image(path, 8).sum() == 0
-    bomb = zlib.compress(bytes(3 * 10**8), 1)
-    for text in (b"zTXt", b"a\0\0" + bomb), (b"iTXt", b"a\0\1\0\0\0" + bomb), (b"iCCP", b"a\0\0" + bomb):
-        path.write_bytes(png(8, 8, chunk(*text)))
-        with rejected("damaged"):
-            load_image(path, 8)
-    path.write_bytes(png(10_000, 10_000))
-    with rejected(), warnings.catch_warnings():
-        warnings.simplefilter("error")  # of Pillow, which the sentence replaces
+    path.write_bytes(content)
+    with rejected(words):
         load_image(path, 8)
+
+
+@pytest.mark.parametrize("side", [2**31 - 1, 100_000, 2**13 + 1, 10_000])
+def test_images_of_too_many_pixels_are_rejected_before_they_are_decoded(side, tmp_path, monkeypatch):
+    assert (side - 1) ** 2 >= MOST_PIXELS
+    monkeypatch.setattr(Image.Image, "load", pytest.fail)
+    (tmp_path / "a.png").write_bytes(png(side, side))
+    with rejected(r"a\.png"), warnings.catch_warnings():
+        warnings.simplefilter("error")  # of Pillow, which the error replaces
+        load_image(tmp_path / "a.png", 8)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "nul", "dangling"])
@@ -493,8 +564,14 @@ def scenes(*changes: dict[str, Any]) -> str:
     return json.dumps({"info": {}, "scenes": [SCENE | change for change in changes]})
 
 
-def coordinates(text: str) -> str:
-    return scenes({}).replace("[1.0, 2.0, 0.7]", text)
+def cube(**changes: Any) -> str:
+    """Scenes of one object with these changes, where `ABSENT` removes a key."""
+    changed = {name: value for name, value in (SCENE["objects"][0] | changes).items() if value is not ABSENT}
+    return scenes({"objects": [changed]})
+
+
+ABSENT = object()
+NOT_THREE_NUMBERS = ([1, 2], ["1", "2", "3"], "123", None, [True, 1, 2], [10**400, 0, 0], [[1], [2, 3]], [1, 2, np.nan])
 
 
 @pytest.mark.parametrize(
@@ -503,27 +580,37 @@ def coordinates(text: str) -> str:
         (scenes({}, {"image_index": 1}), "'a.png'"),
         (scenes({}, {"image_filename": "b.png"}), "index 0"),
         (scenes({"image_index": 10**30}), "image_index"),
+        (scenes({"image_index": "one"}), "a.png: expected an 'image_index'"),
         (scenes({}).replace('"image_index": 0', '"image_index": 0, "image_index": 1'), "JSON"),
-        (coordinates("[1.0, 2.0, 1e999]"), "coords: expected 3 finite numbers"),
-        (coordinates("[1.0, 2.0, true]"), "coords: expected 3 finite numbers"),
-        (coordinates("[[1.0], [2.0], [3.0, 4.0]]"), "coords: expected 3 finite numbers"),
-        (scenes({}).replace("[240, 160, 10.0]", "[true, 1, 2]"), "pixel_coords"),
-        (scenes({}).replace("[240, 160, 10.0]", "[1" + "0" * 400 + ", 1, 2]"), "a.png, object 0"),
+        (scenes({}).replace("2.0", "1e999"), "coords: expected 3 finite numbers"),
+        *((cube(**{"3d_coords": value}), "a.png, object 0: coords: expected 3 finite") for value in NOT_THREE_NUMBERS),
+        *((cube(pixel_coords=value), "a.png, object 0: ") for value in NOT_THREE_NUMBERS[:-1]),
+        *((cube(**{name: ABSENT}), f"a.png, object 0: an object lacks '{name}'") for name in ("3d_coords", "color")),
+        (cube(color="mauve"), "a.png, object 0: unknown color 'mauve'; expected one of cyan"),
+        (cube(shape=None), "a.png, object 0: unknown shape None"),
+        (cube(size=["large"]), "a.png, object 0: unknown size"),
         (scenes({}).replace('"red"', "[" * 60 + "]" * 60), "unknown color"),
-        (scenes({"image_filename": "../a.png"}), "file name"),
-        (scenes({"image_filename": "a.png\0"}), "file name"),
-        (scenes({"image_filename": "\x1b[2Ja.png"}), "file name"),
+        *(
+            (scenes({"image_filename": name}), "expected a plain file name")
+            for name in ("../a.png", "/etc/passwd", "..", 3, "a.png\0", "\x1b[2Ja.png")
+        ),
+        (scenes({}).replace("image_filename", "name"), "scene 0 has no 'image_filename'"),
         (scenes({"image_filename": "x" * 10**6}), "missing"),
+        (scenes({"objects": {}}), "a.png: expected a list 'objects'"),
+        (scenes({"objects": [{}] * 12}), "a.png has 12 objects, but schema 'clevr' holds at most 10"),
         (scenes({"objects": [{}] * 10**6}), "objects"),
         (scenes({"objects": SCENE["objects"] * 5000}), "objects"),
         ('{"scenes": ' + "[" * 10**6, "JSON"),
+        (scenes({})[:200], "of 200 bytes is not valid JSON"),
+        (b'{"info": "\xff"}', "of 13 bytes is not valid JSON"),
+        *((text, "expected a list 'scenes'") for text in ("[]", "{}", '{"scenes": []}', '{"scenes": 3}', "3")),
     ],
 )
 def test_scenes_with_a_fault_are_rejected(text, words, clevr):
     file = clevr / "scenes" / "CLEVR_val_scenes.json"
     file.write_text(scenes({}, SECOND))
     assert len(ClevrFolder(clevr, "val")) == 2
-    file.write_text(text)
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with rejected(words):
         ClevrFolder(clevr, "val")
 
@@ -554,11 +641,3 @@ def test_links_to_images_are_followed_and_links_to_devices_are_not(clevr, tmp_pa
     assert folder.image(0, 8).shape == (8, 8, 3)
     with rejected("not a regular file"):
         folder.image(1, 8)
-
-
-@pytest.mark.parametrize("value", [["1", "2", "3"], [True, False, True], "123", [10**400, 0, 0], [[1], [2, 3]], None])
-def test_schemas_take_numbers_only(value):
-    with rejected("coords: expected 3 finite numbers"):
-        CLEVR.encode([CUBE | {"coords": value}])
-    with rejected("scale > 0"):
-        continuous("a", 1, scale=float("nan"))
