@@ -1,9 +1,7 @@
 """Compare: the budget and its schedule, repeatable and resumable runs, errors, the table."""
 
 import json
-import math
 from contextlib import nullcontext
-from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
@@ -11,10 +9,10 @@ import yaml
 from tiny import CONFIG
 
 from setpred.commands import compare as command
-from setpred.commands.compare import command_line, compare, main
+from setpred.commands.compare import compare, main
 from setpred.commands.compare import training as training_module
 from setpred.commands.compare.results import add_result, markdown, ranked, read_results
-from setpred.commands.compare.training import Budget, BudgetedTraining, Stretched, planned_steps
+from setpred.commands.compare.training import Budget, BudgetedTraining, Stretched
 from setpred.errors import InputError
 from setpred.training.schedules import StepDecay, WarmupCosine
 from setpred.visualise import draw_training_curves
@@ -55,26 +53,6 @@ def test_a_schedule_keeps_its_shape_and_its_end_under_every_budget(schedule, amo
     assert factors[: peak + 1] == sorted(factors[: peak + 1])
     assert factors[peak:] == sorted(factors[peak:], reverse=True)
     assert amount != 60 or factors == planned
-
-
-def test_progress_is_exact():
-    assert Budget(3, in_steps=True).progress(9.9, 1) == Fraction(1, 3)
-    assert Budget(3, in_steps=False).progress(9.9, 1) == 1
-
-
-@pytest.mark.parametrize(
-    ("planned", "length"),
-    [
-        ((3, -1, 10), 30),
-        ((3, 7, 10), 7),
-        ((-1, 7, math.inf), 7),
-        ((-1, -1, 10), None),
-        ((None, -1, 10), None),
-        ((3, -1, math.inf), None),
-    ],
-)
-def test_the_planned_length_is_the_shorter_of_epochs_and_steps(planned, length):
-    assert planned_steps(*planned) == length
 
 
 def test_validation_does_not_count_as_training_time(monkeypatch):
@@ -292,15 +270,6 @@ def test_the_table_of_known_results():
     assert sorted(rows[6:]) == ["- high, seed 1, **failed**: it hailed", "- never, seed 0, **failed**: it rained"]
     assert list(ranked(runs, "val_ap", "min")) == ["low", "high", "never"]
     assert "| never | 0 of 1 |" in markdown({"never": runs["never"]}, monitor="val_ap", command="")
-
-
-def test_all_configurations_of_a_folder_are_named_by_it(tmp_path):
-    paths = [tmp_path / f"{name}.yaml" for name in "abc"]
-    for path in paths:
-        path.touch()
-    arguments = [*map(str, paths), "--budget", "5s"]
-    assert command_line(arguments, paths) == f"setpred compare {tmp_path}/*.yaml --budget 5s"
-    assert command_line(arguments[1:], paths[1:]).count(".yaml") == 2
 
 
 def test_a_cut_off_line_does_not_swallow_the_next(tmp_path):

@@ -25,7 +25,7 @@ from setpred.data.clevr import ClevrFolder
 from setpred.data.dataset import SetFile, open_data
 from setpred.data.hdf5 import Header, Record, describe, open_set_file, read_header, verify
 from setpred.data.hdf5_writer import write_set_file
-from setpred.data.scenes import built_in_scenes, render_file, render_folder, rendered_header
+from setpred.data.scenes import built_in_scenes, render_file, render_folder
 from setpred.files import locked
 from setpred.rendering.records import read_cameras, scene_of
 from setpred.rendering.renderer import render
@@ -143,7 +143,7 @@ def test_rendering_depends_on_the_seed_and_the_number_only(tmp_path, folder, sma
     assert not set(content(tmp_path / "other").values()) & set(content(folder).values())
 
 
-def test_the_layout_of_a_folder(folder):
+def test_the_layout_of_a_folder(folder, tmp_path):
     names = [f"images/val/CLEVR_val_{number:06d}.png" for number in range(5)]
     assert sorted(content(folder)) == ["cameras.jsonl", *names, "scenes/CLEVR_val_scenes.json"]
     document = json.loads((folder / "scenes" / "CLEVR_val_scenes.json").read_text())
@@ -156,6 +156,10 @@ def test_the_layout_of_a_folder(folder):
         assert scene_of(record, *cameras[number]) == expected[number]
         with Image.open(folder / "images" / "val" / record["image_filename"]) as image:
             np.testing.assert_array_equal(np.asarray(image), pictures[number])
+    render_folder(tmp_path, **FOLDER, condition="cogent-a")
+    document = json.loads((tmp_path / "scenes" / "CLEVR_val_scenes.json").read_text())
+    assert document["info"]["source"]["condition"] == "cogent-a"
+    assert all(obj["color"] in COGENT_A[obj["shape"]] for record in document["scenes"] for obj in record["objects"])
 
 
 def test_a_folder_is_read_as_clevr_is(tmp_path):
@@ -173,15 +177,6 @@ def test_a_folder_is_read_as_clevr_is(tmp_path):
             np.testing.assert_allclose(other.camera(number), known[number][0].location, atol=0.02)
 
 
-def test_conditions_are_kept_and_recorded(tmp_path):
-    render_folder(tmp_path, **FOLDER, condition="cogent-a")
-    document = json.loads((tmp_path / "scenes" / "CLEVR_val_scenes.json").read_text())
-    assert document["info"]["source"]["condition"] == "cogent-a"
-    for record in document["scenes"]:
-        assert all(obj["color"] in COGENT_A[obj["shape"]] for obj in record["objects"])
-    assert rendered_header(**FILE, seed=0, condition="cogent-b").source["condition"] == "cogent-b"
-
-
 def test_splits_share_a_folder(folder, tmp_path):
     for split, seed in (("val", 0), ("train", 1), ("val", 0)):
         render_folder(tmp_path, **FOLDER | {"split": split, "seed": seed}, force=True)
@@ -196,6 +191,12 @@ def test_splits_share_a_folder(folder, tmp_path):
     render_folder(tmp_path, **FOLDER | {"split": "more"})
     for split in ("more", "val"):
         assert read_cameras(tmp_path / "cameras.jsonl", split=split).keys() == set(range(5))
+    picture = tmp_path / "images" / "test" / "CLEVR_test_000000.png"  # as CLEVR's test split, which has no scenes
+    picture.parent.mkdir()
+    picture.write_bytes(b"theirs")
+    with pytest.raises(InputError, match="images/test exists already"):
+        render_folder(tmp_path, **FOLDER | {"split": "test"})
+    assert picture.read_bytes() == b"theirs"
     (tmp_path / "cameras.jsonl").write_text("my notes\n")
     with pytest.raises(InputError, match=r"cameras.jsonl is not a file of cameras .*move it away"):
         render_folder(tmp_path, **FOLDER | {"split": "new"})
@@ -408,20 +409,17 @@ if __name__ == "__main__":
 """
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """A folder of 60 images."""
+    root = tmp_path_factory.mktemp("many")
+    render_folder(root, **FOLDER | {"images": 60})
+    return root
+
+
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_a_killed_command_resumes_and_leaves_no_process(tmp_path, folder, blow, capsys, small_shards):
-    root, path = tmp_path / "clevr", tmp_path / "out" / "a.h5"
-    shutil.copytree(folder, root)
-    document = json.loads((root / "scenes" / "CLEVR_val_scenes.json").read_text())
-    document["scenes"] = [
-        document["scenes"][number % 5] | {"image_filename": f"{number}.png", "image_index": number}
-        for number in range(60)
-    ]
-    for number in range(60):
-        shutil.copy(
-            root / "images" / "val" / f"CLEVR_val_{number % 5:06}.png", root / "images" / "val" / f"{number}.png"
-        )
-    (root / "scenes" / "CLEVR_val_scenes.json").write_text(json.dumps(document))
+def test_a_killed_command_resumes_and_leaves_no_process(tmp_path, many, blow, capsys, small_shards):
+    root, path = many, tmp_path / "out" / "a.h5"
     command = ["prepare", str(root), "--image-size", "16", "--out", str(path), "--workers"]
     process = subprocess.Popen(
         [sys.executable, "-c", PREPARE, *command, "2"], stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -494,6 +492,12 @@ def test_small_files_are_written_completely_or_not_at_all(tmp_path, monkeypatch)
 # --- commands and workers -----------------------------------------------------------------------------------------
 
 
+def test_producing_data_does_not_import_torch():
+    """Every worker process imports these modules."""
+    code = "import sys, setpred.commands.data, setpred.data.clevr; assert not {'torch', 'scipy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_commands_answer_with_one_sentence(tmp_path, file, capsys):
     output = ["--out", str(tmp_path / "b.h5")]
     folder = ["render-folder", "--images", "1", "--workers", "0", "--out", str(tmp_path / "new")]
@@ -502,20 +506,14 @@ def test_commands_answer_with_one_sentence(tmp_path, file, capsys):
         (["info", str(tmp_path)], "there is no file"),
         (["compare", str(tmp_path / "none")], "is no folder"),
         (["render", "--images", "0", *output], "at least 1 image"),
-        (["render", "--images", "1000000000000", *output], "at most 100000000 images"),
         (["render", "--images", "1", "--image-size", "100000", *output], "at most 4096x4096 pixels"),
         (["render", "--images", "1", "--image-size", "4", *output], "at least 8x8 pixels"),
-        (["render", "--images", "3", "--objects", "5", "4", *output], "least <= most"),
         (["render", "--images", "3", "--workers", "-1", *output], "--workers"),
         (["render", "--images", "3", "--image-size", "8", "--out", str(file)], "exists already"),
         (["prepare", str(tmp_path / "none"), *output], "is no folder"),
         (["prepare", str(tmp_path), "--split", "test", *output], "'test'"),
-        (["prepare", str(tmp_path), "--images", "0", *output], "at least 1 image"),
-        ([*folder, "--images", "0"], "at least 1 image"),
         ([*folder, "--width", "4"], "got 1 of 4x320"),
         ([*folder, "--split", "../val"], "expected a split's name of letters"),
-        ([*folder, "--split", ""], "expected a split's name of letters"),
-        ([*folder, "--objects", "3", "11"], "most <= 10"),
         ([*folder, "--seed", "-1"], "a seed of at least 0"),
         ([*folder, "--condition", "cogent-c"], "a condition out of clevr, cogent-a, cogent-b, got 'cogent-c'"),
     ]:
@@ -524,9 +522,6 @@ def test_commands_answer_with_one_sentence(tmp_path, file, capsys):
         assert sentence.startswith("error: ")
         assert words in sentence
         assert os.listdir(tmp_path) == ["a.h5"]
-    with pytest.raises(SystemExit, match="2"):
-        main(["render", "--images", "3", *output, "--sede", "3"])
-    assert "--sede" in capsys.readouterr().err
 
 
 def test_render_info_verify(tmp_path, capsys):
@@ -570,11 +565,3 @@ def test_progress_in_a_log(monkeypatch):
         "work: 8 of 10, 0.2 per second, 8 s left",
         "work: 10 of 10, 0.2 per second, 36.0 s",
     ]
-
-
-def test_progress_on_a_terminal():
-    terminal = io.StringIO()
-    terminal.isatty = lambda: True
-    assert list(progress.progress(range(3), total=3, description="work", file=terminal)) == [0, 1, 2]
-    assert "work: 100%" in terminal.getvalue()
-    assert "3/3" in terminal.getvalue()

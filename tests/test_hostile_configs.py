@@ -9,10 +9,8 @@ import yaml
 from tiny import CONFIG, untrained
 
 from setpred.checkpoint import load_checkpoint, untrusted
-from setpred.checkpoint.release import portable
-from setpred.commands import config as configuration
 from setpred.commands.compare import digest
-from setpred.commands.config import allowed_paths, guarded
+from setpred.commands.config import allowed_paths
 from setpred.commands.train import build, main
 from setpred.errors import InputError
 
@@ -172,13 +170,6 @@ def test_mistyped_class_paths_are_reported_as_such(canary, tmp_path):
     assert not canary.exists()
 
 
-def test_settings_of_other_parsers_are_restored():
-    before = dict(configuration.parsing_settings)
-    with guarded([]):
-        assert configuration.parsing_settings != before
-    assert configuration.parsing_settings == before
-
-
 # --- reading --------------------------------------------------------------------------------------------------------
 
 LAUGHS = "a0: &a0 [ha, ha, ha, ha, ha, ha, ha, ha, ha, ha]\n" + "".join(
@@ -277,14 +268,3 @@ def test_a_layer_of_torch_can_be_configured_and_loaded(tmp_path):
     parts = {"encoder": spec("torch.nn.Flatten"), "decoder": spec("setpred.decoders.MLPDecoder", latent_dim=768)}
     path = untrained(tmp_path, *(f"--model.{name}={json.dumps(part)}" for name, part in parts.items()))
     assert type(load_checkpoint(path).model.encoder).__name__ == "Flatten"
-
-
-def test_a_written_configuration_can_be_read(tmp_path):
-    saving = json.dumps(spec(f"{CALLBACKS}.ModelCheckpoint", every_n_epochs=1))
-    logger = "lightning.pytorch.loggers.CSVLogger"
-    options = ["--model.metric=setpred.metrics.AveragePrecision", f"--trainer.callbacks+={saving}"]
-    options += [f"--trainer.logger={logger}", f"--trainer.logger.init_args.save_dir={tmp_path}"]
-    untrained(tmp_path, *options)
-    again = build(["--config", str(tmp_path / "tiny" / "config.yaml")])
-    assert type(again.model.metric).__name__ == "AveragePrecision"
-    assert portable(again.config.name) == "tiny"

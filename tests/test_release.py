@@ -130,15 +130,6 @@ def test_a_yaml_of_the_user_is_not_overwritten(checkpoint, tmp_path):
     assert export(checkpoint, out) == export(checkpoint, out) == [out, sidecar]
 
 
-def test_the_command_prints_what_it_wrote(checkpoint, tmp_path, capsys):
-    out = tmp_path / "deep" / "a.safetensors"
-    assert main([str(checkpoint), "--out", str(out)]) == 0
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
-        str(out),
-        str(out.with_suffix(".yaml")),
-    ]
-
-
 def test_the_command_writes_nothing_on_an_error(checkpoint, tmp_path, capsys, monkeypatch):
     out = tmp_path / "b.safetensors"
     broken = tmp_path / "run" / "best.ckpt"
