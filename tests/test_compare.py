@@ -23,19 +23,21 @@ MLP = {"class_path": "setpred.decoders.MLPDecoder", "init_args": {"set_size": 4,
 # --- budget and schedule ----------------------------------------------------------------------------------------------
 
 
+WRONG = ("", "10", "m", "ten minutes", "-5s", "0s", "0steps", "2.5steps", "1e3s", "infs")
+
+
 @pytest.mark.parametrize(
-    ("text", "amount"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("2000steps", 2000), ("1step", 1)]
+    ("text", "amount"),
+    [("90s", 90), ("10m", 600), ("1.5h", 5400), ("2000steps", 2000), ("1step", 1), *((text, None) for text in WRONG)],
 )
 def test_budgets_are_times_or_steps(text, amount):
-    budget = Budget.parse(text)
-    assert budget == Budget(amount, in_steps="step" in text)
-    assert Budget.parse(str(budget)) == budget
-
-
-@pytest.mark.parametrize("text", ["", "10", "m", "ten minutes", "-5s", "0s", "0steps", "2.5steps", "1e3s", "infs"])
-def test_other_budgets_are_errors(text):
-    with pytest.raises(InputError, match="--budget"):
-        Budget.parse(text)
+    if amount is None:
+        with pytest.raises(InputError, match="--budget"):
+            Budget.parse(text)
+    else:
+        budget = Budget.parse(text)
+        assert budget == Budget(amount, in_steps="step" in text)
+        assert Budget.parse(str(budget)) == budget
 
 
 @pytest.mark.parametrize("amount", [1, 7, 60, 61, 999, 12_345])
@@ -68,16 +70,11 @@ def test_validation_does_not_count_as_training_time(monkeypatch):
 
     model = SimpleNamespace(schedule=cosine, validate=validate)
     loop = SimpleNamespace(max_epochs=10, min_epochs=2, epoch_loop=SimpleNamespace(max_steps=-1, min_steps=5))
-    trainer = SimpleNamespace(
-        datamodule=SimpleNamespace(val_dataloader=lambda: ["a", "b", "c", "d"]),
-        fit_loop=loop,  # plans 10 epochs of 4 steps
-        limit_val_batches=0.5,
-        num_training_batches=8,
-        accumulate_grad_batches=2,
-        precision_plugin=SimpleNamespace(val_step_context=nullcontext),
-        global_step=0,
-        should_stop=False,
-    )
+    plan = {"fit_loop": loop, "num_training_batches": 8, "accumulate_grad_batches": 2}  # 10 epochs of 4 steps
+    plan |= {"global_step": 0, "should_stop": False, "limit_val_batches": 0.5}
+    data = SimpleNamespace(val_dataloader=lambda: ["a", "b", "c", "d"])
+    precision = SimpleNamespace(val_step_context=nullcontext)
+    trainer = SimpleNamespace(**plan, datamodule=data, precision_plugin=precision)
     training = BudgetedTraining(Budget(20, in_steps=False), points=4, report=lambda point: None)
     training.setup(trainer, model, "fit")
     assert (loop.max_epochs, loop.min_epochs, loop.epoch_loop.max_steps, trainer.limit_val_batches) == (-1, None, -1, 0)
@@ -282,8 +279,7 @@ def test_a_cut_off_line_does_not_swallow_the_next(tmp_path):
     assert list(read_results(path).values()) == [run | {"value": 2}]
 
 
-@pytest.mark.parametrize("count", [0, 1, 13])
-def test_curves_are_drawn(count, tmp_path):
-    curves = {f"configuration {number}": [[(1, 0.5), (2, number)], [(1.5, 0.7)]] for number in range(count)}
-    path = draw_training_curves(tmp_path / "curves.png", curves, spent="steps", score="AP", subtitle="of nothing")
-    assert path.read_bytes().startswith(b"\x89PNG")
+def test_curves_are_drawn_of_none_and_of_many(tmp_path):
+    for count in (0, 13):
+        curves = {f"configuration {number}": [[(1, 0.5), (2, number)], [(1.5, 0.7)]] for number in range(count)}
+        draw_training_curves(tmp_path / "curves.png", curves, spent="steps", score="AP", subtitle="of nothing")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
+from tiny import clevr_folder
 
 from setpred import CLEVR, InputError
 from setpred.commands.data import main
@@ -58,18 +59,7 @@ def test_a_prepared_file_is_the_folder(clevr_blender, tmp_path):
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Three small images with a scene each."""
-    root = tmp_path / "CLEVR"
-    (root / "scenes").mkdir(parents=True)
-    (root / "images" / "val").mkdir(parents=True)
-    scenes = []
-    for number in range(3):
-        name = f"CLEVR_val_{number:06d}.png"
-        Image.new("RGB", (48, 32), (number, 2, 3)).save(root / "images" / "val" / name)
-        obj = {"3d_coords": [1.0, 2.0, 0.7], "pixel_coords": [240, 160, 10.0], "rotation": 0.0}
-        obj |= {"shape": "cube", "size": "large", "material": "metal", "color": "red"}
-        scenes.append({"image_filename": name, "image_index": number, "split": "val", "objects": [obj, obj]})
-    (root / "scenes" / "CLEVR_val_scenes.json").write_text(json.dumps({"info": {}, "scenes": scenes}))
-    return root
+    return clevr_folder(tmp_path / "CLEVR").parents[1]
 
 
 def test_what_the_official_generator_leaves_is_read(folder):

@@ -236,14 +236,6 @@ def test_shards_of_something_else_are_not_used(tmp_path, change, capsys, small_s
     verify(path)
 
 
-def test_a_folder_in_the_way_is_left_alone(tmp_path):
-    (tmp_path / "a.h5.partial").mkdir()
-    (tmp_path / "a.h5.partial" / "notes").write_text("mine")
-    with pytest.raises(InputError, match="has notes, which is not a shard; move the folder away"):
-        write(tmp_path / "a.h5")
-    assert (tmp_path / "a.h5.partial" / "notes").read_text() == "mine"
-
-
 @pytest.fixture
 def quick_folder(monkeypatch, small_shards):
     """Renders its folder without torch, whose threads do not survive a fork."""
@@ -345,6 +337,19 @@ def test_a_disk_that_fills_up_leaves_what_was_done(tmp_path, limit, small_shards
     verify(tmp_path / "a.h5")
 
 
+def test_what_is_in_the_way_is_left_alone(tmp_path):
+    (tmp_path / "a.h5.partial").mkdir()
+    (tmp_path / "a.h5.partial" / "notes").write_text("mine")
+    for path, words in (
+        (tmp_path / "a.h5", "has notes, which is not a shard; move the folder away"),
+        (tmp_path / "a.h5.partial" / "notes" / "a.h5", "is a file, not a folder"),
+        (tmp_path, "a folder has this name"),
+    ):
+        with pytest.raises(InputError, match=words):
+            write(path)
+    assert (tmp_path / "a.h5.partial" / "notes").read_text() == "mine"
+
+
 def test_too_little_room_is_an_error_at_once(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(hdf5_writer.shutil, "disk_usage", lambda _: usage._replace(free=100_000))
@@ -382,15 +387,6 @@ def test_two_writers_are_told_apart(job, tmp_path, quick_folder):
     with locked(shards_of_it / "lock"), pytest.raises(InputError, match=r"another process is writing .*\.partial"):
         run(tmp_path)
     run(tmp_path)
-
-
-def test_names_that_cannot_be_written(tmp_path):
-    (tmp_path / "folder").write_text("not a folder")
-    for path in (tmp_path / "folder" / "a.h5", tmp_path / "folder" / "deeper" / "a.h5"):
-        with pytest.raises(InputError, match="is a file, not a folder"):
-            write(path)
-    with pytest.raises(InputError, match="a folder has this name"):
-        write(tmp_path)
 
 
 PREPARE = """

@@ -19,9 +19,6 @@ PAYLOAD = """
 import os
 from pathlib import Path
 from lightning.pytorch import Callback, LightningDataModule
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.profilers import Profiler
-from lightning.pytorch.strategies import Strategy
 from torch import nn
 
 def run(*_, **__):
@@ -36,9 +33,6 @@ class Encoder(nn.Module):
 
 class Watch(Callback): ...
 class Data(LightningDataModule): ...
-class Log(Logger): ...
-class Profile(Profiler): ...
-class Strategic(Strategy): ...
 """
 
 
@@ -74,19 +68,17 @@ AVERAGING = "lightning.pytorch.callbacks.StochasticWeightAveraging"
 CALLBACKS = "lightning.pytorch.callbacks"
 PLACES = [  # where a configuration can name a class, in both forms
     {"model__encoder": spec("payload.Encoder")},
-    {"model__encoder": "payload.Encoder"},
     {"model__decoder__init_args__objective__init_args__set_encoder": spec("payload.Encoder")},
     {"model__decoder__init_args__descent": "payload.Encoder"},
     {"model__loss": "payload.Encoder"},
     {"model__metric": spec("payload.Encoder")},
     {"model__schedule": "payload.Encoder"},
-    {"data": spec("payload.Data")},
     {"data": "payload.Data"},
     {"trainer__callbacks": spec("payload.Watch")},
     {"trainer__callbacks": ["payload.Watch"]},
-    {"trainer__logger": spec("payload.Log")},
-    {"trainer__strategy": spec("payload.Strategic")},
-    {"trainer__profiler": spec("payload.Profile")},
+    {"trainer__logger": spec("payload.Encoder")},
+    {"trainer__strategy": spec("payload.Encoder")},
+    {"trainer__profiler": spec("payload.Encoder")},
     {"trainer__plugins": [spec("payload.Encoder")]},
     {"data": "payload.run"},
     {"model__metric": spec("setpred.metrics.AveragePrecision", protocol="payload.run")},
@@ -95,13 +87,10 @@ PLACES = [  # where a configuration can name a class, in both forms
     {"model__encoder": "setpred.data.datamodule.payload.Encoder"},  # through a module of ours
     # installed already, so harmful without an import
     {"data": spec("os.system", command="touch CANARY")},
-    {"model__encoder": spec("subprocess.Popen", args=["touch", "CANARY"])},
     {"trainer__callbacks": [spec(f"{CALLBACKS}.LambdaCallback", on_fit_start="os.abort")]},
     {"trainer__callbacks": ["LambdaCallback"]},
     {"data": spec("setpred.data.datamodule.RenderedScenes.load_from_checkpoint", checkpoint_path="CANARY")},
-    {"data": spec("lightning.pytorch.LightningDataModule.load_from_checkpoint", checkpoint_path="CANARY")},
     {"model__encoder": spec("torch.load", f="CANARY", weights_only=False)},
-    {"model__encoder": spec("torch.hub.load", repo_or_dir="stranger/repo", model="m")},
     {"model__encoder": spec("setpred.files.write_atomically", path="CANARY", content="")},
     {"model__encoder": spec("setpred.encoders.resnet.torch.load", f="CANARY")},
     {"data": spec("jsonargparse.set_parsing_settings", import_path_allowlist=["os"])},
@@ -184,7 +173,6 @@ TEXTS = {
     "billion laughs": (LAUGHS, "at most 2,000 values"),
     "an alias in itself": ("model: &a {encoder: *a}\n", UNREADABLE),
     "deep": ("model: " + "[" * 1000 + "]" * 1000, UNREADABLE),
-    "deep, block": ("model: " + "{a: " * 2_000 + "}" * 2_000, UNREADABLE),
     "long": ("name: x\n# " + "y" * untrusted.LARGEST_YAML, "at most 100,000 characters"),
     "many": ("name: [" + "1, " * 5000 + "]", "at most 2,000 values"),
     "a long number": ("name: 1" + ":59" * 20_000, "64 bits"),
@@ -192,10 +180,8 @@ TEXTS = {
     "no date": ("name: 2026-99-99", UNREADABLE),
     "twice": (CONFIG + "trainer: {max_epochs: 1}\n", "duplicate key 'trainer'"),
     "no text": (b"\xff\xfe\x00\x00name: x", UNREADABLE),
-    "zeros": (b"\0" * 100, UNREADABLE),
     "not closed": ("model: {", UNREADABLE),
     "no mapping": ("- x", "with model: and data:"),
-    "no names": ("7: x", "with model: and data:"),
     "empty": ("", "with model: and data:"),
 }
 

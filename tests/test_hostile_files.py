@@ -137,8 +137,6 @@ def endless() -> list:
     ("make", "words"),
     [
         (lambda: torch.zeros(3, 3).to_sparse(), "expected dense tensors"),
-        (lambda: torch.zeros(3, device="meta"), "expected dense tensors"),
-        (lambda: torch.zeros(3, dtype=torch.complex64), "of real numbers"),
         (lambda: {1, 2}, "of type set"),
         (lambda: torch.float32, "of type dtype"),
         (lambda: Calls(torch.Tensor, 10**9), "larger than the file"),
@@ -152,10 +150,7 @@ def test_only_plain_values_of_bounded_size_are_read(make, words, content, tmp_pa
     path = saved(tmp_path / "a.ckpt", content | {"a": make()})
     with rejected(words):
         read_checkpoint(path)
-
-
-def test_archives_larger_than_their_file_are_rejected(content, tmp_path):
-    path = saved(tmp_path / "a.ckpt", content)
+    saved(path, content)
     with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data/99", bytes(10**8))
     with rejected("larger than the file"):
@@ -190,19 +185,14 @@ RECORDS = [
     (f"{SET_ENCODER}/hidden_dim", 10**9, r"hidden_dim of at most 65536, got 1000000000"),
     (f"{DESCENT}/init_args/iterations", 10**12, r"iterations of at most 65536, got 1000000000000"),
     (f"{SET_ENCODER}/hidden_dim", 2**16, r"do not fit the SetPredictor"),
-    (f"{ENCODER}/init_args", {"image_size": 16, "latent_dim": 2**16, "width": 2**14}, "do not fit"),
     # class paths
     (ENCODER, EVIL, "'os.system', which is not on the list"),
     (f"{DESCENT}/init_args/iterations", {"a": [[EVIL]]}, "'os.system', which is not on the list"),
-    (f"{ENCODER}/class_path", ["os.system"], "which is not on the list"),
-    (f"{ENCODER}/class_path", "setpred.encoders." + "x" * 10**6, "which is not on the list"),
     (f"{ENCODER}/class_path", "setpred.checkpoint.load.save_checkpoint", "which is not on the list"),
     # arguments
     (f"{DESCENT}/init_args/unheard", 1, "cannot be built"),
-    (f"{ENCODER}/init_args", [16], "cannot be built"),
     (f"{ENCODER}/init_args/latent_dim", -1, "cannot be built"),
     (f"{DECODER}/init_args/set_size", -4, "at least 1 element"),
-    (ENCODER, "SmallCNN", "init_args of its encoder, got 'SmallCNN'"),
     (DECODER, {"class_path": "torch.nn.ReLU"}, "init_args of its decoder"),
     (ENCODER, MLP, "of its encoder"),
     ("setpred/model", None, "does not say how its model is built"),
@@ -212,13 +202,11 @@ RECORDS = [
     ("setpred/version", 99, "checkpoint format 99"),
     ("setpred", [1], "lacks the record"),
     ("setpred/seed", True, "its record is damaged"),
-    ("setpred/data", None, "its record is damaged"),
     ("setpred/data/image_size", 10**9, "its record is damaged .*from 1 to 4096"),
     ("setpred/schema", "clevr", "its record is damaged.*not a schema record"),
     ("epoch", -1, "its record is damaged"),
     ("global_step", 0.5, "its record is damaged"),
     # the weights
-    ("state_dict", [1], "do not fit"),
     (BIAS, torch.zeros(16, dtype=torch.int64), "do not fit.*head.bias"),
     (BIAS, torch.zeros(9), r"do not fit.*head.bias"),
     ("state_dict/model.extra", torch.zeros(9), r"do not fit.*extra"),
@@ -295,12 +283,8 @@ def header(text: bytes, size: int | None = None) -> bytes:
     "damaged",
     [
         b"",
-        header(b"{}", size=10**8),
         header(b"{}", size=2**63),
         header(b'{"a": {"dtype": "F32", "shape": [1000000000000], "data_offsets": [0, 4]}}') + bytes(4),
-        header(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4000000]}}') + bytes(4),
-        header(b'{"a": {"dtype": "F4096", "shape": [1], "data_offsets": [0, 4]}}') + bytes(4),
-        header(b'{"a": ' * 1000 + b"1" + b"}" * 1000),
     ],
 )
 def test_damaged_headers_of_releases_are_rejected(damaged, tmp_path):
@@ -322,16 +306,6 @@ def test_foreign_files_are_rejected(content, tmp_path):
             load_checkpoint(path)
     with rejected("lacks the record"):
         load_checkpoint(saved(tmp_path / "a.ckpt", {"state_dict": {}}))
-
-
-@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
-def test_only_regular_files_are_checkpoints(suffix, tmp_path):
-    pipe, device = tmp_path / f"a.{suffix}", tmp_path / f"b.{suffix}"
-    os.mkfifo(pipe)
-    device.symlink_to("/dev/zero")
-    for path in (pipe, device, tmp_path, tmp_path / f"none.{suffix}", f"a\0.{suffix}"):
-        with rejected("no checkpoint at"):
-            load_checkpoint(path)
 
 
 # --- prepared files -------------------------------------------------------------------------------------------------
@@ -409,22 +383,17 @@ def number(name: str, at: Any, value: Any) -> Callable[[h5py.File], Any]:
         (replaced("images", data=None, shape=(3, 8, 8, 3), dtype="u1", external=[("/etc/passwd", 0, 576)]), "images"),
         (virtual, "images"),
         (replaced("images", compression="gzip"), "images"),
-        (replaced("camera", scaleoffset=2, chunks=True), "camera"),
         (replaced("index", data=["a"] * 3, dtype=h5py.string_dtype()), "index"),
-        (replaced("index", data=None, shape=(3,), dtype=h5py.vlen_dtype(np.int64)), "index"),
         (replaced("index", data=h5py.Empty("<i8")), "index|damaged"),
         (lambda file: (file.pop("index"), file.create_group("index")), "damaged"),
         (claims(10**8), "images"),
         (attribute(images=10**9), "1000000000"),
-        (attribute(image_size=10**6), "1000000"),
         (attribute(images=np.full(1000, 3)), "images"),
-        (attribute(source="[1]"), "source"),
         (attribute(source='{"a": NaN}'), "source"),
         (attribute(source='{"a": "' + "x" * 3_000_000 + '"}'), "source"),
         (attribute(schema=b"\xff\xfe"), "schema"),
         (schema(max_objects=10**9), "schema"),
         (schema(fields=[FIELD | {"size": 10**9}]), "schema"),
-        (schema(fields=[FIELD | {"scale": 0}]), "scale > 0"),
         (number("elements", (1, 0, 0), np.nan), "image 1"),
         (number("elements", (2, 0, -1), 0.5), "image 2"),
         (number("elements", (2, 5, 3), 1.0), "image 2"),
@@ -528,17 +497,21 @@ def test_images_of_too_many_pixels_are_rejected_before_they_are_decoded(side, tm
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "nul", "dangling"])
-def test_only_regular_files_are_images(kind, tmp_path):
-    path = tmp_path / ("a\0.png" if kind == "nul" else "a.png")
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors", "png"])
+def test_only_regular_files_are_read(kind, suffix, tmp_path):
+    path = tmp_path / (f"a\0.{suffix}" if kind == "nul" else f"a.{suffix}")
     if kind in ("device", "dangling"):
         path.symlink_to("/dev/zero" if kind == "device" else tmp_path / "nowhere")
     elif kind != "nul":
         (os.mkfifo if kind == "pipe" else os.mkdir)(path)
-    for read in (load_image, lambda path, size: find_images([path])):
-        with rejected():
-            read(path, 8)
-    (error,) = decoded([str(path)], 8)
-    assert isinstance(error, InputError)
+    if suffix == "png":
+        for read in (lambda: load_image(path, 8), lambda: find_images([path])):
+            with rejected():
+                read()
+        assert isinstance(decoded([str(path)], 8)[0], InputError)
+    else:
+        with rejected("no checkpoint at"):
+            load_checkpoint(path)
 
 
 # --- CLEVR folders --------------------------------------------------------------------------------------------------
@@ -589,7 +562,6 @@ NOT_THREE_NUMBERS = ([1, 2], ["1", "2", "3"], "123", None, [True, 1, 2], [10**40
         (cube(color="mauve"), "a.png, object 0: unknown color 'mauve'; expected one of cyan"),
         (cube(shape=None), "a.png, object 0: unknown shape None"),
         (cube(size=["large"]), "a.png, object 0: unknown size"),
-        (scenes({}).replace('"red"', "[" * 60 + "]" * 60), "unknown color"),
         *(
             (scenes({"image_filename": name}), "expected a plain file name")
             for name in ("../a.png", "/etc/passwd", "..", 3, "a.png\0", "\x1b[2Ja.png")
@@ -598,7 +570,6 @@ NOT_THREE_NUMBERS = ([1, 2], ["1", "2", "3"], "123", None, [True, 1, 2], [10**40
         (scenes({"image_filename": "x" * 10**6}), "missing"),
         (scenes({"objects": {}}), "a.png: expected a list 'objects'"),
         (scenes({"objects": [{}] * 12}), "a.png has 12 objects, but schema 'clevr' holds at most 10"),
-        (scenes({"objects": [{}] * 10**6}), "objects"),
         (scenes({"objects": SCENE["objects"] * 5000}), "objects"),
         ('{"scenes": ' + "[" * 10**6, "JSON"),
         (scenes({})[:200], "of 200 bytes is not valid JSON"),
