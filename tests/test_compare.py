@@ -20,9 +20,6 @@ from setpred.visualise import draw_training_curves
 MLP = {"class_path": "setpred.decoders.MLPDecoder", "init_args": {"set_size": 4, "latent_dim": 16}}
 
 
-# --- budget and schedule ----------------------------------------------------------------------------------------------
-
-
 WRONG = ("", "10", "m", "ten minutes", "-5s", "0s", "0steps", "2.5steps", "1e3s", "infs")
 
 
@@ -93,9 +90,6 @@ def test_validation_does_not_count_as_training_time(monkeypatch):
     assert validated == [["a", "b"]] * 4
     assert factors[:3] == [cosine(0, 0), cosine(1, 0), cosine(2, 0)]
     assert factors[-1] == cosine(39, 9)
-
-
-# --- comparisons ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -234,9 +228,6 @@ def test_errors_come_before_any_training(arguments, sentence, configs, tmp_path,
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("error: ")
     assert sentence in message
-
-
-# --- table and plot ---------------------------------------------------------------------------------------------------
 
 
 def known(name, seed, score, **changes):

@@ -16,8 +16,6 @@ from setpred.data.dataset import ClevrImages, SetFile, open_data
 from setpred.data.hdf5 import verify
 from setpred.data.images import FORMATS, SUFFIXES, TURNS, load_image
 
-# --- real scenes --------------------------------------------------------------------------------------------------
-
 
 def test_elements_and_cameras_are_those_of_the_annotations(clevr_blender):
     folder = ClevrFolder(clevr_blender, "val")
@@ -51,9 +49,6 @@ def test_a_prepared_file_is_the_folder(clevr_blender, tmp_path):
     assert all((one[name] == other[name]).all() for name in one)
     np.testing.assert_array_equal(prepared.camera(4), direct.camera(4))
     np.testing.assert_array_equal(prepared.image_index, direct.image_index)
-
-
-# --- faults of a folder -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -108,9 +103,6 @@ def test_a_damaged_image_is_named_and_nothing_is_prepared(folder, tmp_path, work
     image.write_bytes(content)
     assert main(arguments) == 0
     verify(path)
-
-
-# --- images -------------------------------------------------------------------------------------------------------
 
 
 def test_images_are_resized_without_a_crop(tmp_path):

@@ -105,9 +105,6 @@ def content(path: Path) -> dict[str, bytes]:
         return arrays | {name: str(value).encode() for name, value in file.attrs.items()}
 
 
-# --- content ------------------------------------------------------------------------------------------------------
-
-
 def test_what_goes_in_comes_out(tmp_path):
     path = tmp_path / "new" / "a.h5"
     write(path)
@@ -200,9 +197,6 @@ def test_splits_share_a_folder(folder, tmp_path):
     (tmp_path / "cameras.jsonl").write_text("my notes\n")
     with pytest.raises(InputError, match=r"cameras.jsonl is not a file of cameras .*move it away"):
         render_folder(tmp_path, **FOLDER | {"split": "new"})
-
-
-# --- shards: interrupted, killed, without room --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stop", [0, 1, 4, 6])
@@ -446,9 +440,6 @@ def test_a_killed_command_resumes_and_leaves_no_process(tmp_path, many, blow, ca
     assert content(path) == content(tmp_path / "b.h5")
 
 
-# --- damage -------------------------------------------------------------------------------------------------------
-
-
 def test_a_malformed_set_is_not_written(tmp_path):
     elements = RECORDS[0].elements.copy()
     elements[0, 0] = np.nan
@@ -465,27 +456,6 @@ def test_files_of_other_models(file):
     first = int((SetFile(file).__getitems__(range(5))["mask"].sum(1) == 3).int().argmax())
     with pytest.raises(InputError, match=f"image {first} has 3 objects, but the model holds sets of at most 2"):
         open_data(file, image_size=16, set_size=2)
-
-
-def test_small_files_are_written_completely_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "a.json"
-    files.write_atomically(path, "before")
-
-    def fail(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    for operation in ("fsync", "replace"):
-        with monkeypatch.context() as context:
-            context.setattr(os, operation, fail)
-            with pytest.raises(InputError, match=r"cannot write .*a\.json: the disk is full"):
-                files.write_atomically(path, "after")
-        assert path.read_text() == "before"
-        assert os.listdir(path.parent) == ["a.json"]
-    files.write_atomically(path, b"after")
-    assert path.read_bytes() == b"after"
-
-
-# --- commands and workers -----------------------------------------------------------------------------------------
 
 
 def test_producing_data_does_not_import_torch():

@@ -43,9 +43,6 @@ FEW, MANY = 40, 500  # mutated files of each kind
 SECONDS, MEMORY = 30, 500 * 2**20  # that reading a file may take
 
 
-# --- reading --------------------------------------------------------------------------------------------------------
-
-
 def read_scenes(path: Path) -> list:
     folder = ClevrFolder(path.parents[1], "val")
     assert not malformed(folder.elements, CLEVR).any(), "a malformed set"
@@ -150,9 +147,6 @@ def reader(tmp_path_factory):
     reader = Reader(tmp_path_factory.mktemp("reader"))
     yield reader
     reader.close()
-
-
-# --- mutating -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

@@ -508,7 +508,8 @@ def test_only_regular_files_are_read(kind, suffix, tmp_path):
         for read in (lambda: load_image(path, 8), lambda: find_images([path])):
             with rejected():
                 read()
-        assert isinstance(decoded([str(path)], 8)[0], InputError)
+        (error,) = decoded([str(path)], 8)
+        assert isinstance(error, InputError)
     else:
         with rejected("no checkpoint at"):
             load_checkpoint(path)

@@ -271,6 +271,7 @@ def test_only_the_first_images_are_drawn(tmp_path, skip_drawing):
     drawn = skip_drawing()
     predicted, target = sets(CLEVR, report.PICTURED + 3, set_size=1)
     for count in (report.PICTURED + 3, 2):
-        write_report(tmp_path, images=pictures(count, 8, 8), predicted=predicted, target=target)
+        images = torch.from_numpy(pictures(count, 8, 8)).permute(0, 3, 1, 2)  # the layout of a model's input
+        write_report(tmp_path, images=images, predicted=predicted, target=target)
         assert len(drawn[0][0]) == min(count, report.PICTURED)
         drawn.clear()
