@@ -12,7 +12,7 @@ from tiny import clevr_folder
 from setpred import CLEVR, InputError
 from setpred.commands.data import main
 from setpred.data.clevr import ClevrFolder
-from setpred.data.dataset import ClevrImages, SetFile, open_data
+from setpred.data.dataset import ClevrImages
 from setpred.data.hdf5 import verify
 from setpred.data.images import FORMATS, SUFFIXES, TURNS, load_image
 
@@ -32,23 +32,6 @@ def test_elements_and_cameras_are_those_of_the_annotations(clevr_blender):
             assert all(got[name] == expected[name] for name in ("material", "color", "shape", "size"))
         if number < 20:
             np.testing.assert_allclose(folder.camera(number), json.loads(lines[number])["camera"], atol=1e-3)
-
-
-def test_a_prepared_file_is_the_folder(clevr_blender, tmp_path):
-    path = tmp_path / "a.h5"
-    arguments = ["prepare", str(clevr_blender), "--split", "val", "--image-size", "32", "--images", "6"]
-    assert main([*arguments, "--workers", "2", "--out", str(path)]) == 0
-    verify(path)
-    prepared = open_data(path, image_size=32)
-    direct = open_data(clevr_blender, split="val", image_size=32, images=6)
-    assert isinstance(prepared, SetFile)
-    assert isinstance(direct, ClevrImages)
-    assert prepared.source == direct.source
-    assert prepared.source["folder"] == clevr_blender.name
-    one, other = prepared.__getitems__([4, 0, 5]), direct.__getitems__([4, 0, 5])
-    assert all((one[name] == other[name]).all() for name in one)
-    np.testing.assert_array_equal(prepared.camera(4), direct.camera(4))
-    np.testing.assert_array_equal(prepared.image_index, direct.image_index)
 
 
 @pytest.fixture

@@ -168,6 +168,11 @@ def test_a_folder_is_read_as_clevr_is(tmp_path):
     assert main([*prepare, "--out", str(tmp_path / "b.h5")]) == 0
     known = read_cameras(tmp_path / "folder" / "cameras.jsonl", split="val")
     one, *others = (open_data(tmp_path / name, split="val", image_size=32) for name in ("a.h5", "b.h5", "folder"))
+    prepared, direct = others
+    assert prepared.source == direct.source
+    np.testing.assert_array_equal(prepared.image_index, direct.image_index)
+    batches = [data.__getitems__([1, 0]) for data in others]
+    assert all((batches[0][name] == batches[1][name]).all() for name in batches[0])
     for other in others:
         np.testing.assert_array_equal(one.__getitems__([0, 1])["elements"], other.__getitems__([0, 1])["elements"])
         for number in range(2):
