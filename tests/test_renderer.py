@@ -377,6 +377,13 @@ def test_invalid_scenes_and_sizes_raise(scenes, options, words):
         render(scenes, **({"width": 8, "height": 8} | options))
 
 
+def test_too_many_objects_raise():
+    with pytest.raises(InputError, match="at most 1 objects"):
+        SceneBatch.of([Scene((one(), one(x=2.0)))], max_objects=1)
+    with pytest.raises(InputError, match="at most 128 objects"):
+        annotate(SceneBatch.of([Scene(())], max_objects=129), width=8, height=8)
+
+
 def test_torch_settings_change_nothing():
     """Neither the default type nor gradients."""
     scenes, size = [Scene((one("cube", "metal"), one(x=2.0), one("cylinder", y=2.0)))], {"width": 24, "height": 16}

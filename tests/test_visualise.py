@@ -13,11 +13,12 @@ from setpred.errors import InputError
 from setpred.metrics import average_precision
 from setpred.rendering.camera import NOMINAL_CAMERA, Camera
 from setpred.schema import CLEVR, ElementSchema, categorical, continuous
-from setpred.visualise import Descent, Voting, report, write_report
+from setpred.visualise import Descent, Voting, draw_supports, report, write_report
 from setpred.visualise.curves import _envelope
 from setpred.visualise.predictions import compare
+from setpred.visualise.style import Sheet
 from setpred.visualise.supports import support_colours
-from setpred.visualise.world import VIEW, on_map, outlines_on_image
+from setpred.visualise.world import VIEW, cameras_of, on_map, outlines_on_image
 
 WORLD = ["predictions.png", "refinement.gif", "refinement.png"]
 FIGURES = [*WORLD, "precision_recall.png", "confusion.png", "distance_errors.png"]
@@ -139,6 +140,24 @@ def test_tokens_are_row_by_row_in_the_colours_they_support():
     np.testing.assert_allclose(picture[1, 1, :3], (0, 0.25, 0.75))
 
 
+def test_an_object_has_its_number_over_the_tokens_that_support_it(tmp_path, monkeypatch):
+    """Numbers follow the confidence, as in predictions.png."""
+    target = objects((0, 0, "red", 1), (2, 2, "blue", 1))
+    predicted = objects((0, 0, "red", 0.8), (2, 2, "blue", 0.9))
+    supports = torch.zeros(len(predicted), 16, dtype=torch.float64)
+    supports[0, 5] = supports[1, 11] = 0.25
+    spots = []
+    monkeypatch.setattr("setpred.visualise.world.badge", lambda _, at, text, **__: spots.append((text, *at)))
+    seen = Voting(target[:1].repeat(1, 16, 1), supports[None], torch.zeros(1, 1))
+    drawn = Descent(pictures(1)[0], predicted[None], target, NOMINAL_CAMERA, CLEVR)
+    draw_supports(tmp_path / "supports.png", [drawn], seen, about="")
+    (first, *one), (second, *two), *_ = spots
+    width, height = VIEW[0] / 4, VIEW[1] / 4
+    assert (first, second) == ("1", "2")
+    assert one == pytest.approx((3.5 * width, 2.5 * height - 26))  # token 11: row 2, column 3
+    assert two == pytest.approx((1.5 * width, 1.5 * height - 26))  # token 5: row 1, column 1
+
+
 SCHEMAS = {
     "flat": ([continuous("at", 2), categorical("kind", "a", "b")], ["pictures"]),
     "numbers": ([continuous("at", 1)], ["pictures", "confusion"]),
@@ -199,6 +218,20 @@ def test_errors_name_the_argument(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="file"):
         write_report(tmp_path / "file", **good)
+
+
+def test_the_text_right_of_the_title_is_cut_to_its_room():
+    sheet = Sheet(9, 4)
+    sheet.heading("Title", "subtitle", "$_{folder/" * 20 + "图片.h5")  # neither formula nor known glyphs
+    name, aside = (text.get_window_extent(sheet.canvas.get_renderer()) for text in (sheet.texts[0], sheet.texts[-1]))
+    assert name.x1 < aside.x0
+    assert sheet.texts[-1].get_text().endswith("/图片.h5")
+
+
+def test_unknown_cameras_are_the_nominal_one():
+    known = (7.0, -6.0, 5.0)
+    assert cameras_of(torch.tensor([known, (math.nan,) * 3]), 2) == [Camera(known), NOMINAL_CAMERA]
+    assert cameras_of(None, 1) == [NOMINAL_CAMERA]
 
 
 def test_the_map_agrees_with_the_view():
