@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -25,11 +26,7 @@ def folder(tmp_path_factory):
 def edited(folder, tmp_path, change):
     """The folder again, its pictures changed by a function of arrays."""
     root = tmp_path / "edited"
-    for file in folder.rglob("*"):
-        if file.is_file():
-            there = root / file.relative_to(folder)
-            there.parent.mkdir(parents=True, exist_ok=True)
-            there.write_bytes(file.read_bytes())
+    shutil.copytree(folder, root, dirs_exist_ok=True)
     for picture in root.rglob("*.png"):
         Image.fromarray(change(np.asarray(Image.open(picture)))).save(picture)
     return root
@@ -49,22 +46,16 @@ def test_our_own_pictures_agree_to_the_bit(folder, tmp_path, capsys):
         assert picture.size == (360, 80)
 
 
-def test_a_known_difference_is_measured(folder, tmp_path):
-    darker = edited(folder, tmp_path, lambda image: image - np.array([3, 0, 1], dtype=np.uint8))
-    whole = mean(list(compare(darker)))
-    np.testing.assert_allclose(whole.bias, [3, 0, 1])
-    assert whole.rmse == pytest.approx((10 / 3) ** 0.5)
-    assert whole.rmse_objects == pytest.approx((10 / 3) ** 0.5)
-
-
-def test_a_shifted_picture_agrees_less(folder, tmp_path):
-    shifted = edited(folder, tmp_path, lambda image: np.roll(image, 4, axis=1))
-    ours, moved = mean(list(compare(folder))), mean(list(compare(shifted)))
+def test_a_known_difference_is_measured_and_a_shifted_picture_agrees_less(folder, tmp_path):
+    darker = mean(list(compare(edited(folder, tmp_path, lambda image: image - np.array([3, 0, 1], dtype=np.uint8)))))
+    np.testing.assert_allclose(darker.bias, [3, 0, 1])
+    assert darker.rmse == pytest.approx((10 / 3) ** 0.5) == darker.rmse_objects
+    moved = mean(list(compare(edited(folder, tmp_path, lambda image: np.roll(image, 4, axis=1)))))
     assert moved.rmse > 1
-    assert moved.mask_agreement < ours.mask_agreement - 0.1
+    assert moved.mask_agreement < darker.mask_agreement - 0.1
 
 
-def test_what_is_missing_is_said(folder, tmp_path):
+def test_missing_parts_are_named(folder, tmp_path):
     root = edited(folder, tmp_path, lambda image: image)
     with pytest.raises(InputError, match="under 3, got 3"):
         list(compare(root, first=3))
@@ -75,10 +66,9 @@ def test_what_is_missing_is_said(folder, tmp_path):
         list(compare(root, pictures=tmp_path / "file"))
     picture = root / "images" / "val" / "CLEVR_val_000000.png"
     whole = picture.read_bytes()
-    for broken in (b"", b"text", whole[: len(whole) // 2]):
-        picture.write_bytes(broken)
-        with pytest.raises(InputError, match=r"CLEVR_val_000000\.png is (not an image|cut short or damaged)"):
-            list(compare(root))
+    picture.write_bytes(b"text")
+    with pytest.raises(InputError, match=r"CLEVR_val_000000\.png is not an image"):
+        list(compare(root))
     picture.write_bytes(whole)
     scenes = root / "scenes" / "CLEVR_val_scenes.json"
     document = json.loads(scenes.read_text())

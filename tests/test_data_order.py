@@ -34,8 +34,6 @@ def test_a_permutation_depends_on_seed_and_epoch_only():
     assert order(3, 7) == order(3, 7)
     assert len({tuple(order(seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
 
-
-def test_a_range_goes_on():
     order = EpochRange(7)
     assert [number for epoch in range(4) for number in numbers(order, epoch)] == list(range(28))
 

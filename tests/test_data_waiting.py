@@ -1,43 +1,32 @@
 """The logged share of a training that waits for data is that of reading."""
 
 import csv
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader, Dataset
 
-from setpred.data import loading as order
+from setpred.data import loading
 from setpred.data.loading import EpochPermutation, ResumableLoader
 from setpred.training import callbacks
 from setpred.training.callbacks import DataWaiting, EpochLines, MetricsFile
 
 
-@dataclass
-class Clock:
-    """Stand-in for the module `time`."""
-
-    now: float = 1000.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
-    monotonic = perf_counter
-
-
 @pytest.fixture
-def clock(monkeypatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(callbacks, "time", clock)
-    monkeypatch.setattr(order, "time", clock)
+def clock(monkeypatch) -> SimpleNamespace:
+    """A stand-in for the module `time`, which stands still unless it is moved."""
+    clock = SimpleNamespace(now=1000.0, perf_counter=lambda: clock.now, monotonic=lambda: clock.now)
+    for module in (callbacks, loading):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
 class Numbers(Dataset):
     """Eight numbers, each read in `seconds`."""
 
-    def __init__(self, clock: Clock, seconds: float) -> None:
+    def __init__(self, clock: SimpleNamespace, seconds: float) -> None:
         self.clock, self.seconds = clock, seconds
 
     def __len__(self) -> int:
@@ -53,7 +42,7 @@ class Model(LightningModule):
 
     monitor = "val_loss"
 
-    def __init__(self, clock: Clock, step: float, validation: float = 0.0) -> None:
+    def __init__(self, clock: SimpleNamespace, step: float, validation: float = 0.0) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.clock, self.step, self.validation = clock, step, validation
@@ -71,23 +60,16 @@ class Model(LightningModule):
 
 def shares(tmp_path, model, loader, val=None, **options) -> list[str | None]:
     """Column of metrics.csv, one entry per epoch."""
-    trainer = Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        callbacks=[DataWaiting(), MetricsFile(tmp_path / "metrics.csv"), EpochLines()],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **options,
-    )
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    watching = [DataWaiting(), MetricsFile(tmp_path / "metrics.csv"), EpochLines()]
+    options |= quiet | {"enable_checkpointing": False, "callbacks": watching}
+    trainer = Trainer(max_epochs=2, accelerator="cpu", **options)
     trainer.fit(model, loader, val)
     with (tmp_path / "metrics.csv").open(newline="") as file:
         return [row.get("data_waiting") for row in csv.DictReader(file)]
 
 
-def loader(clock: Clock, seconds: float) -> ResumableLoader:
+def loader(clock: SimpleNamespace, seconds: float) -> ResumableLoader:
     """Batches of two."""
     return ResumableLoader(Numbers(clock, seconds), 2, sampler=EpochPermutation(8, seed=0), drop_last=True)
 

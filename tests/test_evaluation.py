@@ -1,15 +1,13 @@
 """evaluate: the same answer for every batch size, other data, figures, checkpoints that are not ours."""
 
 import json
-import zipfile
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from tiny import untrained
 
-from setpred.checkpoint.load import KEY, build, load_checkpoint, save_checkpoint
+from setpred.checkpoint.load import KEY, load_checkpoint, save_checkpoint
 from setpred.commands.data import main as data_command
 from setpred.commands.evaluate import evaluate, figures
 from setpred.data.dataset import open_data
@@ -30,28 +28,11 @@ def checkpoint(tmp_path_factory, tiny_data):
     return untrained(tmp_path_factory.mktemp("run"), data=tiny_data)
 
 
-def prepared(root, path, *options):
-    """A file of the validation split of a CLEVR folder."""
-    arguments = ["prepare", str(root), "--split", "val", "--image-size", "16", "--workers", "1", "--out", str(path)]
-    assert data_command([*arguments, *options]) == 0
-    return str(path)
-
-
-def changed(checkpoint, tmp_path, change):
-    """A copy of the checkpoint with its content changed."""
-    content = torch.load(checkpoint, weights_only=True)
-    change(content)
-    path = tmp_path / "changed.ckpt"
-    save_checkpoint(content, path)
-    return path
-
-
 def test_the_answer_does_not_depend_on_batches_or_workers(checkpoint):
     expected = evaluate([str(checkpoint)])
-    for options in (["--batch-size", "1"], ["--batch-size", "7"], ["--workers", "2"]):
-        result = evaluate([str(checkpoint), *options])
-        assert result["ap"] == pytest.approx(expected["ap"], abs=1e-6)
-        assert result["attributes"]["distance"] == pytest.approx(expected["attributes"]["distance"], abs=1e-5)
+    result = evaluate([str(checkpoint), "--workers", "2", "--batch-size", "7"])
+    assert result["ap"] == pytest.approx(expected["ap"], abs=1e-6)
+    assert result["attributes"]["distance"] == pytest.approx(expected["attributes"]["distance"], abs=1e-5)
     fewer = evaluate([str(checkpoint), "--iterations", "0"])
     assert fewer["attributes"]["distance"] != expected["attributes"]["distance"]
     other = evaluate([str(checkpoint), "--seed", "1"])
@@ -102,20 +83,6 @@ def test_a_perfect_model_has_ap_1_and_a_distant_one_0(checkpoint, monkeypatch):
     assert set(result["ap"].values()) | set(result["attributes"]["accuracy"].values()) == {1.0}
     monkeypatch.setattr(SetPredictor, "forward", in_turn(9 + 0 * truth))
     assert evaluate([str(checkpoint)])["ap"]["1"] == 0.0
-
-
-def test_real_clevr_folder_and_pictures(checkpoint, clevr_blender, tmp_path, capsys):
-    """Images with more objects than the model has slots are scored, and it says so."""
-    result = evaluate(
-        [str(checkpoint), "--data", str(clevr_blender), "--images", "6", "--figures", str(tmp_path / "figures")]
-    )
-    assert result["images"] == 6
-    assert result["without_slot"] > 0
-    assert "more objects than the model has slots" in capsys.readouterr().out
-    names = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert names >= {"predictions.png", "refinement.png", "refinement.gif", "precision_recall.png", "confusion.png"}
-    assert "supports.png" not in names
-    assert not [name for name in names if "partial" in name]
 
 
 def voting_model(objective):
@@ -172,125 +139,38 @@ def test_the_curve_of_a_training_is_drawn_where_its_metrics_lie_beside_it(tmp_pa
         draw_own_training(tmp_path / "figures", checkpoint)
 
 
-def test_a_prepared_clevr_file_and_its_folder_give_the_same_answer(checkpoint, clevr_blender, tmp_path):
-    file = prepared(clevr_blender, tmp_path / "clevr.h5", "--images", "8")
-    from_file = evaluate([str(checkpoint), "--data", file])
-    from_folder = evaluate([str(checkpoint), "--data", str(clevr_blender), "--images", "8"])
+def test_a_prepared_clevr_file_and_its_folder_give_the_same_answer(checkpoint, clevr_blender, tmp_path, capsys):
+    """Images with more objects than the model has slots are scored, and it says so."""
+    file, other, figures = tmp_path / "clevr.h5", tmp_path / "other.h5", tmp_path / "figures"
+    for path, size in ((file, "16"), (other, "32")):
+        arguments = ["prepare", str(clevr_blender), "--split", "val", "--image-size", size, "--images", "6"]
+        assert data_command([*arguments, "--workers", "1", "--out", str(path)]) == 0
+    from_file = evaluate([str(checkpoint), "--data", str(file)])
+    options = ["--data", str(clevr_blender), "--images", "6", "--figures", str(figures)]
+    from_folder = evaluate([str(checkpoint), *options])
     assert from_file["ap"] == from_folder["ap"]
-    assert from_file["images"] == 8
+    assert from_file["images"] == from_folder["images"] == 6
+    assert from_folder["without_slot"] > 0
+    assert "more objects than the model has slots" in capsys.readouterr().out
+    names = {path.name for path in figures.iterdir()}
+    assert names >= {"predictions.png", "refinement.png", "refinement.gif", "precision_recall.png", "confusion.png"}
+    assert "supports.png" not in names
     with pytest.raises(InputError, match=r"--split train: .* holds the split val"):
-        evaluate([str(checkpoint), "--data", file, "--split", "train"])
-    other = prepared(clevr_blender, tmp_path / "other.h5", "--images", "2", "--image-size", "32")
+        evaluate([str(checkpoint), "--data", str(file), "--split", "train"])
     with pytest.raises(InputError, match="expected images of 16x16"):
-        evaluate([str(checkpoint), "--data", other])
+        evaluate([str(checkpoint), "--data", str(other)])
 
 
-def test_missing_data_and_devices_are_errors_that_name_the_option(checkpoint, tmp_path):
+def test_missing_data_devices_and_schemas_are_errors_that_name_the_option(checkpoint, tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.h5"):
         evaluate([str(checkpoint), "--data", str(tmp_path / "nowhere.h5")])
-    for path, match in ((str(tmp_path / "gone.h5"), r"cannot be read .*gone\.h5.*give --data"), (None, "give --data")):
-        with pytest.raises(InputError, match=match):
-            evaluate([str(changed(checkpoint, tmp_path, lambda content: content[KEY]["data"].update(path=path)))])  # noqa: B023
     with pytest.raises(InputError, match="--device meta: cannot be used here"):
         evaluate([str(checkpoint), "--device", "meta"])
-
-
-# --- checkpoints that are not ours ------------------------------------------------------------------------------------
-
-
-def test_a_missing_or_foreign_checkpoint_is_a_sentence(checkpoint, tmp_path):
-    with pytest.raises(InputError, match="no checkpoint at"):
-        evaluate([str(tmp_path / "none.ckpt")])
-    whole, path = checkpoint.read_bytes(), tmp_path / "damaged.ckpt"
-    for content in (b"", b"not a checkpoint", whole[: len(whole) // 2], whole[:-100]):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match="is not a checkpoint, or is damaged"):
+    content, path = torch.load(checkpoint, weights_only=True), tmp_path / "changed.ckpt"
+    content[KEY]["schema"]["fields"][2]["classes"][0] = "pink"
+    known = content[KEY]["data"]["path"]
+    for data, match in ((known, "another schema"), (str(tmp_path / "gone.h5"), "gone.h5.*--data"), (None, "--data")):
+        content[KEY]["data"]["path"] = data
+        save_checkpoint(content, path)
+        with pytest.raises(InputError, match=match):
             evaluate([str(path)])
-    flipped = bytearray(whole)
-    with zipfile.ZipFile(checkpoint) as archive:
-        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
-    flipped[largest.header_offset + 200 + largest.file_size // 2] ^= 1
-    path.write_bytes(flipped)
-    with pytest.raises(InputError, match="checksum"):
-        evaluate([str(path)])
-    torch.save({"weights": torch.zeros(2)}, path)
-    with pytest.raises(InputError, match="not a checkpoint of setpred"):
-        evaluate([str(path)])
-
-
-@pytest.mark.parametrize(
-    "path", ["os.system", "subprocess.Popen", "setpred.commands.train.TrainCLI", "setpred.encoders.os", 7]
-)
-def test_class_paths_outside_the_list_are_errors(checkpoint, tmp_path, path):
-    def change(content):
-        content[KEY]["model"]["encoder"]["class_path"] = path
-
-    with pytest.raises(InputError, match="not on the list of allowed classes"):
-        load_checkpoint(changed(checkpoint, tmp_path, change))
-    strings = {"projection": "os.system", "list": ["os.system", {"a": path}]}
-    assert build(strings, {}) == strings  # which are never imported
-
-
-def test_own_parts_are_allowed_by_name(checkpoint, tmp_path, monkeypatch):
-    (tmp_path / "my_parts.py").write_text(
-        "from torch import nn\n"
-        "class MyEncoder(nn.Sequential):\n"
-        "    def __init__(self, *, size):\n"
-        "        super().__init__(nn.Flatten(), nn.Linear(3 * size * size, 16))\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def change(content):
-        content[KEY]["model"]["encoder"] = {"class_path": "my_parts.MyEncoder", "init_args": {"size": 16}}
-        for name in [name for name in content["state_dict"] if name.startswith("model.encoder")]:
-            del content["state_dict"][name]
-        content["state_dict"] |= {
-            "model.encoder.1.weight": torch.zeros(16, 768),
-            "model.encoder.1.bias": torch.ones(16),
-        }
-
-    path = changed(checkpoint, tmp_path, change)
-    with pytest.raises(InputError, match="--allow"):
-        load_checkpoint(path)
-    assert type(load_checkpoint(path, allow=["my_parts.MyEncoder"]).model.encoder).__name__ == "MyEncoder"
-    assert evaluate([str(path), "--allow", "my_parts.MyEncoder"])["images"] == 12
-    with pytest.raises(InputError, match="cannot import"):
-        load_checkpoint(path, allow=["my_parts.Nope"])
-
-
-def at(*keys, value):
-    """A change that sets a value within a checkpoint's record; None removes it."""
-
-    def change(content):
-        inside = content
-        for key in keys[:-1]:
-            inside = inside[key]
-        inside.pop(keys[-1]) if value is None else inside.__setitem__(keys[-1], value)
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        (lambda content: content[KEY]["schema"]["fields"][2]["classes"].__setitem__(0, "pink"), "another schema"),
-        *((at(KEY, name, value=[1]), ".") for name in ("seed", "data", "schema")),
-        (at("state_dict", value=[1]), "."),
-        (at("state_dict", "model.encoder.head.weight", value=None), "do not fit"),
-        (at("state_dict", "model.encoder.head.weight", value=torch.zeros(3)), "do not fit"),
-        (at(KEY, "model", "decoder", "init_args", "nonsense", value=1), "cannot be built"),
-        (at(KEY, "version", value=99), "checkpoint format 99"),
-    ],
-)
-def test_checkpoints_that_do_not_fit_are_errors(change, match, checkpoint, tmp_path):
-    with pytest.raises(InputError, match=match):
-        evaluate([str(changed(checkpoint, tmp_path, change))])
-
-
-def test_the_model_is_the_one_that_was_trained(checkpoint):
-    model = load_checkpoint(checkpoint).model
-    assert isinstance(model.decoder, IDSPN)
-    assert (model.decoder.set_size, model.decoder.descent.iterations) == (4, 3)
-    weights = torch.load(checkpoint, weights_only=True)["state_dict"]
-    for name, value in model.state_dict().items():
-        np.testing.assert_array_equal(value.numpy(), weights[f"model.{name}"].numpy())

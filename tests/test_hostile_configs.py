@@ -9,10 +9,8 @@ import yaml
 from tiny import CONFIG, untrained
 
 from setpred.checkpoint import load_checkpoint, untrusted
-from setpred.checkpoint.release import portable
-from setpred.commands import config as configuration
 from setpred.commands.compare import digest
-from setpred.commands.config import allowed_paths, guarded
+from setpred.commands.config import allowed_paths
 from setpred.commands.train import build, main
 from setpred.errors import InputError
 
@@ -21,9 +19,6 @@ PAYLOAD = """
 import os
 from pathlib import Path
 from lightning.pytorch import Callback, LightningDataModule
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.profilers import Profiler
-from lightning.pytorch.strategies import Strategy
 from torch import nn
 
 def run(*_, **__):
@@ -38,9 +33,6 @@ class Encoder(nn.Module):
 
 class Watch(Callback): ...
 class Data(LightningDataModule): ...
-class Log(Logger): ...
-class Profile(Profiler): ...
-class Strategic(Strategy): ...
 """
 
 
@@ -76,19 +68,17 @@ AVERAGING = "lightning.pytorch.callbacks.StochasticWeightAveraging"
 CALLBACKS = "lightning.pytorch.callbacks"
 PLACES = [  # where a configuration can name a class, in both forms
     {"model__encoder": spec("payload.Encoder")},
-    {"model__encoder": "payload.Encoder"},
     {"model__decoder__init_args__objective__init_args__set_encoder": spec("payload.Encoder")},
     {"model__decoder__init_args__descent": "payload.Encoder"},
     {"model__loss": "payload.Encoder"},
     {"model__metric": spec("payload.Encoder")},
     {"model__schedule": "payload.Encoder"},
-    {"data": spec("payload.Data")},
     {"data": "payload.Data"},
     {"trainer__callbacks": spec("payload.Watch")},
     {"trainer__callbacks": ["payload.Watch"]},
-    {"trainer__logger": spec("payload.Log")},
-    {"trainer__strategy": spec("payload.Strategic")},
-    {"trainer__profiler": spec("payload.Profile")},
+    {"trainer__logger": spec("payload.Encoder")},
+    {"trainer__strategy": spec("payload.Encoder")},
+    {"trainer__profiler": spec("payload.Encoder")},
     {"trainer__plugins": [spec("payload.Encoder")]},
     {"data": "payload.run"},
     {"model__metric": spec("setpred.metrics.AveragePrecision", protocol="payload.run")},
@@ -97,13 +87,10 @@ PLACES = [  # where a configuration can name a class, in both forms
     {"model__encoder": "setpred.data.datamodule.payload.Encoder"},  # through a module of ours
     # installed already, so harmful without an import
     {"data": spec("os.system", command="touch CANARY")},
-    {"model__encoder": spec("subprocess.Popen", args=["touch", "CANARY"])},
     {"trainer__callbacks": [spec(f"{CALLBACKS}.LambdaCallback", on_fit_start="os.abort")]},
     {"trainer__callbacks": ["LambdaCallback"]},
     {"data": spec("setpred.data.datamodule.RenderedScenes.load_from_checkpoint", checkpoint_path="CANARY")},
-    {"data": spec("lightning.pytorch.LightningDataModule.load_from_checkpoint", checkpoint_path="CANARY")},
     {"model__encoder": spec("torch.load", f="CANARY", weights_only=False)},
-    {"model__encoder": spec("torch.hub.load", repo_or_dir="stranger/repo", model="m")},
     {"model__encoder": spec("setpred.files.write_atomically", path="CANARY", content="")},
     {"model__encoder": spec("setpred.encoders.resnet.torch.load", f="CANARY")},
     {"data": spec("jsonargparse.set_parsing_settings", import_path_allowlist=["os"])},
@@ -132,15 +119,12 @@ def test_files_and_keys_of_a_configuration_cannot_allow_more(canary, tmp_path):
     assert not canary.exists()
 
 
-@pytest.mark.parametrize("key", ["config", "resume", "name"])
+@pytest.mark.parametrize("key", ["config", "resume"])
 def test_keys_that_name_files_do_not_load_them(key, canary, tmp_path):
     more = config(tmp_path, "more.yaml", model__encoder="payload.Encoder")
-    path = tmp_path / "first.yaml"
-    path.write_text(CONFIG + f"{key}: {more}\n")
-    try:
-        build(["--config", str(path)]).resume_path()
-    except (InputError, SystemExit):
-        assert key != "name"
+    (tmp_path / "first.yaml").write_text(CONFIG + f"{key}: {more}\n")
+    with pytest.raises((InputError, SystemExit)):
+        build(["--config", str(tmp_path / "first.yaml")]).resume_path()
     assert not canary.exists()
 
 
@@ -172,15 +156,6 @@ def test_mistyped_class_paths_are_reported_as_such(canary, tmp_path):
     assert not canary.exists()
 
 
-def test_settings_of_other_parsers_are_restored():
-    before = dict(configuration.parsing_settings)
-    with guarded([]):
-        assert configuration.parsing_settings != before
-    assert configuration.parsing_settings == before
-
-
-# --- reading --------------------------------------------------------------------------------------------------------
-
 LAUGHS = "a0: &a0 [ha, ha, ha, ha, ha, ha, ha, ha, ha, ha]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
 )
@@ -193,7 +168,6 @@ TEXTS = {
     "billion laughs": (LAUGHS, "at most 2,000 values"),
     "an alias in itself": ("model: &a {encoder: *a}\n", UNREADABLE),
     "deep": ("model: " + "[" * 1000 + "]" * 1000, UNREADABLE),
-    "deep, block": ("model: " + "{a: " * 2_000 + "}" * 2_000, UNREADABLE),
     "long": ("name: x\n# " + "y" * untrusted.LARGEST_YAML, "at most 100,000 characters"),
     "many": ("name: [" + "1, " * 5000 + "]", "at most 2,000 values"),
     "a long number": ("name: 1" + ":59" * 20_000, "64 bits"),
@@ -201,10 +175,8 @@ TEXTS = {
     "no date": ("name: 2026-99-99", UNREADABLE),
     "twice": (CONFIG + "trainer: {max_epochs: 1}\n", "duplicate key 'trainer'"),
     "no text": (b"\xff\xfe\x00\x00name: x", UNREADABLE),
-    "zeros": (b"\0" * 100, UNREADABLE),
     "not closed": ("model: {", UNREADABLE),
     "no mapping": ("- x", "with model: and data:"),
-    "no names": ("7: x", "with model: and data:"),
     "empty": ("", "with model: and data:"),
 }
 
@@ -262,9 +234,6 @@ def test_aliases_are_read_and_urls_and_the_environment_are_not(tmp_path, monkeyp
             build(["--config", str(config(tmp_path, model__encoder=url))])
 
 
-# --- what may be named ----------------------------------------------------------------------------------------------
-
-
 def test_the_list_has_classes_of_plain_arguments():
     found = allowed_paths()
     assert {"setpred.encoders.ResNet", "setpred.data.toy.QM9", "torch.nn.Linear"} <= found
@@ -277,14 +246,3 @@ def test_a_layer_of_torch_can_be_configured_and_loaded(tmp_path):
     parts = {"encoder": spec("torch.nn.Flatten"), "decoder": spec("setpred.decoders.MLPDecoder", latent_dim=768)}
     path = untrained(tmp_path, *(f"--model.{name}={json.dumps(part)}" for name, part in parts.items()))
     assert type(load_checkpoint(path).model.encoder).__name__ == "Flatten"
-
-
-def test_a_written_configuration_can_be_read(tmp_path):
-    saving = json.dumps(spec(f"{CALLBACKS}.ModelCheckpoint", every_n_epochs=1))
-    logger = "lightning.pytorch.loggers.CSVLogger"
-    options = ["--model.metric=setpred.metrics.AveragePrecision", f"--trainer.callbacks+={saving}"]
-    options += [f"--trainer.logger={logger}", f"--trainer.logger.init_args.save_dir={tmp_path}"]
-    untrained(tmp_path, *options)
-    again = build(["--config", str(tmp_path / "tiny" / "config.yaml")])
-    assert type(again.model.metric).__name__ == "AveragePrecision"
-    assert portable(again.config.name) == "tiny"

@@ -1,12 +1,10 @@
 """Geometry against ray marching, shadows against the line to the lamp, looks against measurements and real images."""
 
-import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from setpred.errors import InputError
 from setpred.rendering.bodies import GROUND, Bodies
@@ -14,12 +12,10 @@ from setpred.rendering.camera import ASPECT, NOMINAL_CAMERA, Camera
 from setpred.rendering.ground import FAR, floor_height, ground_depth, ground_hit, ground_normal
 from setpred.rendering.lighting import Lights, block, block_ground, lamp_table, lights_at
 from setpred.rendering.materials import fresnel, highlight
-from setpred.rendering.records import read_cameras, scene_of
 from setpred.rendering.renderer import annotate, encode, render, render_ground, soften
 from setpred.rendering.sampling import SceneRules
 from setpred.rendering.scenes import HALF_SIZE, NOMINAL_LAMPS, SHAPES, Scene, SceneBatch, SceneObject
 from setpred.rendering.shapes import HITS, NORMALS
-from setpred.rendering.vectors import pixels_of
 from setpred.rendering.visibility import View, nearest_hit
 
 
@@ -347,12 +343,6 @@ def test_objects_behind_and_beside_the_camera_are_invisible(shape):
         assert picture(scene, 24, 16).shape == (16, 24, 3)
 
 
-def test_a_square_picture_is_the_squeezed_view():
-    scene = sampled(3)
-    wide = Image.fromarray(picture(scene, 480, 320, samples=1)).resize((64, 64), Image.Resampling.BOX)
-    assert np.abs(np.asarray(wide).astype(float) - picture(scene, 64, 64, samples=3)).mean() < 2
-
-
 @pytest.mark.parametrize("count", [0, 1])
 def test_small_sizes_and_empty_scenes(count):
     scene = Scene((one(),) * count)
@@ -371,16 +361,13 @@ BATCH = SceneBatch.of([Scene((one(),))])
     ("scenes", "options", "words"),
     [
         ([], {}, "at least one scene"),
-        (BATCH.part(slice(0)), {}, "at least one scene"),
         (BATCH, {"width": 0}, "at least 1x1"),
         (BATCH, {"samples": 0}, "at least 1 sample"),
         *((BATCH, {"aspect": aspect}, "aspect > 0") for aspect in (0.0, np.nan, np.inf)),
         (BATCH._replace(centre=BATCH.centre.bfloat16()), {}, r"in float32, got .*bfloat16"),
         ([Scene(()), Scene((one(color="pink"),))], {}, "scene 1: expected objects of CLEVR's classes, got 'pink'"),
         ([Scene(()), Scene((one(x=np.nan),))], {}, "scene 1: expected finite numbers in centre"),
-        ([Scene(()), Scene((one(rotation=np.nan),))], {}, "scene 1: expected finite numbers in yaw"),
         ([Scene(()), Scene((), Camera((7.0, np.inf, 5.0)))], {}, "scene 1: expected finite numbers in camera"),
-        ([Scene((), lamps=NOMINAL_LAMPS | {"key": (np.nan, 0.0, 1.0)})], {}, "scene 0: expected finite .* in lamps"),
         ([Scene((), lamps={"key": (1.0, 2.0, 3.0), "back": (0.0, 0.0, 5.0)})], {}, "'fill' is missing"),
         ([Scene(()), Scene((), Camera((0.0, 0.0, 9.0)))], {}, "scene 1: a camera straight above the origin"),
     ],
@@ -413,12 +400,6 @@ def test_torch_settings_change_nothing():
     assert torch.equal(render(scenes, **size), image)
     assert truth.depth.dtype == torch.float32
     assert all(torch.equal(*pair) for pair in zip(annotate(scenes, **size), truth, strict=True))
-
-
-def test_pixels_of_boxes():
-    boxes = torch.tensor([[1, 2, 3, 4], [5, 5, 5, 9], [4, 0, 2, 3], [0, 0, 1, 1]])
-    assert torch.stack(pixels_of(boxes)).T.tolist() == [[0, 1, 2], [0, 2, 2], [0, 1, 3], [0, 2, 3], [3, 0, 0]]
-    assert all(len(part) == 0 for part in pixels_of(boxes[:0]))
 
 
 def test_encoding_and_softening():
@@ -464,22 +445,3 @@ def test_objects_have_the_measured_colours():
         expected, atol = (metal, 22) if material == "metal" else (rubber, 10)
         assert len(found) > 10
         np.testing.assert_allclose(np.median(found, axis=0), expected, atol=atol)
-
-
-def test_pictures_resemble_real_ones(clevr_blender):
-    records = json.loads((clevr_blender / "scenes" / "CLEVR_val_scenes.json").read_text())["scenes"]
-    cameras, errors, ground_errors = read_cameras(clevr_blender / "cameras.jsonl"), [], []
-    for record in records[::8]:
-        scene = scene_of(record, *cameras[record["image_index"]])
-        with Image.open(clevr_blender / "images" / "val" / record["image_filename"]) as file:
-            real = np.asarray(file.convert("RGB").resize((96, 64), Image.Resampling.BILINEAR)).astype(float)
-        image = picture(scene, 96, 64)
-        error = np.abs(image - real).mean(-1)
-        errors.append(error.mean())
-        ground_errors.append(error[instances(scene, 96, 64) < 0].mean())
-        # shifted by a pixel, the picture fits less well: camera and silhouettes are right
-        for axis, shift in ((0, -1), (0, 1), (1, -1), (1, 1)):
-            moved = np.roll(image, shift, axis)
-            assert np.abs(moved - real)[1:-1, 1:-1].mean() > 1.1 * error[1:-1, 1:-1].mean()
-    assert np.mean(errors) < 2.5
-    assert np.mean(ground_errors) < 1.5

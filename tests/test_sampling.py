@@ -1,7 +1,6 @@
 """CLEVR's rules hold for sampled and for real scenes, and both have the same distribution."""
 
 import json
-from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -123,21 +122,6 @@ def test_sampled_and_real_scenes_have_one_distribution(ours, scenes, real_scenes
     assert min(chances.values()) > 1e-3, chances
 
 
-@pytest.mark.parametrize(
-    ("change", "seen_in"),
-    [
-        ({"min_distance": 0.0}, [("least gap margin margin", 0)]),
-        ({"margin": 0.2}, [("least gap margin margin", 1), ("least gap margin margin", 2)]),
-        ({"half_side": 2.5}, [("x y", 0)]),
-        ({"camera_jitter": 0.25, "lamp_jitter": 0.5, "objects": (3, 8)}, [("camera", 2), ("fill", 0), ("count", 0)]),
-    ],
-)
-def test_the_comparison_detects_other_rules(ours, change, seen_in):
-    others = measures(sample_scenes(generators(80, seed=1), replace(SceneRules(min_visible_pixels=0), **change)))
-    for name in seen_in:
-        assert stats.ks_2samp(ours[name], others[name]).pvalue < 1e-3
-
-
 def test_counts_attributes_and_jitters_are_uniform(scenes):
     objects = [obj for scene in scenes for obj in scene.objects]
     assert uniform(np.bincount([len(scene.objects) for scene in scenes], minlength=11)[3:])
@@ -174,13 +158,6 @@ def test_conditions_of_cogent(condition):
         assert set(palettes[shape]) == expected
         assert uniform(np.bincount(mine, minlength=len(expected)))
     assert uniform(classes(drawn, "shape"))
-
-
-def test_attributes_can_be_restricted():
-    rules = SceneRules(sizes=("large",), materials=("metal",), palettes={"cube": ("red", "blue")})
-    drawn = [obj for scene in sample_scenes(generators(20), rules) for obj in scene.objects]
-    assert {(obj.size, obj.material, obj.shape) for obj in drawn} == {("large", "metal", "cube")}
-    assert {obj.color for obj in drawn} == {"red", "blue"}
 
 
 def test_a_scene_depends_on_its_generator_alone():
@@ -226,19 +203,13 @@ def test_hidden_and_cut_objects_are_rejected():
     ("rules", "words"),
     [
         ({"objects": (5, 3)}, "least <= most, got 5 and 3"),
-        ({"objects": (-1, 3)}, "least <= most, got -1 and 3"),
         ({"margin": -0.1}, "margin: expected a number from 0 to inf, got -0.1"),
-        ({"half_side": float("nan")}, "half_side: expected a number"),
         ({"min_distance": float("inf")}, "min_distance: expected a number"),
         ({"tries": 0}, "tries: expected a number from 1"),
-        ({"restarts": 0}, "restarts: expected a number from 1"),
         ({"camera_jitter": 4}, "camera_jitter: expected a number from 0 to 3, got 4"),
-        ({"lamp_jitter": -1}, "lamp_jitter: expected a number from 0 to 3"),
         ({"sizes": ()}, "sizes: expected one or more of large, small, got"),
-        ({"sizes": "large"}, "sizes: expected one or more of large, small, got 'large'"),
         ({"materials": ("glass",)}, "materials: expected one or more of rubber, metal, got"),
         ({"palettes": {}}, "palettes: expected one or more of sphere, cube, cylinder"),
-        ({"palettes": {"cone": ("red",)}}, "palettes: expected one or more of sphere, cube, cylinder"),
         ({"palettes": {"cube": ("pink",)}}, "palettes, cube: expected one or more of gray, red"),
         ({"objects": (40, 40), "restarts": 50}, r"no room for 40 objects in 50 tries \(0 had room"),
         ({"objects": (2, 2), "min_visible_pixels": 1e6, "restarts": 50}, r"\(50 had room for all, but hid one\)"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+
+from PIL import Image
 
 from setpred.checkpoint.load import KEY, save_checkpoint
 from setpred.commands.train import build, train
@@ -64,3 +67,21 @@ def untrained(folder: Path, *arguments: str, name: str = "tiny", data: Path | No
     save_checkpoint(content | {KEY: cli.model.description()}, cli.folder / "best.ckpt")
     (cli.folder / "config.yaml").write_text(cli.parser.dump(cli.config, skip_none=False))
     return cli.folder / "best.ckpt"
+
+
+def clevr_folder(root: Path) -> Path:
+    """Write a folder in CLEVR's layout, of three small images of the split val; return its file of scenes."""
+    scenes, same = [], {"color": "red", "shape": "cube", "material": "metal", "size": "large", "rotation": 30.0}
+    for name in ("images/val", "scenes"):
+        (root / name).mkdir(parents=True)
+    for number in range(3):
+        name = f"CLEVR_val_{number:06}.png"
+        Image.linear_gradient("L").resize((48, 32)).convert("RGB").rotate(90 * number).save(root / "images/val" / name)
+        places = [{"3d_coords": [k - 1.0, 0.5 * k, 0.7], "pixel_coords": [100 + 50 * k, 150, 10.0]} for k in range(3)]
+        scene = {"image_filename": name, "image_index": number, "split": "val"}
+        scenes.append(
+            scene | {"objects": [same | place for place in places], "relationships": {"left": [[1], [2], []]}}
+        )
+    path = root / "scenes" / "CLEVR_val_scenes.json"
+    path.write_text(json.dumps({"info": {"split": "val"}, "scenes": scenes}))
+    return path
