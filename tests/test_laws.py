@@ -13,13 +13,12 @@ import test_aggregators
 import test_decoders
 import test_inner
 import test_losses
-import test_numbering
 import torch
-from problems import Given, check_slope, close, finite_difference, normal, weighted_sum
+from problems import Given, check_slope, close, normal, weighted_sum
 from torch import nn
 
 from setpred import aggregators, decoders, inner, losses
-from setpred.aggregators import FSPool, LearnableMonoid, SetEncoder, SumPool
+from setpred.aggregators import FSPool, SetEncoder, SumPool
 from setpred.decoders import (
     DETR,
     IDSPN,
@@ -63,10 +62,10 @@ def public(package, kind, *, but=()):
     return {name for name, thing in classes.items() if isinstance(thing, type) and issubclass(thing, kind)} - set(but)
 
 
-def built(*tables):
-    """Instances of all rows of the tables."""
+def built(table):
+    """Instances of all rows of a table."""
     torch.manual_seed(0)
-    return [build() for table in tables for build in table.values()]
+    return [build() for build in table.values()]
 
 
 def names(parts):
@@ -80,13 +79,13 @@ def modules(parts):
 
 def test_every_aggregator_is_in_the_family():
     family = built(test_aggregators.FAMILY)
-    # which depends on the order, so that its laws are its own: below, and in test_aggregators.py
+    # which depends on the order, so that its laws are its own in test_aggregators.py
     assert public(aggregators, aggregators.Aggregator, but={"Aggregator"}) - names(family) == {"LearnableMonoid"}
     assert public(aggregators, nn.Module, but={"Aggregator"}) <= modules(family)
 
 
 def test_every_decoder_is_in_a_family():
-    family = built(test_decoders.DECODERS, test_numbering.DECODERS)
+    family = built(test_decoders.DECODERS)
     assert public(decoders, decoders.SetDecoder, but={"SetDecoder"}) == names(family)
     others = [
         DETR(SinePosition(), dim=8, token_dim=4, set_size=CLEVR.max_objects, set_dim=CLEVR.set_dim),
@@ -110,22 +109,6 @@ def test_every_part_of_the_inner_problem_is_in_a_family():
     assert public(inner, inner.Differentiation, but={"Differentiation"}) == {"Implicit", "Unrolled"}
     assert public(inner, inner.Projection, but={"Projection"}) == {"Simplex"}
     assert public(inner, nn.Module) <= modules(built(OBJECTIVES))
-
-
-# --- the aggregator that depends on the order -----------------------------------------------------------------------
-
-
-def test_the_monoid_does_not_see_padding_and_has_the_gradients_of_its_value():
-    torch.manual_seed(0)
-    pool, elements = LearnableMonoid(DIM).double(), normal(BATCH, SIZE, DIM)
-    noise = elements.masked_fill(~MASK.unsqueeze(-1), torch.nan).requires_grad_()
-    out = pool(noise, MASK)
-    for row, present in enumerate(MASK):
-        close(out[row : row + 1], pool(elements[row : row + 1, present]))
-    weighted_sum(out).backward()
-    expected = finite_difference(lambda x: weighted_sum(pool(x, MASK)), elements)
-    close(noise.grad, expected, rtol=1e-6, atol=1e-7)
-    assert (noise.grad[~MASK] == 0).all()
 
 
 # --- exclusive multiset equivariance --------------------------------------------------------------------------------
