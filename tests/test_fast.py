@@ -153,13 +153,6 @@ def test_all_ways_find_the_same_set_and_gradients(kind):
     assert_same(found["compiled"], found["plain"])
 
 
-@pytest.mark.usefixtures("double")
-def test_ways_are_the_same_after_all_iterations():
-    """In double precision: rounding grows where the ranks of nearly equal features change."""
-    ways = ways_of("fspool", replace(SMALL, iterations=40))
-    assert_same(ways["written"](), ways["plain"](), tolerance=1e-8)
-
-
 def decoders(objective, descent, differentiation=None, **arguments):
     return [IDSPN(objective, descent, differentiation, compile=c, **arguments).double().eval() for c in (False, True)]
 

@@ -4,7 +4,6 @@ It holds bit by bit for the released models, whose descents amplify a rounding o
 in a hundred, because every pass has one shape; see `setpred.evaluation`.
 """
 
-import csv
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny import CONFIG, run
+from tiny import equal, metrics, run
 from torch.utils.data import Subset
 
 from setpred.checkpoint.load import load_checkpoint
@@ -191,33 +190,16 @@ def test_a_gpu_predicts_as_the_cpu(model, scenes, expected, monkeypatch):
 # --- seeds --------------------------------------------------------------------------------------------------
 
 
-def results(folder):
-    """Weights of the last checkpoint, and metrics without times."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = [{k: v for k, v in row.items() if k not in ("seconds", "data_waiting")} for row in csv.DictReader(file)]
-    return torch.load(folder / "last.ckpt", weights_only=True)["state_dict"], rows
-
-
-def assert_equal_runs(ours, theirs):
-    (mine, my_rows), (its, its_rows) = results(ours), results(theirs)
-    assert mine.keys() == its.keys()
-    assert all(torch.equal(value, its[name]) for name, value in mine.items())
-    assert my_rows == its_rows
-
-
-def in_a_process_of_its_own(folder, data, *arguments):
-    (folder / "tiny.yaml").write_text(CONFIG)
-    command = [sys.executable, "-W", "ignore:This DataLoader", str(ROOT / "train.py")]
-    command += ["--config", str(folder / "tiny.yaml"), "--runs", str(folder), f"--data.init_args.folder={data}"]
-    # in another order of sets
-    environment = os.environ | {"PYTHONHASHSEED": "7"}
-    subprocess.run([*command, *arguments], cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
-    return folder / "tiny"
-
-
 @slow
 def test_a_seed_is_one_run_in_another_process_with_workers_that_read_the_file(tmp_path, tiny_data):
-    here = run(tmp_path / "here", data=tiny_data)
-    (tmp_path / "there").mkdir()
-    options = ["--data.init_args.num_workers=2", "--data.init_args.in_memory=false"]
-    assert_equal_runs(in_a_process_of_its_own(tmp_path / "there", tiny_data, *options), here)
+    here, there = run(tmp_path / "here", data=tiny_data), tmp_path / "there"
+    there.mkdir()
+    command = [sys.executable, "-W", "ignore:This DataLoader", str(ROOT / "train.py")]
+    command += ["--config", str(tmp_path / "here" / "tiny.yaml"), "--runs", str(there)]
+    command += [f"--data.init_args.folder={tiny_data}", "--data.init_args.num_workers=2"]
+    environment = os.environ | {"PYTHONHASHSEED": "7"}  # another order of Python's sets
+    options = {"cwd": there, "env": environment, "check": True, "stdout": subprocess.DEVNULL}
+    subprocess.run([*command, "--data.init_args.in_memory=false"], **options)
+    ours, theirs = (torch.load(each / "last.ckpt", weights_only=True)["state_dict"] for each in (here, there / "tiny"))
+    assert equal(ours, theirs)
+    assert metrics(here) == metrics(there / "tiny")
