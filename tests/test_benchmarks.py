@@ -126,14 +126,6 @@ def written(folder, *, afresh=True, gpu=None, **ratios):
     return made
 
 
-def test_text_outside_the_marks_stays():
-    text = "# Title\n\nby hand\n\n<!-- table -->\nold\n<!-- /table -->\n\nby hand too"
-    new = filled(text, {"table": "| new |\n"})
-    assert new == "# Title\n\nby hand\n\n<!-- table -->\n| new |\n<!-- /table -->\n\nby hand too"
-    assert filled(new, {"table": "| new |"}) == new
-    assert filled(new, {"table": ""}) == "# Title\n\nby hand\n\n<!-- table -->\n<!-- /table -->\n\nby hand too"
-
-
 def test_a_report_is_written_extended_and_read_again(tmp_path):
     first = Report(tmp_path, afresh=True)
     first.add("train_step", [row("train_step_cpu")])

@@ -136,17 +136,11 @@ def test_what_is_not_finite_counts_as_infinite_and_leaves_others_alone():
         close(found[0], by_hand(problem, 0.3)[0][0], rtol=1e-13, atol=1e-13)
 
 
-def decoder_of(rate=60.0, *, best=True, iterations=5, **arguments):
+def decoder_of(rate=60.0, *, iterations=5, **arguments):
     torch.manual_seed(0)
     objective = LatentMatching(SetEncoder(FSPool(8, set_size=4), set_dim=CLEVR.set_dim, hidden_dim=8))
-    way = Implicit(best=best)
-    return IDSPN(
-        objective,
-        GradientDescent(iterations=iterations, learning_rate=rate),
-        way,
-        **{"set_size": 4, "set_dim": CLEVR.set_dim},
-        **arguments,
-    )
+    descent = GradientDescent(iterations=iterations, learning_rate=rate)
+    return IDSPN(objective, descent, Implicit(best=True), set_size=4, set_dim=CLEVR.set_dim, **arguments)
 
 
 def test_a_configuration_asks_for_it(tmp_path):

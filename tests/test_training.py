@@ -249,22 +249,6 @@ def test_training_lowers_the_loss(tmp_path, tiny_data):
     assert float(table[-1]["train_loss"]) < 0.7 * float(table[0]["train_loss"])
 
 
-@pytest.mark.slow
-def test_real_clevr_scenes_lower_the_loss(tmp_path, clevr_blender):
-    """Straight from a CLEVR folder; the scenes have up to 10 objects."""
-    config = yaml.safe_load(CONFIG.replace("set_size: 4", "set_size: 10"))
-    sizes = {"train_split": "val", "image_size": 16, "batch_size": 16}
-    config["data"] = {
-        "class_path": "setpred.data.datamodule.SetDataModule",
-        "init_args": {"train": str(clevr_blender), "val": str(clevr_blender), **sizes},
-    }
-    del config["model"]["schedule"]
-    (tmp_path / "clevr.yaml").write_text(yaml.safe_dump(config))
-    options = ["--runs", str(tmp_path), "--model.learning_rate=0.01", "--trainer.max_epochs=5"]
-    table = metrics(train(["--config", str(tmp_path / "clevr.yaml"), *options]))
-    assert float(table[-1]["train_loss"]) < 0.8 * float(table[0]["train_loss"])
-
-
 # --- parts and options of users -------------------------------------------------------------------------------------
 
 OWN_PARTS = """
