@@ -361,11 +361,8 @@ def test_detr_reads_tokens_with_their_positions_and_in_no_other_order():
     torch.manual_seed(0)
     decoder = detr(SinePosition()).double().eval()
     given, order = normal(BATCH, 9, DIM), torch.randperm(9)
-    tokens = decoder.narrow(given)
-    positions = decoder.position(tokens)
-    *_, elements = decoder.decode(tokens, positions)
-    close(elements, decoder(given))
-    *_, permuted = decoder.decode(tokens[:, order], positions[order])
+    tokens, elements = decoder.narrow(given), decoder(given)
+    *_, permuted = decoder.decode(tokens[:, order], decoder.position(tokens)[order])
     close(permuted, elements)
     assert (decoder(given[:, order]) - elements).abs().max() > 1e-3  # positions matter
 
@@ -492,15 +489,10 @@ def test_mesh_lowers_the_entropy_of_the_plan_and_keeps_its_marginals(differentia
         close(sharp.sum(-2), b)
         entropies.append(entropy(sharp))
     assert all((later < earlier).all() for earlier, later in itertools.pairwise(entropies))
+    close(entropy(torch.full((1, 2, 4), 0.125, dtype=torch.float64)), torch.tensor([math.log(8)], dtype=torch.float64))
     # a step has the asked length
     moved = MESH(differentiation, iterations=1, step_size=8.0, noise=0.0)(cost, plan, None)[0] - cost
     close(moved.flatten(1).norm(dim=1), torch.full((5,), 8.0, dtype=torch.float64))
-
-
-def test_entropy_of_a_sharp_and_of_an_even_plan():
-    close(entropy(torch.eye(4, dtype=torch.float64)[None]), torch.zeros(1, dtype=torch.float64), atol=1e-12)
-    even = torch.full((1, 2, 4), 0.125, dtype=torch.float64)
-    close(entropy(even), torch.tensor([8.0], dtype=torch.float64).log())
 
 
 def test_constant_steps_pass_the_gradient_straight_to_the_costs():
@@ -604,17 +596,10 @@ def test_tokens_are_the_positions_of_the_map(trunk):
     assert bare.image_size == positioned.image_size == trunk.image_size
     torch.testing.assert_close(tokens[:, 11], trunk(image)[:, :, 1, 3])
     assert positioned(image).shape == (2, 64, positioned.token_dim) == (2, 64, 5)
+    trunk.forward = lambda image: torch.zeros(len(image), trunk.channels, 8, 8)  # tokens differ by their position
+    assert not torch.equal(*positioned(image)[0, [0, 30]])
     top, bottom = [[0, 0, 1, 1], [0, 0.5, 1, 0.5], [0, 1, 1, 0]], [[1, 0, 0, 1], [1, 0.5, 0, 0.5], [1, 1, 0, 0]]
     assert position_grid(2, 3).tolist() == top + bottom
-
-
-def test_equal_features_at_different_positions_are_different_tokens():
-    flat = torch.zeros(1, 3, 32, 32)
-    trunk = nn.Sequential(nn.Conv2d(3, 4, 1, stride=4))
-    trunk.image_size, trunk.channels = 32, 4
-    assert torch.equal(*Tokens(trunk)(flat)[0, [0, 30]])
-    tokens = PositionedTokens(trunk, token_dim=5)(flat)[0]
-    assert torch.pdist(tokens.double()).min() > 0
 
 
 # --- parts that do not fit, numbers out of range -----------------------------------

@@ -77,15 +77,6 @@ def test_implicit_gradient_is_that_of_the_optimum_and_of_the_unrolled_descent(so
     close(found, gradient_of(problem, Unrolled(), **LONG))
 
 
-def test_identity_solver_is_the_published_vector_product():
-    """v = u: the gradient is -uᵀ ∂(∇L)/∂θ = Bᵀ u for the quadratic, whatever the Hessian."""
-    problem = Quadratic()
-    upstream = normal(*problem.initial.shape)
-    numbers = {"iterations": 5, "learning_rate": 0.3, "momentum": 0.9, "clip": 0.1}
-    found = gradient_of(problem, Implicit(Identity()), lambda y: (upstream * y).sum(), **numbers)
-    close(found, torch.einsum("bip,bi->p", problem.link, upstream.flatten(1)), rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("solver", [Neumann(terms=150), Exact()], ids=["neumann", "exact"])
 def test_implicit_gradient_through_a_projection(solver):
     """On the simplex, the gradient is that of the constrained optimum."""

@@ -8,20 +8,11 @@ from problems import normal
 from torch.testing import assert_close
 
 from setpred.errors import NotFiniteError
-from setpred.matching import hungarian, pairwise_smooth_l1, sinkhorn
+from setpred.matching import hungarian, sinkhorn
 
 
 def uniform(*shape, seed=0):
     return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def test_pairwise_cost_is_the_definition():
-    predicted, target = 2 * normal(2, 4, 3), 2 * normal(2, 3, 3, seed=1)  # both branches of the smooth L1
-    cost = pairwise_smooth_l1(predicted, target)
-    for b, i, j in itertools.product(range(2), range(4), range(3)):
-        errors = [abs(error) for error in (predicted[b, i] - target[b, j]).tolist()]
-        expected = sum(0.5 * error**2 if error < 1 else error - 0.5 for error in errors) / 3
-        assert cost[b, i, j].item() == pytest.approx(expected)
 
 
 # --- the Hungarian algorithm ---

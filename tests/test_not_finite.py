@@ -308,12 +308,21 @@ def add_infinite_weight(module, batch):
     module.model.decoder.spare = nn.Parameter(torch.tensor([1.0, torch.inf]))
 
 
-@pytest.mark.parametrize("place", ["target", "inner descent", "weights"])
-def test_faults_that_the_loss_does_not_show_are_located(place, tmp_path, monkeypatch):
-    begins = {"target": FAULTS["target"][0], "weights": add_infinite_weight}
-    begin = begins.get(place) or OverflowingDescent(monkeypatch)
-    _, after, error = run(tmp_path, At(begin), loss=ForgivingLoss)
-    assert error.startswith(f"step {FAULTY} (epoch 1): the {place} {'are' if place == 'weights' else 'is'} not finite")
+HIDDEN = {  # faults that the loss does not show, and weights, which stop under both policies
+    "target": (FAULTS["target"][0], ForgivingLoss, "stop", "target is"),
+    "descent": (None, ForgivingLoss, "stop", "inner descent is"),
+    "spare weight": (add_infinite_weight, ForgivingLoss, "stop", "weights are"),
+    "weight": (set_weight, None, "skip", "weights are not finite (model.decoder.objective."),
+    "statistics": (set_statistics, None, "skip", "weights are not finite (model.encoder."),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_weights_and_faults_that_the_loss_does_not_show_stop(name, tmp_path, monkeypatch):
+    begin, loss, act, text = HIDDEN[name]
+    _, after, error = run(tmp_path, At(begin or OverflowingDescent(monkeypatch)), loss=loss, policy=act)
+    assert error.startswith(f"step {FAULTY} (epoch 1): the {text}")
+    assert "not finite" in error
     assert len(after) == FAULTY
 
 
@@ -359,14 +368,6 @@ def test_a_fault_from_outside_is_skipped_though_no_repeat_shows_it(tmp_path, wit
     assert "which a repeat of the step does not show" in capsys.readouterr().out
     assert again(tmp_path) == 1
     assert "here all numbers are finite" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("begin", [set_weight, set_statistics])
-def test_non_finite_weights_stop_under_both_policies(begin, tmp_path):
-    _, after, error = run(tmp_path, At(begin), policy="skip")
-    part = "decoder.objective." if begin is set_weight else "encoder."
-    assert error.startswith(f"step {FAULTY} (epoch 1): the weights are not finite (model.{part}")
-    assert len(after) == FAULTY
 
 
 def test_too_many_skipped_steps_in_a_row_stop(tmp_path, monkeypatch):

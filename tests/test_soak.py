@@ -25,8 +25,6 @@ ALLOWED = {  # growth of the maximum from the first third of the time to the las
     "workers": 0,
 }
 SLOWER = {"processor": 1.3, "seconds": 4.0}  # growth of a step's time: caches and the clock are shared with other jobs
-
-
 DATA = {  # both with epochs of ten steps
     "file": CONFIG.replace("train_images: 40", "train_images: 80, in_memory: false"),
     "streamed": CONFIG.replace("datamodule.RenderedScenes", "streamed.StreamedScenes").replace(

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +19,7 @@ from setpred import files
 from setpred.checkpoint.load import load_checkpoint, read_checkpoint
 from setpred.commands import release
 from setpred.commands.evaluate import evaluate
-from setpred.commands.train import check_fit, main, train
+from setpred.commands.train import check_fit, train
 from setpred.data.dataset import open_data
 from setpred.errors import InputError
 from setpred.model import unit_images
@@ -308,12 +307,6 @@ def test_a_run_without_an_image_size_warns_that_its_checkpoints_cannot_be_read(t
         check_fit(cli)
         assert cli.model.data_description["image_size"] == size
         assert ("will not read the checkpoints" in capsys.readouterr().out) == (size is None)
-
-
-def test_mistakes_on_the_command_line_give_one_sentence_and_status_2(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "last", "--runs", str(tmp_path)])
-    assert main() == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: nothing to resume")
 
 
 # --- schedules ------------------------------------------------------------------------------------------------------
