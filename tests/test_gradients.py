@@ -119,10 +119,7 @@ def test_the_residual_is_zero_at_an_optimum_with_a_projection():
     descent = GradientDescent(iterations=300, projection=Simplex())
     energy = problem.energy(0.2 * problem.theta)
     found = minimise(energy, problem.initial, descent=descent, differentiation=Implicit())
-    constrained, free = (
-        residual_norms(energy, [found], descent),
-        residual_norms(energy, [found], GradientDescent(iterations=1)),
-    )
+    constrained, free = (residual_norms(energy, [found], each) for each in (descent, GradientDescent(iterations=1)))
     assert (constrained < 1e-10).all()
     assert (free > 0.1).all()
 

@@ -77,7 +77,9 @@ def test_a_world_has_elements_and_classes():
 
 @pytest.fixture(params=[False, True], ids=["distance", "cross entropy"])
 def loss(request):
-    return NumberingLoss(classes=CLASSES, cross_entropy=request.param)
+    loss = NumberingLoss(classes=CLASSES, cross_entropy=request.param)
+    assert loss.cross_entropy == request.param
+    return loss
 
 
 def test_the_loss_is_the_least_over_all_orders(loss):
