@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from problems import finite_difference
+from problems import close, finite_difference, normal
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
@@ -29,7 +29,6 @@ from setpred.aggregators.frame_averaging import Eigenvectors
 from setpred.decoders import IDSPN
 from setpred.errors import InputError
 from setpred.inner import (
-    Conditioned,
     EquilibriumMatching,
     Exact,
     GradientDescent,
@@ -88,7 +87,7 @@ def aggregator(request):
 
 
 def random_set(batch=3, size=SIZE, dim=DIM, seed=1, dtype=torch.float64):
-    return torch.randn(batch, size, dim, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    return normal(batch, size, dim, seed=seed, dtype=dtype)
 
 
 def scrambled(module, seed=5):
@@ -100,10 +99,6 @@ def scrambled(module, seed=5):
     return module.double()
 
 
-def same(actual, expected):
-    assert_close(actual, expected, rtol=1e-9, atol=1e-9)
-
-
 # --- laws of all aggregators ---
 
 
@@ -112,32 +107,27 @@ def test_order_does_not_matter(aggregator):
     expected = aggregator(elements)
     assert expected.shape == (3, aggregator.out_dim)
     for order in ([1, 0, 2, 3, 4], [4, 3, 2, 1, 0], [2, 4, 1, 0, 3]):
-        same(aggregator(elements[:, order]), expected)
+        close(aggregator(elements[:, order]), expected)
 
 
 def test_padding_has_no_influence_and_no_gradient(aggregator):
-    elements = random_set()
-    noise = elements.masked_fill(~MASK.unsqueeze(-1), torch.nan).requires_grad_()
-    out = aggregator(noise, MASK)
-    for row, present in enumerate(MASK):
-        same(out[row : row + 1], aggregator(elements[row : row + 1, present]))
+    """An empty set gives zeros."""
+    elements, mask = random_set(batch=4), torch.cat([MASK[:2], torch.zeros(1, SIZE).bool(), MASK[2:]])
+    noise = elements.masked_fill(~mask.unsqueeze(-1), torch.nan).requires_grad_()
+    out = aggregator(noise, mask)
+    for row, present in enumerate(mask):
+        expected = aggregator(elements[row : row + 1, present]) if present.any() else torch.zeros_like(out[:1])
+        close(out[row : row + 1], expected)
     gradients = []
     for leaf in (elements.clone().requires_grad_(), noise):
         aggregator.zero_grad()
-        (gradient,) = torch.autograd.grad(aggregator(leaf, MASK).square().sum(), leaf, retain_graph=True)
-        aggregator(leaf, MASK).square().sum().backward()
+        (gradient,) = torch.autograd.grad(aggregator(leaf, mask).square().sum(), leaf, retain_graph=True)
+        aggregator(leaf, mask).square().sum().backward()
         gradients.append([gradient, *(p.grad for p in aggregator.parameters() if p.grad is not None)])
     for clean, other in zip(*gradients, strict=True):
         assert_close(other, clean)
-    assert (gradient[~MASK] == 0).all()
-    assert (gradient[MASK] != 0).any()
-
-
-def test_an_empty_set_gives_zeros_and_leaves_the_others_alone(aggregator):
-    mask = torch.tensor([[False] * SIZE, [True] * SIZE, [False] * SIZE])
-    out = aggregator(random_set(), mask)
-    assert (out[[0, 2]] == 0).all()
-    same(out[1], aggregator(random_set())[1])
+    assert (gradient[~mask] == 0).all()
+    assert (gradient[mask] != 0).any()
 
 
 def test_gradients_of_first_and_second_order(aggregator):
@@ -173,21 +163,14 @@ def test_every_parameter_learns_inside_a_decoder(name):
         assert parameter.grad.abs().max() > 0, parameter_name
 
 
-def test_shapes_are_checked():
-    for elements, mask, message in (
-        (torch.zeros(2, 3), None, r"expected elements \[batch, set_size, 6\]"),
-        (torch.zeros(2, 3, 5), None, r"got \[2, 3, 5\]"),
-        (torch.zeros(2, 3, 6, dtype=torch.long), None, "floating"),
-        (torch.zeros(2, 3, 6), torch.ones(2, 3), "bool mask"),
-        (torch.zeros(2, 3, 6), torch.ones(2, 4, dtype=torch.bool), "bool mask"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            SumPool(DIM)(elements, mask)
-
-
 @pytest.mark.parametrize(
     ("build", "message"),
     [
+        (lambda: SumPool(DIM)(torch.zeros(2, 3)), r"expected elements \[batch, set_size, 6\]"),
+        (lambda: SumPool(DIM)(torch.zeros(2, 3, 5)), r"got \[2, 3, 5\]"),
+        (lambda: SumPool(DIM)(torch.zeros(2, 3, 6, dtype=torch.long)), "floating"),
+        (lambda: SumPool(DIM)(torch.zeros(2, 3, 6), torch.ones(2, 3)), "bool mask"),
+        (lambda: SumPool(DIM)(torch.zeros(2, 3, 6), torch.ones(2, 4, dtype=torch.bool)), "bool mask"),
         (lambda: FrameAverage(SumPool(2), position_dim=3), "position_dim from 1 to the 2"),
         (lambda: FrameAverage(SumPool(12), position_dim=11), "at most 10"),
         (lambda: GIGP(2, position_dim=3), "3 of 2"),
@@ -204,7 +187,7 @@ def test_shapes_are_checked():
         (lambda: EquilibriumAggregation(DIM, potential=Pull(), prior=SumPool(3)), "expected a prior"),
     ],
 )
-def test_arguments_are_checked(build, message):
+def test_shapes_and_arguments_are_checked(build, message):
     with pytest.raises(ValueError, match=message):
         build()
 
@@ -295,16 +278,13 @@ def test_implicit_equals_unrolled_at_the_equilibrium():
 
 
 def test_nested_and_residual_objectives_agree_on_the_optimum():
-    """Both are zero exactly when z is the equilibrium of Y; the sort of the prior tells equal elements apart."""
+    """Both are zero exactly when z is the equilibrium of Y."""
     encoder, elements = encoder_of(converging()).double(), random_set()
     problem = Problem(encoder(elements).detach(), elements)
     for objective in (LatentMatching(encoder), EquilibriumMatching(encoder)):
         value = objective(elements, problem)
         assert_close(value, torch.zeros_like(value), rtol=0, atol=1e-12)
         assert (objective(elements + 0.1, problem) > 1e-8).all()
-    equal = elements[:, :1].expand(-1, SIZE, -1).clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(EquilibriumMatching(encoder)(equal, problem).sum(), equal)
-    assert gradient.std(dim=1).max() > 1e-3
 
 
 # --- attention ---
@@ -337,15 +317,6 @@ def test_attsets_is_a_softmax_by_hand():
     ahead = 2 / (1 + torch.tensor(-2.0).exp())  # (0·e⁰ + 2·e²) / (e⁰ + e²); the second feature is a mean
     out = pool(elements, torch.tensor([[True, True, False]]))
     assert_close(out, torch.stack([ahead, torch.tensor(2.5)]).unsqueeze(0))
-
-
-def test_single_elements_pass_unchanged_and_teach_the_attention_nothing():
-    pool, elements = scrambled(AttSets(DIM)), random_set(size=1).requires_grad_()
-    out = pool(elements)
-    assert_close(out, elements.squeeze(1))
-    out.square().sum().backward()
-    assert (pool.attention.weight.grad == 0).all()
-    assert_close(elements.grad.squeeze(1), 2 * out.detach())
 
 
 def test_single_stage_draws_one_present_element_while_training_only():
@@ -402,9 +373,6 @@ def test_faset_trains_the_rest_on_single_elements_and_then_the_attention_alone()
         assert (first, second) == ((False, False) if name == "fixed" else (not attention, attention)), name
     assert all(parameter.requires_grad == (name != "fixed") for name, parameter in end.items())
     assert not model.encoder.aggregator.single
-
-
-def test_faset_needs_attsets():
     with pytest.raises(InputError, match="has none"):
         MedianOfSets(SumPool(4)).fit(epochs=1, single_epochs=1)
 
@@ -445,13 +413,6 @@ def test_monoid_is_its_tree_wherever_the_elements_are(size):
     assert_close(pool(padded, mask), expected)
 
 
-def test_monoid_of_known_operations_is_the_known_pooling():
-    elements = random_set()
-    for function, known in ((torch.add, SumPool(DIM)), (torch.maximum, MaxPool(DIM))):
-        assert_close(monoid(function)(elements, MASK), known(elements, MASK))
-        assert_close(monoid(function).associator(elements), torch.zeros(3, dtype=torch.float64))
-
-
 def test_monoid_commutes_and_is_not_associative_until_it_learns():
     pool, elements = monoid(), random_set(size=4)
     a, b, c, _ = elements.unbind(1)
@@ -472,28 +433,7 @@ def test_associator_is_the_mean_over_triples_of_present_neighbours():
     assert_close(pool.associator(elements, mask), expected)
     assert pool.associator(elements, mask & (elements[..., 0] > 4)).item() == 0
     assert pool.associator(elements[:, :1]).item() == 0
-
-
-@torch.no_grad()
-def order_dependence(pool, elements):
-    """Variance of the result over orders of the elements, as a share of its variance over sets."""
-    generator = torch.Generator().manual_seed(4)
-    results = torch.stack([pool(elements[:, torch.randperm(4, generator=generator)]) for _ in range(5)])
-    return (results - results.mean(0)).square().mean() / results.flatten(0, 1).var(0).mean()
-
-
-def test_a_monoid_that_learns_a_maximum_becomes_associative():
-    pool, unseen = monoid(dim=2), random_set(batch=200, size=4, dim=2, seed=0)
-    before = pool.associator(unseen).mean(), order_dependence(pool, unseen)
-    optimizer = torch.optim.Adam(pool.parameters(), 0.02)
-    for step in range(100):
-        elements = random_set(batch=64, size=4, dim=2, seed=100 + step)
-        loss = (pool(elements) - elements.amax(1)).square().mean() + pool.associator(elements).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert pool.associator(unseen).mean() < 0.5 * before[0]
-    assert order_dependence(pool, unseen) < before[1]
+    assert gradcheck(monoid().associator, random_set().requires_grad_(), fast_mode=True)
 
 
 def test_canonical_order_sorts_the_elements():
@@ -547,7 +487,7 @@ def test_frame_average_does_not_see_rotations_translations_and_order(group):
 @pytest.mark.parametrize("group", ["O(3)", "SO(3)"])
 def test_frame_average_of_few_elements_that_do_not_span_the_space(group, size):
     pool, elements = frame_average(group).double(), random_set(size=size)
-    same(pool(moved(elements, 3)), pool(elements))
+    close(pool(moved(elements, 3)), pool(elements))
     assert gradcheck(pool, elements.requires_grad_(), fast_mode=True)
 
 
@@ -663,15 +603,3 @@ def test_superset_pooling_is_two_sums():
     # of an empty subset V remains
     elements[..., 0] = 0.0
     assert_close(pool(elements, mask), nn.functional.silu(torch.tensor([[80.5, 0.0]])))
-
-
-def test_a_subset_is_found_by_descent_on_its_memberships():
-    """z is the encoding of a subset; the memberships that fit it best are those of the subset."""
-    encoder = scrambled(SetEncoder(INSET(17), set_dim=4, hidden_dim=16, kept=1))
-    features = random_set(batch=4, size=4, dim=3)
-    wanted = torch.tensor([[1, 0, 0, 1], [0, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]).double().unsqueeze(-1)
-    latent = encoder(torch.cat([wanted, features], dim=-1)).detach()
-    descent = GradientDescent(iterations=600, learning_rate=0.1, momentum=0.9, clip=1.0)
-    decoder = IDSPN(Conditioned(LatentMatching(encoder)), descent, set_size=4, set_dim=1)
-    found = decoder(latent, condition=features).detach()
-    assert ((found > 0.5) == (wanted > 0.5)).all()

@@ -2,15 +2,13 @@
 
 import json
 import math
-import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import __main__, decoder, growth, memory, minutes_to_ap, report, tables, voting
+from benchmarks import __main__, decoder, growth, memory, minutes_to_ap, report, voting
 from benchmarks.report import Report, filled
 from benchmarks.timing import Row, flops, products_alone
 from benchmarks.topics import EXTRAS, TOPICS, measure
@@ -35,9 +33,8 @@ def uncompiled(monkeypatch):
 @pytest.mark.parametrize("topic", TOPICS)
 def test_every_topic_gives_rows(topic):
     rows = measure(topic, quick=True)
-    assert rows
     keys = [row.key for row in rows]
-    assert len(set(keys)) == len(keys)
+    assert len(set(keys)) == len(keys) > 0
     for row in rows:
         assert row.key.endswith(("_cpu", "_gpu"))
         assert all(math.isfinite(value) and value > 0 for value in (row.plain_ms, row.ours_ms, row.ratio))
@@ -49,22 +46,6 @@ def test_every_topic_gives_rows(topic):
     promised["voting"] |= {"decoder_slots_per_voting_quickstart_cpu", "train_step_slots_per_quickstart_cpu"}
     promised["inference"] = {"predict_cpu", "predict_slots_per_voting_cpu"}
     assert promised.get(topic, set()) <= set(keys)
-
-
-@pytest.mark.slow
-def test_memory_grows_where_every_step_is_kept():
-    """In a separate process, whose memory no other test has enlarged."""
-    code = (
-        f"from benchmarks.memory import *; print([growths(way, decoder.QUICK) for way in {['implicit', 'unrolled']}])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    implicit, unrolled = json.loads(done.stdout)
-    assert len(implicit) == len(unrolled) == len(memory.ITERATIONS)
-    assert all(math.isfinite(mib) and mib >= 0 for mib in implicit + unrolled)
-    assert unrolled[-1] - unrolled[0] > 10  # it is 27, of the implicit one under 1
-    assert unrolled[-1] > 4 * implicit[-1]
-    lines = [{"way": w, "name": n, "iterations": [1, 10], "mib": [1.0, 20.0]} for w, n in memory.WAYS.items()]
-    assert "| iDSPN, ours " in memory.markdown(lines)
 
 
 def test_plain_dspn_is_the_unrolled_descent():
@@ -134,10 +115,6 @@ def row(key, ratio=2.0, **rest):
     return Row(f"what | {key} is", key, 20.0, 10.0, ratio, 0.1, **rest)
 
 
-def cells(line):
-    return line.replace(r"\|", "").count("|")
-
-
 def written(folder, *, afresh=True, gpu=None, **ratios):
     """A report of these rows, by topic and ratio, as it was written."""
     made = Report(folder, afresh=afresh)
@@ -147,30 +124,6 @@ def written(folder, *, afresh=True, gpu=None, **ratios):
         made.add(topic, [row(f"{topic}_cpu", ratio)])
     made.write()
     return made
-
-
-def test_tables_keep_their_shape():
-    text = tables.markdown(["a", "b"], [["x | y", "1"], ["two\nlines", "22"]], numbers=[1])
-    assert {cells(line) for line in text.splitlines()} == {3}
-    assert r"x \| y" in text
-    lines = report.table([{"topic": "decoder"} | row("decoder_fspool_cpu", note="a | b").as_dict()]).splitlines()
-    assert {cells(line) for line in lines} == {cells(lines[0])}
-    assert "`python -m benchmarks.decoder`" in lines[2]
-    assert [tables.number(v) for v in (0.0, 1e-5, 999.96, 12345.6)] == ["0.00", "1.00e-05", "1,000", "12,346"]
-
-
-def test_text_outside_the_marks_stays():
-    text = "# Title\n\nby hand\n\n<!-- table -->\nold\n<!-- /table -->\n\nby hand too"
-    new = filled(text, {"table": "| new |\n"})
-    assert new == "# Title\n\nby hand\n\n<!-- table -->\n| new |\n<!-- /table -->\n\nby hand too"
-    assert filled(new, {"table": "| new |"}) == new
-    assert filled(new, {"table": ""}) == "# Title\n\nby hand\n\n<!-- table -->\n<!-- /table -->\n\nby hand too"
-
-
-@pytest.mark.parametrize("text", ["", "<!-- /table -->\n<!-- table -->", "<!-- table -->" * 2 + "<!-- /table -->"])
-def test_missing_marks_are_an_error(text):
-    with pytest.raises(InputError, match="<!-- table -->"):
-        filled(text, {"table": "new"})
 
 
 def test_a_report_is_written_extended_and_read_again(tmp_path):
@@ -194,15 +147,6 @@ def test_a_report_is_written_extended_and_read_again(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["benchmarks.json", "benchmarks.md", "images"]
 
 
-def test_figures_of_two_machines_are_not_mixed(tmp_path):
-    first = written(tmp_path, train_step=2.0)
-    first.content["machine"]["threads"] = 99
-    first.write()
-    with pytest.raises(InputError, match="99 threads"):
-        Report(tmp_path, afresh=False)
-    assert Report(tmp_path, afresh=True).content["ratios"] == {}
-
-
 def test_rows_of_a_gpu_come_from_another_machine_and_stay(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     there, here = tmp_path / "there", tmp_path / "here"
@@ -219,19 +163,10 @@ def test_rows_of_a_gpu_come_from_another_machine_and_stay(tmp_path, monkeypatch)
     without = written(tmp_path / "without")
     with pytest.raises(InputError, match="got none"):
         without.add_gpu(tmp_path / "without" / "benchmarks.json")
-
-
-def test_a_failed_write_leaves_the_page_as_it_was(tmp_path, monkeypatch):
-    written(tmp_path, train_step=2.0)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.replace", full)
-    with pytest.raises(InputError, match="disk is full"):
-        written(tmp_path, afresh=False, train_step=5.0)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    without.content["machine"]["threads"] = 99
+    without.write()
+    with pytest.raises(InputError, match="99 threads"):
+        Report(tmp_path / "without", afresh=False)
 
 
 # --- the command ----------------------------------------------------------------------------------------------------

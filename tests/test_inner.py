@@ -1,7 +1,6 @@
 """Laws of the inner optimisation: known optima, and gradients against finite differences."""
 
 import gc
-import itertools
 import weakref
 
 import pytest
@@ -11,7 +10,6 @@ from problems import weighted_sum as scalar
 
 from setpred.aggregators import FSPool, SetEncoder
 from setpred.inner import (
-    Conditioned,
     ConjugateGradient,
     Exact,
     GradientDescent,
@@ -77,21 +75,6 @@ def test_implicit_gradient_is_that_of_the_optimum_and_of_the_unrolled_descent(so
     found = gradient_of(problem, Implicit(solver), **LONG)
     close(found, finite_difference(lambda t: scalar(problem.optimum(t)), problem.theta), rtol=1e-7, atol=1e-7)
     close(found, gradient_of(problem, Unrolled(), **LONG))
-
-
-def test_unrolled_gradient_is_that_of_the_iterate_before_convergence():
-    problem, theta = Quadratic(), Quadratic().theta.requires_grad_()
-    numbers = {"iterations": 4, "learning_rate": 0.5, "momentum": 0.8, "clip": 0.7}
-    check_slope(lambda: scalar(solve(problem, theta, Unrolled(), **numbers)), [theta])
-
-
-def test_identity_solver_is_the_published_vector_product():
-    """v = u: the gradient is -uᵀ ∂(∇L)/∂θ = Bᵀ u for the quadratic, whatever the Hessian."""
-    problem = Quadratic()
-    upstream = normal(*problem.initial.shape)
-    numbers = {"iterations": 5, "learning_rate": 0.3, "momentum": 0.9, "clip": 0.1}
-    found = gradient_of(problem, Implicit(Identity()), lambda y: (upstream * y).sum(), **numbers)
-    close(found, torch.einsum("bip,bi->p", problem.link, upstream.flatten(1)), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("solver", [Neumann(terms=150), Exact()], ids=["neumann", "exact"])
@@ -232,16 +215,6 @@ def test_inference_mode_raises_with_advice():
         minimise(energy, initial, descent=GradientDescent(iterations=1), differentiation=Implicit())
 
 
-def test_iterations_at_call_time():
-    problem = Quadratic()
-    descent, energy = GradientDescent(iterations=3, learning_rate=0.5), problem.energy(problem.theta)
-    all_iterates = list(Unrolled().iterates(energy, problem.initial, descent, 6))
-    assert len(all_iterates) == 7
-    for number, way in itertools.product((0, 1, 6), (Unrolled(), Implicit())):
-        found = minimise(energy, problem.initial, descent=descent, differentiation=way, iterations=number)
-        close(found, all_iterates[number], rtol=0, atol=1e-14)
-
-
 def test_clip_keeps_direction_and_bounds_the_norm():
     gradient = normal(5, 3, 2)
     gradient[0] = 0
@@ -281,19 +254,6 @@ def test_proximity_makes_the_start_the_optimum_alone():
     torch.testing.assert_close(Proximity(weight=0.1)(initial, problem), torch.zeros(2, dtype=torch.float64))
     # a mean over what is present
     torch.testing.assert_close(Proximity(weight=0.1)(shifted, problem), torch.full((2,), 0.05, dtype=torch.float64))
-
-
-def test_conditioning_lets_the_input_decide():
-    encoder = SetEncoder(FSPool(8, set_size=4), set_dim=5, hidden_dim=8)
-    objective = Conditioned(LatentMatching(encoder))
-    elements, condition = torch.randn(2, 4, 3), torch.randn(2, 4, 2)
-    latent = encoder(torch.cat([elements, condition], dim=-1))
-    right = Problem(latent, elements, condition=condition)
-    torch.testing.assert_close(objective(elements, right), torch.zeros(2))
-    other = Problem(latent, elements, condition=condition.roll(1, dims=1))
-    assert (objective(elements, other) > 0).all()
-    with pytest.raises(ValueError, match="condition"):
-        objective(elements, Problem(latent, elements))
 
 
 def test_learned_descent_starts_where_it_says():

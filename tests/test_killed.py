@@ -1,6 +1,5 @@
 """Killed and resumed trainings end as undisturbed ones, bit by bit; signals save first."""
 
-import csv
 import itertools
 import random
 import shutil
@@ -11,13 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from forked import Trainings
-from tiny import CONFIG
+from tiny import CONFIG, metrics
 
-from setpred.checkpoint.load import TRAINED, load_checkpoint, read_checkpoint
-from setpred.checkpoint.release import export
-from setpred.commands.train import build
+from setpred.checkpoint.load import TRAINED, read_checkpoint
 from setpred.errors import InputError
-from setpred.nn import batch_norms, estimating_statistics
 from setpred.training.run_folder import run_lock
 
 STREAMED = CONFIG.replace("datamodule.RenderedScenes", "streamed.StreamedScenes").replace(
@@ -25,7 +21,6 @@ STREAMED = CONFIG.replace("datamodule.RenderedScenes", "streamed.StreamedScenes"
 )
 CONFIGS = {"file": CONFIG, "streamed": STREAMED}
 EPOCHS = 3
-TIMED = ("seconds", "data_waiting")  # of metrics.csv, which differ from run to run
 
 
 class Runs:
@@ -55,7 +50,7 @@ class Runs:
         ours, theirs = (read_checkpoint(each / "last.ckpt") for each in (run, self.undisturbed))
         for key in ("state_dict", TRAINED, "optimizer_states", "epoch", "global_step"):
             assert same(ours.get(key), theirs.get(key)), key
-        assert table(run) == table(self.undisturbed)
+        assert metrics(run) == metrics(self.undisturbed)
         assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in self.undisturbed.iterdir())
         best, wanted = (read_checkpoint(each / "best.ckpt") for each in (run, self.undisturbed))
         assert same(best["state_dict"], wanted["state_dict"])
@@ -70,11 +65,6 @@ def same(one, other) -> bool:
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
     return one == other
-
-
-def table(run: Path) -> list[dict[str, str]]:
-    with (run / "metrics.csv").open(newline="") as file:
-        return [{name: value for name, value in row.items() if name not in TIMED} for row in csv.DictReader(file)]
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +90,7 @@ def runs(request):
 
 
 def survive(runs: Runs, rng: random.Random, *, kills: int, timed: bool) -> list[str]:
-    """Train a new run, killed up to `kills` times and resumed; return the kills."""
+    """Train a new run, killed up to `kills` times and resumed; return the kills. Its files are always complete."""
     run, done = runs.fresh(), []
     minutes = rng.choice([0, 0, 0.001, 10])
     workers = rng.choice([0, 0, 2])
@@ -115,37 +105,22 @@ def survive(runs: Runs, rng: random.Random, *, kills: int, timed: bool) -> list[
         if status == 0:
             break
         done.append(str(kill))
+        for path in run.glob("*.ckpt"):
+            read_checkpoint(path)
+        assert all(len(row) > 3 for row in (metrics(run) if (run / "metrics.csv").exists() else []))
     assert runs.train(run, *options) == 0, (done, runs.start.log.read_text()[-3000:])
     runs.check(run)
     shutil.rmtree(run)
     return done
 
 
-def test_a_killed_training_ends_as_an_undisturbed_one(runs):
-    assert sum(len(survive(runs, random.Random(seed), kills=3, timed=False)) for seed in range(2)) > 1
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_again_and_again(runs, capsys):
-    """Twenty-four seeds each for files and streams, up to four kills each."""
-    killed = [survive(runs, random.Random(100 + seed), kills=4, timed=True) for seed in range(24)]
-    with capsys.disabled():
-        flat = list(itertools.chain(*killed))
-        writing = sum("call" in kill for kill in flat)
-        print(f"\n{runs.kind}: 24 runs, {len(flat)} kills, {writing} of them within a write; all ended the same")
-    assert sum(map(bool, killed)) > 18
-
-
-def test_a_kill_in_any_write_leaves_complete_files(files):
-    run = files.fresh()
-    for call, number in (("write", 2), ("fsync", 5), ("replace", 8), ("write", 5), ("replace", 3)):
-        status = files.train(run, "--resume=auto", "--save_minutes=0", kill={"call": call, "number": number})
-        assert status == -signal.SIGKILL
-        for path in run.glob("*.ckpt"):
-            read_checkpoint(path)
-        assert all(len(row) > 3 for row in (table(run) if (run / "metrics.csv").exists() else []))
-    assert files.train(run, "--resume=auto") == 0
-    files.check(run)
+@pytest.mark.parametrize(
+    ("seeds", "kills", "timed"), [(2, 3, False), pytest.param(24, 4, True, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_a_killed_training_ends_as_an_undisturbed_one(runs, seeds, kills, timed):
+    """In writes and validations, and with `timed` at any moment, too."""
+    done = [survive(runs, random.Random(seed), kills=kills, timed=timed) for seed in range(seeds)]
+    assert sum(map(len, done)) >= seeds
 
 
 STOPPED = [  # call, its number, signal, steps that are saved
@@ -168,31 +143,6 @@ def test_a_signal_saves_first_and_the_resume_is_exact(call, number, sent, steps,
     files.check(run)
 
 
-@pytest.mark.parametrize("options", [(), ("--save_minutes=0",)], ids=["signal", "kill"])
-def test_a_checkpoint_within_an_epoch_has_the_statistics_of_its_weights(runs, options, tmp_path):
-    """Running averages would trail behind at this learning rate; a release has the statistics, too."""
-    run, sent = runs.fresh(), signal.SIGKILL if options else signal.SIGTERM
-    kill = {"call": "training_step", "number": 8, "signal": sent}
-    runs.train(run, "--model.learning_rate=0.05", *options, kill=kill)
-    assert read_checkpoint(run / "last.ckpt")["global_step"] == (7 if options else 8)
-    export(run / "last.ckpt", tmp_path / "last.safetensors")
-    data = build([*runs.arguments, "--name", run.name]).datamodule
-    data.setup("fit")
-    batches = [data.on_after_batch_transfer(batch, 0) for batch in data.statistics_batches(1024)]
-    assert len(batches) == 5
-    for path in (run / "last.ckpt", tmp_path / "last.safetensors"):
-        model = load_checkpoint(path).model
-        saved = [norm.running_var.clone() for norm in batch_norms(model.encoder)]
-        predicted = model(batches[0]["image"])
-        if path.suffix == ".ckpt":  # a release has its weights in half precision
-            with torch.no_grad(), estimating_statistics(batch_norms(model.encoder)):
-                for batch in batches:
-                    model.encode(batch["image"])
-            torch.testing.assert_close(predicted, model(batches[0]["image"]))
-            weights = saved
-    assert all(map(torch.equal, saved, weights))
-
-
 VALIDATED = {  # option, and validation steps at which a signal comes
     "seldom": ("--trainer.check_val_every_n_epoch=2", (2,)),
     "often": ("--trainer.val_check_interval=2", (1, 4)),
@@ -204,7 +154,7 @@ def test_a_signal_saves_first_whenever_there_are_validations(when, tmp_path, tin
     """Also in an epoch without a validation, and in one that continues after it."""
     option, steps = VALIDATED[when]
     runs = Runs(tmp_path, tiny_data, start, "file", option)
-    validated = [row["val_ap"] != "" for row in table(runs.undisturbed)]
+    validated = [row["val_ap"] != "" for row in metrics(runs.undisturbed)]
     assert validated == ([False, True, False] if when == "seldom" else [True] * EPOCHS)
     for call, number in [("training_step", 5), *(("validation_step", step) for step in steps)]:
         run = runs.fresh()

@@ -13,13 +13,12 @@ import test_aggregators
 import test_decoders
 import test_inner
 import test_losses
-import test_numbering
 import torch
-from problems import Given, check_slope, close, finite_difference, normal, weighted_sum
+from problems import Given, check_slope, close, normal
 from torch import nn
 
 from setpred import aggregators, decoders, inner, losses
-from setpred.aggregators import FSPool, LearnableMonoid, SetEncoder, SumPool
+from setpred.aggregators import FSPool, SetEncoder, SumPool
 from setpred.decoders import (
     DETR,
     IDSPN,
@@ -32,19 +31,14 @@ from setpred.decoders import (
 )
 from setpred.inner import (
     Conditioned,
-    ConjugateGradient,
     EquilibriumMatching,
-    Exact,
     GradientDescent,
-    Implicit,
     LatentMatching,
-    Neumann,
     OfTokens,
     Problem,
     Proximity,
     Simplex,
     Sum,
-    Unrolled,
     VotingEnergy,
 )
 from setpred.schema import CLEVR
@@ -63,10 +57,10 @@ def public(package, kind, *, but=()):
     return {name for name, thing in classes.items() if isinstance(thing, type) and issubclass(thing, kind)} - set(but)
 
 
-def built(*tables):
-    """Instances of all rows of the tables."""
+def built(table):
+    """Instances of all rows of a table."""
     torch.manual_seed(0)
-    return [build() for table in tables for build in table.values()]
+    return [build() for build in table.values()]
 
 
 def names(parts):
@@ -80,13 +74,13 @@ def modules(parts):
 
 def test_every_aggregator_is_in_the_family():
     family = built(test_aggregators.FAMILY)
-    # which depends on the order, so that its laws are its own: below, and in test_aggregators.py
+    # which depends on the order, so that its laws are its own in test_aggregators.py
     assert public(aggregators, aggregators.Aggregator, but={"Aggregator"}) - names(family) == {"LearnableMonoid"}
     assert public(aggregators, nn.Module, but={"Aggregator"}) <= modules(family)
 
 
 def test_every_decoder_is_in_a_family():
-    family = built(test_decoders.DECODERS, test_numbering.DECODERS)
+    family = built(test_decoders.DECODERS)
     assert public(decoders, decoders.SetDecoder, but={"SetDecoder"}) == names(family)
     others = [
         DETR(SinePosition(), dim=8, token_dim=4, set_size=CLEVR.max_objects, set_dim=CLEVR.set_dim),
@@ -110,22 +104,6 @@ def test_every_part_of_the_inner_problem_is_in_a_family():
     assert public(inner, inner.Differentiation, but={"Differentiation"}) == {"Implicit", "Unrolled"}
     assert public(inner, inner.Projection, but={"Projection"}) == {"Simplex"}
     assert public(inner, nn.Module) <= modules(built(OBJECTIVES))
-
-
-# --- the aggregator that depends on the order -----------------------------------------------------------------------
-
-
-def test_the_monoid_does_not_see_padding_and_has_the_gradients_of_its_value():
-    torch.manual_seed(0)
-    pool, elements = LearnableMonoid(DIM).double(), normal(BATCH, SIZE, DIM)
-    noise = elements.masked_fill(~MASK.unsqueeze(-1), torch.nan).requires_grad_()
-    out = pool(noise, MASK)
-    for row, present in enumerate(MASK):
-        close(out[row : row + 1], pool(elements[row : row + 1, present]))
-    weighted_sum(out).backward()
-    expected = finite_difference(lambda x: weighted_sum(pool(x, MASK)), elements)
-    close(noise.grad, expected, rtol=1e-6, atol=1e-7)
-    assert (noise.grad[~MASK] == 0).all()
 
 
 # --- exclusive multiset equivariance --------------------------------------------------------------------------------
@@ -209,6 +187,9 @@ def test_an_objective_does_not_see_the_order_of_elements_with_what_belongs_to_th
     assert expected.shape == (BATCH,)
     other = Problem(problem.latent, problem.initial[:, ORDER], condition=problem.condition[:, ORDER])
     close(objective(elements[:, ORDER], other), expected)
+    if isinstance(objective, Conditioned):
+        with pytest.raises(ValueError, match="condition"):
+            objective(elements, Problem(problem.latent, problem.initial))
     last = Problem(problem.latent[1:], problem.initial[1:], condition=problem.condition[1:])
     close(objective(elements[1:], last), expected[1:])
     masked = Problem(problem.latent, problem.initial, MASK, problem.condition)
@@ -249,105 +230,33 @@ def test_the_gradients_of_an_objective_and_of_its_gradient_are_those_of_finite_d
 # --- iDSPN and DSPN -------------------------------------------------------------------------------------------------
 
 
-def decoder_of(objective, differentiation=None, **numbers):
-    descent = GradientDescent(**{"iterations": 6, "momentum": 0.9, "clip": 2.0} | numbers)
-    return IDSPN(objective, descent, differentiation, set_size=SIZE, set_dim=DIM).double().eval()
-
-
-def refined(decoder, problem, mask=None):
-    condition = problem.condition if decoder.conditional else None
-    return decoder.refine(problem.latent, mask=mask, condition=condition)
-
-
-def solved(decoder, problem, mask=None):
-    *_, last = refined(decoder, problem, mask)
-    return last
+def solved(objective, initial, problem, mask=None, projection=None):
+    """The set that a descent finds from a given start."""
+    descent = GradientDescent(iterations=6, momentum=0.9, clip=2.0, projection=projection)
+    decoder = IDSPN(objective, descent, set_size=SIZE, set_dim=DIM, start=Given(initial)).double()
+    return decoder(problem.latent, mask=mask, condition=problem.condition if decoder.conditional else None)
 
 
 @every_objective
 def test_a_descent_permutes_with_its_start_and_does_not_see_padding(make):
     objective, _, problem = objective_problem(make)
-    decoder = decoder_of(objective)
-    decoder.start = Given(problem.initial)
-    elements, masked = solved(decoder, problem), solved(decoder, problem, MASK)
-    other = Problem(problem.latent, problem.initial[:, ORDER], condition=problem.condition[:, ORDER])
-    decoder.start = Given(other.initial)
-    close(solved(decoder, other), elements[:, ORDER])
-    close(solved(decoder, other, MASK[:, ORDER]), masked[:, ORDER])
+    elements, masked = (solved(objective, problem.initial, problem, mask) for mask in (None, MASK))
+    other = replace(problem, condition=problem.condition[:, ORDER])
+    close(solved(objective, problem.initial[:, ORDER], other), elements[:, ORDER])
+    close(solved(objective, problem.initial[:, ORDER], other, MASK[:, ORDER]), masked[:, ORDER])
     for row, present in enumerate(MASK):
-        decoder.start = Given(problem.initial[row : row + 1, present])
-        alone = Problem(
-            problem.latent[row : row + 1], decoder.start.given, None, problem.condition[row : row + 1, present]
-        )
-        close(solved(decoder, alone), masked[row : row + 1, present])
-
-
-@every_objective
-def test_an_unrolled_descent_has_the_gradients_of_its_value(make):
-    """DSPN: exact for the returned iterate, for the vector and every parameter."""
-    objective, _, problem = objective_problem(make)
-    decoder = decoder_of(objective, Unrolled(), iterations=3)
-    decoder.start = Given(problem.initial)
-    leaf = problem.latent.clone().requires_grad_()
-    if isinstance(objective, Proximity):  # which reads no vector
-        close(solved(decoder, problem), problem.initial)
-        return
-
-    def value():
-        return weighted_sum(solved(decoder, replace(problem, latent=leaf)))
-
-    value().backward()
-    for tensors in ([leaf], [parameter for parameter in decoder.parameters() if parameter.grad is not None]):
-        if tensors:
-            check_slope(value, tensors, rtol=1e-4)
-
-
-CONVEX = {
-    "latent matching": lambda: Sum([LatentMatching(encoder_of(DIM)), Proximity(weight=3.0 * SIZE)]),
-    "equilibrium matching": lambda: Sum([equilibrium_of(DIM), Proximity(weight=3.0 * SIZE)]),
-    "conditioned": lambda: Sum([Conditioned(LatentMatching(encoder_of(DIM + 2))), Proximity(weight=3.0 * SIZE)]),
-}
-
-
-@pytest.mark.parametrize("projection", [None, Simplex()], ids=["anywhere", "on the simplex"])
-@pytest.mark.parametrize("make", CONVEX.values(), ids=CONVEX)
-def test_idspn_has_the_gradients_of_dspn_where_both_have_converged(make, projection):
-    """For every exact solver, with an optimum made unique by `Proximity`; equal to finite differences, too.
-
-    Examples that do not converge are left out: a sort has kinks, and a descent does not settle on one.
-    """
-    objective, _, problem = objective_problem(make, 6)
-    numbers = {"iterations": 25, "learning_rate": 0.8, "momentum": 0.0, "clip": None, "projection": projection}
-    decoder = decoder_of(objective, **numbers)
-    decoder.start = Given(0.3 * problem.initial)
-    *_, before, last = (iterate.detach() for iterate in refined(decoder, problem))
-    converged = (last - before).abs().amax((1, 2)) < 1e-10
-    assert converged.sum() >= 2
-
-    ways = {"unrolled": Unrolled(), "exact": Implicit(Exact()), "neumann": Implicit(Neumann(terms=25))}
-    if projection is None:  # the operator of a projection is not symmetric
-        ways["conjugate gradient"] = Implicit(ConjugateGradient(iterations=DIM * SIZE))
-    leaf, gradients = problem.latent.clone().requires_grad_(), {}
-
-    def value():
-        return weighted_sum(solved(decoder, replace(problem, latent=leaf)) * converged.view(-1, 1, 1))
-
-    for name, way in ways.items():
-        decoder.differentiation = way
-        gradients[name] = torch.autograd.grad(value(), [leaf, *objective.parameters()], materialize_grads=True)
-    for found in gradients.values():
-        for mine, exact in zip(found, gradients["exact"], strict=True):
-            close(mine, exact, rtol=1e-6, atol=1e-8)
-    decoder.differentiation = ways["exact"]
-    check_slope(value, [leaf], atol=1e-8)
+        initial, condition = (part[row : row + 1, present] for part in (problem.initial, problem.condition))
+        alone = Problem(problem.latent[row : row + 1], initial, condition=condition)
+        close(solved(objective, initial, alone), masked[row : row + 1, present])
 
 
 def test_a_start_outside_of_what_is_allowed_is_projected():
     """As published: the first gradient is already taken on the simplex."""
     objective, _, problem = objective_problem(OBJECTIVES["latent matching"])
-    decoder = decoder_of(objective, projection=Simplex())
-    first, *_ = decoder.refine(problem.latent)
-    close(first, inner.simplex(decoder.start(problem.latent).double()))
+    inside = inner.simplex(problem.initial)
+    assert not torch.equal(inside, problem.initial)
+    ways = (solved(objective, start, problem, projection=Simplex()) for start in (inside, problem.initial))
+    close(*ways)
 
 
 # --- implicit slots -------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import inspect
+import json
 import os
 import signal
 import subprocess
@@ -18,7 +18,8 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from tiny import CONFIG as CONFIG_TINY
+from tiny import CONFIG as TINY
+from tiny import equal, metrics
 from torch import Tensor, nn
 
 from setpred.commands.train import build, train
@@ -33,44 +34,22 @@ SCENES, VAL, BATCH = 24, 13, 4  # of an epoch, of a validation (an odd number), 
 MIDDLE = 4  # the second step of the second epoch
 WATCHED = "SETPRED_TEST_WATCHED"  # environment variable of processes whose writing is recorded
 
-CONFIG = f"""
-model:
-  encoder: {{class_path: test_processes.Pixels, init_args: {{latent_dim: 8}}}}
-  decoder:
-    class_path: setpred.decoders.IDSPN
-    init_args:
-      set_size: 4
-      objective:
-        class_path: setpred.inner.EquilibriumMatching
-        init_args:
-          set_encoder:
-            class_path: setpred.aggregators.SetEncoder
-            init_args:
-              hidden_dim: 8
-              aggregator:
-                class_path: setpred.aggregators.EquilibriumAggregation
-                init_args:
-                  in_dim: 8
-                  prior: {{class_path: setpred.aggregators.FSPool, init_args: {{in_dim: 8, set_size: 4}}}}
-                  potential:
-                    class_path: setpred.aggregators.ResidualPotential
-                    init_args: {{in_dim: 8, state_dim: 8, widths: [8, 8]}}
-      descent: {{class_path: setpred.inner.GradientDescent, init_args: {{iterations: 3, momentum: 0.9}}}}
-      start: {{class_path: setpred.decoders.LearnedStart, init_args: {{set_size: 4, set_dim: 19}}}}
-  weight_decay: 0.1
-data:
-  class_path: setpred.data.streamed.StreamedScenes
-  init_args:
-    scenes_per_epoch: {SCENES}
-    val_images: {VAL}
-    image_size: 16
-    objects: [3, 4]
-    set_size: 4
-    batch_size: {BATCH}
-    eval_batch_size: 1
-    workers: 1
-trainer: {{max_epochs: 2, accelerator: cpu, precision: 32-true, deterministic: true}}
-"""
+CONFIG = yaml.safe_load(TINY)
+CONFIG["model"] |= {
+    "encoder": {"class_path": "test_processes.Pixels", "init_args": {"latent_dim": 16}},
+    "weight_decay": 0.1,
+    "schedule": None,
+}
+start = {"class_path": "setpred.decoders.LearnedStart", "init_args": {"set_size": 4, "set_dim": 19}}
+CONFIG["model"]["decoder"]["init_args"]["start"] = start
+CONFIG["data"] = {
+    "class_path": "setpred.data.streamed.StreamedScenes",
+    "init_args": {
+        **{"scenes_per_epoch": SCENES, "val_images": VAL, "image_size": 16, "objects": [3, 4], "set_size": 4},
+        **{"batch_size": BATCH, "eval_batch_size": 1, "workers": 1},
+    },
+}
+CONFIG["trainer"]["deterministic"] = True
 
 
 class Pixels(nn.Module):
@@ -135,19 +114,21 @@ class Recorder(pl.Callback):
         torch.save(content, self.folder / f"seen-{trainer.global_rank}-of-{trainer.world_size}.pt")
 
 
-def command(folder: Path, data: Path, *options: str, fail: tuple[int, int, str] | None = None) -> list[str]:
+def command(
+    folder: Path,
+    data: Path,
+    *options: str,
+    fail: tuple[int, int, str] | None = None,
+    config: str = yaml.safe_dump(CONFIG),
+) -> list[str]:
     """Options of train.py for a recorded run in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(CONFIG)
-    recorder = {"class_path": "test_processes.Recorder", "init_args": {"folder": str(folder)}}
-    if fail is not None:
-        recorder["init_args"]["fail"] = list(fail)
-    watched = yaml.safe_dump([recorder], default_flow_style=True, width=10_000).strip()
+    (folder / "config.yaml").write_text(config)
+    recorder = {"class_path": "test_processes.Recorder", "init_args": {"folder": str(folder), "fail": fail and [*fail]}}
     return [
         *("--config", str(folder / "config.yaml"), "--runs", str(folder / "runs"), "--name", "run"),
-        *("--model.encoder=test_processes.Pixels", "--model.encoder.init_args.latent_dim=8"),
-        *(f"--trainer.callbacks={watched}", f"--data.init_args.folder={data}", "--trainer.logger=false"),
-        *options,
+        *("--allow=test_processes.Pixels", f"--trainer.callbacks={json.dumps([recorder])}"),
+        *(f"--data.init_args.folder={data}", "--trainer.logger=false", *options),
     ]
 
 
@@ -177,11 +158,6 @@ def launch(options: list[str], *, torchrun: bool = False) -> subprocess.Complete
 def seen(folder: Path, processes: int = 2) -> list[dict]:
     """Records of all processes."""
     return [torch.load(folder / f"seen-{rank}-of-{processes}.pt", weights_only=True) for rank in range(processes)]
-
-
-def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "runs" / "run" / "metrics.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
@@ -222,11 +198,11 @@ def test_scenes_gradients_and_weights_are_those_of_one_process_with_the_doubled_
         assert [number for pair in zip(*theirs, strict=True) for number in pair] == ours
     assert list(chain(*alone["steps"])) == list(range(2 * SCENES))
     for ours, theirs, expected in zip(two[0]["gradients"], two[1]["gradients"], alone["gradients"], strict=True):
-        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+        assert equal(ours, theirs)
         assert apart(ours, expected) < 1e-5
     assert apart(two[0]["gradients"][0], alone["gradients"][0]) < 3e-6
     assert "model.decoder.start.initial" not in alone["gradients"][0]
-    assert all(torch.equal(value, two[1]["weights"][name]) for name, value in two[0]["weights"].items())
+    assert equal(two[0]["weights"], two[1]["weights"])
     assert apart(two[0]["weights"], alone["weights"]) < 1e-5
 
 
@@ -269,7 +245,7 @@ def test_process_0_alone_writes_and_prints(folder, printed, two):
     assert {path.name for path in (runs / "run").iterdir()} == set(final)
     assert set(final) == {"config.yaml", "metrics.csv", "best.ckpt", "last.ckpt"}
     assert final.count("config.yaml") == 1
-    assert final.count("metrics.csv") == len(rows(folder / "two")) == 2
+    assert final.count("metrics.csv") == len(metrics(folder / "two" / "runs" / "run")) == 2
     assert {path.name for path in runs.iterdir()} - {".run.lock"} == {"run"}
     lines = printed.stdout.splitlines()
     assert len(lines) == len(set(lines)) == 3
@@ -344,7 +320,7 @@ def test_a_repeated_training_is_equal_to_the_last_bit(folder, two):
     for ours, theirs in zip(seen(folder / "two"), two, strict=True):
         assert ours["steps"] == theirs["steps"]
         assert ours["losses"] == theirs["losses"]
-        assert all(torch.equal(value, theirs["weights"][name]) for name, value in ours["weights"].items())
+        assert equal(ours["weights"], theirs["weights"])
     runs = folder / "two" / "runs"
     assert {path.name for path in runs.iterdir()} - {".run.lock"} == {"run", "run-before-1"}
     assert ended.stdout.count("moved the previous run to") == 1
@@ -375,8 +351,8 @@ def test_a_signal_to_one_process_saves_and_stops_both_and_a_resume_is_exact(fold
     assert ended.returncode == 0, ended.stderr
     for ours, theirs in zip(seen(run), two, strict=True):
         assert ours["steps"] == theirs["steps"][MIDDLE + 1 :]
-        assert all(torch.equal(value, theirs["weights"][name]) for name, value in ours["weights"].items())
-    after, undisturbed = rows(run), rows(folder / "two")
+        assert equal(ours["weights"], theirs["weights"])
+    after, undisturbed = (metrics(each / "runs" / "run") for each in (run, folder / "two"))
     for name in ("epoch", "step", "val_loss", "val_ap", "train_loss"):
         assert [row[name] for row in after] == [row[name] for row in undisturbed]
 
@@ -394,21 +370,15 @@ def test_compiled_descents_train_in_two_processes(folder, alone, two):
 @pytest.mark.slow
 def test_files_batch_normalisation_and_random_starts_train_in_two_processes(tmp_path, tiny_data):
     """The processes agree, though each has its own batches and random numbers."""
-    (tmp_path / "tiny.yaml").write_text(CONFIG_TINY)
-    options = ["--config", str(tmp_path / "tiny.yaml"), "--runs", str(tmp_path / "runs"), "--name", "run"]
-    options += [f"--data.init_args.folder={tiny_data}", "--data.init_args.num_workers=1", "--save_minutes=0"]
-    recorder = {"class_path": "test_processes.Recorder", "init_args": {"folder": str(tmp_path)}}
-    options += [f"--trainer.callbacks={yaml.safe_dump([recorder], default_flow_style=True, width=10_000).strip()}"]
-    ended = launch(options)
+    options = ("--data.init_args.num_workers=1", "--save_minutes=0")
+    ended = launch(command(tmp_path, tiny_data, *options, config=TINY))
     assert ended.returncode == 0, ended.stderr
     ours, theirs = seen(tmp_path)
     shown = [sorted(chain(*ours["steps"][at : at + 2], *theirs["steps"][at : at + 2])) for at in (0, 2)]
     assert all(len(set(epoch)) == 32 for epoch in shown)
-    assert set(ours["weights"]) == set(theirs["weights"])
-    for name, value in ours["weights"].items():
-        assert torch.equal(value, theirs["weights"][name]), name
+    assert equal(ours["weights"], theirs["weights"])
     saved = torch.load(tmp_path / "runs" / "run" / "last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(value, ours["weights"][name]) for name, value in saved.items())
-    assert {n: v for n, v in ours["metrics"].items() if n != "loss"} == {
-        n: v for n, v in theirs["metrics"].items() if n != "loss"
-    }
+    for each in (ours, theirs):
+        del each["metrics"]["loss"]
+    assert ours["metrics"] == theirs["metrics"]

@@ -8,7 +8,6 @@ from torch.utils._pytree import tree_leaves
 from twins import average_precision_per_image_twin, average_precision_twin
 
 from setpred import matching
-from setpred.losses import HungarianLoss
 from setpred.matching import hungarian, pairwise_smooth_l1, pairwise_squared
 from setpred.metrics import AveragePrecision, average_precision, average_precision_per_image
 from setpred.metrics.average_precision import PAIRS_AT_ONCE
@@ -46,19 +45,9 @@ class Largest(TorchDispatchMode):
 # --- matching -----------------------------------------------------------------------------------------------
 
 
-def greedy(cost):
-    """Total cost where each target in turn takes the cheapest prediction left."""
-    cost, total = cost.clone(), 0.0
-    for column in range(cost.shape[1]):
-        least, row = cost[:, column].min(0)
-        total += float(least)
-        cost[row] = torch.inf
-    return total
-
-
 @pytest.mark.parametrize(("batch", "size"), [(8, 64), (2, 256)])
 @pytest.mark.parametrize("masked", [False, True])
-def test_large_sets_are_matched_as_one_by_one_and_better_than_greedily(batch, size, masked):
+def test_large_sets_are_matched_as_one_by_one(batch, size, masked):
     cost = torch.rand(batch, size, size, generator=torch.Generator().manual_seed(size))
     masks = [torch.rand(batch, size, generator=torch.Generator().manual_seed(seed)) < 0.8 for seed in (1, 2)]
     found = hungarian(cost, *masks) if masked else hungarian(cost)
@@ -68,9 +57,6 @@ def test_large_sets_are_matched_as_one_by_one_and_better_than_greedily(batch, si
         expected = torch.full((size,), -1)
         expected[columns[j]] = rows[i]
         assert torch.equal(chosen, expected)
-        if not masked:
-            assert chosen.sort().values.tolist() == list(range(size))
-            assert float(here[chosen, torch.arange(size)].sum()) < greedy(here)
 
 
 def test_costs_go_to_the_host_once_masks_included(monkeypatch):
@@ -92,22 +78,6 @@ def test_costs_of_few_examples_at_a_time_equal_those_of_all(pairwise, monkeypatc
         assert torch.equal(pairwise(predicted, target), together)
     assert largest.numbers == matching.NUMBERS_AT_ONCE
     assert pairwise(predicted[:0], target[:0]).shape == (0, 64, 64)
-
-
-@pytest.mark.parametrize("weights", [None, {"coords": 10.0}])
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_loss_has_the_gradient_of_the_matched_cost(weights, masked):
-    predicted, target = random_sets(3, 64, noise=0.3)
-    predicted.requires_grad_()
-    loss = HungarianLoss(weights=weights)
-    masks = (torch.arange(64) < 50).expand(3, -1) if masked else None
-    found = loss(predicted, target, masks, masks)
-    kept = (each[:, :50] if masked else each for each in (predicted, target))
-    cost = pairwise_smooth_l1(*kept, loss.element_weights(predicted))
-    expected = cost.gather(1, hungarian(cost)[:, None])[:, 0].mean(-1)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-    ours, theirs = (torch.autograd.grad(each.sum(), predicted)[0] for each in (found, expected))
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
 
 
 # --- average precision --------------------------------------------------------------------------------------
@@ -146,24 +116,3 @@ def test_sets_of_64_are_scored_as_in_loops(protocol, twin):
     expected = twin(predicted[order].tolist(), target[order].tolist(), (2.0,), CLEVR)
     assert 0.1 < expected[2.0] < 0.9
     assert float(metric.compute()["ap_2"]) == expected[2.0]
-
-
-@pytest.mark.parametrize("protocol", [protocol for protocol, _ in PROTOCOLS])
-@pytest.mark.parametrize("size", [64, 256])
-def test_the_score_is_the_share_of_right_elements_before_wrong_ones(protocol, size):
-    """Full sets, shuffled; the first quarter is right and certain, the rest has wrong classes."""
-    generator = torch.Generator().manual_seed(0)
-    coords = torch.rand(6, size, 3, generator=generator)
-    target = torch.zeros(6, size, CLEVR.set_dim)
-    target[..., CLEVR.slice("coords")] = coords
-    for field in CLEVR.categorical:
-        target[..., CLEVR.slice(field.name).start] = 1.0
-    target[..., -1] = 1.0
-    predicted = target[:, torch.randperm(size, generator=generator)]
-    wrong = torch.arange(size) >= size // 4
-    predicted[:, wrong, -1] = 0.5
-    predicted[:, wrong, CLEVR.slice("color").start + 1] = 2.0
-    metric = AveragePrecision(protocol)
-    for part in (slice(0, 4), slice(4, 6)):
-        metric.update(predicted[part], target[part])
-    assert {float(score) for score in metric.compute().values()} == {0.25}

@@ -1,12 +1,10 @@
 """Training end to end on tiny scenes: files of a run, exact resumption, clear errors, and no lost run."""
 
-import csv
 import errno
 import json
 import math
 import os
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,13 +13,13 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from tiny import CONFIG, run
+from tiny import CONFIG, built, equal, metrics, run
 
 from setpred import files
 from setpred.checkpoint.load import load_checkpoint, read_checkpoint
 from setpred.commands import release
 from setpred.commands.evaluate import evaluate
-from setpred.commands.train import build, check_fit, main, train
+from setpred.commands.train import check_fit, train
 from setpred.data.dataset import open_data
 from setpred.errors import InputError
 from setpred.model import unit_images
@@ -30,27 +28,9 @@ from setpred.training.checkpointing import BestCheckpoint, Interrupted
 from setpred.training.schedules import Constant, StepDecay, WarmupCosine, fitted, planned_steps
 from setpred.training.task import SetPrediction
 
-TIMED = ("seconds", "data_waiting")  # columns of metrics.csv that differ from run to run
-
-
-def rows(folder, *, timed=True):
-    with (folder / "metrics.csv").open(newline="") as file:
-        return [{name: row[name] for name in row if timed or name not in TIMED} for row in csv.DictReader(file)]
-
 
 def weights(path):
     return torch.load(path, weights_only=True)["state_dict"]
-
-
-def equal(ours, theirs):
-    return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
-
-
-def built(folder, *options, config=CONFIG):
-    """The command line's model, data and trainer for a configuration in `folder`."""
-    folder.mkdir(exist_ok=True)
-    (folder / "tiny.yaml").write_text(config)
-    return build(["--config", str(folder / "tiny.yaml"), "--runs", str(folder), "--trainer.logger=false", *options])
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +51,7 @@ def earlier(finished, tmp_path):
 
 def test_a_run_writes_its_files(finished):
     assert {path.name for path in finished.iterdir()} >= {"best.ckpt", "last.ckpt", "config.yaml", "metrics.csv"}
-    table = rows(finished)
+    table = metrics(finished)
     assert [(row["epoch"], row["step"]) for row in table] == [("0", "5"), ("1", "10")]
     assert all(0 < float(row["train_loss"]) < 10 and 0 <= float(row["val_ap_inf"]) <= 1 for row in table)
     last = read_checkpoint(finished / "last.ckpt")
@@ -96,7 +76,7 @@ def test_checkpoints_have_statistics_of_their_own_weights(finished, tiny_data):
 
 def test_evaluation_gives_the_validation_score_of_training(finished, tmp_path):
     result = evaluate([str(finished / "last.ckpt"), "--json", str(tmp_path / "out.json")])
-    row = rows(finished)[-1]
+    row = metrics(finished)[-1]
     for name, score in result["ap"].items():
         assert score == pytest.approx(float(row[f"val_ap_{name}"]), abs=1e-6)
     loaded = load_checkpoint(finished / "last.ckpt")
@@ -140,7 +120,7 @@ def test_a_resume_is_the_undisturbed_run_bit_by_bit(step, finished, earlier, tmp
     folder = train(["--config", str(finished / "config.yaml"), *options])
     assert folder == earlier
     assert equal(weights(folder / "last.ckpt"), weights(finished / "last.ckpt"))
-    ours, theirs = rows(folder, timed=False), rows(finished, timed=False)
+    ours, theirs = metrics(folder), metrics(finished)
     assert len(ours) == len(theirs) == 2  # without the later rows from before
     assert ours[-1]["val_loss"] == theirs[-1]["val_loss"]
     assert step == 5 or ours == theirs
@@ -264,24 +244,8 @@ def test_a_full_disk_keeps_the_last_complete_checkpoint(earlier, tmp_path, tiny_
 
 
 def test_training_lowers_the_loss(tmp_path, tiny_data):
-    table = rows(run(tmp_path, "--trainer.max_epochs=8", "--model.learning_rate=0.01", data=tiny_data))
+    table = metrics(run(tmp_path, "--trainer.max_epochs=8", "--model.learning_rate=0.01", data=tiny_data))
     assert float(table[-1]["train_loss"]) < 0.7 * float(table[0]["train_loss"])
-
-
-@pytest.mark.slow
-def test_real_clevr_scenes_lower_the_loss(tmp_path, clevr_blender):
-    """Straight from a CLEVR folder; the scenes have up to 10 objects."""
-    config = yaml.safe_load(CONFIG.replace("set_size: 4", "set_size: 10"))
-    sizes = {"train_split": "val", "image_size": 16, "batch_size": 16}
-    config["data"] = {
-        "class_path": "setpred.data.datamodule.SetDataModule",
-        "init_args": {"train": str(clevr_blender), "val": str(clevr_blender), **sizes},
-    }
-    del config["model"]["schedule"]
-    (tmp_path / "clevr.yaml").write_text(yaml.safe_dump(config))
-    options = ["--runs", str(tmp_path), "--model.learning_rate=0.01", "--trainer.max_epochs=5"]
-    table = rows(train(["--config", str(tmp_path / "clevr.yaml"), *options]))
-    assert float(table[-1]["train_loss"]) < 0.8 * float(table[0]["train_loss"])
 
 
 # --- parts and options of users -------------------------------------------------------------------------------------
@@ -343,47 +307,6 @@ def test_a_run_without_an_image_size_warns_that_its_checkpoints_cannot_be_read(t
         check_fit(cli)
         assert cli.model.data_description["image_size"] == size
         assert ("will not read the checkpoints" in capsys.readouterr().out) == (size is None)
-
-
-def test_a_file_in_place_of_the_folder_is_an_error(tmp_path, tiny_data):
-    (tmp_path / "tiny").write_text("a file where the run's folder should be")
-    with pytest.raises(InputError, match="cannot write"):
-        run(tmp_path, data=tiny_data)
-
-
-def test_mistakes_on_the_command_line_give_one_sentence_and_status_2(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--resume", "last", "--runs", str(tmp_path)])
-    assert main() == 2
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: nothing to resume")
-
-
-def test_command_line_wins_over_the_configuration(tmp_path):
-    cli = built(tmp_path, "--model.learning_rate=0.5", "--trainer.max_epochs=7", "--seed_everything=4")
-    assert cli.model.learning_rate == 0.5
-    assert cli.model.seed == cli.datamodule.seed == 4
-    assert cli.trainer.max_epochs == 7
-    assert cli.config.name == "tiny"
-
-
-@pytest.mark.parametrize(
-    ("options", "change", "named"),
-    [
-        (["--trainer.max_epoch=3"], ("", ""), "max_epoch"),
-        (["--model.encoder.init_args.widht=3"], ("", ""), "widht"),
-        (["--learning_rate=1"], ("", ""), "learning_rate"),
-        ([], ("max_epochs: 2", "max_epochs: 2, max_epohcs: 3"), "max_epohcs"),
-    ],
-)
-def test_unknown_keys_are_errors_that_name_them(options, change, named, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        built(tmp_path, *options, config=CONFIG.replace(*change))
-    assert stopped.value.code == 2
-    assert named in capsys.readouterr().err
-
-
-def test_bad_values_are_errors_in_one_sentence(tmp_path):
-    with pytest.raises(InputError, match="expected image_size"):
-        built(tmp_path, "--model.encoder.init_args.image_size=17")
 
 
 # --- schedules ------------------------------------------------------------------------------------------------------

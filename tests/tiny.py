@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from setpred.checkpoint.load import KEY, save_checkpoint
-from setpred.commands.train import build, train
+from setpred.commands.train import TrainCLI, build, train
 
 CONFIG = """
 model:
@@ -37,6 +40,25 @@ data:
     {train_images: 40, val_images: 12, image_size: 16, objects: [3, 4], set_size: 4, batch_size: 8, workers: 1}
 trainer: {max_epochs: 2, accelerator: cpu, precision: 32-true}
 """
+
+
+def metrics(run: Path, *, timed: bool = False) -> list[dict[str, str]]:
+    """Rows of metrics.csv, without the columns that differ from run to run unless `timed`."""
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if timed or k not in ("seconds", "data_waiting")} for row in rows]
+
+
+def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    """Whether the tensors of both have equal names and numbers, bit by bit."""
+    return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def built(folder: Path, *options: str, config: str = CONFIG) -> TrainCLI:
+    """The command line's model, data and trainer for a configuration in `folder`."""
+    folder.mkdir(exist_ok=True)
+    (folder / "tiny.yaml").write_text(config)
+    return build(["--config", str(folder / "tiny.yaml"), "--runs", str(folder), "--trainer.logger=false", *options])
 
 
 def run(folder: Path, *arguments: str, data: Path, name: str = "tiny") -> Path:
