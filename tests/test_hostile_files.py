@@ -496,6 +496,14 @@ def test_images_of_too_many_pixels_are_rejected_before_they_are_decoded(side, tm
         load_image(tmp_path / "a.png", 8)
 
 
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_a_git_lfs_pointer_is_named(tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1038996\n")
+    with pytest.raises(InputError, match=r"got a Git LFS pointer in .*; run `git lfs pull`"):
+        read_checkpoint(path)
+
+
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder", "nul", "dangling"])
 @pytest.mark.parametrize("suffix", ["ckpt", "safetensors", "png"])
 def test_only_regular_files_are_read(kind, suffix, tmp_path):

@@ -601,7 +601,7 @@ def test_a_non_finite_prediction_reaches_no_file(tmp_path, capsys):
     with pytest.raises(InputError, match=r"b\.png: .* not finite"):
         list(predict.predict(nn.Identity(), paths, image_size=16))
     found = predict.predict(nn.Identity(), paths, image_size=16, skip_broken=True)
-    tally = predict.write_predictions(tmp_path / "out.json", found, lambda elements: elements.tolist())
+    tally = predict.write_predictions(tmp_path / "out.json", found, lambda _, elements: elements.tolist())
     assert (tally.predicted, tally.skipped) == (2, 1)
     assert [each["image"] for each in json.loads((tmp_path / "out.json").read_text())] == [paths[0], paths[2]]
     assert "skipped: " in capsys.readouterr().err

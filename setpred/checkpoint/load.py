@@ -72,6 +72,9 @@ class Checkpoint:
             raise InputError(f"{path} was trained on toy data without images; see the metrics.csv in its folder")
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/"  # begin of a file whose content was not downloaded
+
+
 def read_checkpoint(path: str | os.PathLike[str], *, finite: bool = True) -> dict[str, Any]:
     """Read the content of a checkpoint, on the CPU: tensors and plain types.
 
@@ -84,6 +87,9 @@ def read_checkpoint(path: str | os.PathLike[str], *, finite: bool = True) -> dic
     """
     if not os.path.isfile(path) or not os.access(path, os.R_OK):
         raise InputError(f"no checkpoint at {path} that can be read; train one with train.py, or give another path")
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise InputError(f"expected weights, got a Git LFS pointer in {path}; run `git lfs pull` to download it")
     if Path(path).suffix == weights.SUFFIX:
         tensors, content = weights.unpack(path)
         content["state_dict"] = tensors
