@@ -85,7 +85,10 @@ def read_checkpoint(path: str | os.PathLike[str], *, finite: bool = True) -> dic
         InputError: a missing, truncated, damaged or foreign file, code or objects in it, non-finite numbers.
     """
     if not os.path.isfile(path) or not os.access(path, os.R_OK):
-        raise InputError(f"no checkpoint at {path} that can be read; train one with train.py, or give another path")
+        advice = "train one with `setpred train`, or give another path"
+        if Path(path).name == "best.ckpt" and (last := Path(path).with_name("last.ckpt")).is_file():
+            advice = f"this run was not validated yet, but {last} is there"
+        raise InputError(f"no checkpoint at {path} that can be read; {advice}")
     if Path(path).suffix == weights.SUFFIX:
         tensors, content = weights.unpack(path)
         content["state_dict"] = tensors

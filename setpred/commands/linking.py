@@ -23,6 +23,7 @@ from setpred.training.task import SCHEMAS
 FILES = (".h5", ".hdf5")
 DEFAULT_STEPS = 1500  # of a training without a configuration, whatever the size of the data
 BATCH = 32
+MOST_EPOCHS = 200
 
 
 def fill_sizes(config: Namespace) -> None:
@@ -146,7 +147,9 @@ def default_configuration(path: Path, module: dict[str, Any]) -> dict[str, Any]:
     batch = min(BATCH, sizes.images)
     epochs = math.ceil(DEFAULT_STEPS / max(1, sizes.images // batch))
     config["data"] = {**module, "init_args": {**module["init_args"], "batch_size": batch, "eval_batch_size": 64}}
-    config["trainer"] |= {"max_epochs": min(epochs, 200), "accelerator": "auto"}
-    if epochs > 20:  # small data: validate some twenty times, not after every few steps
-        config["trainer"]["check_val_every_n_epoch"] = epochs // 20
+    epochs = min(epochs, MOST_EPOCHS)
+    between = max(1, epochs // 20)  # small data: validate some twenty times, not after every few steps
+    config["trainer"] |= {"max_epochs": math.ceil(epochs / between) * between, "accelerator": "auto"}  # the last, too
+    if between > 1:
+        config["trainer"]["check_val_every_n_epoch"] = between
     return config
