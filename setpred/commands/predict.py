@@ -204,7 +204,9 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
             about = os.fsencode(image).decode(errors="replace")
             path = make_folder(folder) / f"{number:03d}-{stem}.png"
             if schema.side:
-                draw_marks(path, picture[None], elements[None], None, schema=schema, about=about)
+                kept = elements.clone()
+                kept[:, -1] = (elements[:, -1].clamp(0, 1) >= options.threshold).float()  # as in the file
+                draw_marks(path, picture[None], kept[None], None, schema=schema, about=about)
             else:
                 draw_outlined_image(path, picture, decode(image, elements), schema=schema, about=about)
     except InputError as error:
