@@ -299,6 +299,11 @@ def test_the_default_training_ends_with_a_validation(images, tmp_path, count):
     assert trainer["max_epochs"] % trainer["check_val_every_n_epoch"] == 0
 
 
+def test_images_have_a_size(images, tmp_path):
+    with pytest.raises(InputError, match="image size of at least 1, got 0"):
+        imported(read_csv(table(tmp_path, "image,x,y\na,3,4")), images, tmp_path, image_size=0)
+
+
 def test_a_run_without_a_validation_yet_is_no_riddle(tmp_path):
     (tmp_path / "last.ckpt").touch()
     with pytest.raises(InputError, match=r"not validated yet, but .*last.ckpt is there"):

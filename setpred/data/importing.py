@@ -381,6 +381,8 @@ def import_images(
     Raises:
         InputError: an image that is missing or damaged; an unknown class; a set larger than the schema's.
     """
+    if image_size is not None and image_size < 1:
+        raise InputError(f"expected an image size of at least 1, got {image_size}")
     paths = _match(table, Path(images))
     sizes = {name: read_image(path, advice=REPAIR).size for name, path in paths.items()}
     layout = _Layout.of(table, xy)
