@@ -127,8 +127,9 @@ def parser() -> Parser:
     """Return the argument parser of the command."""
     options = Parser(
         "predict",
-        "Predict the objects of images. Images of any size are resized to the model's square, as CLEVR's of 480x320 "
-        "were in training; crop images of another aspect ratio to 3:2 first. Grey and transparent images become RGB; "
+        "Predict the objects of images of any size. For a model of imported data they are padded to squares, and "
+        "positions are pixels of each image. For other models they are resized to a square, as CLEVR's of 480x320 were "
+        "in training; crop images of another aspect ratio to 3:2 first. Grey and transparent images become RGB; "
         "photos are rotated by their EXIF orientation. Without arguments an example runs.",
     )
     count = at_least(1)
