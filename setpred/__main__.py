@@ -9,7 +9,7 @@ COMMANDS = {
     "train": "train a set predictor",
     "evaluate": "score a checkpoint by average precision and draw its predictions",
     "predict": "predict the objects of images",
-    "data": "prepare, render, verify and describe data",
+    "data": "import, prepare, render, verify and describe data",
     "compare": "train models under one budget and rank them",
     "release": "turn a checkpoint into one file to publish, or export it",
     "gradients": "measure the gradients of a model's inner problem",

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from setpred.checkpoint.load import read_checkpoint
+from setpred.commands.linking import default_configuration
+from setpred.commands.train import QUICKSTART
 from setpred.data.dataset import SetFile
 from setpred.data.images import load_image
 from setpred.data.importing import import_images, read_coco, read_csv
@@ -172,7 +175,7 @@ MISTAKES = {
     "no image column": ("x,y\n1,2", "line 1: expected one column of images"),
     "two image columns": ("image,file,x\na,a,1", "line 1: expected one column of images, .* got image, file"),
     "another delimiter": ("image:x:y\na:1:2", "line 1: expected one column of images"),
-    "a column twice": ("image,x,x\na,1,2", "line 1: expected column names that differ"),
+    "a column twice": ("image,x,x\na,1,2", "line 1: expected a different name for every column"),
     "nothing": ("", "line 1: expected one column of images, .* got an empty file"),
     "no objects": ("image,x,y\n", "expected at least one object, got none"),
     "a short row": ("image,x,y\na,1,2\nb,3", "line 3: expected 3 values as in line 1, got 2"),
@@ -206,7 +209,7 @@ def test_a_mistake_in_a_table_is_one_clear_error(images, tmp_path, mistake):
         (lambda c: c.pop("images"), "expected COCO JSON with images and annotations"),
         (lambda c: c["annotations"][0].update(image_id=5), "annotation 0: expected the id of an image"),
         (lambda c: c["annotations"][0].update(category_id=5), "annotation 0: expected the id of a category"),
-        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "annotation 0: expected bbox as four numbers"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "annotation 0: expected bbox as four finite numbers"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, -3, 2]), "annotation 0: expected a box with width"),
         (lambda c: c["annotations"].append(dict(c["annotations"][0])), "annotation 1: repeats annotation 0"),
         (lambda c: c["images"].append(dict(c["images"][0])), "expected ids that differ"),
@@ -232,3 +235,76 @@ def test_an_image_that_cannot_be_read_is_named(images, tmp_path):
     Image.fromarray(np.zeros((4, 4), np.float32)).save(images / "c.tiff")
     with pytest.raises(InputError, match="grey values outside 16 bits"):
         load_image(images / "c.tiff", 8, padded=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,x,y\nx/a.png,3,4\ny/a.png,5,6", "one name of the image .*a.png, got x/a.png and y/a.png"),
+        ("image,x,y,confidence\na,3,4,1", "cannot be named 'confidence'"),
+        ("image,x\na,3", "expected columns x and y, got x alone"),
+        ("image,xmin,ymin,xmax\na,1,2,3", "got no ymax"),
+        ("image;x;y\na;3,5;4", "write decimals with a point"),
+    ],
+)
+def test_tables_that_would_be_misread_are_rejected(images, tmp_path, text, message):
+    with pytest.raises(InputError, match=message):
+        imported(read_csv(table(tmp_path, text)), images, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"image_id": [1]},
+        {"category_id": {}},
+        {"bbox": [1, 1, 10**400, 3]},
+        {"bbox": [float("nan"), 1, 2, 3]},
+        {"attributes": {"weight": 10**400}},
+        {"attributes": {"weight": float("nan")}},
+    ],
+)
+def test_wrong_annotations_are_named(tmp_path, wrong):
+    annotation = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]} | wrong
+    document = {"images": [{"id": 1, "file_name": "a.png"}], "categories": [{"id": 1, "name": "cat"}]}
+    path = table(tmp_path, json.dumps(document | {"annotations": [annotation]}), "coco.json")
+    with pytest.raises(InputError, match="annotation 0: expected"):
+        read_coco(path)
+    path.write_text(json.dumps(document | {"annotations": [], "categories": 5}))
+    with pytest.raises(InputError, match="expected a list of categories"):
+        read_coco(path)
+
+
+@pytest.mark.parametrize("names", ["cx,cy", "x_center,y_center"])
+def test_centres_by_name(images, tmp_path, names):
+    data = imported(read_csv(table(tmp_path, f"image,{names},width,height\na,4,6,2,3")), images, tmp_path)
+    assert objects(data)[0][0] == {"coords": [4, 6], "extent": [2, 3], "confidence": 1.0}
+    data = imported(read_csv(table(tmp_path, f"image,{names}\na,4,6")), images, tmp_path)
+    assert objects(data)[0][0] == {"coords": [4, 6], "confidence": 1.0}
+
+
+def test_given_positions_are_never_taken_for_pixels(images, tmp_path):
+    for text in ("image,x,y\na,0.5,0.5\nb,1,0", "image,x,y\na,3,3"):
+        data = imported(read_csv(table(tmp_path, text)), images, tmp_path, units="given")
+        assert data.schema.side is None
+    with pytest.raises(InputError, match="pass --units given"):
+        imported(read_csv(table(tmp_path, "image,x,y\na,3,4")), images, tmp_path, schema=data.schema)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_default_training_ends_with_a_validation(images, tmp_path, count):
+    rows = [f"{name},3,4" for name in "abc"[:count]]
+    imported(read_csv(table(tmp_path, "\n".join(["image,x,y", *rows]))), images, tmp_path)
+    file = str(tmp_path / "out.h5")
+    trainer = default_configuration(QUICKSTART, {"init_args": {"train": file, "val": file}})["trainer"]
+    assert trainer["max_epochs"] % trainer["check_val_every_n_epoch"] == 0
+
+
+def test_images_have_a_size(images, tmp_path):
+    with pytest.raises(InputError, match="image size of at least 1, got 0"):
+        imported(read_csv(table(tmp_path, "image,x,y\na,3,4")), images, tmp_path, image_size=0)
+
+
+def test_a_run_without_a_validation_yet_is_no_riddle(tmp_path):
+    (tmp_path / "last.ckpt").touch()
+    with pytest.raises(InputError, match=r"not validated yet, but .*last.ckpt is there"):
+        read_checkpoint(tmp_path / "best.ckpt")

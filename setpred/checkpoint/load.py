@@ -86,7 +86,10 @@ def read_checkpoint(path: str | os.PathLike[str], *, finite: bool = True) -> dic
         InputError: a missing, truncated, damaged or foreign file, code or objects in it, non-finite numbers.
     """
     if not os.path.isfile(path) or not os.access(path, os.R_OK):
-        raise InputError(f"no checkpoint at {path} that can be read; train one with train.py, or give another path")
+        advice = "train one with `setpred train`, or give another path"
+        if Path(path).name == "best.ckpt" and (last := Path(path).with_name("last.ckpt")).is_file():
+            advice = f"this run was not validated yet, but {last} is there"
+        raise InputError(f"no checkpoint at {path} that can be read; {advice}")
     with open(path, "rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise InputError(f"expected weights, got a Git LFS pointer in {path}; run `git lfs pull` to download it")

@@ -21,6 +21,7 @@ from setpred.training.task import SCHEMAS
 FILES = (".h5", ".hdf5")
 DEFAULT_STEPS = 1500  # of a training without a configuration, whatever the size of the data
 BATCH = 32
+MOST_EPOCHS = 200
 
 
 def fill_sizes(config: Namespace) -> None:
@@ -113,6 +114,10 @@ def expanded_data(arguments: Sequence[str], default: Path) -> list[str]:
 def _taken(arguments: list[str], name: str) -> str | None:
     """Remove an option with the path of a prepared file from the arguments; return the path."""
     for place, argument in enumerate(arguments):
+        given = argument.partition("=")[2] if argument.startswith(f"{name}=") else "".join(arguments[place + 1 :][:1])
+        if argument.partition("=")[0] == name and given.lower().endswith((".csv", ".json")):
+            raise InputError(f"{name} {given}: expected FILE.h5; make one with `setpred data import`")
+    for place, argument in enumerate(arguments):
         if argument == name and place + 1 < len(arguments) and arguments[place + 1].endswith(FILES):
             del arguments[place]
             return arguments.pop(place)
@@ -144,7 +149,9 @@ def default_configuration(path: Path, module: dict[str, Any]) -> dict[str, Any]:
     batch = min(BATCH, sizes.images)
     epochs = math.ceil(DEFAULT_STEPS / max(1, sizes.images // batch))
     config["data"] = {**module, "init_args": {**module["init_args"], "batch_size": batch, "eval_batch_size": 64}}
-    config["trainer"] |= {"max_epochs": min(epochs, 200), "accelerator": "auto"}
-    if epochs > 20:  # small data: validate some twenty times, not after every few steps
-        config["trainer"]["check_val_every_n_epoch"] = epochs // 20
+    epochs = min(epochs, MOST_EPOCHS)
+    between = max(1, epochs // 20)  # small data: validate some twenty times, not after every few steps
+    config["trainer"] |= {"max_epochs": math.ceil(epochs / between) * between, "accelerator": "auto"}  # the last, too
+    if between > 1:
+        config["trainer"]["check_val_every_n_epoch"] = between
     return config

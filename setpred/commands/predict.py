@@ -125,8 +125,9 @@ def parser() -> Parser:
     """Return the argument parser of the command."""
     options = Parser(
         "predict",
-        "Predict the objects of images. Images of any size are resized to the model's square, as CLEVR's of 480x320 "
-        "were in training; crop images of another aspect ratio to 3:2 first. Grey and transparent images become RGB; "
+        "Predict the objects of images of any size. For a model of imported data they are padded to squares, and "
+        "positions are pixels of each image. For other models they are resized to a square, as CLEVR's of 480x320 were "
+        "in training; crop images of another aspect ratio to 3:2 first. Grey and transparent images become RGB; "
         "photos are rotated by their EXIF orientation. Without arguments an example runs.",
     )
     count = at_least(1)
@@ -202,7 +203,9 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
             about = os.fsencode(image).decode(errors="replace")
             path = make_folder(folder) / f"{number:03d}-{stem}.png"
             if schema.side:
-                draw_marks(path, picture[None], elements[None], None, schema=schema, about=about)
+                kept = elements.clone()
+                kept[:, -1] = (elements[:, -1].clamp(0, 1) >= options.threshold).float()  # as in the file
+                draw_marks(path, picture[None], kept[None], None, schema=schema, about=about)
             else:
                 draw_outlined_image(path, picture, decode(image, elements), schema=schema, about=about)
     except InputError as error:

@@ -354,6 +354,11 @@ def train(arguments: list[str] | None = None) -> Path:
             repeatable.resume = None
             write_atomically(cli.folder / "config.yaml", cli.parser.dump(repeatable, skip_none=False))
         fit(cli, resume)
+    if not (cli.folder / "best.ckpt").exists():
+        cli.say(
+            f"no validation ran, so there is no best.ckpt: use {cli.folder / 'last.ckpt'}, or train for longer, or "
+            "with --trainer.check_val_every_n_epoch 1"
+        )
     cli.say(f"checkpoints, configuration and metrics are in {cli.folder}")
     return cli.folder
 

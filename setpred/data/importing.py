@@ -5,6 +5,7 @@ An annotation is one row of a table: the image, then numbers and class names by 
     x, y (and z)                              `coords`, the position
     xmin, ymin, xmax, ymax (or x1, y1, ...)   `coords`, the centre, and `extent`, width and height
     x, y, width, height                       the same; `xy` says whether x and y are the centre or the corner
+    cx, cy, or x_center, y_center             `coords`; with width and height, the centre of a box
     every other column                        a field with the column's name: numbers, or classes
 
 Images keep their aspect ratio: each is padded at its right and bottom to a square, then resized. Positions and extents
@@ -38,6 +39,8 @@ from setpred.schema import ElementSchema, Field, categorical, continuous
 IMAGE = ("image", "image_id", "image_name", "image_path", "filename", "file_name", "file", "path")
 CORNERS = (("xmin", "ymin", "xmax", "ymax"), ("x1", "y1", "x2", "y2"), ("left", "top", "right", "bottom"))
 SIDES = (("width", "height"), ("w", "h"))
+CENTRES = (("cx", "cy"), ("x_center", "y_center"), ("x_centre", "y_centre"))  # of points and boxes alike
+TAKEN = ("coords", "extent", "presence", "confidence")  # names of what is made of the columns
 CLASSES = ("label", "class", "category", "type", "species", "kind", "name", "color", "colour", "shape", "material")
 DELIMITERS = ",;\t|"
 MOST_BYTES = 2**30  # of a file of annotations
@@ -110,7 +113,8 @@ def _read_rows(path: Path, *, image: str | None) -> tuple[list[str], list[Row]]:
     try:
         header = [cell.strip().lower() for cell in next(reader, [])]
         if len(set(header)) < len(header) or not all(header):
-            raise InputError(f"{path}, line 1: expected column names that differ, got {', '.join(map(repr, header))}")
+            got = ", ".join(map(repr, header))
+            raise InputError(f"{path}, line 1: expected a different name for every column, got {got}")
         named = [name for name in header if name in IMAGE] if image is None else []
         if image is None and len(named) != 1:
             got = f"got {', '.join(named)}" if named else f"got {', '.join(map(repr, header)) or 'an empty file'}"
@@ -160,7 +164,7 @@ def _delimiter(text: str) -> str:
 def _numbers_or_classes(rows: Sequence[Row], column: str, *, forced: bool) -> tuple[str, ...] | None:
     """Convert the numbers of a column in place and return None, or return the sorted classes of a column of names."""
     numbers = [_number(row.values[column]) for row in rows]
-    position = column in {"x", "y", "z", *itertools.chain(*CORNERS, *SIDES)}
+    position = column in {"x", "y", "z", *itertools.chain(*CORNERS, *SIDES, *CENTRES)}
     classes = forced or (column in CLASSES and not position) or (not position and all(n is None for n in numbers))
     for row, number in zip(rows, numbers, strict=True):
         text = row.values[column]
@@ -172,6 +176,8 @@ def _numbers_or_classes(rows: Sequence[Row], column: str, *, forced: bool) -> tu
         if number is None:
             first = next((other.where for other, n in zip(rows, numbers, strict=True) if n is not None), None)
             hint = "" if position else f"; correct it, or pass --categorical {column}"
+            if _number(text.replace(",", ".")) is not None:
+                hint = "; write decimals with a point"
             seen = f" as in {first}" if first else ""
             raise InputError(f"{place}: expected a number{seen}, got {shown(text) if text else 'nothing'}{hint}")
         if not math.isfinite(number):
@@ -213,6 +219,8 @@ def read_coco(path: str | os.PathLike[str]) -> Table:
     if not isinstance(document, dict) or not all(isinstance(document.get(k), list) for k in ("images", "annotations")):
         raise InputError(f"{path}: expected COCO JSON with images and annotations, got {shown(document)}")
     names = _by_id(document["images"], "file_name", f"{path}: images")
+    if not isinstance(document.get("categories") or [], list):
+        raise InputError(f"{path}: expected a list of categories, got {shown(document['categories'])}")
     categories = _by_id(document.get("categories") or [], "name", f"{path}: categories")
     table = Table(str(path), images=list(names.values()))
     for number, annotation in enumerate(document["annotations"]):
@@ -221,17 +229,17 @@ def read_coco(path: str | os.PathLike[str]) -> Table:
             raise InputError(f"{where}: expected an object, got {shown(annotation)}")
         if annotation.get("iscrowd"):
             continue
-        if annotation.get("image_id") not in names:
+        if not _is_in(names, annotation.get("image_id")):
             raise InputError(f"{where}: expected the id of an image, got image_id {shown(annotation.get('image_id'))}")
         box = annotation.get("bbox")
-        if not isinstance(box, list) or len(box) != 4 or not all(type(n) in (int, float) for n in box):
-            raise InputError(f"{where}: expected bbox as four numbers x, y, width, height, got {shown(box)}")
+        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+            raise InputError(f"{where}: expected bbox as four finite numbers x, y, width, height, got {shown(box)}")
         x, y, width, height = map(float, box)
         if width <= 0 or height <= 0:
             raise InputError(f"{where}: expected a box with width and height above 0, got {shown(box)}")
         values: dict[str, Any] = {"xmin": x, "ymin": y, "xmax": x + width, "ymax": y + height}
         if categories:
-            if annotation.get("category_id") not in categories:
+            if not _is_in(categories, annotation.get("category_id")):
                 found = shown(annotation.get("category_id"))
                 raise InputError(f"{where}: expected the id of a category, got category_id {found}")
             values["category"] = categories[annotation["category_id"]]
@@ -239,8 +247,9 @@ def read_coco(path: str | os.PathLike[str]) -> Table:
         if not isinstance(attributes, dict):
             raise InputError(f"{where}: expected attributes by name, got {shown(attributes)}")
         for name, value in attributes.items():
-            if name.lower() in values or type(value) not in (int, float, str, bool):
-                raise InputError(f"{where}: expected an attribute with a number or a name, got {shown({name: value})}")
+            if name.lower() in values or not (type(value) in (str, bool) or _is_number(value)):
+                got = shown({name: value})
+                raise InputError(f"{where}: expected an attribute with a finite number or a name, got {got}")
             values[name.lower()] = value if type(value) in (int, float) else str(value)
         table.rows.append(Row(names[annotation["image_id"]], values, where))
     columns = dict.fromkeys(name for row in table.rows for name in row.values)
@@ -258,6 +267,14 @@ def read_coco(path: str | os.PathLike[str]) -> Table:
             table.classes[name] = None
     _check_repeats(table.rows)
     return table
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e30  # false for NaN
+
+
+def _is_in(ids: Mapping[Any, str], value: Any) -> bool:
+    return isinstance(value, int | str) and value in ids
 
 
 def _by_id(items: Sequence[Any], key: str, where: str) -> dict[Any, str]:
@@ -286,8 +303,15 @@ class _Layout:
         for corners in CORNERS:
             if all(name in columns for name in corners):
                 return cls(corners=corners)
-        position = tuple(name for name in ("x", "y", "z") if name in columns)
+            if len(lacking := [name for name in corners if name not in columns]) == 1:
+                raise InputError(f"{table.source}: expected columns {', '.join(corners)}, got no {lacking[0]}")
         sides = next((pair for pair in SIDES if all(name in columns for name in pair)), ())
+        for centre in CENTRES:
+            if all(name in columns for name in centre):
+                return cls(position=centre, sides=sides)
+        position = tuple(name for name in ("x", "y", "z") if name in columns)
+        if position and position[:2] != ("x", "y"):
+            raise InputError(f"{table.source}: expected columns x and y, got {' and '.join(position)} alone")
         if sides and position == ("x", "y"):
             if xy is None:
                 raise InputError(
@@ -357,10 +381,17 @@ def import_images(
     Raises:
         InputError: an image that is missing or damaged; an unknown class; a set larger than the schema's.
     """
+    if image_size is not None and image_size < 1:
+        raise InputError(f"expected an image size of at least 1, got {image_size}")
     paths = _match(table, Path(images))
     sizes = {name: read_image(path, advice=REPAIR).size for name, path in paths.items()}
     layout = _Layout.of(table, xy)
+    if taken := [name for name in table.classes if name in TAKEN]:
+        raise InputError(f"{table.source}: a column cannot be named {taken[0]!r}, which has a meaning here; rename it")
     units = "given" if "z" in layout.position else units
+    placed = schema is not None and schema.side is None and any(field.name == "coords" for field in schema.fields)
+    if placed and layout.columns and units != "given":
+        raise InputError(f"{table.source}: the positions of the schema are not in pixels; pass --units given")
     side = (schema and schema.side) or float(max(map(max, sizes.values())))
     objects = _objects(table, layout, units, sizes, side)
     schema = _inferred(table, layout, units, objects, side) if schema is None else schema
@@ -428,6 +459,11 @@ def _match(table: Table, folder: Path) -> dict[str, Path]:
     for name in table.images or ():
         if name not in found:
             add(name, table.source)
+    names: dict[Path, str] = {}
+    for name, path in found.items():
+        if path in names:
+            raise InputError(f"{table.source}: expected one name of the image {path}, got {names[path]} and {name}")
+        names[path] = name
     if table.images is None:
         used = set(found.values())
         found |= {name: path for name, path in there.items() if path not in used}
@@ -483,7 +519,10 @@ def _inferred(
         else:
             low, high = float(values.min()), float(values.max())
             middle, half = (low + high) / 2, (high - low) / 2
-            fields.append(continuous(name, values.shape[1], scale=half or max(abs(middle), 1.0), offset=middle))
+            scale = half or max(abs(middle), 1.0)
+            if scale == middle and name == "coords":  # which would be positions in pixels, see `ElementSchema.side`
+                scale = math.nextafter(scale, math.inf)
+            fields.append(continuous(name, values.shape[1], scale=scale, offset=middle))
     fields += [categorical(name, *classes) for name, classes in table.classes.items() if classes is not None]
     if not fields:
         raise InputError(f"{table.source}: expected columns of numbers or classes, got none")

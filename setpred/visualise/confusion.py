@@ -29,7 +29,7 @@ def draw_confusion(path: Path, report: Mapping[str, Any], *, schema: ElementSche
         columns[-1].append(field)
         room -= need + GAP
     widths = [NAMES + CELL * max(3, *(field.size for field in column)) + GAP for column in columns]
-    sheet = Sheet(max(0.3 + sum(widths), 7.5), HEAD + largest + 0.35)
+    sheet = Sheet(max(0.3 + sum(widths), 9.2), HEAD + largest + 0.35)
     matched = int(np.sum(report["confusion"][fields[0].name]))
     subtitle = (
         f"{plural(matched, 'real object')}, matched one to one to predictions by position alone. Each cell: share of "

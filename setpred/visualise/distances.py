@@ -33,8 +33,7 @@ def draw_distance_errors(
     subtitle = f"{plural(len(distance), 'real object')}, matched one to one to predictions by position alone{median}."
     sheet.heading("Distance errors", subtitle, about)
     axes = sheet.panel(0.75, 0.7, 8.2, 3.35)
-    low = min([0.01, *(limit / 4 for limit in limits)])
-    high = max([10.0, *(4 * limit for limit in limits)])
+    low, high = (limits[0] / 6.25, 10 * limits[-1]) if limits else (0.01, 10.0)
     edges = np.geomspace(low, high, 61)
     shares = np.histogram(np.clip(distance, low, high), edges)[0] / max(len(distance), 1)
     axes.bar(edges[:-1], 100 * shares, np.diff(edges), align="edge", color=PLAIN, edgecolor="white", linewidth=0.4)

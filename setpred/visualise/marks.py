@@ -9,6 +9,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
 from torch import Tensor
 
 from setpred.schema import ElementSchema
@@ -17,6 +18,8 @@ from setpred.visualise.style import INK, Sheet, plural, styled
 
 REAL, FOUND, EXTRA = "#2fe05b", "#ffd23e", "#ff4b33"  # of the three kinds of marks; they differ in form, too
 PANEL, GAP, COLUMNS = 2.6, 0.25, 4  # inches
+ALONE = 4.8  # inches, of a single image
+EDGE = [withStroke(linewidth=2.6, foreground="#111111")]  # so that marks are seen on every colour
 BELOW = 0.42  # for the two lines under an image
 
 
@@ -34,7 +37,7 @@ def draw_marks(
     """Draw the images with the worst predictions: rings or boxes where objects are, crosses or boxes where predicted.
 
     A line leads from each prediction to its object. Images are ordered by missed and extra objects and wrong classes,
-    then by distance.
+    then by distance. Without targets, class names are written at the predictions.
 
     Args:
         images: uint8 `[n, S, S, 3]`.
@@ -47,16 +50,16 @@ def draw_marks(
     worst = sorted(range(len(images)), key=lambda k: (_faults(compared[k]), _error(compared[k])), reverse=True)[:shown]
     columns = min(COLUMNS, len(worst))
     rows = -(-len(worst) // columns)
-    top = 0.95
-    width = max(5.4, 2 * GAP + columns * PANEL + (columns - 1) * GAP)
-    height = top + rows * (PANEL + BELOW) + 0.35
+    top, panel = 0.95, PANEL if len(worst) > 1 else ALONE
+    width = max(5.4, 2 * GAP + columns * panel + (columns - 1) * GAP)
+    height = top + rows * (panel + BELOW) + 0.35
     sheet = Sheet(width, height)
     count = plural(len(images), "image")
     sheet.heading("Predictions on images", f"The worst {len(worst)} of {count}." if known else f"{count}.", about)
     for place, number in enumerate(worst):
         row, column = divmod(place, columns)
-        left, bottom = GAP + column * (PANEL + GAP), height - top - PANEL - row * (PANEL + BELOW)
-        axes = sheet.panel(left, bottom, PANEL, PANEL)
+        left, bottom = GAP + column * (panel + GAP), height - top - panel - row * (panel + BELOW)
+        axes = sheet.panel(left, bottom, panel, panel)
         _show(axes, images[number], compared[number], schema, known)
         text = _summary(compared[number]) if known else plural(len(compared[number].predicted), "object")
         axes.text(0, -0.03, text, transform=axes.transAxes, fontsize=8, va="top", color=INK)
@@ -83,6 +86,10 @@ def _show(axes: Axes, image: np.ndarray, compared: Comparison, schema: ElementSc
             ends = zip(found["coords"], compared.real[partner]["coords"], strict=True)
             axes.plot(*(list(pair) for pair in ends), color=colour, lw=0.9, solid_capstyle="round")
         _mark(axes, found, colour, "x")
+        if not known and schema.categorical:
+            text = " ".join(found[field.name] for field in schema.categorical)
+            style = {"fontsize": 7.5, "color": colour, "path_effects": EDGE, "clip_on": True, "parse_math": False}
+            axes.annotate(text, found["coords"], (5, 4), textcoords="offset points", **style)
 
 
 def _mark(axes: Axes, obj: Mapping[str, Any], colour: str, marker: str) -> None:
@@ -91,10 +98,10 @@ def _mark(axes: Axes, obj: Mapping[str, Any], colour: str, marker: str) -> None:
         width, height = obj["extent"]
         style = "-" if marker == "o" else "--"
         corner = (x - width / 2, y - height / 2)
-        axes.add_patch(Rectangle(corner, width, height, fill=False, ec=colour, lw=1.3, ls=style))
+        axes.add_patch(Rectangle(corner, width, height, fill=False, ec=colour, lw=1.3, ls=style, path_effects=EDGE))
     else:
         size = 8 if marker == "o" else 5
-        axes.plot([x], [y], marker, ms=size, mfc="none", mec=colour, mew=1.3)
+        axes.plot([x], [y], marker, ms=size, mfc="none", mec=colour, mew=1.3, path_effects=EDGE)
 
 
 def _faults(compared: Comparison) -> int:

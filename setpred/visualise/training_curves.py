@@ -82,7 +82,8 @@ def draw_own_training(folder: Path, checkpoint: str | os.PathLike[str]) -> list[
     try:
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
-        for name in reversed([name for name in rows[0] if name.startswith(prefix)] if rows else []):
+        names = [name for name in rows[0] if name.startswith(prefix)] if rows else []
+        for name in sorted(names, key=lambda name: float(name.removeprefix(prefix)), reverse=True):
             spent = [(float(row["seconds"]) / 60, 100 * float(row[name])) for row in rows if row[name]]
             curves[f"AP at {name.removeprefix(prefix)}"] = [spent]
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
