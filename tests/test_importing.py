@@ -300,7 +300,7 @@ def test_the_default_training_ends_with_a_validation(images, tmp_path, count):
 
 
 def test_images_have_a_size(images, tmp_path):
-    with pytest.raises(InputError, match="image size of at least 1, got 0"):
+    with pytest.raises(InputError, match="image size from 8 to 4096, got 0"):
         imported(read_csv(table(tmp_path, "image,x,y\na,3,4")), images, tmp_path, image_size=0)
 
 

@@ -56,7 +56,7 @@ def test_the_command_lists_the_others(setpred):
 def test_the_example_needs_no_arguments(setpred):
     printed = setpred("predict")
     assert '"shape":' in printed
-    assert [path.suffix for path in (setpred.folder / "predictions").iterdir()] == [".png"]
+    assert [path.suffix for path in (setpred.folder / "setpred-example").iterdir()] == [".png"]
 
 
 def test_from_a_table_and_images_to_scores_without_python_or_yaml(setpred, tmp_path):

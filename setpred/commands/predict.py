@@ -27,7 +27,7 @@ from setpred.visualise import draw_marks, draw_outlined_image
 from setpred.visualise.world import has_world
 
 RELEASED = Path(__file__).resolve().parents[1] / "released"  # a model and an image within the package
-EXAMPLE = ("--out", "predictions.json", "--figures", "predictions")
+EXAMPLE = ("--out", "setpred-example.json", "--figures", "setpred-example")
 DRAWN_SIZE = 480  # pixels of an image in a figure
 LONGEST_STEM = 200  # bytes of an image's name in a figure's name; systems allow 255 with number and suffix
 

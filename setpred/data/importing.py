@@ -34,6 +34,7 @@ from setpred.data.hdf5 import Header, Record
 from setpred.data.hdf5_writer import write_set_file
 from setpred.data.images import REPAIR, find_images, load_image, read_image
 from setpred.errors import InputError, shown
+from setpred.files import LARGEST_IMAGE
 from setpred.schema import ElementSchema, Field, categorical, continuous
 
 IMAGE = ("image", "image_id", "image_name", "image_path", "filename", "file_name", "file", "path")
@@ -375,14 +376,13 @@ def import_images(
         units: of positions and extents: "pixels" of their image, "relative" to its width and height, or "given":
             kept as they are, and scaled by their range.
         xy: whether x and y are the "centre" or the "corner" of a box with width and height.
-
         workers: processes that decode images; 0 decodes in this one.
 
     Raises:
         InputError: an image that is missing or damaged; an unknown class; a set larger than the schema's.
     """
-    if image_size is not None and image_size < 1:
-        raise InputError(f"expected an image size of at least 1, got {image_size}")
+    if image_size is not None and not 8 <= image_size <= LARGEST_IMAGE:
+        raise InputError(f"expected an image size from 8 to {LARGEST_IMAGE}, got {image_size}")
     paths = _match(table, Path(images))
     sizes = {name: read_image(path, advice=REPAIR).size for name, path in paths.items()}
     layout = _Layout.of(table, xy)
@@ -392,6 +392,8 @@ def import_images(
     placed = schema is not None and schema.side is None and any(field.name == "coords" for field in schema.fields)
     if placed and layout.columns and units != "given":
         raise InputError(f"{table.source}: the positions of the schema are not in pixels; pass --units given")
+    if units == "given" and schema is not None and schema.side is not None and layout.columns:
+        raise InputError(f"{table.source}: the positions of the schema are in pixels; leave out --units given")
     side = (schema and schema.side) or float(max(map(max, sizes.values())))
     objects = _objects(table, layout, units, sizes, side)
     schema = _inferred(table, layout, units, objects, side) if schema is None else schema
