@@ -12,7 +12,7 @@ demo: setup  ## built-in scenes from start to end: render, train, evaluate, draw
 test: setup  ## lint and unit tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: setup  ## inject faults for an hour and a half; docs/reliability.md
 	$(BIN)/python -m pytest -m slow --durations=0
