@@ -323,7 +323,7 @@ def test_a_repeated_training_is_equal_to_the_last_bit(folder, two):
         assert equal(ours["weights"], theirs["weights"])
     runs = folder / "two" / "runs"
     assert {path.name for path in runs.iterdir()} - {".run.lock"} == {"run", "run-before-1"}
-    assert ended.stdout.count("moved the previous run to") == 1
+    assert ended.stdout.count("moved the previous run: it is kept in") == 1
 
 
 @pytest.mark.slow

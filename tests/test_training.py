@@ -187,7 +187,7 @@ def test_an_earlier_run_is_kept_also_behind_a_link(finished, tmp_path, tiny_data
         assert equal(weights(disk / "tiny" / "last.ckpt"), weights(finished / "last.ckpt"))
     assert capsys.readouterr().out.count("moved the previous run back to") == 1
     run(tmp_path, "--trainer.max_epochs=1", "--seed_everything=5", data=tiny_data)
-    assert "moved the previous run to" in capsys.readouterr().out
+    assert "moved the previous run: it is kept in" in capsys.readouterr().out
     assert (disk / "tiny-before-1" / "last.ckpt").read_bytes() == (finished / "last.ckpt").read_bytes()
     ours = read_checkpoint(disk / "tiny" / "last.ckpt")
     assert ours["setpred"]["seed"] == 5

@@ -47,7 +47,7 @@ def earlier_run_aside(folder: Path) -> Iterator[None]:
     with writing(folder):
         folder.rename(kept)
     make_folder(folder)
-    print(f"moved the previous run to {kept}; pass --resume last to continue it instead", flush=True)
+    print(f"moved the previous run: it is kept in {kept} (pass --resume last to continue it instead)", flush=True)
     try:
         yield
     except BaseException:
