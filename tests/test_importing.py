@@ -8,7 +8,7 @@ from PIL import Image
 
 from setpred.checkpoint.load import read_checkpoint
 from setpred.commands.linking import default_configuration
-from setpred.commands.train import QUICKSTART
+from setpred.commands.train import QUICKSTART, build, check_fit
 from setpred.data.dataset import SetFile
 from setpred.data.images import load_image
 from setpred.data.importing import import_images, read_coco, read_csv
@@ -308,3 +308,18 @@ def test_a_run_without_a_validation_yet_is_no_riddle(tmp_path):
     (tmp_path / "last.ckpt").touch()
     with pytest.raises(InputError, match=r"not validated yet, but .*last.ckpt is there"):
         read_checkpoint(tmp_path / "best.ckpt")
+
+
+def test_a_subclass_with_other_arguments_trains_on_the_schema_of_its_files(images, tmp_path, monkeypatch):
+    """Its sizes are known only once it is built: another schema than the model's is an error, not other units."""
+    imported(read_csv(table(tmp_path, "\n".join([HEADER, *ROWS]))), images, tmp_path)
+    (tmp_path / "own_module.py").write_text(
+        "from setpred.data.datamodule import SetDataModule\n\n\nclass Mine(SetDataModule):\n"
+        f"    def __init__(self):\n        super().__init__(*2 * ({str(tmp_path / 'out.h5')!r},), batch_size=1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--allow=own_module.Mine", "--data=own_module.Mine", "--trainer.accelerator=cpu"]
+    cli = build(["--config", str(QUICKSTART), *options])
+    cli.datamodule.setup("fit")
+    with pytest.raises(InputError, match="schema 'clevr', the data of 'points': fields"):
+        check_fit(cli)

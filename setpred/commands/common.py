@@ -159,9 +159,7 @@ def exit_code(command: Callable[[], int | None], *, interrupted: str = "interrup
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as stopped:
-        if hasattr(stopped, "status"):  # `setpred.training.run_folder.Interrupted`
-            raise
+    except KeyboardInterrupt:
         print(interrupted, file=sys.stderr)
         return 130
     except BrokenPipeError:

@@ -27,8 +27,8 @@ MOST_EPOCHS = 200
 def fill_sizes(config: Namespace) -> None:
     """Fill what the parts of a configured model require and the data know, in place.
 
-    These are `set_size`, `set_dim`, `image_size` and `precise` (the numbers of position and extent) wherever a part
-    requires them and the configuration does not give them, and the schema.
+    These are `set_size`, `set_dim` and `image_size` wherever a part requires them and the configuration does not give
+    them, and the schema.
     """
     if "model" not in config:
         return
@@ -38,7 +38,6 @@ def fill_sizes(config: Namespace) -> None:
     if sizes is None:
         return
     known = {"set_size": sizes.set_size, "set_dim": sizes.schema.set_dim, "image_size": sizes.image_size}
-    known["precise"] = precise(sizes)
     for part in vars(config.model).values():
         _fill(part, known)
     if named is not None and sizes.schema != named:

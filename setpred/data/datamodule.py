@@ -189,6 +189,10 @@ class SetDataModule(ImageData):
         """
         paths = [os.path.expanduser(path) for path in (arguments.get("train"), arguments.get("val")) if path]
         headers = [file_header(path) if Path(path).is_file() else None for path in paths]
+        if not paths:  # of a subclass with other arguments
+            return DataSizes(
+                cls.schema, arguments.get("set_size") or cls.schema.max_objects, arguments.get("image_size")
+            )
         schemas = [cls.schema if header is None else header.schema for header in headers]
         schema = schemas[0].with_room(max(each.max_objects for each in schemas))
         files = [header for header in headers if header is not None]

@@ -46,7 +46,6 @@ CLASSES = ("label", "class", "category", "type", "species", "kind", "name", "col
 DELIMITERS = ",;\t|"
 MOST_BYTES = 2**30  # of a file of annotations
 SMALL = 64  # pixels: images that are no larger are stored at this size, others at twice this
-UNITS = ("pixels", "relative", "given")
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,7 @@ class MLPDecoder(SetDecoder):
         set_size, set_dim: elements of the predicted sets, and numbers of each.
     """
 
-    def __init__(
-        self,
-        *,
-        latent_dim: int = 512,
-        hidden_dim: int = 512,
-        set_size: int,
-        set_dim: int,
-    ) -> None:
+    def __init__(self, *, latent_dim: int = 512, hidden_dim: int = 512, set_size: int, set_dim: int) -> None:
         super().__init__(set_size=set_size, set_dim=set_dim, latent_dim=latent_dim)
         self.network = MLP(latent_dim, hidden_dim, hidden_dim, set_size * set_dim)
 
@@ -51,13 +44,7 @@ class BiLSTMDecoder(SetDecoder):
     """
 
     def __init__(
-        self,
-        *,
-        latent_dim: int = 512,
-        hidden_dim: int = 256,
-        layers: int = 2,
-        set_size: int,
-        set_dim: int,
+        self, *, latent_dim: int = 512, hidden_dim: int = 256, layers: int = 2, set_size: int, set_dim: int
     ) -> None:
         super().__init__(set_size=set_size, set_dim=set_dim, latent_dim=latent_dim)
         self.narrow = nn.Linear(latent_dim, hidden_dim)

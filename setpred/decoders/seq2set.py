@@ -47,13 +47,7 @@ class Seq2Set(SetDecoder):
     """
 
     def __init__(
-        self,
-        *,
-        token_dim: int = 64,
-        hidden_dim: int = 128,
-        embedding_dim: int = 64,
-        set_size: int,
-        set_dim: int,
+        self, *, token_dim: int = 64, hidden_dim: int = 128, embedding_dim: int = 64, set_size: int, set_dim: int
     ) -> None:
         super().__init__(set_size=set_size, set_dim=set_dim, token_dim=token_dim)
         self.norm = nn.LayerNorm(token_dim)

@@ -105,13 +105,7 @@ class DistributionalSlicedWasserstein(SlicedWasserstein):
     """
 
     def __init__(
-        self,
-        *,
-        concentration: float = 1.0,
-        set_dim: int,
-        key_dim: int = 64,
-        projections: int = 100,
-        **common: Any,
+        self, *, concentration: float = 1.0, set_dim: int, key_dim: int = 64, projections: int = 100, **common: Any
     ) -> None:
         super().__init__(projections=projections, **common)
         if concentration < 0 or set_dim < 2:
