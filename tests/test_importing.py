@@ -4,15 +4,19 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from setpred.checkpoint.load import read_checkpoint
+from setpred.checkpoint.load import KEY, read_checkpoint, save_checkpoint, training_loss
+from setpred.commands import predict
 from setpred.commands.linking import default_configuration
 from setpred.commands.train import QUICKSTART, build, check_fit
 from setpred.data.dataset import SetFile
 from setpred.data.images import load_image
 from setpred.data.importing import import_images, read_coco, read_csv
 from setpred.errors import InputError
+from setpred.metrics import attribute_report, pairwise_distance
+from setpred.schema import ElementSchema, continuous
 
 HEADER = "image,x,y,radius,label"
 ROWS = ["a.png,3,4,1.5,disc", "a.png,10,6,2,square", "b.png,0,11,1,disc"]
@@ -323,3 +327,65 @@ def test_a_subclass_with_other_arguments_trains_on_the_schema_of_its_files(image
     cli.datamodule.setup("fit")
     with pytest.raises(InputError, match="schema 'clevr', the data of 'points': fields"):
         check_fit(cli)
+
+
+def test_absent_objects_stay_zero_and_units_of_images_must_agree():
+    field = {side: continuous("coords", 2, scale=side / 2, offset=side / 2) for side in (16, 32)}
+    small, large = (ElementSchema("a", [coords], max_objects=3) for coords in field.values())
+    two = ElementSchema("b", [field[16]], max_objects=2)
+    elements = two.encode([{"coords": (3, 4)}])[None]
+    assert small.converted(elements, two)[0, 1:].tolist() == [[0, 0, 0], [0, 0, 0]]
+    with pytest.raises(InputError, match="longer side is 32 pixels, got 16"):
+        large.converted(elements, two)
+    with pytest.raises(InputError, match="at most 1 objects, got one of 2"):
+        two.with_room(1).converted(two.encode(2 * [{"coords": (3, 4)}])[None], two)
+
+
+def test_distances_are_of_positions_alone():
+    schema = ElementSchema("a", [continuous("coords", 2, scale=8, offset=8), continuous("radius", 1)], max_objects=1)
+    predicted, real = (
+        torch.from_numpy(schema.encode([{"coords": coords, "radius": radius}]))[None]
+        for coords, radius in (((3, 4), 9), ((6, 8), 1))
+    )
+    assert pairwise_distance(predicted, real, schema=schema).item() == pytest.approx(5)
+    report = attribute_report(predicted, real, torch.zeros(1, 1, dtype=torch.long), schema=schema)
+    assert report["distance"]["mean"] == pytest.approx(5)
+    assert report["axis_errors"]["radius"][0]["mean"] == pytest.approx(8)
+
+
+@pytest.fixture
+def trained(images, tmp_path):
+    """The checkpoint of a default model for two files, of which the second has the larger sets."""
+    many = "\n".join([HEADER, *ROWS, "a.png,8,9,1,disc"])
+    for name, text in (("train.h5", "\n".join([HEADER, *ROWS])), ("val.h5", many)):
+        import_images(read_csv(table(tmp_path, text)), images, tmp_path / name)
+    files = [f"--data={tmp_path / 'train.h5'}", f"--val={tmp_path / 'val.h5'}"]
+    cli = build([*files, f"--runs={tmp_path}", "--trainer.accelerator=cpu", "--trainer.logger=false"])
+    content = {"state_dict": cli.model.state_dict(), "epoch": 0, "global_step": 5, "optimizer_states": []}
+    save_checkpoint(content | {KEY: cli.model.description()}, tmp_path / "a.ckpt")
+    return cli, tmp_path / "a.ckpt"
+
+
+def test_the_schema_of_the_data_reaches_every_part(trained):
+    cli, path = trained
+    schema = cli.model.schema
+    assert (schema.max_objects, cli.model.model.decoder.set_size) == (3, 3)  # room for the sets of both files
+    assert cli.model.metric.thresholds == schema.thresholds
+    weights = torch.ones(schema.set_dim)
+    weights[schema.slice("coords")] = 0.3
+    assert torch.equal(cli.model.loss.element_weights(weights), weights)
+    assert torch.equal(training_loss(read_checkpoint(path), []).element_weights(weights), weights)
+
+
+def test_predictions_are_in_pixels_of_each_image_which_is_padded(trained, tmp_path, monkeypatch):
+    cli, path = trained
+    seen, schema = [], cli.model.schema
+    found = torch.from_numpy(schema.encode([{"coords": (8, 6), "radius": 1, "label": "disc"}]))
+    monkeypatch.setattr(predict, "predict_in_passes", lambda _, images, **__: seen.append(images) or found[None])
+    Image.new("RGB", (32, 24), "white").save(tmp_path / "white.png")  # twice as large as those of the training
+    predict.run([str(path), str(tmp_path / "white.png"), "--out", str(tmp_path / "out.json")])
+    (image,) = json.loads((tmp_path / "out.json").read_text())
+    assert image["objects"][0]["coords"] == pytest.approx([16, 12])
+    rows = seen[0][0].float().mean((0, 2))
+    assert rows[:46].min() > 250
+    assert rows[50:].max() == 0
