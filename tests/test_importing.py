@@ -12,7 +12,7 @@ from setpred.commands import predict
 from setpred.commands.linking import default_configuration
 from setpred.commands.train import QUICKSTART, build, check_fit
 from setpred.data.dataset import SetFile
-from setpred.data.images import load_image
+from setpred.data.images import load_image, pixel_size, read_image
 from setpred.data.importing import import_images, read_coco, read_csv
 from setpred.errors import InputError
 from setpred.metrics import attribute_report, pairwise_distance
@@ -130,6 +130,7 @@ def test_positions_follow_their_pixels(images, tmp_path):
     tall = Image.new("L", (60, 120))
     tall.paste(eight, (0, 0))
     tall.save(images / "tall.png")
+    assert all(pixel_size(path) == read_image(path).size for path in images.iterdir())
     rows += [f"{path.name},{x},{y}" for path in sorted(images.iterdir())]
     data = imported(read_csv(table(tmp_path, "\n".join(rows))), images, tmp_path, image_size=64)
     batch = data.__getitems__(range(len(data)))

@@ -34,6 +34,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 # what Pillow raises for files that are cut short, damaged or made to look so
 _DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 # `open_image` raises an error instead; a filter within it would be shared by the threads that decode
@@ -59,11 +60,15 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     """The image, decoded and turned as its EXIF says; a damaged EXIF turns nothing."""
     image.load()  # before the EXIF: of a TIFF Pillow follows it here, and then removes it
-    try:
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # of many kinds, and the pixels are in order
-        turn = None
+    turn = TURNS.get(_orientation(image))
     return image if turn is None else image.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # of many kinds, and the pixels are in order
+        return None
 
 
 def _eight_bits(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
@@ -122,10 +127,13 @@ def load_image(
 
 
 def pixel_size(path: Path) -> tuple[int, int]:
-    """Width and height; CLEVR's own for an image that cannot be read, which raises when its pixels are needed."""
+    """Width and height of the upright image, without decoding it.
+
+    Those of CLEVR for an image that cannot be read, which raises when its pixels are needed.
+    """
     try:
         with open_image(path) as image:
-            return _upright(image).size
+            return image.size[::-1] if _orientation(image) in SIDEWAYS else image.size
     except _DAMAGED:
         return PIXEL_SIZE
 
