@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonargparse import Namespace
 from tiny import CONFIG, untrained
 
 from setpred.checkpoint import load_checkpoint, untrusted
 from setpred.commands.compare import digest
 from setpred.commands.config import allowed_paths
+from setpred.commands.linking import fill_sizes
 from setpred.commands.train import build, main
 from setpred.errors import InputError
+from setpred.schema import CLEVR
 
 # importing it, or calling anything of it, creates the file that the environment names
 PAYLOAD = """
@@ -95,6 +98,15 @@ PLACES = [  # where a configuration can name a class, in both forms
     {"model__encoder": spec("setpred.encoders.resnet.torch.load", f="CANARY")},
     {"data": spec("jsonargparse.set_parsing_settings", import_path_allowlist=["os"])},
 ]
+
+
+def test_filling_sizes_imports_nothing(canary):
+    """A part may take values of any type, which the parser does not look into."""
+    hostile = Namespace(class_path="payload.Encoder", init_args=Namespace(anything=1))
+    given = Namespace(class_path="setpred.encoders.Votes", init_args=Namespace(tokens=hostile, set_dim=None))
+    fill_sizes(Namespace(model=Namespace(encoder=hostile, decoder=given, schema="clevr"), data=hostile))
+    assert not canary.exists()
+    assert given.init_args.set_dim == CLEVR.set_dim
 
 
 @pytest.mark.parametrize("changes", PLACES, ids=lambda changes: f"{next(iter(changes))}")

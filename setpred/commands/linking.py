@@ -3,7 +3,7 @@
 import inspect
 import math
 import os
-import pydoc
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,14 @@ def data_sizes(data: Any) -> DataSizes | None:
     """The sizes of a configured data module; None if it does not describe them."""
     if not isinstance(data, Namespace) or not isinstance(data.get("class_path"), str):
         return None
-    describe = getattr(pydoc.locate(data.class_path), "sizes", None)
+    describe = getattr(_imported(data.class_path), "sizes", None)
     return None if describe is None else describe(dict(vars(data.get("init_args") or Namespace())))
+
+
+def _imported(path: str) -> Any:
+    """The class of a path, if its module is imported already: a path in a file is no reason to import it."""
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
 
 
 def precise(sizes: DataSizes) -> int:
@@ -74,7 +80,7 @@ def _fill(value: Any, known: dict[str, Any]) -> None:
         return
     arguments = value.get("init_args")
     if isinstance(value.get("class_path"), str) and isinstance(arguments, Namespace):
-        part = pydoc.locate(value.class_path)
+        part = _imported(value.class_path)
         parameters = inspect.signature(part).parameters if callable(part) else {}
         for name, number in known.items():
             required = name in parameters and parameters[name].default is inspect.Parameter.empty
