@@ -390,3 +390,23 @@ def test_predictions_are_in_pixels_of_each_image_which_is_padded(trained, tmp_pa
     rows = seen[0][0].float().mean((0, 2))
     assert rows[:46].min() > 250
     assert rows[50:].max() == 0
+
+
+def test_data_on_the_command_line_override_those_of_a_configuration(trained, tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text(QUICKSTART.read_text().replace("      set_size: 6\n", "").replace("set_size: 6, ", ""))
+    files = ["--data", str(tmp_path / "train.h5"), "--val", str(tmp_path / "val.h5")]
+    options = ["--model.encoder.init_args.precise=2", "--model.decoder.init_args.objective.init_args.precise=2"]
+    for arguments in ([*files, "--config", str(config)], [f"--config={config}", *files]):
+        cli = build([*arguments, *options, "--data.init_args.batch_size=2", "--trainer.logger=false"])
+        assert (cli.datamodule.val_path, cli.datamodule.batch_size) == (files[3], 2)
+        assert cli.model.model.decoder.set_size == 3
+        assert cli.folder.name == "mine"
+
+
+def test_sizes_follow_the_data_that_options_change(tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text(QUICKSTART.read_text().replace("      set_size: 6\n", "").replace("{set_size: 6, ", "{"))
+    for size in (6, 9):
+        cli = build(["--config", str(config), f"--data.init_args.set_size={size}", "--trainer.logger=false"])
+        assert cli.model.model.decoder.set_size == size

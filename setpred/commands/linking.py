@@ -107,13 +107,16 @@ def expanded_data(arguments: Sequence[str], default: Path) -> list[str]:
     for path in (train, val):
         file_header(os.path.expanduser(path))  # raises for a missing or damaged file
     module = {"class_path": "setpred.data.datamodule.SetDataModule", "init_args": {"train": train, "val": val}}
-    if any(argument in ("-c", "--config") or argument.startswith("--config=") for argument in arguments):
-        given = {"data": module}
-    else:
-        given = default_configuration(default, module)
-        if not any(argument == "--name" or argument.startswith("--name=") for argument in arguments):
-            arguments += ["--name", Path(train).stem]
-    return ["--config", yaml.safe_dump(given, sort_keys=False), *arguments]
+    if ends := [
+        place + (1 if "=" in argument else 2)
+        for place, argument in enumerate(arguments)
+        if argument.partition("=")[0] in ("-c", "--config")
+    ]:  # after the last configuration, whose data would override these
+        given = [f"--data={module['class_path']}", f"--data.init_args.train={train}", f"--data.init_args.val={val}"]
+        return [*arguments[: ends[-1]], *given, *arguments[ends[-1] :]]
+    if not any(argument.partition("=")[0] == "--name" for argument in arguments):
+        arguments += ["--name", Path(train).stem]
+    return ["--config", yaml.safe_dump(default_configuration(default, module), sort_keys=False), *arguments]
 
 
 def _taken(arguments: list[str], name: str) -> str | None:
