@@ -65,17 +65,18 @@ def test_validation_does_not_count_as_training_time(monkeypatch):
         validated.append(list(batches))
         return {"val_loss": 0.5}
 
-    model = SimpleNamespace(schedule=cosine, validate=validate)
+    model = SimpleNamespace(schedule=cosine, validate=validate, monitor="val_loss")
     loop = SimpleNamespace(max_epochs=10, min_epochs=2, epoch_loop=SimpleNamespace(max_steps=-1, min_steps=5))
     plan = {"fit_loop": loop, "num_training_batches": 8, "accumulate_grad_batches": 2}  # 10 epochs of 4 steps
     plan |= {"global_step": 0, "should_stop": False, "limit_val_batches": 0.5}
+    plan |= {"max_epochs": 10, "max_steps": -1, "callbacks": []}
     data = SimpleNamespace(val_dataloader=lambda: ["a", "b", "c", "d"])
     precision = SimpleNamespace(val_step_context=nullcontext)
     trainer = SimpleNamespace(**plan, datamodule=data, precision_plugin=precision)
-    training = BudgetedTraining(Budget(20, in_steps=False), points=4, report=lambda point: None)
+    training = BudgetedTraining(Budget(20, in_steps=False), points=4, title="it")
     training.setup(trainer, model, "fit")
-    assert (loop.max_epochs, loop.min_epochs, loop.epoch_loop.max_steps, trainer.limit_val_batches) == (-1, None, -1, 0)
     training.on_train_start(trainer, model)
+    assert (loop.max_epochs, loop.min_epochs, loop.epoch_loop.max_steps, trainer.limit_val_batches) == (-1, None, -1, 0)
     batches = 0
     while not trainer.should_stop:
         factors.append(model.schedule(0, 0))

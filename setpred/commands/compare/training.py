@@ -9,7 +9,7 @@ import platform
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,7 +25,7 @@ from setpred.commands.train import TrainCLI, build
 from setpred.errors import InputError
 from setpred.files import make_folder, write_atomically
 from setpred.training.callbacks import EpochLines, MetricsFile, TrainLoss
-from setpred.training.schedules import Schedule
+from setpred.training.schedules import Schedule, planned_steps
 
 SECONDS = {"s": 1, "m": 60, "h": 3600}
 FIRST_STEPS = 5  # the mean loss of these is where a training starts
@@ -91,11 +91,14 @@ class BudgetedTraining(pl.Callback):
 
     Args:
         points: number of validations; fewer where one step takes longer than the interval.
-        report: called with each point: seconds, step, train_loss (mean since the previous point), val_... scores.
+        title: name of the training, for the line that each validation prints.
+
+    Attributes:
+        points: for each validation: seconds, step, train_loss (mean since the previous point), val_... scores.
     """
 
-    def __init__(self, budget: Budget, *, points: int, report: Callable[[dict[str, float]], None]) -> None:
-        self.budget, self.wanted, self.report = budget, points, report
+    def __init__(self, budget: Budget, *, points: int, title: str) -> None:
+        self.budget, self.wanted, self.title = budget, points, title
         self.points: list[dict[str, float]] = []
         self.first: list[float] = []
         self.losses: list[float] = []  # since the last point
@@ -106,54 +109,52 @@ class BudgetedTraining(pl.Callback):
     def seconds(self) -> float:
         return time.monotonic() - self.started - self.validating
 
-    def progress(self) -> Fraction:
-        return self.budget.progress(self.seconds, self.steps)
-
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        loop, steps = trainer.fit_loop, trainer.fit_loop.epoch_loop
-        self.planned, self.validated = (loop.max_epochs, steps.max_steps), trainer.limit_val_batches
-        loop.max_epochs = steps.max_steps = -1
-        loop.min_epochs = steps.min_steps = None
-        trainer.limit_val_batches = 0
+        self.validated, trainer.limit_val_batches = trainer.limit_val_batches, 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.validation = trainer.datamodule.val_dataloader()
-        batches = trainer.num_training_batches / trainer.accumulate_grad_batches
-        steps_per_epoch = batches if math.isinf(batches) else math.ceil(batches)
-        if steps := planned_steps(*self.planned, steps_per_epoch):
-            schedule, per_epoch = pl_module.schedule.lasting(steps), min(steps, steps_per_epoch)
-            pl_module.schedule = Stretched(schedule, self.progress, steps, per_epoch)
+        planned, accumulated = planned_steps(trainer), trainer.accumulate_grad_batches
+        if math.isfinite(planned):
+            schedule, batches = pl_module.schedule.lasting(planned), trainer.num_training_batches
+            per_epoch = math.ceil(min(planned * accumulated, batches) / accumulated)
+            progress = lambda: self.budget.progress(self.seconds, self.steps)  # noqa: E731
+            pl_module.schedule = Stretched(schedule, progress, int(planned), per_epoch)
+        loop, steps = trainer.fit_loop, trainer.fit_loop.epoch_loop
+        loop.max_epochs = steps.max_steps = -1
+        loop.min_epochs = steps.min_steps = None
         self.started = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # moving the loss to the host waits for a GPU; Lightning has divided it by the batches of a step
-        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches
-        self.losses.append(loss)
+        self.losses.append(float(outputs["loss"]) * trainer.accumulate_grad_batches)
         if trainer.global_step == self.steps:
             return  # a batch that only accumulates gradients
-        self.steps = trainer.global_step
+        self.steps, seconds = trainer.global_step, self.seconds
         if self.steps <= FIRST_STEPS:
-            self.first.append(loss)
-        progress = self.budget.progress(seconds := self.seconds, self.steps)
+            self.first.append(self.losses[-1])
+        progress = self.budget.progress(seconds, self.steps)
         if (reached := math.floor(progress * self.wanted)) > self.reached:
-            self.reached, started = reached, time.monotonic()
+            self.reached = reached
             limit = self.validated if isinstance(self.validated, int) else int(self.validated * len(self.validation))
             with trainer.precision_plugin.val_step_context():
                 scores = pl_module.validate(itertools.islice(self.validation, limit))
-            train_loss, self.losses = sum(self.losses) / len(self.losses), []
-            self.points.append({"seconds": seconds, "step": self.steps, "train_loss": train_loss} | scores)
-            self.report(self.points[-1])
-            self.validating += time.monotonic() - started
+            point = {"seconds": seconds, "step": self.steps, "train_loss": mean(self.losses)} | scores
+            self.points.append(point)
+            self.losses = []
+            shown = dict.fromkeys(("train_loss", "val_loss", pl_module.monitor))
+            numbers = ", ".join(f"{name} {point[name]:.4g}" for name in shown)
+            print(f"  {self.title}: {seconds:.1f} s, step {self.steps}, {numbers}", flush=True)
+            self.validating += self.seconds - seconds
         trainer.should_stop = progress >= 1
 
 
-def planned_steps(max_epochs: int | None, max_steps: int, steps_per_epoch: float) -> int | None:
-    """Return the length of a training in steps; None without an end."""
-    of_epochs = math.inf if max_epochs in (None, -1) else max_epochs * steps_per_epoch
-    least = min(of_epochs, math.inf if max_steps == -1 else max_steps)
-    return int(least) if 0 < least < math.inf else None
+def mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the known values."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 @contextmanager
@@ -178,7 +179,7 @@ def train_one(path: Path, seed: int, options: argparse.Namespace) -> dict[str, A
     """Train the configuration at `path` until the budget is used up.
 
     Args:
-        options: options of the command, with the common `monitor`.
+        options: options of the command.
 
     Returns:
         The results. After an error "failed" holds its message, and the points end there.
@@ -186,23 +187,16 @@ def train_one(path: Path, seed: int, options: argparse.Namespace) -> dict[str, A
     Raises:
         KeyboardInterrupt: Ctrl-C or a signal.
     """
-    title, folder = f"{path.stem}, seed {seed}", options.out / "runs" / f"{path.stem}-seed{seed}"
-
-    def report(point: dict[str, float]) -> None:
-        scores = dict.fromkeys(("train_loss", "val_loss", options.monitor))
-        shown = ", ".join(f"{name} {point[name]:.4g}" for name in scores)
-        print(f"  {title}: {point['seconds']:.1f} s, step {point['step']}, {shown}", flush=True)
-
-    training = BudgetedTraining(options.budget, points=options.points, report=report)
+    folder = options.out / "runs" / f"{path.stem}-seed{seed}"
+    training = BudgetedTraining(options.budget, points=options.points, title=f"{path.stem}, seed {seed}")
     machine, parameters, failed = processor(), None, None
     try:
         make_folder(folder)
         own = ["--seed_everything", str(seed), "--runs", str(folder.parent), "--name", folder.name]
         cli = build_configuration(path, options, *own)
-        trainer = cli.trainer
+        trainer, device = cli.trainer, cli.trainer.strategy.root_device
         parameters = sum(parameter.numel() for parameter in cli.model.parameters())
-        if trainer.strategy.root_device.type == "cuda":
-            machine = torch.cuda.get_device_name(trainer.strategy.root_device)
+        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else machine
         trainer.callbacks = [each for each in trainer.callbacks if not isinstance(each, UNUSED)] + [training]
         trainer.fit(cli.model, datamodule=cli.datamodule)
         if trainer.interrupted or trainer.received_sigterm:
@@ -217,18 +211,10 @@ def train_one(path: Path, seed: int, options: argparse.Namespace) -> dict[str, A
         write_atomically(folder / "error.txt", traceback.format_exc())
         first = (str(error).splitlines() or [""])[0]
         failed = f"{type(error).__name__}: {first} (more in {folder / 'error.txt'})"
-    results = {
-        "steps": training.steps,
-        "seconds": training.points[-1]["seconds"] if training.points else None,
-        "parameters": parameters,
-        "first_loss": sum(training.first) / len(training.first) if training.first else None,
-        "points": training.points,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "processor": machine,
-        "failed": failed,
-    }
-    return finite(results)
+    results = {"steps": training.steps, "seconds": training.points[-1]["seconds"] if training.points else None}
+    results |= {"parameters": parameters, "first_loss": mean(training.first), "points": training.points}
+    results |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": machine}
+    return finite(results | {"failed": failed})
 
 
 def processor() -> str:
