@@ -536,3 +536,11 @@ def test_progress_in_a_log(monkeypatch):
         "work: 8 of 10, 0.2 per second, 8 s left",
         "work: 10 of 10, 0.2 per second, 36.0 s",
     ]
+
+
+def test_progress_on_a_terminal():
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    assert list(progress.progress("abc", total=3, description="work", file=terminal)) == list("abc")
+    assert "work: 100%" in terminal.getvalue()
+    assert "3/3" in terminal.getvalue()

@@ -110,6 +110,13 @@ def test_the_three_distributions_are_equally_likely():
         assert data[part].std() == pytest.approx(deviation, abs=0.02)
 
 
+def test_multisets_are_standard_normal_and_their_own_targets():
+    data = built(Multisets, train_sets=4000).train_data.tensors
+    assert torch.equal(data["input"], data["elements"])
+    for power, moment in ((1, 0), (2, 1), (3, 0), (4, 3)):
+        assert float((data["input"] ** power).mean()) == pytest.approx(moment, abs=0.1)
+
+
 # --- digits -------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from setpred.errors import InputError
 from setpred.metrics import average_precision
 from setpred.rendering.camera import NOMINAL_CAMERA, Camera
 from setpred.schema import CLEVR, ElementSchema, categorical, continuous
-from setpred.visualise import Descent, Voting, draw_supports, report, write_report
+from setpred.visualise import Descent, Voting, draw_refinement_film, draw_supports, refinement, report, write_report
 from setpred.visualise.curves import _envelope
 from setpred.visualise.predictions import compare
 from setpred.visualise.style import Sheet
@@ -104,6 +104,20 @@ def test_all_figures_are_complete(full_report):
         assert film.n_frames == 5
         times = [film.seek(number) or film.info["duration"] for number in range(5)]
     assert times[-1] > 2 * times[0] > 2 * times[1] == 2 * times[2] == 2 * times[3]
+
+
+def test_a_film_has_few_frames_from_the_start_to_the_prediction(tmp_path, monkeypatch):
+    drawn, (predicted, target) = [], sets(CLEVR, 1)
+    monkeypatch.setattr(refinement, "MOST_FRAMES", 4)
+    monkeypatch.setattr(Descent, "draw_set", lambda self, axes, step: drawn.append(self.iterates[step]))
+    steps = descent(predicted, 9)[:, 0]
+    draw_refinement_film(
+        tmp_path / "a.gif", [Descent(pictures(1)[0], steps, target[0], NOMINAL_CAMERA, CLEVR)], about=""
+    )
+    with Image.open(tmp_path / "a.gif") as film:
+        assert film.n_frames == len(drawn) == 4
+    assert torch.equal(drawn[0], steps[0])
+    assert torch.equal(drawn[-1], predicted[0])
 
 
 def test_figures_depend_neither_on_earlier_ones_nor_on_matplotlibrc(full_report, tmp_path, skip_drawing):
