@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from setpred.aggregators.base import Aggregator, masked_fill, zeros_where_empty
-from setpred.sets import mean_present
+from setpred.aggregators.base import Aggregator, zeros_where_empty
+from setpred.sets import fill_absent, mean_present
 
 
 class LearnableMonoid(Aggregator):
@@ -60,5 +60,5 @@ def present_first(elements: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor
     if mask is None:
         return elements, elements.new_ones(elements.shape[:2], dtype=torch.bool)
     order = mask.int().argsort(dim=1, descending=True, stable=True)
-    elements = masked_fill(elements, mask, 0.0)
+    elements = fill_absent(elements, mask)
     return elements.gather(1, order.unsqueeze(-1).expand_as(elements)), mask.gather(1, order)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from setpred.errors import InputError
 from setpred.inner.objectives import Problem
 from setpred.nn import diagonal
+from setpred.sets import fill_absent
 
 
 class Ballot(NamedTuple):
@@ -104,13 +105,12 @@ class VotingEnergy(nn.Module):
         """Compute m_n a_in `[batch, set_size, tokens]`: the part of each token's mass that supports each element."""
         ballot = Ballot.of(problem.latent, self.set_dim)
         supports = self._logits(elements, ballot, problem.mask).softmax(1) * ballot.masses.unsqueeze(1)
-        return supports if problem.mask is None else supports * problem.mask.unsqueeze(-1)
+        return fill_absent(supports, problem.mask)
 
     def _logits(self, elements: Tensor, ballot: Ballot, mask: Tensor | None) -> Tensor:
         """-½ |y_i - v_n|²_{B p_n} `[batch, set_size, tokens]`, by matrix products."""
         metric = self.weights * ballot.precisions
-        if mask is not None:  # absent elements may hold any number
-            elements = elements.masked_fill(~mask.unsqueeze(-1), 0.0)
+        elements = fill_absent(elements, mask)
         cross = elements @ (metric * ballot.votes).mT - 0.5 * (elements.square() @ metric.mT)
         logits = cross - 0.5 * (metric * ballot.votes.square()).sum(-1).unsqueeze(1)
         if mask is None:
