@@ -65,12 +65,7 @@ def by_hand(problem, rate, **arguments):
 
 @pytest.mark.parametrize(
     ("rate", "arguments"),
-    [
-        (1.75, {}),
-        (1.5, {"momentum": 0.9}),
-        (3.0, {"clip": 0.5}),
-        (1.0, {"momentum": 0.9, "projection": Simplex()}),
-    ],
+    [(1.75, {}), (1.5, {"momentum": 0.9}), (3.0, {"clip": 0.5}), (1.0, {"momentum": 0.9, "projection": Simplex()})],
     ids=["plain", "momentum", "clipped", "on the simplex"],
 )
 def test_the_best_is_the_least_residual_of_all_iterates(rate, arguments):

@@ -10,10 +10,10 @@ from tiny import CONFIG
 
 from setpred.commands import compare as command
 from setpred.commands.compare import compare, main
-from setpred.commands.compare import training as training_module
 from setpred.commands.compare.results import add_result, markdown, ranked, read_results
-from setpred.commands.compare.training import Budget, BudgetedTraining, Stretched
 from setpred.errors import InputError
+from setpred.training import budget as budget_module
+from setpred.training.budget import Budget, BudgetedTraining, Stretched
 from setpred.training.schedules import StepDecay, WarmupCosine
 from setpred.visualise import draw_training_curves
 
@@ -57,7 +57,7 @@ def test_a_schedule_keeps_its_shape_and_its_end_under_every_budget(schedule, amo
 def test_validation_does_not_count_as_training_time(monkeypatch):
     """A step takes a second and a validation a thousand: 20 seconds are 20 steps."""
     clock = SimpleNamespace(now=1e6)
-    monkeypatch.setattr(training_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(budget_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     cosine, factors, validated = WarmupCosine(warmup_steps=0, total_steps=40), [], []
 
     def validate(batches):

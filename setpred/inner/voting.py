@@ -68,12 +68,7 @@ class VotingEnergy(nn.Module):
     """
 
     def __init__(
-        self,
-        *,
-        set_dim: int,
-        precise: int = 0,
-        weights: Sequence[float] = (),
-        prior_weight: float = 1.0,
+        self, *, set_dim: int, precise: int = 0, weights: Sequence[float] = (), prior_weight: float = 1.0
     ) -> None:
         super().__init__()
         if not 0 <= precise <= set_dim or not prior_weight >= 0:

@@ -31,10 +31,11 @@ import torch
 from setpred.checkpoint.untrusted import read_yaml
 from setpred.commands.common import Parser, at_least, exit_code
 from setpred.commands.compare.results import add_result, identity, read_results, write_report
-from setpred.commands.compare.training import Budget, build_configuration, naming, train_one
+from setpred.commands.compare.training import build_configuration, naming, train_one
 from setpred.commands.train import prepare_data
 from setpred.errors import InputError
 from setpred.files import make_folder
+from setpred.training.budget import Budget
 
 PREFIXES = ("--model", "--data", "--trainer")  # of options after --
 PART = re.compile(r"--model\.(encoder|decoder)(\.class_path)?(?==|$)")  # an option that replaces a part
@@ -89,8 +90,8 @@ def compare(arguments: Sequence[str] | None = None) -> int:
     def report() -> str:
         """Write the table and the plot of all seeds in the file; return the table."""
         found = sorted(read_results(results).values(), key=lambda run: run["seed"])
-        runs = {path.stem: [r for r in found if identity(r) == identity(described(path, r["seed"]))] for path in built}
-        runs = {name: own for name, own in runs.items() if own}
+        own = {path: [r for r in found if identity(r) == identity(described(path, r["seed"]))] for path in built}
+        runs = {path.stem: own[path] for path in built if own[path]}
         return write_report(options.out, runs, options.budget, command=command, **score)
 
     runs, seeds = read_results(results), range(options.first_seed, options.first_seed + options.seeds)

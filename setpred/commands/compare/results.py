@@ -8,20 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from setpred.commands.compare.training import FIRST_STEPS, Budget, mean
 from setpred.errors import InputError
 from setpred.files import write_atomically, writing
+from setpred.training.budget import FIRST_STEPS, Budget
 from setpred.visualise import draw_training_curves
 from setpred.visualise.style import plural
 
 Run = dict[str, Any]
-IDENTITY = ("digest", "seed", "budget", "options")
 AP = "val_ap"
 
 
 def identity(run: Mapping[str, Any]) -> str:
     """Return what tells runs apart: the configuration's digest, seed, budget and options."""
-    return json.dumps([run[name] for name in IDENTITY])
+    return json.dumps([run[name] for name in ("digest", "seed", "budget", "options")])
 
 
 def read_results(path: Path) -> dict[str, Run]:
@@ -65,6 +64,12 @@ def heading(score: str) -> str:
     """
     names = {AP: "AP", "val_loss": "val. loss"}
     return names.get(score, score.removeprefix(f"{AP}_").removeprefix("val_"))
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the known values."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def cell(values: Sequence[float | None], *, percent: bool = False) -> str:
