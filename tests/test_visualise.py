@@ -18,7 +18,7 @@ from setpred.visualise.curves import _envelope
 from setpred.visualise.predictions import compare
 from setpred.visualise.style import Sheet
 from setpred.visualise.supports import support_colours
-from setpred.visualise.world import VIEW, cameras_of, on_map, outlines_on_image
+from setpred.visualise.world import VIEW, as_pictures, cameras_of, on_map, outlines_on_image
 
 WORLD = ["predictions.png", "refinement.gif", "refinement.png"]
 FIGURES = [*WORLD, "precision_recall.png", "confusion.png", "distance_errors.png"]
@@ -242,7 +242,9 @@ def test_the_text_right_of_the_title_is_cut_to_its_room():
     assert sheet.texts[-1].get_text().endswith("/图片.h5")
 
 
-def test_unknown_cameras_are_the_nominal_one():
+def test_images_have_both_layouts_and_unknown_cameras_are_the_nominal_one():
+    images = pictures(2, 20, 30)
+    assert all((as_pictures(each) == images).all() for each in (images, torch.from_numpy(images).permute(0, 3, 1, 2)))
     known = (7.0, -6.0, 5.0)
     assert cameras_of(torch.tensor([known, (math.nan,) * 3]), 2) == [Camera(known), NOMINAL_CAMERA]
     assert cameras_of(None, 1) == [NOMINAL_CAMERA]
