@@ -74,6 +74,8 @@ def test_validation_does_not_count_as_training_time(monkeypatch):
     precision = SimpleNamespace(val_step_context=nullcontext)
     trainer = SimpleNamespace(**plan, datamodule=data, precision_plugin=precision)
     training = BudgetedTraining(Budget(20, in_steps=False), points=4, title="it")
+    with pytest.raises(InputError, match="at least one step"):
+        training.setup(SimpleNamespace(**plan | {"max_epochs": 0}), model, "fit")
     training.setup(trainer, model, "fit")
     training.on_train_start(trainer, model)
     assert (loop.max_epochs, loop.min_epochs, loop.epoch_loop.max_steps, trainer.limit_val_batches) == (-1, None, -1, 0)

@@ -97,8 +97,13 @@ class BudgetedTraining(pl.Callback):
     def seconds(self) -> float:
         return time.monotonic() - self.started - self.validating
 
+    def progress(self) -> Fraction:
+        return self.budget.progress(self.seconds, self.steps)
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.validated, trainer.limit_val_batches = trainer.limit_val_batches, 0
+        if 0 in (trainer.max_epochs, trainer.max_steps):  # the trainer would not begin
+            raise InputError("expected a plan of at least one step, got one of 0; raise max_epochs or max_steps")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.validation = trainer.datamodule.val_dataloader()
@@ -106,8 +111,7 @@ class BudgetedTraining(pl.Callback):
         if math.isfinite(planned):
             schedule, batches = pl_module.schedule.lasting(planned), trainer.num_training_batches
             per_epoch = math.ceil(min(planned * accumulated, batches) / accumulated)
-            progress = lambda: self.budget.progress(self.seconds, self.steps)  # noqa: E731
-            pl_module.schedule = Stretched(schedule, progress, int(planned), per_epoch)
+            pl_module.schedule = Stretched(schedule, self.progress, int(planned), per_epoch)
         loop, steps = trainer.fit_loop, trainer.fit_loop.epoch_loop
         loop.max_epochs = steps.max_steps = -1
         loop.min_epochs = steps.min_steps = None
