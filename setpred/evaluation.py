@@ -19,6 +19,7 @@ from setpred.metrics import (
     attribute_report,
     average_precision,
     average_precision_per_image,
+    box_average_precision,
     match_by_position,
     threshold_name,
 )
@@ -124,6 +125,8 @@ def report(
 ) -> dict[str, Any]:
     """Compute AP at the schema's thresholds and further ones, attribute accuracies and distance errors, in plain types.
 
+    With a schema of boxes, "box_ap" has what `box_average_precision` returns.
+
     Real objects beyond the number of slots count as missed in the AP; "attributes" leaves them out and
     "without_slot" counts them. The order of the predictions does not matter: AP ranks equally confident predictions
     by the index of their image.
@@ -133,7 +136,8 @@ def report(
     thresholds = sorted({*schema.thresholds, *thresholds}, reverse=True)
     scores = PROTOCOLS[protocol](predicted, target, thresholds=thresholds, schema=schema)
     assignment = match_by_position(predicted, target, schema=schema)
-    return {
+    boxes = {"box_ap": box_average_precision(predicted, target, schema=schema)} if schema.has_boxes else {}
+    return boxes | {
         "ap": {threshold_name(threshold): score for threshold, score in scores.items()},
         "images": len(target),
         "protocol": protocol,
@@ -154,6 +158,7 @@ def format_report(result: dict[str, Any]) -> str:
         "  distance under   " + "".join(f"{name:>8}" for name in result["ap"]),
         "  AP in %          " + "".join(f"{100 * score:8.1f}" for score in result["ap"].values()),
         "",
+        *_box_table(result.get("box_ap")),
         f"Details: {details['objects']} real objects, each matched to a prediction by position alone",
         "  attributes right " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items()),
         "  distance         " + ", ".join(f"{name} {value:.3f}" for name, value in distances.items()),
@@ -167,3 +172,21 @@ def format_report(result: dict[str, Any]) -> str:
             "they count as missed"
         )
     return "\n".join(lines)
+
+
+def _box_table(scores: dict[str, Any] | None) -> list[str]:
+    """Lines of the scores of boxes, all classes first."""
+    if scores is None:
+        return []
+    names = [name for name in scores if name not in ("boxes", "classes")]
+    rows = {"all classes": scores} | (scores["classes"] if len(scores["classes"]) > 1 else {})
+    width = max(16, *map(len, rows))
+    return [
+        "Boxes by intersection over union, as COCO scores them, in %",
+        f"  {'':<{width}} " + "".join(f"{name:>8}" for name in names) + f"{'boxes':>8}",
+        *(
+            f"  {name:<{width}} " + "".join(f"{100 * row[score]:8.1f}" for score in names) + f"{row['boxes']:8}"
+            for name, row in rows.items()
+        ),
+        "",
+    ]

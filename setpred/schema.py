@@ -12,6 +12,8 @@ import numpy as np
 from setpred.errors import InputError, shown
 
 PRESENCE = "presence"
+BOX = ("coords", "extent")  # fields of a box: its centre, its width and height
+LABELS = ("category", "label", "class")
 # all pairs of 256 objects, more than a part of any configuration here has; two of these as width and length still give
 # a number of weights that fits into 64 bits
 LARGEST_SIZE = 2**16
@@ -233,6 +235,16 @@ class ElementSchema:
         """The side, in pixels, of the square image in which `coords` are places; None for other positions."""
         places = [field for field in self.continuous if field.name == "coords" and field.size == 2]
         return 2 * places[0].scale if places and places[0].offset == places[0].scale else None
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether `coords` and `extent` are the centre and the sides of a box."""
+        return all(any(field.name == name and field.size == 2 for field in self.continuous) for name in BOX)
+
+    @property
+    def label(self) -> tuple[Field, ...]:
+        """The field of classes that detectors score: category, label or class; else every categorical field."""
+        return next(((f,) for name in LABELS for f in self.categorical if f.name == name), self.categorical)
 
     @property
     def position(self) -> tuple[Field, ...]:

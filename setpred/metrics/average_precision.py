@@ -78,7 +78,7 @@ def average_precision_per_image(
     Recall, precision, area, arguments, result and errors are those of `average_precision`.
     """
     check_scorable(predicted, target, schema, thresholds)
-    claimed = torch.cat([_claim_in_turn(*block, schema) for block in _blocks(predicted, target)])
+    claimed = torch.cat([_claim_in_turn(*block, schema) for block in blocks(predicted, target)])
     objects = presence_mask(target).sum(1)
     images = int((objects > 0).sum())
     rank = torch.arange(1, claimed.shape[1] + 1, device=claimed.device, dtype=torch.float64)
@@ -110,7 +110,7 @@ def _true_positives(
 ) -> tuple[list[Tensor], int]:
     """Ranks of the true positives at each threshold, rising, and the number of real objects."""
     check_scorable(predicted, target, schema, thresholds)
-    found = [_nearest(*_compare(*block, schema)) for block in _blocks(predicted, target)]
+    found = [_nearest(*_compare(*block, schema)) for block in blocks(predicted, target)]
     distance, nearest = map(torch.cat, zip(*found, strict=True))
     images, target_size = len(target), max(1, target.shape[1])
     aim = nearest + target_size * torch.arange(images, device=nearest.device)[:, None]  # among all target slots
@@ -136,8 +136,8 @@ def pairwise_distance(predicted: Tensor, target: Tensor, *, schema: ElementSchem
     return squared.sqrt_()
 
 
-def _blocks(predicted: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Blocks of images with at most `PAIRS_AT_ONCE` pairs of elements."""
+def blocks(predicted: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Split into blocks of images with at most `PAIRS_AT_ONCE` pairs of elements."""
     images = max(1, PAIRS_AT_ONCE // max(1, predicted.shape[1] * target.shape[1]))
     return zip(predicted.split(images), target.split(images), strict=True)
 
@@ -197,7 +197,33 @@ def check_scorable(predicted: Tensor, target: Tensor, schema: ElementSchema, thr
         )
 
 
-class AveragePrecision(Metric):
+class GatheredSets(Metric):
+    """Base class of metrics of all sets together: `update(predicted, target)` keeps the sets.
+
+    The result is the same for every batch size. A subclass implements `compute`, which calls `sets`.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    mode, higher_is_better = "max", True
+
+    def __init__(self, schema: ElementSchema) -> None:
+        super().__init__()
+        self.schema = schema
+        self.add_state("predicted", default=[], dist_reduce_fx="cat")
+        self.add_state("target", default=[], dist_reduce_fx="cat")
+
+    def update(self, predicted: Tensor, target: Tensor) -> None:
+        check_scorable(predicted, target, self.schema)
+        self.predicted.append(predicted.detach())
+        self.target.append(target.detach())
+
+    def sets(self) -> tuple[Tensor, Tensor]:
+        """All predicted and real sets so far."""
+        return dim_zero_cat(self.predicted), dim_zero_cat(self.target)
+
+
+class AveragePrecision(GatheredSets):
     """Average precision gathered over batches.
 
     `update(predicted, target)` keeps the sets, `compute()` gives {"ap_inf": ..., "ap_1": ..., ...} and their mean "ap"
@@ -207,9 +233,7 @@ class AveragePrecision(Metric):
         protocol: `average_precision` or `average_precision_per_image`.
     """
 
-    full_state_update = False
-    is_differentiable = False
-    monitor, mode, higher_is_better = "ap", "max", True
+    monitor = "ap"
 
     def __init__(
         self,
@@ -218,18 +242,10 @@ class AveragePrecision(Metric):
         thresholds: Sequence[float] = THRESHOLDS,
         schema: ElementSchema = CLEVR,
     ) -> None:
-        super().__init__()
-        self.protocol, self.thresholds, self.schema = protocol, tuple(thresholds), schema
-        self.add_state("predicted", default=[], dist_reduce_fx="cat")
-        self.add_state("target", default=[], dist_reduce_fx="cat")
-
-    def update(self, predicted: Tensor, target: Tensor) -> None:
-        check_scorable(predicted, target, self.schema)
-        self.predicted.append(predicted.detach())
-        self.target.append(target.detach())
+        super().__init__(schema)
+        self.protocol, self.thresholds = protocol, tuple(thresholds)
 
     def compute(self) -> dict[str, Tensor]:
-        predicted, target = dim_zero_cat(self.predicted), dim_zero_cat(self.target)
-        scores = self.protocol(predicted, target, thresholds=self.thresholds, schema=self.schema)
+        scores = self.protocol(*self.sets(), thresholds=self.thresholds, schema=self.schema)
         result = {f"ap_{threshold_name(t)}": torch.tensor(score, dtype=torch.float64) for t, score in scores.items()}
         return result | {"ap": torch.stack(list(result.values())).mean()}
