@@ -21,11 +21,13 @@ from setpred.metrics import (
     average_precision_per_image,
     box_average_precision,
     match_by_position,
+    reliability,
+    right_predictions,
     threshold_name,
 )
 from setpred.model import SetPredictor
 from setpred.progress import progress
-from setpred.schema import ElementSchema
+from setpred.schema import UNCALIBRATED, Calibration, ElementSchema
 from setpred.sets import presence_mask
 
 PASS = 64  # images; a pass of 128 takes 0.8 of the time per image, a pass of 1 ten times as much
@@ -121,11 +123,16 @@ def encoder_autocast(device: torch.device) -> torch.autocast:
 
 
 def report(
-    predictions: Predictions, schema: ElementSchema, protocol: str, thresholds: Sequence[float] = ()
+    predictions: Predictions,
+    schema: ElementSchema,
+    protocol: str,
+    thresholds: Sequence[float] = (),
+    calibration: Calibration = UNCALIBRATED,
 ) -> dict[str, Any]:
     """Compute AP at the schema's thresholds and further ones, attribute accuracies and distance errors, in plain types.
 
-    With a schema of boxes, "box_ap" has what `box_average_precision` returns.
+    With a schema of boxes, "box_ap" has what `box_average_precision` returns. "calibration" has what `reliability`
+    returns for the confidences, with the slope and offset of the calibration and what counts as "right".
 
     Real objects beyond the number of slots count as missed in the AP; "attributes" leaves them out and
     "without_slot" counts them. The order of the predictions does not matter: AP ranks equally confident predictions
@@ -137,10 +144,13 @@ def report(
     scores = PROTOCOLS[protocol](predicted, target, thresholds=thresholds, schema=schema)
     assignment = match_by_position(predicted, target, schema=schema)
     boxes = {"box_ap": box_average_precision(predicted, target, schema=schema)} if schema.has_boxes else {}
+    right, criterion = right_predictions(predicted, target, schema=schema)
+    confidence = calibration.confidence(predicted[..., -1])
     return boxes | {
         "ap": {threshold_name(threshold): score for threshold, score in scores.items()},
         "images": len(target),
         "protocol": protocol,
+        "calibration": calibration.to_dict() | {"right": criterion} | reliability(confidence, right.numpy()),
         "without_slot": int((presence_mask(target) & (assignment < 0)).sum()),
         "attributes": attribute_report(predicted, target, assignment, thresholds=thresholds, schema=schema),
     }
@@ -166,6 +176,12 @@ def format_report(result: dict[str, Any]) -> str:
         f"  presence         {100 * details['presence_accuracy']:.1f} % of slots right, "
         f"the count right in {100 * details['count_exact']:.1f} % of images",
     ]
+    calibration = result["calibration"]
+    if calibration["predictions"]:
+        lines.append(
+            f"  confidence       {100 * calibration['ece']:.1f} % off the share that is right "
+            f"({calibration['right']}) in the mean: the expected calibration error"
+        )
     if result["without_slot"]:
         lines.append(
             f"  note: {result['without_slot']} real objects are in images with more objects than the model has slots; "

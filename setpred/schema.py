@@ -54,12 +54,60 @@ def categorical(name: str, *classes: str) -> Field:
     return Field(name, len(classes), classes=classes)
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """The confidence of a prediction: c = σ(slope (presence - ½) + offset), strictly between 0 and 1.
+
+    Presence is what a model predicts and what every average precision ranks by. It may exceed 1. The confidence rises
+    strictly with it, so no ranking changes and no ties arise. A training fits slope and offset to its validation
+    predictions, so that c estimates the share of such predictions that are right
+    (`setpred.metrics.fit_calibration`). The default is for models without a fit: c = ½ at a presence of ½.
+
+    >>> Calibration().confidence(np.array([0.0, 0.5, 1.0])).round(3).tolist()
+    [0.018, 0.5, 0.982]
+    """
+
+    slope: float = 8.0
+    offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.slope < math.inf and math.isfinite(self.offset)):
+            raise InputError(f"calibration: expected slope > 0 and a finite offset, got {self.slope}, {self.offset}")
+
+    def confidence(self, presence: Any) -> np.ndarray:
+        """Confidences, float64, of presences of any shape, an array or a tensor."""
+        if hasattr(presence, "detach"):
+            presence = presence.detach().cpu().double().numpy()
+        score = self.slope * (np.asarray(presence, dtype=np.float64) - 0.5) + self.offset
+        return np.exp(-np.logaddexp(0.0, -score))
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain types only, for checkpoints."""
+        return {"slope": float(self.slope), "offset": float(self.offset)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, float] | None) -> Calibration:
+        """Inverse of `to_dict`, and the default for None; raises `InputError` for anything else."""
+        if data is None:
+            return cls()
+        try:
+            slope, offset = data["slope"], data["offset"]
+            if {type(slope), type(offset)} - {int, float}:
+                raise TypeError(f"expected numbers, got {shown(data)}")
+        except (LookupError, TypeError) as error:
+            raise InputError(f"not the record of a calibration: {error!r}; expected slope and offset") from error
+        return cls(float(slope), float(offset))
+
+
+UNCALIBRATED = Calibration()
+
+
 class ElementSchema:
     """Names, slices, scales and classes of the numbers of an element; presence comes last.
 
     An element is the concatenation of the fields in order, then one presence number (1 = a real object,
-    0 = padding; in a prediction, the confidence). `max_objects` is the largest set of this domain, the set
-    size that files are padded to and models default to.
+    0 = padding; in a prediction, what `Calibration` makes a confidence of). `max_objects` is the largest set of this
+    domain, the set size that files are padded to and models default to.
 
     >>> CLEVR.set_dim, CLEVR.slice("color"), CLEVR.field("size").classes
     (19, slice(5, 13, None), ('large', 'small'))
@@ -167,12 +215,17 @@ class ElementSchema:
             raise InputError(f"{field.name}: expected {field.size} finite numbers, got {shown(value)}")
         return (numbers - field.offset) / field.scale
 
-    def decode(self, elements: Any, *, threshold: float = 0.5) -> list[dict[str, Any]]:
+    def decode(
+        self, elements: Any, *, threshold: float | None = None, calibration: Calibration = UNCALIBRATED
+    ) -> list[dict[str, Any]]:
         """Elements `[set_size, set_dim]` to named objects, most confident first.
 
         Each object maps field names to a class name or a list of real values in the field's own units, and
-        "confidence" to the presence clipped to [0, 1]; elements under `threshold` are left out. Inverse of `encode` up
-        to the order.
+        "confidence" to a number between 0 and 1. Inverse of `encode` up to the order and the confidence.
+
+        Args:
+            threshold: least confidence of an object; by default a presence of one half.
+            calibration: from presence to confidence.
 
         >>> CLEVR.decode(CLEVR.encode([dict(coords=(3, 0, .75), material="metal", color="red", shape="cube",
         ...                                 size="large")]))[0]["color"]
@@ -184,16 +237,17 @@ class ElementSchema:
         if elements.ndim != 2 or elements.shape[-1] != self.set_dim:
             raise ValueError(f"expected elements [set_size, {self.set_dim}], got {list(elements.shape)}")
         presence = self.values(elements, PRESENCE)
+        confidence = calibration.confidence(presence)
+        kept = presence >= 0.5 if threshold is None else confidence >= threshold
         objects = []
         for index in np.argsort(-presence, kind="stable"):
-            confidence = np.clip(presence[index], 0.0, 1.0)
-            if confidence < threshold:
+            if not kept[index]:
                 break
             obj: dict[str, Any] = {}
             for field in self.fields:
                 value = self.values(elements[index], field.name)
                 obj[field.name] = field.classes[int(value)] if field.categorical else [float(v) for v in value]
-            obj["confidence"] = float(confidence)
+            obj["confidence"] = float(confidence[index])
             objects.append(obj)
         return objects
 

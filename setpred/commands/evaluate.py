@@ -54,6 +54,7 @@ def figures(
         voting=voting,
         camera=None if loaded.schema.side else np.stack([data.camera(index) for index in first["index"].tolist()]),
         schema=loaded.schema,
+        calibration=loaded.calibration,
         title=title,
     )
 
@@ -160,7 +161,7 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     device, steps = choose_device(options.device), options.iterations
     reading = {"batch_size": options.batch_size, "workers": options.workers}
     predictions = predict(loaded.model, data, iterations=steps, device=device, **reading)
-    result = report(predictions, loaded.schema, options.protocol, options.thresholds) | {
+    result = report(predictions, loaded.schema, options.protocol, options.thresholds, loaded.calibration) | {
         "data": path,
         "checkpoint": str(options.checkpoint),
         "epoch": loaded.epoch,

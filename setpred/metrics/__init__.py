@@ -10,9 +10,11 @@ from setpred.metrics.average_precision import (
     pairwise_distance,
     precision_recall,
     threshold_name,
+    true_positives,
 )
 from setpred.metrics.averages import AbsoluteError, Accuracy, Mean, MeanMetric
 from setpred.metrics.box_precision import BoxAveragePrecision, box_average_precision, match_boxes
+from setpred.metrics.calibration import CalibrationFit, fit_calibration, reliability, right_predictions
 from setpred.metrics.numbering import NumberingAccuracy, right_numbers
 from setpred.metrics.set_distances import SetDistances
 
@@ -22,6 +24,7 @@ __all__ = [
     "Accuracy",
     "AveragePrecision",
     "BoxAveragePrecision",
+    "CalibrationFit",
     "GatheredSets",
     "Mean",
     "MeanMetric",
@@ -31,10 +34,14 @@ __all__ = [
     "average_precision",
     "average_precision_per_image",
     "box_average_precision",
+    "fit_calibration",
     "match_boxes",
     "match_by_position",
     "pairwise_distance",
     "precision_recall",
+    "reliability",
     "right_numbers",
+    "right_predictions",
     "threshold_name",
+    "true_positives",
 ]

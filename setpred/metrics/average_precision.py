@@ -105,6 +105,15 @@ def precision_recall(
     return right / objects, right / torch.arange(1, len(right) + 1, device=right.device)
 
 
+def true_positives(predicted: Tensor, target: Tensor, threshold: float, *, schema: ElementSchema = CLEVR) -> Tensor:
+    """Whether each prediction is a true positive of `average_precision` at a threshold: bool `[images, set_size]`."""
+    (ranks,), _ = _true_positives(predicted, target, [threshold], schema)
+    order = predicted[..., -1].flatten().argsort(descending=True, stable=True)
+    right = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+    right[order[ranks]] = True
+    return right.view(predicted.shape[:2])
+
+
 def _true_positives(
     predicted: Tensor, target: Tensor, thresholds: Sequence[float], schema: ElementSchema
 ) -> tuple[list[Tensor], int]:
