@@ -161,9 +161,12 @@ def format_report(result: dict[str, Any]) -> str:
     details = result["attributes"]
     shares = {"all": details["all_attributes"], **details["accuracy"]}
     distances = {name: value for name, value in details["distance"].items() if not math.isnan(value)}
+    asked = ", ".join(f"{name} within {most:g}" for name, most in result.get("within", {}).items())
+    unit = f" {details['unit']}" if details["unit"] else ""
     lines = [
         f"AP on {result['images']} images of {result['data']}",
         f"protocol {result['protocol']}: {PROTOCOL_MEANING[result['protocol']]}",
+        *([f"a prediction also needs {asked}"] if asked else []),
         "",
         "  distance under   " + "".join(f"{name:>8}" for name in result["ap"]),
         "  AP in %          " + "".join(f"{100 * score:8.1f}" for score in result["ap"].values()),
@@ -171,8 +174,9 @@ def format_report(result: dict[str, Any]) -> str:
         *_box_table(result.get("box_ap")),
         f"Details: {details['objects']} real objects, each matched to a prediction by position alone",
         "  attributes right " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items()),
-        "  distance         " + ", ".join(f"{name} {value:.3f}" for name, value in distances.items()),
+        "  distance         " + ", ".join(f"{name} {value:.3f}" for name, value in distances.items()) + unit,
         "  distance under   " + ", ".join(f"{name}: {100 * share:.1f} %" for name, share in details["within"].items()),
+        *(_field_line(name, error) for name, error in details["errors"].items()),
         f"  presence         {100 * details['presence_accuracy']:.1f} % of slots right, "
         f"the count right in {100 * details['count_exact']:.1f} % of images",
     ]
@@ -188,6 +192,13 @@ def format_report(result: dict[str, Any]) -> str:
             "they count as missed"
         )
     return "\n".join(lines)
+
+
+def _field_line(name: str, error: dict[str, Any]) -> str:
+    """The errors of one continuous field."""
+    line = f"  {name:<16} " + ", ".join(f"{key} {error[key]:.3f}" for key in ("mean", "median", "p90"))
+    line += f" {error['unit']} off" if error["unit"] else " off"
+    return line + (f"; {100 * error['found']:.1f} % found" if "found" in error else "")
 
 
 def _box_table(scores: dict[str, Any] | None) -> list[str]:

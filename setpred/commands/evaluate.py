@@ -1,6 +1,8 @@
 """Score a checkpoint by average precision and draw its predictions: `setpred evaluate CHECKPOINT`."""
 
 import argparse
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +86,20 @@ def positive(text: str) -> float:
     """Parse a number above 0."""
     number = float(text)
     if not number > 0:
-        raise InputError(f"--thresholds: expected distances above 0, got {text}")
+        raise argparse.ArgumentTypeError(f"expected distances above 0, got {text}")
     return number
+
+
+def tolerance(text: str) -> tuple[str, float]:
+    """Parse NAME=NUMBER with a number above 0."""
+    name, _, number = text.partition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not name or not value > 0:
+        raise argparse.ArgumentTypeError(f"expected NAME=NUMBER with a number above 0, got {text}")
+    return name, value
 
 
 def parser() -> Parser:
@@ -99,6 +113,14 @@ def parser() -> Parser:
     options.add_argument("--protocol", choices=list(PROTOCOLS), default="dataset", help="which AP; see docs/metrics.md")
     options.add_argument(
         "--thresholds", type=positive, nargs="+", default=[], metavar="D", help="further distances, in the data's units"
+    )
+    options.add_argument(
+        "--within",
+        type=tolerance,
+        nargs="+",
+        default=[],
+        metavar="NAME=D",
+        help="also ask for errors of fields under D",
     )
     options.add_argument("--figures", type=Path, metavar="DIR", help="write figures into DIR")
     options.add_argument("--shown", type=count, default=PICTURED, help="images in the figures (default and most: 6)")
@@ -147,6 +169,8 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
         raise InputError(f"--shown: expected at most {PICTURED}, got {options.shown}")
     loaded = load_checkpoint(options.checkpoint, allow=options.allow)
     loaded.require_images(options.checkpoint)
+    if options.within and loaded.schema is not None:
+        loaded = replace(loaded, schema=loaded.schema.with_tolerances(dict(options.within)))
     decoder = loaded.model.decoder
     if options.seed is not None:
         if not hasattr(getattr(decoder, "start", None), "seed"):
@@ -163,6 +187,7 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     predictions = predict(loaded.model, data, iterations=steps, device=device, **reading)
     result = report(predictions, loaded.schema, options.protocol, options.thresholds, loaded.calibration) | {
         "data": path,
+        "within": {field.name: field.tolerance for field in loaded.schema.continuous if field.tolerance < math.inf},
         "checkpoint": str(options.checkpoint),
         "epoch": loaded.epoch,
         "step": loaded.step,

@@ -188,7 +188,7 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
         found = schema.decode(elements, threshold=options.threshold, calibration=loaded.calibration)
         if schema.side:  # to pixels of this image
             unit = max(pixel_size(Path(image))) / schema.side
-            places = [obj[name] for obj in found for name in ("coords", "extent") if name in obj]
+            places = [obj[name] for obj in found for name in schema.in_pixels if obj[name] is not None]
             for place in places:
                 place[:] = [unit * number for number in place]
         return found

@@ -9,7 +9,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from setpred.errors import InputError
-from setpred.schema import CLEVR, ElementSchema
+from setpred.schema import CLEVR, ElementSchema, Field
 from setpred.sets import presence_mask
 
 THRESHOLDS = (math.inf, 1.0, 0.5, 0.25, 0.125, 0.0625)
@@ -31,7 +31,8 @@ def average_precision(
     """Average precision over all images together.
 
     The predictions of all images are ranked by presence, without a cut, largest first; equal ones by (image, slot).
-    Each aims at the nearest real object of its image with all its classes (of equally near ones, the first). It is a
+    Each aims at the nearest real object of its image with all its classes (of equally near ones, the first), and with
+    the fields that have a `Field.tolerance` within it. It is a
     true positive if the distance is strictly under the threshold and no prediction ranked before has claimed that
     object at this threshold. There is no second choice. Then
 
@@ -139,10 +140,21 @@ def pairwise_distance(predicted: Tensor, target: Tensor, *, schema: ElementSchem
     squared = predicted.new_zeros(*predicted.shape[:2], target.shape[1], dtype=torch.float64)
     for field in schema.position:
         # double precision before the scale, for these numbers only
-        mine, theirs = (field.scale * each[..., schema.slice(field.name)].double() for each in (predicted, target))
+        mine, theirs = (each[..., schema.slice(field.name)].double() for each in (predicted, target))
+        mine, theirs = (field.read(each) if field.period else field.scale * each for each in (mine, theirs))
         for a, b in zip(mine.unbind(-1), theirs.unbind(-1), strict=True):
-            squared += (a[:, :, None] - b[:, None]).square_()
+            squared += field.wrapped(a[:, :, None] - b[:, None]).square_()
     return squared.sqrt_()
+
+
+def _beyond_tolerance(predicted: Tensor, target: Tensor, field: Field, schema: ElementSchema) -> Tensor:
+    """Where a prediction has not the field within its tolerance: bool `[images, set_size, target_size]`.
+
+    An absent optional field of the real object asks for nothing.
+    """
+    mine, theirs = (schema.values(each.double(), field.name) for each in (predicted, target))
+    error = field.wrapped(mine[:, :, None] - theirs[:, None]).square().sum(-1).sqrt()
+    return ~(error < field.tolerance) & ~theirs.isnan().any(-1)[:, None]
 
 
 def blocks(predicted: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -152,7 +164,10 @@ def blocks(predicted: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]
 
 
 def _compare(predicted: Tensor, target: Tensor, schema: ElementSchema) -> tuple[Tensor, Tensor]:
-    """Distance (float64) and whether real and of the same classes (bool), both `[images, set_size, target_size]`."""
+    """Distance (float64) and whether it may be the object, both `[images, set_size, target_size]`.
+
+    It may if the object is real, all classes are equal, and all fields with a tolerance are within it.
+    """
     if target.shape[1] == 0:  # one absent object, so that there is a nearest
         target = target.new_zeros(len(target), 1, schema.set_dim)
     distance = pairwise_distance(predicted, target, schema=schema)
@@ -160,7 +175,11 @@ def _compare(predicted: Tensor, target: Tensor, schema: ElementSchema) -> tuple[
     for field in schema.categorical:  # all classes as one number
         mine = mine * field.size + schema.values(predicted, field.name)
         theirs = theirs * field.size + schema.values(target, field.name)
-    return distance, presence_mask(target)[:, None] & (mine[:, :, None] == theirs[:, None])
+    candidate = presence_mask(target)[:, None] & (mine[:, :, None] == theirs[:, None])
+    for field in schema.continuous:
+        if math.isfinite(field.tolerance):
+            candidate &= ~_beyond_tolerance(predicted, target, field, schema)
+    return distance, candidate
 
 
 def _nearest(distance: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
