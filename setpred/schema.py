@@ -68,7 +68,7 @@ class Field:
 
     @property
     def numbers(self) -> int:
-        """How many numbers a value of a continuous field has."""
+        """Count of the numbers that a value of a continuous field has."""
         return 1 if self.period else self.size - self.optional
 
     def read(self, stored: Any) -> Any:
@@ -375,6 +375,11 @@ class ElementSchema:
         """The schema for sets of up to `max_objects`."""
         return ElementSchema(self.name, self.fields, max_objects=max_objects, skeleton=self.skeleton)
 
+    @property
+    def tolerances(self) -> dict[str, float]:
+        """The fields with a finite `Field.tolerance`, and this."""
+        return {field.name: field.tolerance for field in self.continuous if math.isfinite(field.tolerance)}
+
     def with_tolerances(self, tolerances: Mapping[str, float]) -> ElementSchema:
         """The schema with another `Field.tolerance` of some fields, by name.
 
@@ -492,7 +497,7 @@ class ElementSchema:
 
 
 def _kind(field: Field) -> tuple[Any, ...]:
-    """What of a field must agree for its values to be those of another schema's field."""
+    """The properties that fields of one name must share for their values to be exchanged."""
     return field.name, field.categorical or (field.size, field.period, field.optional)
 
 

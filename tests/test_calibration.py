@@ -141,6 +141,10 @@ def test_right_is_what_average_precision_finds():
     right, criterion = right_predictions(predicted, target, schema=POINTS)
     assert criterion == "distance under 10"
     assert right.tolist() == [[True, False, False, False]]  # the second finds its object taken, the third is too far
+    strict = POINTS.with_tolerances({"coords": 5})
+    right, criterion = right_predictions(predicted, target, schema=strict)
+    assert criterion == "distance under 10, coords under 5"
+    assert right.tolist() == [[False, True, False, False]]
     predicted, target = random_boxes(0)
     right, criterion = right_predictions(predicted, target, schema=SCHEMA)
     assert criterion == "IoU of at least 0.5"

@@ -67,6 +67,10 @@ class Checkpoint:
     data: dict[str, Any]  # validation data of the training: path, split
     calibration: Calibration = UNCALIBRATED  # from presence to confidence; UNCALIBRATED before a validation
 
+    def decode(self, elements: Tensor, *, threshold: float | None = None) -> list[dict[str, Any]]:
+        """Decode predicted elements `[set_size, set_dim]` with the model's calibration; see `ElementSchema.decode`."""
+        return self.schema.decode(elements, threshold=threshold, calibration=self.calibration)
+
     def require_images(self, path: str | os.PathLike[str]) -> None:
         """Raise `InputError` unless the model was trained on images of objects with a schema."""
         if self.schema is None or self.image_size is None:

@@ -187,7 +187,7 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     predictions = predict(loaded.model, data, iterations=steps, device=device, **reading)
     result = report(predictions, loaded.schema, options.protocol, options.thresholds, loaded.calibration) | {
         "data": path,
-        "within": {field.name: field.tolerance for field in loaded.schema.continuous if field.tolerance < math.inf},
+        "within": loaded.schema.tolerances,
         "checkpoint": str(options.checkpoint),
         "epoch": loaded.epoch,
         "step": loaded.step,

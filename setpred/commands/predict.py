@@ -185,7 +185,7 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
             yield prediction
 
     def decode(image: str, elements: Tensor) -> list[dict[str, Any]]:
-        found = schema.decode(elements, threshold=options.threshold, calibration=loaded.calibration)
+        found = loaded.decode(elements, threshold=options.threshold)
         if schema.side:  # to pixels of this image
             unit = max(pixel_size(Path(image))) / schema.side
             places = [obj[name] for obj in found for name in schema.in_pixels if obj[name] is not None]

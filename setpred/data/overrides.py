@@ -25,7 +25,7 @@ OPTIONS = ("name", "classes", "unit", "scale", "offset", "period", "tolerance") 
 
 @dataclass(frozen=True)
 class Overrides:
-    """What a schema file says; without one, nothing.
+    """The content of a schema file; empty without one.
 
     Attributes:
         where: the file, for messages.

@@ -148,7 +148,7 @@ def pairwise_distance(predicted: Tensor, target: Tensor, *, schema: ElementSchem
 
 
 def _beyond_tolerance(predicted: Tensor, target: Tensor, field: Field, schema: ElementSchema) -> Tensor:
-    """Where a prediction has not the field within its tolerance: bool `[images, set_size, target_size]`.
+    """Mark the pairs whose error of the field is not under its tolerance: bool `[images, set_size, target_size]`.
 
     An absent optional field of the real object asks for nothing.
     """
@@ -176,9 +176,8 @@ def _compare(predicted: Tensor, target: Tensor, schema: ElementSchema) -> tuple[
         mine = mine * field.size + schema.values(predicted, field.name)
         theirs = theirs * field.size + schema.values(target, field.name)
     candidate = presence_mask(target)[:, None] & (mine[:, :, None] == theirs[:, None])
-    for field in schema.continuous:
-        if math.isfinite(field.tolerance):
-            candidate &= ~_beyond_tolerance(predicted, target, field, schema)
+    for name in schema.tolerances:
+        candidate &= ~_beyond_tolerance(predicted, target, schema.field(name), schema)
     return distance, candidate
 
 

@@ -30,7 +30,8 @@ def right_predictions(predicted: Tensor, target: Tensor, *, schema: ElementSchem
     if schema.has_boxes:
         return match_boxes(predicted, target, schema=schema)[0][..., 0], "IoU of at least 0.5"
     threshold = next(threshold for threshold in schema.thresholds if math.isfinite(threshold))
-    return true_positives(predicted, target, threshold, schema=schema), f"distance under {threshold:g}"
+    asked = [f"distance under {threshold:g}", *(f"{name} under {most:g}" for name, most in schema.tolerances.items())]
+    return true_positives(predicted, target, threshold, schema=schema), ", ".join(asked)
 
 
 def fit_calibration(presence: Tensor, right: Tensor) -> Calibration:
