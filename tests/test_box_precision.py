@@ -7,12 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from tiny import built
 from twins import box_average_precision_twin
 
 from setpred.errors import InputError
 from setpred.metrics import BoxAveragePrecision, box_average_precision
 from setpred.metrics.box_precision import NAMES
 from setpred.schema import CLEVR, ElementSchema, categorical, continuous
+from setpred.training.task import SetPrediction
 
 SIDE = 64.0
 FIELDS = [continuous("coords", 2, scale=SIDE / 2, offset=SIDE / 2), continuous("extent", 2, scale=SIDE / 2)]
@@ -182,3 +184,16 @@ def test_gathered_equals_the_function_for_any_batching(batch):
     found = {name: value.item() for name, value in metric.compute().items()}
     assert found == {f"box_{name.lower()}": expected[name] for name in NAMES}
     assert np.isfinite(found[metric.monitor])
+
+
+def test_a_training_can_be_validated_by_it(tmp_path):
+    """The metric takes the schema of the task, and rejects one without boxes before the training."""
+    with pytest.raises(InputError, match="schema 'clevr': expected boxes"):
+        built(tmp_path, "--model.metric=setpred.metrics.BoxAveragePrecision")
+    metric = BoxAveragePrecision()
+    with pytest.raises(InputError, match="expected a schema"):
+        metric.update(*random_boxes(0))
+    encoder, decoder = built(tmp_path).model.model.children()
+    decoder.set_dim = SCHEMA.set_dim
+    task = SetPrediction(encoder, decoder, schema=SCHEMA.to_dict(), metric=metric)
+    assert (task.monitor, task.mode, task.metric.schema) == ("val_box_ap", "max", SCHEMA)

@@ -10,6 +10,7 @@ from test_box_precision import SCHEMA, random_boxes
 from tiny import built, untrained
 
 from setpred.checkpoint.load import KEY, load_checkpoint, save_checkpoint
+from setpred.checkpoint.release import export
 from setpred.errors import InputError
 from setpred.evaluation import Predictions, format_report, report
 from setpred.metrics import average_precision, fit_calibration, reliability, right_predictions
@@ -179,6 +180,8 @@ def test_a_validation_stores_its_fit_in_the_checkpoint(tmp_path, tiny_data):
     found = load_checkpoint(tmp_path / "a.ckpt").calibration
     assert (found.slope, found.offset) == pytest.approx((expected.slope, expected.offset), rel=1e-4)
     assert found != UNCALIBRATED
+    export(tmp_path / "a.ckpt", tmp_path / "a.safetensors")
+    assert load_checkpoint(tmp_path / "a.safetensors").calibration == found
     again = built(tmp_path, f"--data.init_args.folder={tiny_data}").model
     again.on_load_checkpoint(content)  # a resumed run saves it until it validates
     assert again.description()["calibration"] == found.to_dict()

@@ -228,19 +228,28 @@ class GatheredSets(Metric):
     """Base class of metrics of all sets together: `update(predicted, target)` keeps the sets.
 
     The result is the same for every batch size. A subclass implements `compute`, which calls `sets`.
+
+    Args:
+        schema: of the elements; None takes that of the task, from `use_schema`.
     """
 
     full_state_update = False
     is_differentiable = False
     mode, higher_is_better = "max", True
 
-    def __init__(self, schema: ElementSchema) -> None:
+    def __init__(self, schema: ElementSchema | None) -> None:
         super().__init__()
         self.schema = schema
         self.add_state("predicted", default=[], dist_reduce_fx="cat")
         self.add_state("target", default=[], dist_reduce_fx="cat")
 
+    def use_schema(self, schema: ElementSchema) -> None:
+        """Take this schema unless one was given."""
+        self.schema = self.schema or schema
+
     def update(self, predicted: Tensor, target: Tensor) -> None:
+        if self.schema is None:
+            raise InputError(f"{type(self).__name__}: expected a schema, got none; pass schema")
         check_scorable(predicted, target, self.schema)
         self.predicted.append(predicted.detach())
         self.target.append(target.detach())

@@ -65,12 +65,17 @@ def match_boxes(predicted: Tensor, target: Tensor, *, schema: ElementSchema) -> 
         Whether each prediction has a real box, bool `[images, set_size, 10]`; its rank among the predictions of its
         class in its image, from 0; and its class as a number, both int64 `[images, set_size]`.
     """
+    require_boxes(schema)
     check_scorable(predicted, target, schema)
-    if not schema.has_boxes:
-        raise InputError(f"schema {schema.name!r}: expected boxes, two numbers of coords and of extent, got others")
     found = [_take_in_turn(*block, schema) for block in blocks(predicted, target)]
     hits, rank, kind = map(torch.cat, zip(*found, strict=True))
     return hits, rank, kind
+
+
+def require_boxes(schema: ElementSchema) -> None:
+    """Raise `InputError` for a schema without boxes."""
+    if not schema.has_boxes:
+        raise InputError(f"schema {schema.name!r}: expected boxes, two numbers of coords and of extent, got others")
 
 
 def _take_in_turn(predicted: Tensor, target: Tensor, schema: ElementSchema) -> tuple[Tensor, Tensor, Tensor]:
@@ -142,12 +147,19 @@ class BoxAveragePrecision(GatheredSets):
 
     `update(predicted, target)` keeps the sets, `compute()` gives "box_ap", "box_ap50", "box_ap75", "box_ar1",
     "box_ar10" and "box_ar100" as float64 scalars, for every batch size the same.
+
+    Args:
+        schema: see `GatheredSets`.
     """
 
     monitor = "box_ap"
 
-    def __init__(self, *, schema: ElementSchema) -> None:
+    def __init__(self, *, schema: ElementSchema | None = None) -> None:
         super().__init__(schema)
+
+    def use_schema(self, schema: ElementSchema) -> None:
+        require_boxes(schema)
+        super().use_schema(schema)
 
     def compute(self) -> dict[str, Tensor]:
         scores = box_average_precision(*self.sets(), schema=self.schema)

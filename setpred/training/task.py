@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from setpred.checkpoint import load as checkpoint
 from setpred.errors import InputError, NotFiniteError
 from setpred.losses import HungarianLoss, SetLoss
-from setpred.metrics import AveragePrecision, CalibrationFit, Mean
+from setpred.metrics import AveragePrecision, CalibrationFit, GatheredSets, Mean
 from setpred.model import SetPredictor, Step
 from setpred.nn import evaluating
 from setpred.nonfinite.locate import Stage, finite_norm, not_finite, trained
@@ -95,6 +95,8 @@ class SetPrediction(pl.LightningModule):
         self.metric = metric
         if metric is None and self.schema is not None:
             self.metric = AveragePrecision(schema=self.schema, thresholds=self.schema.thresholds)
+        if isinstance(metric, GatheredSets) and self.schema is not None:
+            metric.use_schema(self.schema)
         if lacking := [name for name in METRIC if self.metric is not None and not hasattr(self.metric, name)]:
             raise InputError(
                 f"metric {type(self.metric).__name__}: expected {', '.join(METRIC)} as of "
