@@ -395,7 +395,7 @@ class ElementSchema:
     @property
     def side(self) -> float | None:
         """The side, in pixels, of the square image in which `coords` are places; None for other positions."""
-        places = [field for field in self.continuous if field.name == "coords" and field.size == 2]
+        places = [field for field in self.continuous if field.name == "coords" and field.size == field.numbers == 2]
         return 2 * places[0].scale if places and places[0].offset == places[0].scale else None
 
     @property
@@ -412,7 +412,9 @@ class ElementSchema:
     @property
     def has_boxes(self) -> bool:
         """Whether `coords` and `extent` are the centre and the sides of a box."""
-        return all(any(field.name == name and field.size == 2 for field in self.continuous) for name in BOX)
+        return all(
+            any(field.name == name and field.size == field.numbers == 2 for field in self.continuous) for name in BOX
+        )
 
     @property
     def label(self) -> tuple[Field, ...]:

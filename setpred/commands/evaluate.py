@@ -169,14 +169,14 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
         raise InputError(f"--shown: expected at most {PICTURED}, got {options.shown}")
     loaded = load_checkpoint(options.checkpoint, allow=options.allow)
     loaded.require_images(options.checkpoint)
-    if options.within and loaded.schema is not None:
-        loaded = replace(loaded, schema=loaded.schema.with_tolerances(dict(options.within)))
+    schema = loaded.schema.with_tolerances(dict(options.within))
     decoder = loaded.model.decoder
     if options.seed is not None:
         if not hasattr(getattr(decoder, "start", None), "seed"):
             raise InputError("--seed: the decoder of this model has no random start to seed")
         decoder.start.seed = options.seed
     data, path = open_validation_data(loaded, options), str(options.data or loaded.data["path"])
+    loaded = replace(loaded, schema=schema)  # not before: the data need no conversion to it
     found = data.source.get("split")
     if options.split and found and options.split != found:
         raise InputError(
