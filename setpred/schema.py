@@ -388,7 +388,8 @@ class ElementSchema:
         """
         known = [field.name for field in self.continuous]
         if unknown := [name for name in tolerances if name not in known]:
-            raise InputError(f"expected fields of numbers ({', '.join(known) or 'none here'}), got {unknown[0]!r}")
+            names = ", ".join(known) or "none here"
+            raise InputError(f"tolerance (--within): expected a field of numbers ({names}), got {unknown[0]!r}")
         fields = [replace(f, tolerance=tolerances.get(f.name, f.tolerance)) for f in self.fields]
         return ElementSchema(self.name, fields, max_objects=self.max_objects, skeleton=self.skeleton)
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from test_importing import images, imported, objects, table  # noqa: F401  a fixture, too
 
 from setpred.checkpoint.load import KEY, save_checkpoint
+from setpred.checkpoint.untrusted import load_yaml
 from setpred.commands import predict
 from setpred.commands.data import main as data_command
 from setpred.commands.evaluate import parser
@@ -27,6 +29,7 @@ from setpred.schema import ElementSchema, Field, categorical, continuous, period
 from setpred.visualise.marks import _draw_keypoints
 from setpred.visualise.style import Sheet
 
+ROOT = Path(__file__).resolve().parents[1]
 COORDS = continuous("coords", 2, scale=8, offset=8, unit="pixels")
 POSE = ElementSchema(
     "pose",
@@ -139,7 +142,7 @@ def test_tolerances_decide_what_is_right():
     lost = predicted.clone()
     lost[0, 0, 6] = 0.2  # the nose is not found
     assert average_precision(lost, target, thresholds=[1.0], schema=POSE.with_tolerances({"nose": 99})) == {1.0: 0.25}
-    with pytest.raises(InputError, match=r"expected fields of numbers \(coords, angle, nose, tail\), got 'wing'"):
+    with pytest.raises(InputError, match=r"expected a field of numbers \(coords, angle, nose, tail\), got 'wing'"):
         POSE.with_tolerances({"wing": 1})
     assert parser().parse_args(["a.ckpt", "--within", "radius=2", "angle=10"]).within == [("radius", 2), ("angle", 10)]
     for wrong in ("radius", "radius=", "=3", "radius=0", "radius=nan"):
@@ -327,6 +330,13 @@ def test_a_mistake_in_a_schema_file_is_one_clear_error(images, tmp_path, capsys,
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line), line
     assert not path.exists()
+
+
+def test_the_documented_schema_file_is_one():
+    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "own_data.md").read_text(), re.DOTALL)
+    overrides = Overrides.of(load_yaml(example), "docs")
+    assert overrides.renamed("label") == "kind"
+    assert overrides.options("angle", "period", "unit") == {"period": 180, "unit": "degrees"}
 
 
 def test_a_period_can_be_ruled_out(images, tmp_path):  # noqa: F811
