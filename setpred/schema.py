@@ -458,7 +458,8 @@ class ElementSchema:
         advice = "import the file with --schema and a file of the schema that is wanted"
         if self == other:
             return elements
-        if {_kind(field) for field in self.fields} != {_kind(field) for field in other.fields}:
+        same_names = {field.name for field in self.fields} == {field.name for field in other.fields}
+        if not same_names or not all(_exchangeable(field, other.field(field.name)) for field in self.fields):
             raise InputError(f"expected elements of the same fields, got {self.differences(other)}; {advice}")
         present = elements[..., -1] > 0.5
         if (most := int(present.sum(-1).max(initial=0))) > self.max_objects:
@@ -499,9 +500,12 @@ class ElementSchema:
         return f"{mine['name']} (up to {mine['max_objects']}) against {theirs['name']} (up to {theirs['max_objects']})"
 
 
-def _kind(field: Field) -> tuple[Any, ...]:
-    """The properties that fields of one name must share for their values to be exchanged."""
-    return field.name, field.categorical or (field.size, field.period, field.optional)
+def _exchangeable(ours: Field, theirs: Field) -> bool:
+    """Whether values of one field are values of the other: a small file may not show that a number has a period."""
+    if ours.categorical or theirs.categorical:
+        return ours.categorical and theirs.categorical
+    one_period = not (ours.period and theirs.period) or ours.period == theirs.period
+    return (ours.numbers, ours.optional) == (theirs.numbers, theirs.optional) and one_period
 
 
 # CLEVR v1.0; coords are divided by 3, the half side of the square that objects are placed in.

@@ -159,6 +159,10 @@ def test_schemas_convert_only_between_equal_kinds():
     radians = ElementSchema("turn", [periodic("a", 2 * math.pi)], max_objects=1)
     with pytest.raises(InputError, match="expected elements of the same fields"):
         degrees.converted(radians.encode([{"a": 1}])[None], radians)
+    plain = ElementSchema("plain", [continuous("a", 1, scale=90, offset=90)], max_objects=1)  # of a small file
+    for ours, theirs in ((degrees, plain), (plain, degrees)):
+        found = ours.converted(theirs.encode([{"a": 170}])[None], theirs)
+        np.testing.assert_allclose(found[0], ours.encode([{"a": 170}]), atol=1e-6)
 
 
 @pytest.mark.parametrize(
