@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from setpred.checkpoint import load as checkpoint
 from setpred.errors import InputError, NotFiniteError
 from setpred.losses import HungarianLoss, SetLoss
-from setpred.metrics import AveragePrecision, Mean
+from setpred.metrics import AveragePrecision, CalibrationFit, GatheredSets, Mean
 from setpred.model import SetPredictor, Step
 from setpred.nn import evaluating
 from setpred.nonfinite.locate import Stage, finite_norm, not_finite, trained
 from setpred.nonfinite.policy import Guard, poison
 from setpred.nonfinite.repro import report
-from setpred.schema import CLEVR, ElementSchema
+from setpred.schema import CLEVR, Calibration, ElementSchema
 from setpred.sets import check_set
 from setpred.training.schedules import Constant, Schedule, fitted
 from setpred.training.statistics import BatchStatistics
@@ -57,11 +57,11 @@ def finite_losses(step: Step, weights: Iterable[Tensor], *, set_dim: int | None)
 
 
 class Scores:
-    """Mean loss and metric of validation examples, in all processes.
+    """Mean loss, metric and calibration of validation examples, in all processes.
 
     Args:
         metric: see `SetPrediction`.
-        schema: gives the default metric.
+        schema: gives the default metric, and the calibration.
 
     Raises:
         InputError: a metric without the attributes `METRIC`.
@@ -70,19 +70,29 @@ class Scores:
     def __init__(self, metric: nn.Module | None, schema: ElementSchema | None) -> None:
         if metric is None and schema is not None:
             metric = AveragePrecision(schema=schema, thresholds=schema.thresholds)
+        elif isinstance(metric, GatheredSets) and schema is not None:
+            metric.use_schema(schema)
         if lacking := [name for name in METRIC if metric is not None and not hasattr(metric, name)]:
             raise InputError(
                 f"metric {type(metric).__name__}: expected {', '.join(METRIC)} as of "
                 f"setpred.metrics.AveragePrecision, got no {', '.join(lacking)}; add them"
             )
         self.mean_loss, self.metric = Mean(), metric
+        self.calibration_fit = None if schema is None else CalibrationFit(schema)
+        self.calibration: Calibration | None = None  # of the latest validation
         self.monitor = "val_loss" if metric is None else f"val_{metric.monitor}"
         self.mode = "min" if metric is None else metric.mode
 
+    @property
+    def parts(self) -> tuple[nn.Module, nn.Module | None, nn.Module | None]:
+        """The modules that gather examples: mean loss, metric and calibration."""
+        return self.mean_loss, self.metric, self.calibration_fit
+
     def update(self, losses: Tensor, predicted: Tensor, target: Tensor) -> None:
         self.mean_loss.update(losses)
-        if self.metric is not None:
-            self.metric.update(predicted.float(), target)
+        for part in self.parts[1:]:
+            if part is not None:
+                part.update(predicted.float(), target)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the scores of all examples since the last call."""
@@ -91,6 +101,9 @@ class Scores:
         if self.metric is not None:
             scores |= self.metric.compute()
             self.metric.reset()
+        if self.calibration_fit is not None:
+            self.calibration = Calibration(**{name: float(v) for name, v in self.calibration_fit.compute().items()})
+            self.calibration_fit.reset()
         return {f"val_{name}": value.float() for name, value in scores.items()}
 
 
@@ -101,7 +114,8 @@ class SetPrediction(pl.LightningModule):
     `input_mask` bool `[batch, n]`; the target `elements [batch, set_size, set_dim]`; and optionally `index [batch]`,
     by which messages name the examples. Random numbers of a step depend on (seed, step) alone, so that a resumed run
     equals the undisturbed one. Validations and checkpoints have batch statistics of the present weights, see
-    `BatchStatistics`. Logs `val_loss` and `val_<name>` of every number of the metric.
+    `BatchStatistics`. Logs `val_loss` and `val_<name>` of every number of the metric. With a schema, each validation
+    fits the `Calibration` of the model, which checkpoints hold.
 
     Args:
         encoder: image, or set, to features.
@@ -148,7 +162,8 @@ class SetPrediction(pl.LightningModule):
         if isinstance(self.loss, SetLoss) and self.schema is not None:
             self.loss.use_schema(self.schema)
         self.scores = Scores(metric, self.schema)
-        self.mean_loss, self.metric = self.scores.mean_loss, self.scores.metric  # move with the module
+        # move with the module
+        self.mean_loss, self.metric, self.calibration_fit = self.scores.parts
         self.monitor, self.mode = self.scores.monitor, self.scores.mode
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.schedule = Constant() if schedule is None else schedule
@@ -262,12 +277,15 @@ class SetPrediction(pl.LightningModule):
 
     def on_load_checkpoint(self, content: dict[str, Any]) -> None:
         self.guard.load_state_dict(content.get(COUNTED, {}))
+        record = content[checkpoint.KEY].get("calibration")
+        self.scores.calibration = None if record is None else Calibration.from_dict(record)
 
     def description(self) -> dict[str, Any]:
         """Description that rebuilds the model, in plain types; `setpred.checkpoint.load` reads it."""
         return {
             "version": checkpoint.VERSION,
             "schema": None if self.schema is None else self.schema.to_dict(),
+            "calibration": self.scores.calibration and self.scores.calibration.to_dict(),
             "model": self.model_config,
             "data": self.data_description,
             "settings": self.settings,
