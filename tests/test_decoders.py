@@ -31,7 +31,6 @@ from setpred.decoders import (
     SlotSoftmax,
     TransformerDecoder,
 )
-from setpred.decoders.detr import Attention
 from setpred.decoders.seq2set import AdditiveAttention
 from setpred.decoders.sinkhorn_mesh import entropy
 from setpred.decoders.slot_mixture import log_responsibilities
@@ -40,6 +39,7 @@ from setpred.errors import InputError
 from setpred.inner import GradientDescent, Implicit, LatentMatching, Unrolled
 from setpred.matching import sinkhorn
 from setpred.model import SetPredictor
+from setpred.nn import Attention
 
 BATCH, TOKENS, DIM, SIZE, OUT = 3, 5, 6, 4, 5
 SETS = {"set_size": SIZE, "set_dim": OUT}

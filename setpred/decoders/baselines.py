@@ -5,9 +5,8 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from setpred.decoders.base import SetDecoder
-from setpred.decoders.detr import EncoderLayer
 from setpred.decoders.starts import LearnedStart
-from setpred.nn import MLP
+from setpred.nn import MLP, EncoderLayer
 
 
 class MLPDecoder(SetDecoder):
