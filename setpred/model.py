@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from setpred.errors import InputError
 from setpred.inner import OfTokens
+from setpred.sets import fill_absent, token_mask
 
 
 def unit_images(images: Tensor) -> Tensor:
@@ -88,13 +89,15 @@ class SetPredictor(nn.Module):
             mask: present elements of the input sets, bool `[batch, n]`; all unless given.
             iterations: overrides the decoder's number of steps.
         """
-        return self.decoder(self.encode(inputs, mask), **self._options(inputs, mask, iterations))
+        features = self.encode(inputs, mask)
+        return self.decoder(features, **self._options(inputs, mask, iterations, features))
 
     def refine(self, inputs: Tensor, *, mask: Tensor | None = None, iterations: int | None = None) -> Iterator[Tensor]:
         """Yield every iterate of the prediction, the start first; arguments as in `forward`."""
-        return self.decoder.refine(self.encode(inputs, mask), **self._options(inputs, mask, iterations))
+        features = self.encode(inputs, mask)
+        return self.decoder.refine(features, **self._options(inputs, mask, iterations, features))
 
-    def _options(self, inputs: Tensor, mask: Tensor | None, iterations: int | None) -> dict[str, Any]:
+    def _options(self, inputs: Tensor, mask: Tensor | None, iterations: int | None, features: Tensor) -> dict[str, Any]:
         """Arguments of the decoder besides the features; it gets an input set and its mask only if it reads them."""
         decoder, options = self.decoder, {"iterations": iterations}
         if getattr(decoder, "conditional", False):
@@ -103,8 +106,13 @@ class SetPredictor(nn.Module):
             raise InputError("expected input sets without padding for OfTokens, got a mask; give sets of one size")
         takes_tokens = getattr(decoder, "token_dim", None) is not None
         if mask is not None and takes_tokens and not getattr(decoder, "masks_elements", False):
-            options["mask"] = mask
+            options["mask"] = token_mask(mask, features.shape[1])
         return options
+
+
+def inputs_of(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Images of a batch and None, or its input sets and their mask, None if none is padded."""
+    return batch["image" if "image" in batch else "input"], batch.get("input_mask")
 
 
 @dataclass(frozen=True)
@@ -130,10 +138,9 @@ class Step:
 
     def predict(self) -> Tensor:
         """Predict sets `[batch, set_size, set_dim]`, with torch's generator in its present state."""
-        mask = self.batch.get("input_mask")
-        return self.model(self.batch[self.input_name], mask=mask, iterations=self.iterations)
+        inputs, mask = inputs_of(self.batch)
+        return self.model(inputs, mask=mask, iterations=self.iterations)
 
     def inputs(self) -> Tensor:
         """Images or sets, with zeros in place of padding."""
-        inputs, mask = self.batch[self.input_name], self.batch.get("input_mask")
-        return inputs if mask is None else inputs.masked_fill(~mask.unsqueeze(-1), 0)
+        return fill_absent(*inputs_of(self.batch))

@@ -29,6 +29,14 @@ def fill_absent(elements: Tensor, mask: Tensor | None, value: float = 0.0) -> Te
     return elements if mask is None else elements.masked_fill(~mask.unsqueeze(-1), value)
 
 
+def token_mask(mask: Tensor, tokens: int) -> Tensor:
+    """Mask `[batch, tokens]` of the tokens of each set, from that of its elements `[batch, set_size]`.
+
+    Every element has as many tokens, one after the other.
+    """
+    return mask.repeat_interleave(tokens // mask.shape[1], dim=1)
+
+
 def set_sizes(elements: Tensor, mask: Tensor | None = None) -> Tensor:
     """Number of present elements of each set, `[batch]`, in the elements' dtype."""
     if mask is None:

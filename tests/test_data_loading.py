@@ -293,7 +293,7 @@ def test_images_that_the_device_cannot_keep(files, tmp_path, monkeypatch):
 def test_a_set_that_failed_to_load_has_no_images(files, monkeypatch, device):
     data = SetFile(files[0], in_memory=True)
     with monkeypatch.context() as damage:
-        damage.setattr(dataset, "read_images", lambda file, index: (_ for _ in ()).throw(OSError("checksum")))
+        damage.setattr(dataset, "read_inputs", lambda file, index: (_ for _ in ()).throw(OSError("checksum")))
         with pytest.raises(InputError, match="is damaged"):
             data.load(device)
         with pytest.raises(InputError, match="is damaged"):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import setpred
 from setpred.data.dataset import ClevrImages, SetFile, as_batch, fitting_workers, open_data
-from setpred.data.hdf5 import Header, file_header
+from setpred.data.hdf5 import Header, InputSets, file_header
 from setpred.data.loading import EpochOrder, EpochPermutation, training_loader, validation_loader
 from setpred.data.scenes import render_records, rendered_header
 from setpred.errors import InputError
@@ -83,10 +83,10 @@ def _check_least(values: dict[str, tuple[int | None, int]]) -> None:
 
 
 class ImageData(SetData):
-    """Images with sets, read by worker processes.
+    """Images, or input sets, with sets, read by worker processes.
 
     Args:
-        image_size: side of the images; a file of another size is an error.
+        image_size: side of the images; a file of another size is an error. None for input sets.
         set_size: size of the sets; the schema's `max_objects` by default.
         num_workers: processes that read; 0 suits files in memory, and is what a set in a GPU's memory gets.
         in_memory: keep a file's images in memory; None does so under 2 GB. "device" keeps them as uint8 in the memory
@@ -101,7 +101,7 @@ class ImageData(SetData):
     def __init__(
         self,
         *,
-        image_size: int = 128,
+        image_size: int | None = 128,
         set_size: int | None = None,
         num_workers: int = 0,
         in_memory: InMemory = None,
@@ -163,10 +163,11 @@ class DataSizes(NamedTuple):
     set_size: int
     image_size: int | None
     images: int = 0
+    inputs: InputSets | None = None
 
 
 class SetDataModule(ImageData):
-    """Training and validation data, each a prepared file or a CLEVR_v1.0 folder.
+    """Training and validation data, each a prepared file of images or of input sets, or a CLEVR_v1.0 folder.
 
     Args:
         train: training data; None to evaluate only.
@@ -185,7 +186,10 @@ class SetDataModule(ImageData):
         """Read the sizes of data with these arguments from the headers of the files.
 
         The schema is that of the training data, with room for the largest set of both. Folders, and files that do not
-        exist yet, count as CLEVR's.
+        exist yet, count as CLEVR's. Offset and scale of input sets are those of the training data.
+
+        Raises:
+            InputError: one of the two has images, the other sets; input sets of elements of different lengths.
         """
         paths = [os.path.expanduser(path) for path in (arguments.get("train"), arguments.get("val")) if path]
         headers = [file_header(path) if Path(path).is_file() else None for path in paths]
@@ -198,7 +202,11 @@ class SetDataModule(ImageData):
         files = [header for header in headers if header is not None]
         image_size = arguments.get("image_size") or (files[0].image_size if files else FOLDER_SIZE)
         images = 0 if headers[0] is None else headers[0].images
-        return DataSizes(schema, arguments.get("set_size") or schema.max_objects, image_size, images)
+        kinds = ["images" if each is None or each.inputs is None else f"{each.inputs.dim} numbers" for each in headers]
+        if len(set(kinds)) > 1:
+            raise InputError(f"expected inputs of one kind, got {kinds[0]} in {paths[0]} and {kinds[1]} in {paths[1]}")
+        inputs = None if headers[0] is None else headers[0].inputs
+        return DataSizes(schema, arguments.get("set_size") or schema.max_objects, image_size, images, inputs)
 
     def __init__(
         self,
@@ -212,11 +220,17 @@ class SetDataModule(ImageData):
         image_size: int | None = None,
         **arguments: Any,
     ) -> None:
-        sizes = None if image_size is not None else self.sizes({"train": train, "val": val})
-        super().__init__(image_size=image_size or sizes.image_size, **arguments)
+        sizes = self.sizes({"train": train, "val": val, "image_size": image_size})
+        super().__init__(image_size=sizes.image_size, **arguments)
+        self.inputs = sizes.inputs
         self.train_path, self.val_path = (None if path is None else os.path.expanduser(path) for path in (train, val))
         self.train_split, self.val_split = train_split, val_split
         self.train_images, self.val_images = train_images, val_images
+
+    @property
+    def input_dim(self) -> int | None:
+        """Numbers of an element of the inputs; None for images."""
+        return None if self.inputs is None else self.inputs.dim
 
     def setup(self, stage: str | None = None) -> None:
         self.schema = self.sizes({"train": self.train_path, "val": self.val_path}).schema

@@ -1,4 +1,4 @@
-"""Torch data sets of images and their sets: from a prepared file, or straight from a CLEVR folder."""
+"""Torch data sets of inputs and their sets: from a prepared file, or straight from a CLEVR folder."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from setpred.data.clevr import ClevrFolder
-from setpred.data.hdf5 import BLOCK, open_set_file, read_header, read_images, read_sets
+from setpred.data.hdf5 import BLOCK, InputSets, file_header, open_set_file, read_header, read_inputs, read_sets
 from setpred.errors import InputError
 from setpred.schema import CLEVR, PRESENCE, ElementSchema
-from setpred.sets import presence_mask
+from setpred.sets import fill_absent, presence_mask
 
 if TYPE_CHECKING:
     import h5py
@@ -31,22 +31,26 @@ IN_MEMORY_BYTES = 2_000_000_000  # files whose images take less are kept in memo
 
 
 class SetImages(Dataset, ABC):
-    """Images with the sets of objects in them.
+    """Images, or input sets, with the sets of objects in them.
 
     `data[i]` is a dict; `data.__getitems__([i, j, ...])`, which a `DataLoader` calls, has a batch axis in front:
 
-        image     uint8   [3, S, S]          (in memory channels last, as it is stored)
-        elements  float32 [set_size, D]      zero padded
-        mask      bool    [set_size]         True where an element is present
-        index     int64   []                 position in this data set
+        image       uint8   [3, S, S]        (in memory channels last, as it is stored); or, for input sets,
+        input       float32 [M, K]           in the units of the file, zero padded
+        input_mask  bool    [M]              True where an element is present; only where sizes differ
+        elements    float32 [set_size, D]    zero padded
+        mask        bool    [set_size]       True where an element is present
+        index       int64   []               position in this data set
 
     Give a `DataLoader` `collate_fn=as_batch`.
 
-    Attributes: `schema`, `image_size`, `set_size`, `source` (plain types), `image_index` (numbers in the source).
+    Attributes: `schema`, `image_size` (None for input sets), `inputs` (of input sets, else None), `set_size`, `source`
+    (plain types), `image_index` (numbers in the source).
     """
 
     schema: ElementSchema
-    image_size: int
+    image_size: int | None
+    inputs: InputSets | None = None
     set_size: int
     source: dict[str, Any]
     image_index: np.ndarray
@@ -58,8 +62,8 @@ class SetImages(Dataset, ABC):
         if counts.max(initial=0) > self.set_size:
             first = int((counts > self.set_size).argmax())
             raise InputError(
-                f"{name}: image {first} has {counts[first]} objects, but the model holds sets of at most "
-                f"{self.set_size}; use a set size of at least {counts.max()}"
+                f"{name}: {'set' if self.inputs else 'image'} {first} has {counts[first]} objects, but the model holds "
+                f"sets of at most {self.set_size}; use a set size of at least {counts.max()}"
             )
         padding = max(0, self.set_size - elements.shape[1])
         self._elements = np.pad(elements[:, : self.set_size], ((0, 0), (0, padding), (0, 0)))
@@ -71,8 +75,7 @@ class SetImages(Dataset, ABC):
         index = np.asarray(indices, dtype=np.int64)
         # torch.from_numpy shares memory: the image keeps the layout it has on the disk
         elements = torch.from_numpy(self._elements[index])
-        return {
-            "image": self._read(index).permute(0, 3, 1, 2),
+        return self._batch_inputs(index) | {
             "elements": elements,
             "mask": presence_mask(elements),
             "index": torch.from_numpy(index),
@@ -81,13 +84,26 @@ class SetImages(Dataset, ABC):
     def __getitem__(self, index: int) -> Batch:
         return {name: value[0] for name, value in self.__getitems__([range(len(self))[index]]).items()}
 
+    def _batch_inputs(self, index: np.ndarray) -> Batch:
+        """The inputs of a batch by name."""
+        inputs = self._read(index)
+        if self.inputs is None:
+            return {"image": inputs.permute(0, 3, 1, 2)}
+        return set_inputs(inputs, padded=self.inputs.padded)
+
     @abstractmethod
     def camera(self, index: int) -> np.ndarray:
         """Location of the camera of an image, float64 `[3]`, NaN where unknown."""
 
     @abstractmethod
     def _read(self, index: np.ndarray) -> Tensor:
-        """Images uint8 `[batch, S, S, 3]`, as a copy."""
+        """Images uint8 `[batch, S, S, 3]`, or input sets float32 `[batch, M, K]` padded with NaN, as a copy."""
+
+
+def set_inputs(rows: Tensor, *, padded: bool) -> Batch:
+    """The inputs of a batch from sets `[batch, M, K]` that are padded with NaN; with a mask if some are `padded`."""
+    present = ~rows[..., 0].isnan()
+    return {"input": fill_absent(rows, present)} | ({"input_mask": present} if padded else {})
 
 
 def as_batch(batch: Batch) -> Batch:
@@ -124,8 +140,8 @@ def fitting_workers(workers: int, data: Dataset, batch_size: int) -> int:
 class SetFile(SetImages):
     """A file made by `python -m setpred data`.
 
-    The sets are read at once, the images when asked for. Each process opens the file for itself: a forked process
-    closes an inherited handle first, and handles are not pickled. Threads may share the data set.
+    The sets of objects are read at once, the inputs when asked for. Each process opens the file for itself: a forked
+    process closes an inherited handle first, and handles are not pickled. Threads may share the data set.
 
     The layout and every set are checked on opening. The checksum needs all images: `python -m setpred data verify`.
 
@@ -159,13 +175,19 @@ class SetFile(SetImages):
             raise InputError(f"expected at least 1 image, got {images}")
         with open_set_file(path) as file:
             header = read_header(file, path)
+            if image_size is not None and header.image_size is None:
+                raise InputError(
+                    f"expected images of {image_size}x{image_size}, but {path} has {header.noun}s; leave out image_size"
+                )
             if image_size is not None and header.image_size != image_size:
                 raise InputError(
                     f"expected images of {image_size}x{image_size}, but {path} has {header.image_size}x"
                     f"{header.image_size}; make it again with --image-size {image_size}, or set the image size to it"
                 )
             self.schema = header.schema if schema is None else schema
-            self.image_size, self.source = header.image_size, dict(header.source)
+            self.image_size, self.inputs, self.source = header.image_size, header.inputs, dict(header.source)
+            shape, kind = next(iter(header.layout().values()))
+            self._shape, self._type = shape[1:], np.dtype(kind)  # of an input
             rows = read_sets(file, header, path, images)
             self.image_index, self._cameras = rows.index, rows.camera
             try:
@@ -173,7 +195,7 @@ class SetFile(SetImages):
             except InputError as error:
                 raise InputError(f"{path} holds elements of another schema than the model: {error}") from error
             self._keep(elements, set_size, path)
-        size = len(self) * self.image_size**2 * 3
+        size = len(self) * math.prod(self._shape) * self._type.itemsize
         self.in_memory = size < IN_MEMORY_BYTES if in_memory is None else in_memory
 
     def camera(self, index: int) -> np.ndarray:
@@ -193,13 +215,15 @@ class SetFile(SetImages):
         if self._images is not None and device in (None, self._images.device):
             return
         device = torch.device("cpu" if device is None else device)
-        shape = (len(self), self.image_size, self.image_size, 3)
-        if device.type == "cuda" and (size := math.prod(shape)) > (free := torch.cuda.mem_get_info(device)[0]):
+        shape = (len(self), *self._shape)
+        size = math.prod(shape) * self._type.itemsize
+        if device.type == "cuda" and size > (free := torch.cuda.mem_get_info(device)[0]):
             raise InputError(
-                f"the {len(self)} images of {self.path} take {size / 1e9:.1f} GB, but {device} has {free / 1e9:.1f} GB "
+                f"the {len(self)} {'images' if self.inputs is None else 'inputs'} of {self.path} take "
+                f"{size / 1e9:.1f} GB, but {device} has {free / 1e9:.1f} GB "
                 'free; keep them in the host\'s memory (in_memory: true instead of "device"), or use fewer images'
             )
-        images = torch.empty(shape, dtype=torch.uint8, device=device)
+        images = torch.empty(shape, dtype=torch.from_numpy(np.empty(0, self._type)).dtype, device=device)
         for start in range(0, len(self), BLOCK):  # the host's memory never has all of them at once
             rows = np.arange(start, min(start + BLOCK, len(self)))
             images[start : start + BLOCK] = torch.from_numpy(self._stored(rows))
@@ -220,7 +244,9 @@ class SetFile(SetImages):
             self._handle = open_set_file(self.path)
             _opened.add(self)
         try:
-            return read_images(self._handle, index)
+            return read_inputs(self._handle, index)
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from error
         except (OSError, RuntimeError) as error:
             raise InputError(f"{self.path} is damaged ({error}); copy or make it again") from error
 
@@ -275,7 +301,7 @@ class ClevrImages(SetImages):
 def open_data(
     path: str | os.PathLike[str],
     *,
-    image_size: int,
+    image_size: int | None,
     split: str = "val",
     schema: ElementSchema = CLEVR,
     in_memory: bool | None = None,
@@ -284,11 +310,16 @@ def open_data(
     """Open the data set at `path`: a prepared file, or a split of a CLEVR_v1.0 folder.
 
     Args:
+        image_size: side of the images; None for input sets.
         size: `set_size` and `images`, as of `SetFile`.
 
     Raises:
-        InputError: neither, or what `SetFile` and `ClevrImages` raise.
+        InputError: neither; images where sets are expected, or the other way round; or what `SetFile` and
+            `ClevrImages` raise.
     """
-    if Path(path).is_dir():
+    folder = Path(path).is_dir()
+    if folder and image_size is not None:
         return ClevrImages(path, split=split, image_size=image_size, schema=schema, **size)
+    if image_size is None and (folder or file_header(path).inputs is None):
+        raise InputError(f"expected a file of sets as inputs, but {path} has images; give other data or another model")
     return SetFile(path, image_size=image_size, schema=schema, in_memory=in_memory, **size)

@@ -1,14 +1,16 @@
-"""The file format of prepared images: what is in it, opening it, checking it.
+"""The file format of prepared data: what is in it, opening it, checking it.
 
-An HDF5 file of n square images of side S with their sets (N = schema.max_objects, D = schema.set_dim):
+An HDF5 file of n examples with their sets (N = schema.max_objects, D = schema.set_dim):
 
-    images    uint8   [n, S, S, 3]   one chunk per image
+    images    uint8   [n, S, S, 3]   square images of side S, one chunk per image; or
+    inputs    float32 [n, M, K]      sets of up to M vectors of K numbers, in their units, padded with NaN
     elements  float32 [n, N, D]      as `ElementSchema.encode` writes them: present first, zero padded
     camera    float64 [n, 3]         location of the camera, NaN where unknown
-    index     int64   [n]            number of the image in its source
+    index     int64   [n]            number of the example in its source
 
-and the attributes `format`, `version`, `schema` and `source` (JSON), `images` and `objects` (counts), `image_size`,
-`producer` (a fingerprint of what made the images) and `sha256` (of header and rows).
+and the attributes `format`, `version`, `schema` and `source` (JSON), `images` (n) and `objects` (counts), `image_size`
+or `inputs` (JSON of `InputSets`), `producer` (a fingerprint of what made the inputs) and `sha256` (of header and rows).
+The version is 1 for images and 2 for sets as inputs.
 
 The images are not compressed. On 128x128 Blender renderings LZF halves the file (full CLEVR: 3.4 GB) and makes a batch
 of 128 random images ten times as slow to read (17 ms against 1.7 ms).
@@ -20,25 +22,25 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
 
-from setpred.errors import InputError, reason, shown
+from setpred.errors import InputError, plural, reason, shown
 from setpred.files import LARGEST_IMAGE, parse_json
-from setpred.schema import PRESENCE, ElementSchema
+from setpred.schema import LARGEST_SIZE, PRESENCE, ElementSchema
 
-FORMAT, VERSION = "setpred", 1
+FORMAT, VERSIONS = "setpred", (1, 2)  # of images; of sets as inputs
 BLOCK = 256  # images per read
 MOST_IMAGES = 10**8  # of a file, read or made: a slip of the finger should not fill a disk
 LONGEST_TEXT = 1_000_000  # characters of an attribute; schema and source of ours have a few hundred
 
 
 class Record(NamedTuple):
-    """One row of a file, or several with an axis in front."""
+    """One row of a file, or several with an axis in front; `image` is an input set in files of these."""
 
     image: np.ndarray
     elements: np.ndarray
@@ -47,23 +49,92 @@ class Record(NamedTuple):
 
 
 @dataclass(frozen=True)
+class InputSets:
+    """Inputs that are sets of vectors: their sizes, and offset and scale of each number, which models normalise by.
+
+    A single vector is a set of one element.
+    """
+
+    least: int  # elements of the smallest set
+    most: int
+    offset: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        sizes = (self.least, self.most, self.dim)
+        if (
+            any(type(size) is not int for size in sizes)
+            or not 0 <= self.least <= self.most
+            or max(sizes) > LARGEST_SIZE
+        ):
+            raise InputError(f"expected input sets of 0 to {LARGEST_SIZE} elements and numbers, got {shown(sizes)}")
+        finite = all(math.isfinite(number) for number in (*self.offset, *self.scale))
+        if not (self.most >= 1 and len(self.scale) == self.dim >= 1 and finite and min(self.scale) > 0):
+            raise InputError("expected input sets with an offset and a scale above 0 for each number of an element")
+
+    @property
+    def dim(self) -> int:
+        """Numbers of an element."""
+        return len(self.offset)
+
+    @property
+    def noun(self) -> str:
+        """An input in one word."""
+        return "vector" if self.most == self.least == 1 else "set"
+
+    @property
+    def padded(self) -> bool:
+        """Whether the sets differ in size."""
+        return self.least < self.most
+
+    def __str__(self) -> str:
+        numbers = plural(self.dim, "number")
+        if self.noun == "vector":
+            return f"of {numbers}"
+        return f"of {f'{self.least} to ' if self.padded else ''}{plural(self.most, 'element')} of {numbers}"
+
+
+@dataclass(frozen=True)
 class Header:
-    """The description of a file, known before the first image is written. `source` has plain types only."""
+    """The description of a file, known before the first row is written. `source` has plain types only.
+
+    `images` counts the examples. These have images of side `image_size`, or else `inputs`.
+    """
 
     images: int
-    image_size: int
+    image_size: int | None
     schema: ElementSchema
     source: Mapping[str, Any]
+    inputs: InputSets | None = None
+
+    @property
+    def version(self) -> int:
+        return VERSIONS[self.inputs is not None]
+
+    @property
+    def noun(self) -> str:
+        """An input in one word."""
+        return "image" if self.inputs is None else self.inputs.noun
+
+    def __str__(self) -> str:
+        size = f"of {self.image_size}x{self.image_size}" if self.inputs is None else str(self.inputs)
+        return f"{plural(self.images, self.noun)} {size}"
+
+    def sizes(self) -> dict[str, Any]:
+        """The attributes about the inputs."""
+        own = {"image_size": self.image_size} if self.inputs is None else {"inputs": plain_json(asdict(self.inputs))}
+        return {"version": self.version, "images": self.images} | own
 
     def to_json(self) -> str:
-        content = {"version": VERSION, "images": self.images, "image_size": self.image_size}
-        return plain_json(content | {"schema": self.schema.to_dict(), "source": dict(self.source)})
+        return plain_json(self.sizes() | {"schema": self.schema.to_dict(), "source": dict(self.source)})
 
     def layout(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """Shape and type of every array."""
-        n, side = self.images, self.image_size
-        return {
-            "images": ((n, side, side, 3), "|u1"),
+        """Shape and type of every array; that of the inputs is the first."""
+        n, side, sets = self.images, self.image_size, self.inputs
+        first = (
+            {"images": ((n, side, side, 3), "|u1")} if sets is None else {"inputs": ((n, sets.most, sets.dim), "<f4")}
+        )
+        return first | {
             "elements": ((n, self.schema.max_objects, self.schema.set_dim), "<f4"),
             "camera": ((n, 3), "<f8"),
             "index": ((n,), "<i8"),
@@ -124,10 +195,13 @@ def read_header(file: h5py.File, path: str | os.PathLike[str]) -> Header:
     with _reading(path):
         if "format" not in file.attrs or _attribute(file, "format", str) != FORMAT:
             raise InputError(f"{path} is an HDF5 file, but not one of setpred's; make one with python -m setpred data")
-        if (version := _attribute(file, "version", int)) != VERSION:
-            raise InputError(f"{path} has format version {version}, this setpred reads {VERSION}; prepare it again")
+        if (version := _attribute(file, "version", int)) not in VERSIONS:
+            raise InputError(
+                f"{path} has format version {version}, this setpred reads {' and '.join(map(str, VERSIONS))}; prepare "
+                "it again"
+            )
         try:
-            header = _parse_header(file)
+            header = _parse_header(file, version)
         except InputError as error:
             raise InputError(f"{path} is damaged: {error}; copy or make it again") from error
         for name, (shape, dtype) in header.layout().items():
@@ -136,14 +210,28 @@ def read_header(file: h5py.File, path: str | os.PathLike[str]) -> Header:
     return header
 
 
-def _parse_header(file: h5py.File) -> Header:
+def _parse_header(file: h5py.File, version: int) -> Header:
     described, source = (parse_json(_attribute(file, name, str), f"its {name}") for name in ("schema", "source"))
     if not isinstance(source, dict):
         raise InputError(f"its source is {shown(source)}, expected an object of JSON")
-    images, image_size = (_attribute(file, name, int) for name in ("images", "image_size"))
+    schema, images = ElementSchema.from_dict(described), _attribute(file, "images", int)
+    if version == VERSIONS[1]:
+        if not 1 <= images <= MOST_IMAGES:
+            raise InputError(f"it claims {images} sets")
+        return Header(images, None, schema, source, _parse_inputs(_attribute(file, "inputs", str)))
+    image_size = _attribute(file, "image_size", int)
     if not (1 <= images <= MOST_IMAGES and 1 <= image_size <= LARGEST_IMAGE):
         raise InputError(f"it claims {images} images of side {image_size}")
-    return Header(images, image_size, ElementSchema.from_dict(described), source)
+    return Header(images, image_size, schema, source)
+
+
+def _parse_inputs(text: str) -> InputSets:
+    found = parse_json(text, "its description of inputs")
+    try:
+        offset, scale = (tuple(map(float, found[name])) for name in ("offset", "scale"))
+        return InputSets(found["least"], found["most"], offset, scale)
+    except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise InputError(f"its description of inputs is {shown(found)} ({reason(error)})") from error
 
 
 def _attribute(file: h5py.File, name: str, kind: type) -> Any:
@@ -212,27 +300,41 @@ def read_sets(file: h5py.File, header: Header, path: str | os.PathLike[str], ima
     return rows
 
 
-def read_images(file: h5py.File, index: np.ndarray) -> np.ndarray:
-    """Read the images of these numbers, in this order.
+def read_inputs(file: h5py.File, index: np.ndarray) -> np.ndarray:
+    """Read the images, or the input sets padded with NaN, of these numbers, in this order.
 
     One by one in the file's order: HDF5's own selection takes 383 ms for a batch of 128 random images, this 1.7 ms.
+
+    Raises:
+        InputError: an input set with a number that is not finite.
     """
-    stored = file["images"]
-    images = np.empty((len(index), *stored.shape[1:]), dtype=np.uint8)
-    for position in np.argsort(index, kind="stable"):
-        images[position] = stored[index[position]]
-    return images
+    if "images" in file:
+        stored = file["images"]
+        images = np.empty((len(index), *stored.shape[1:]), dtype=np.uint8)
+        for position in np.argsort(index, kind="stable"):
+            images[position] = stored[index[position]]
+        return images
+    stored, positions = file["inputs"], np.argsort(index, kind="stable")
+    inputs = np.empty((len(index), *stored.shape[1:]), dtype=np.float32)
+    ends = np.flatnonzero(np.diff(index[positions]) != 1) + 1
+    for run in filter(len, np.split(positions, ends)):  # rows that follow each other, in one read
+        inputs[run] = stored[index[run[0]] : index[run[-1]] + 1]
+    absent = np.isnan(inputs)
+    if (wrong := (np.isinf(inputs) | (absent != absent[..., :1])).any((1, 2))).any():
+        raise InputError(f"the input of example {index[wrong.argmax()]} has numbers that are not finite; make it again")
+    return inputs
 
 
 class Checksum:
-    """SHA-256 over the header, then image, elements, camera and index of every row in order."""
+    """SHA-256 over the header, then image or input set, elements, camera and index of every row in order."""
 
     def __init__(self, header: Header) -> None:
         self._hash = hashlib.sha256(header.to_json().encode())
+        self._types = [dtype for _, dtype in header.layout().values()]
 
-    def update(self, images: np.ndarray, elements: np.ndarray, camera: np.ndarray, index: np.ndarray) -> None:
-        for row in zip(images, elements, camera, index, strict=True):
-            for part, dtype in zip(row, ("|u1", "<f4", "<f8", "<i8"), strict=True):
+    def update(self, inputs: np.ndarray, elements: np.ndarray, camera: np.ndarray, index: np.ndarray) -> None:
+        for row in zip(inputs, elements, camera, index, strict=True):
+            for part, dtype in zip(row, self._types, strict=True):
                 self._hash.update(np.ascontiguousarray(part, dtype=dtype).data)
 
     def hexdigest(self) -> str:
@@ -251,7 +353,7 @@ def verify(path: str | os.PathLike[str]) -> Header:
         with _reading(path):
             for start in range(0, header.images, BLOCK):
                 some = slice(start, min(start + BLOCK, header.images))
-                checksum.update(read_images(file, np.arange(some.start, some.stop)), *(part[some] for part in rows))
+                checksum.update(read_inputs(file, np.arange(some.start, some.stop)), *(part[some] for part in rows))
             objects, digest = _attribute(file, "objects", int), _attribute(file, "sha256", str)
     present = int(header.schema.values(rows.elements, PRESENCE).sum())
     if checksum.hexdigest() != digest or present != objects:
@@ -282,21 +384,21 @@ def describe(path: str | os.PathLike[str]) -> str:
     with open_set_file(path) as file:
         header = read_header(file, path)
         rows, checksum = read_sets(file, header, path), _attribute(file, "sha256", str)
-    schema, size = header.schema, header.image_size
+    schema = header.schema
     present = schema.values(rows.elements, PRESENCE) > 0.5
     objects = rows.elements[present]
+    known = int(np.isfinite(rows.camera).all(1).sum())
     source = ((key, " to ".join(map(str, v)) if isinstance(v, list) else v) for key, v in header.source.items())
     lines = [
-        f"{path}: {header.images} images of {size}x{size}, {len(objects)} objects, "
-        f"{Path(path).stat().st_size / 1e6:.1f} MB",
-        f"schema    {schema.name}: {schema.set_dim} numbers, up to {schema.max_objects} objects; "
+        f"{path}: {header}, {plural(len(objects), 'object')}, {Path(path).stat().st_size / 1e6:.1f} MB",
+        f"schema    {schema.name}: {schema.set_dim} numbers, up to {plural(schema.max_objects, 'object')}; "
         + ", ".join([*(f"{field.name} ({field.size})" for field in schema.fields), f"{PRESENCE} (1)"]),
         "source    " + ", ".join(f"{key} {value}" for key, value in source),
-        f"cameras   known for {np.isfinite(rows.camera).all(1).sum()} images",
+        *([f"cameras   known for {plural(known, 'image')}"] if known else []),
         f"sha256    {checksum}",
     ]
     counts = np.bincount(present.sum(1))
-    lines += ["", "objects per image", *_bars([(str(n), count) for n, count in enumerate(counts) if count])]
+    lines += ["", f"objects per {header.noun}", *_bars([(str(n), count) for n, count in enumerate(counts) if count])]
     for field in schema.categorical:
         counts = np.bincount(schema.values(objects, field.name), minlength=field.size)
         lines += ["", field.name, *_bars(list(zip(field.classes, counts, strict=True)))]

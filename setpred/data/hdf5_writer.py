@@ -1,4 +1,4 @@
-"""Writing a file of prepared images: complete or not at all, in shards, so that an interrupted job resumes."""
+"""Writing a file of prepared data: complete or not at all, in shards, so that an interrupted job resumes."""
 
 import math
 import os
@@ -11,7 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from setpred.data.hdf5 import FORMAT, VERSION, Checksum, Header, Record, plain_json, verify
+from setpred.data.hdf5 import FORMAT, Checksum, Header, Record, plain_json, verify
 from setpred.data.shards import FINISHED, finished_shards
 from setpred.errors import InputError
 from setpred.files import make_folder, publish, writing
@@ -31,13 +31,13 @@ def write_set_file(
     workers: int = 0,
     force: bool = False,
 ) -> str:
-    """Write a row for each item to `path`, with progress.
+    """Write the rows that `make` gives for the items to `path`, with progress.
 
     Shards of rows go to the folder `path` + ".partial"; an interrupted call, repeated, makes those that are missing.
     The file is assembled from them, read back, and only then takes its name. Until then the disk holds it twice.
 
     Args:
-        items: as many as `header.images`, in the order of the rows.
+        items: what `make` turns into `header.images` rows, in their order; one for each row, or for a block of them.
         make: the rows of some items; picklable.
         producer: fingerprint of the code that makes the rows: rows of two versions are not mixed.
         workers: processes that make rows; 0 works in this one.
@@ -58,7 +58,8 @@ def write_set_file(
     folder = path.with_name(path.name + ".partial")
     _check_space(path, folder, header)
     job = plain_json({"producer": producer, "header": header.to_json()})
-    options = {"pixels": header.image_size**2, "workers": workers, "description": description}
+    numbers = math.prod(next(iter(header.layout().values()))[0][1:])  # of an input
+    options = {"pixels": max(1, numbers // 3), "workers": workers, "description": description}
     with (
         writing(path, hint=f"; the complete shards stay in {folder.name}, run the same command again to resume"),
         finished_shards(folder, items, partial(_save_rows, make), _load_rows, job=job, **options) as shards,
@@ -72,8 +73,7 @@ def write_set_file(
 def create_arrays(file: h5py.File, header: Header, producer: str) -> None:
     """Give an empty file its description, and arrays without content that have their place already."""
     content = {"schema": plain_json(header.schema.to_dict()), "source": plain_json(dict(header.source))}
-    content |= {"format": FORMAT, "version": VERSION, "images": header.images, "image_size": header.image_size}
-    file.attrs.update(content | {"producer": producer})
+    file.attrs.update(content | {"format": FORMAT} | header.sizes() | {"producer": producer})
     for name, (shape, dtype) in header.layout().items():
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
