@@ -1,19 +1,24 @@
 """Encoders from image or set to a latent vector or to tokens, and their trunks."""
 
 from setpred.encoders.cnn import ResidualTrunk, SlotTrunk, SmallCNN, SmallTrunk
+from setpred.encoders.elements import Elements, ElementTokens, Normalised, SetTokens, WindowTokens
 from setpred.encoders.resnet import ResNet, ResNetTrunk
-from setpred.encoders.tokens import Elements, PositionedTokens, Tokens, Votes, position_grid
+from setpred.encoders.tokens import PositionedTokens, Tokens, Votes, position_grid
 
 __all__ = [
+    "ElementTokens",
     "Elements",
+    "Normalised",
     "PositionedTokens",
     "ResNet",
     "ResNetTrunk",
     "ResidualTrunk",
+    "SetTokens",
     "SlotTrunk",
     "SmallCNN",
     "SmallTrunk",
     "Tokens",
     "Votes",
+    "WindowTokens",
     "position_grid",
 ]

@@ -1,10 +1,10 @@
-"""Encoders from image or set to tokens: positions of a map, elements, votes."""
+"""Encoders from image to tokens, the positions of a map; and the votes of tokens."""
 
 import torch
 from torch import Tensor, nn
 
 from setpred.nn import MLP
-from setpred.sets import check_set
+from setpred.sets import token_mask
 
 
 def position_grid(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
@@ -71,23 +71,6 @@ class PositionedTokens(Tokens):
         return self.network(self.norm(token_rows(features) + self.position(grid)))
 
 
-class Elements(nn.Module):
-    """Encoder that returns the elements of an input set as tokens, unchanged.
-
-    Args:
-        set_dim: numbers of an element.
-    """
-
-    def __init__(self, *, set_dim: int) -> None:
-        super().__init__()
-        self.in_dim = self.token_dim = set_dim
-
-    def forward(self, elements: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`[batch, n, set_dim]` and bool `[batch, n]` -> `[batch, n, set_dim]`."""
-        check_set(elements, mask, set_dim=self.in_dim)
-        return elements
-
-
 class Votes(nn.Module):
     """Encoder that predicts, from each token, its element v, the precisions p of v, and the mass m of its vote.
 
@@ -124,6 +107,7 @@ class Votes(nn.Module):
         """
         tokens = self.tokens(inputs) if mask is None else self.tokens(inputs, mask)
         if mask is not None:  # padding may hold NaN
+            mask = token_mask(mask, tokens.shape[1])
             tokens = tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
         with torch.autocast(tokens.device.type, enabled=False):
             outputs = self.network(self.norm(tokens.to(self.norm.weight.dtype)))
