@@ -62,21 +62,44 @@ def _compare(json: Path | None, **options: Any) -> None:
 
 
 def _import(
-    out: Path, csv: Path | None, coco: Path | None, schema: Path | None, categorical: list[str], **options: Any
+    out: Path,
+    csv: Path | None,
+    coco: Path | None,
+    npz: Path | None,
+    schema: Path | None,
+    categorical: list[str],
+    images: Path | None,
+    xy: str | None,
+    workers: int,
+    **options: Any,
 ) -> None:
     from setpred.checkpoint.untrusted import read_yaml
     from setpred.data.hdf5 import describe, file_header
-    from setpred.data.importing import import_images, read_coco, read_csv
-    from setpred.data.overrides import Overrides
 
-    if (csv is None) == (coco is None):
-        raise InputError("expected one of --csv and --coco, got " + ("none" if csv is None else "both"))
-    table = read_csv(csv, categorical=categorical) if csv is not None else read_coco(coco)
-    if schema is not None and schema.suffix.lower() in (".yaml", ".yml"):
-        options["overrides"] = Overrides.of(read_yaml(schema, "a schema with name, max_objects or fields"), str(schema))
-    elif schema is not None:
-        options["schema"] = file_header(schema).schema
-    import_images(table, out=out, **options)
+    given = [name for name, source in (("--csv", csv), ("--coco", coco), ("--npz", npz)) if source is not None]
+    if len(given) != 1:
+        raise InputError(f"expected one of --csv, --coco and --npz, got {' and '.join(given) or 'none'}")
+    described = schema is not None and schema.suffix.lower() in (".yaml", ".yml")
+    header = None if schema is None or described else file_header(schema)
+    options["schema"] = None if header is None else header.schema
+    if npz is not None:
+        from setpred.data.arrays import import_arrays
+
+        unused = {"--images": images, "--xy": xy, "--categorical": categorical, f"--schema {schema}": described}
+        if unused := [name for name, value in unused.items() if value]:
+            raise InputError(f"{unused[0]}: expected --csv or --coco with it, got --npz; leave it out")
+        import_arrays(npz, out, inputs=None if header is None else header.inputs, **options)
+    else:
+        from setpred.data.importing import import_images, read_coco, read_csv
+        from setpred.data.overrides import Overrides
+
+        if images is None:
+            raise InputError(f"{given[0]}: expected the folder of the images with it; pass --images FOLDER")
+        table = read_csv(csv, categorical=categorical) if csv is not None else read_coco(coco)
+        if described:
+            content = read_yaml(schema, "a schema with name, max_objects or fields")
+            options["overrides"] = Overrides.of(content, str(schema))
+        import_images(table, images, out, xy=xy, workers=workers, **options)
     print(describe(out))
 
 
@@ -84,7 +107,7 @@ def _verify(file: Path) -> None:
     from setpred.data.hdf5 import verify
 
     header = verify(file)
-    print(f"{file}: {header.images} images of {header.image_size}x{header.image_size}, content as written")
+    print(f"{file}: {header}, content as written")
 
 
 def _info(file: Path) -> None:
@@ -96,7 +119,7 @@ def _info(file: Path) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="setpred data",
-        description="Make, check and describe the HDF5 files of images and object sets that setpred learns from.",
+        description="Make, check and describe the HDF5 files of inputs and object sets that setpred learns from.",
         epilog="Files appear under their name only when complete; an interrupted command, run again, resumes.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -138,13 +161,14 @@ def _parser() -> argparse.ArgumentParser:
     imported = command(
         "import",
         _import,
-        "import annotated images: CSV tables or COCO JSON",
-        "The columns of a table become the fields of a schema, which is inferred and printed: docs/own_data.md. Images "
-        "keep their aspect ratio: they are padded to squares and resized.",
+        "import annotated images, or arrays: CSV tables, COCO JSON, .npz files",
+        "The columns of a table, or the arrays of a file, become the fields of a schema, which is printed: "
+        "docs/own_data.md. Images keep their aspect ratio: they are padded to squares and resized.",
     )
     imported("--csv", type=Path, metavar="FILE", help="table of all images, or a folder with one table per image")
     imported("--coco", type=Path, metavar="FILE", help="COCO JSON, instead of --csv")
-    imported("--images", type=Path, required=True, metavar="FOLDER", help="folder of the images")
+    imported("--npz", type=Path, metavar="FILE", help="arrays of sets, vectors or images, .npz or HDF5, instead")
+    imported("--images", type=Path, metavar="FOLDER", help="folder of the images of --csv or --coco")
     imported("--image-size", type=int, metavar="S", help="side of the stored images (default: 64, or 128 if larger)")
     imported("--schema", type=Path, metavar="FILE", help="FILE.h5: take its schema; FILE.yaml: override the inferred")
     imported(

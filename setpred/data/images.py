@@ -114,7 +114,11 @@ def load_image(
         padded: pad it with black at right and bottom to a square first, which keeps its aspect ratio; transparent
             pixels become black.
     """
-    image = read_image(path, advice=advice)
+    return fitted(read_image(path, advice=advice), image_size, padded=padded)
+
+
+def fitted(image: Image.Image, image_size: int, *, padded: bool = False) -> np.ndarray:
+    """Resize an image to uint8 `[image_size, image_size, 3]`; see `load_image`."""
     if padded and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)

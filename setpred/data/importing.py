@@ -436,8 +436,7 @@ def import_images(
     Raises:
         InputError: an image that is missing or damaged; an unknown class; a set larger than the schema's.
     """
-    if image_size is not None and not 8 <= image_size <= LARGEST_IMAGE:
-        raise InputError(f"expected an image size from 8 to {LARGEST_IMAGE}, got {image_size}")
+    checked_image_size(image_size, SMALL)
     paths = _match(table, Path(images))
     sizes = {name: read_image(path, advice=REPAIR).size for name, path in paths.items()}
     layout = _Layout.of(table, xy)
@@ -453,7 +452,7 @@ def import_images(
     objects = _objects(table, layout, units, sizes, side)
     overrides = overrides or Overrides()
     schema = _inferred(table, layout, units, objects, side, overrides, say) if schema is None else schema
-    size = (SMALL if max(map(max, sizes.values())) <= SMALL else 2 * SMALL) if image_size is None else image_size
+    size = checked_image_size(image_size, max(map(max, sizes.values())))
     elements = np.zeros((len(paths), schema.max_objects, schema.set_dim), np.float32)
     for number, name in enumerate(paths):
         found = objects.get(name, [])
@@ -560,6 +559,15 @@ def _objects(
     return found
 
 
+def checked_image_size(image_size: int | None, side: int) -> int:
+    """The side of the stored images: that asked for, else 64 for images of a `side` of at most 64, else 128."""
+    if image_size is None:
+        return SMALL if side <= SMALL else 2 * SMALL
+    if not 8 <= image_size <= LARGEST_IMAGE:
+        raise InputError(f"expected an image size from 8 to {LARGEST_IMAGE}, got {image_size}")
+    return image_size
+
+
 def _inferred(
     table: Table,
     layout: _Layout,
@@ -587,7 +595,7 @@ def _inferred(
             made = continuous(name, 2, optional=optional, scale=side / 2, offset=offset, **options)
         else:
             allowed = ("unit", "scale", "offset", "tolerance", *(("period",) if name in numbers else ()))
-            made = _number_field(name, values, optional, overrides.options(name, *allowed), say)
+            made = number_field(name, values, optional, overrides.options(name, *allowed), say)
         fields.append(made)
     for name in labels:
         fields.append(categorical(name, *overrides.classes(name, table.classes[name])))
@@ -602,7 +610,7 @@ def _inferred(
     )
 
 
-def _number_field(
+def number_field(
     name: str, values: np.ndarray, optional: bool, options: dict[str, Any], say: Callable[[str], None]
 ) -> Field:
     """A field whose scale is the range of its values, or which has a period."""
