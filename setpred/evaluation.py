@@ -2,19 +2,21 @@
 
 Libraries choose the routine of a matrix product by its size, and each routine rounds differently. A rounding error of
 1e-7 is mostly harmless, but near a watershed of the inner objective it makes the descent end in another set. So every
-pass through the model has the same shape: `PASS` images, of which a smaller batch repeats its last one.
+pass through the model has the same shape: `PASS` images, of which a smaller batch repeats its last one. Input sets of
+different sizes are grouped: each is padded to the next power of two, whatever the sizes of the others.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from setpred.data.dataset import SetImages, as_batch, fitting_workers
-from setpred.errors import InputError, listed
+from setpred.errors import InputError, listed, plural
 from setpred.metrics import (
     attribute_report,
     average_precision,
@@ -25,10 +27,10 @@ from setpred.metrics import (
     right_predictions,
     threshold_name,
 )
-from setpred.model import SetPredictor
+from setpred.model import SetPredictor, inputs_of
 from setpred.progress import progress
 from setpred.schema import UNCALIBRATED, Calibration, ElementSchema
-from setpred.sets import presence_mask
+from setpred.sets import presence_mask, present_first, set_sizes
 
 PASS = 64  # images; a pass of 128 takes 0.8 of the time per image, a pass of 1 ten times as much
 PROTOCOLS = {"dataset": average_precision, "per-image": average_precision_per_image}
@@ -71,13 +73,13 @@ def predict(
     workers = fitting_workers(workers, data, batch_size)
     loader = DataLoader(data, batch_size=batch_size, num_workers=workers, collate_fn=as_batch)
     predicted, target, indices = [], [], []
-    for batch in progress(loader, total=len(loader), description=f"predicting {len(data)} images, batches"):
-        images = batch["image"].to(device, non_blocking=True)
-        elements = predict_in_passes(model, images, iterations=iterations)
+    for batch in progress(loader, total=len(loader), description=f"predicting {len(data)} inputs, batches"):
+        inputs, mask = (part if part is None else part.to(device, non_blocking=True) for part in inputs_of(batch))
+        elements = predict_in_passes(model, inputs, mask=mask, iterations=iterations)
         if not elements.isfinite().all():
             wrong = batch["index"][~elements.isfinite().flatten(1).all(1)].tolist()
             raise InputError(
-                f"the model predicts numbers that are not finite for images {listed(wrong)} of the data; use another "
+                f"the model predicts numbers that are not finite for inputs {listed(wrong)} of the data; use another "
                 "checkpoint, or fewer --iterations where its descent diverges"
             )
         predicted.append(elements)
@@ -91,25 +93,47 @@ def for_evaluation(model: SetPredictor, device: torch.device) -> SetPredictor:
     return model.to(device, memory_format=torch.channels_last).eval()  # the faster layout for convolutions
 
 
-def predict_in_passes(model: SetPredictor, images: Tensor, *, iterations: int | None = None) -> Tensor:
-    """Predict the set of each image, `PASS` images at a time.
+def predict_in_passes(
+    model: SetPredictor, inputs: Tensor, *, mask: Tensor | None = None, iterations: int | None = None
+) -> Tensor:
+    """Predict the set of each image or input set, `PASS` of them at a time.
 
     On a GPU the encoder runs in bfloat16, all else in float32.
 
     Args:
         model: a model in evaluation mode.
-        images: `[batch, 3, H, W]`, on the model's device.
+        inputs: images `[batch, 3, H, W]`, or sets `[batch, n, in_dim]`, on the model's device.
+        mask: present elements of the sets, bool `[batch, n]`; without, the sets have one size.
         iterations: descent steps; the decoder's own number by default.
 
     Returns:
         float32 `[batch, set_size, set_dim]` on the CPU.
     """
-    found = []
-    with torch.no_grad(), encoder_autocast(images.device):
-        for some in images.split(PASS):
-            elements = model(pad_to_pass(some), iterations=iterations)
-            found.append(elements[: len(some)].float().cpu())
-    return torch.cat(found)
+    found, order = [], []
+    with torch.no_grad(), encoder_autocast(inputs.device):
+        for group, rows, present in _of_one_width(inputs, mask):
+            order.append(group)
+            for start in range(0, len(rows), PASS):
+                some, masked = (part if part is None else part[start : start + PASS] for part in (rows, present))
+                options = {} if masked is None else {"mask": pad_to_pass(masked)}
+                elements = model(pad_to_pass(some), iterations=iterations, **options)
+                found.append(elements[: len(some)].float().cpu())
+    return torch.cat(found)[torch.cat(order).argsort()]
+
+
+def _of_one_width(inputs: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Yield positions in the batch, inputs and mask of the inputs of each width."""
+    if mask is None:
+        yield torch.arange(len(inputs)), inputs, None
+        return
+    rows, present = present_first(inputs, mask)
+    # as Python's numbers: a float's logarithm may miss a power of two
+    widths = torch.tensor([1 << max(0, size - 1).bit_length() for size in set_sizes(rows, present).int().tolist()])
+    missing = max(0, int(widths.max()) - rows.shape[1])
+    rows, present = functional.pad(rows, (0, 0, 0, missing)), functional.pad(present, (0, missing))
+    for width in widths.unique().tolist():
+        group = (widths == width).nonzero()[:, 0]
+        yield group, rows[group, :width], present[group, :width]
 
 
 def pad_to_pass(rows: Tensor) -> Tensor:
@@ -157,14 +181,14 @@ def report(
 
 
 def format_report(result: dict[str, Any]) -> str:
-    """Format what `report` returns, with the name of its "data", as text."""
-    details = result["attributes"]
+    """Format what `report` returns, with the name of its "data" and the noun of its "inputs" (image), as text."""
+    details, noun = result["attributes"], result.get("inputs", "image")
     shares = {"all": details["all_attributes"], **details["accuracy"]}
     distances = {name: value for name, value in details["distance"].items() if not math.isnan(value)}
     asked = ", ".join(f"{name} within {most:g}" for name, most in result.get("within", {}).items())
     unit = f" {details['unit']}" if details["unit"] else ""
     lines = [
-        f"AP on {result['images']} images of {result['data']}",
+        f"AP on {plural(result['images'], noun)} of {result['data']}",
         f"protocol {result['protocol']}: {PROTOCOL_MEANING[result['protocol']]}",
         *([f"a prediction also needs {asked}"] if asked else []),
         "",
@@ -178,7 +202,7 @@ def format_report(result: dict[str, Any]) -> str:
         "  distance under   " + ", ".join(f"{name}: {100 * share:.1f} %" for name, share in details["within"].items()),
         *(_field_line(name, error) for name, error in details["errors"].items()),
         f"  presence         {100 * details['presence_accuracy']:.1f} % of slots right, "
-        f"the count right in {100 * details['count_exact']:.1f} % of images",
+        f"the count right in {100 * details['count_exact']:.1f} % of {noun}s",
     ]
     calibration = result["calibration"]
     if calibration["predictions"]:
@@ -188,7 +212,7 @@ def format_report(result: dict[str, Any]) -> str:
         )
     if result["without_slot"]:
         lines.append(
-            f"  note: {result['without_slot']} real objects are in images with more objects than the model has slots; "
+            f"  note: {result['without_slot']} real objects are in {noun}s with more objects than the model has slots; "
             "they count as missed"
         )
     return "\n".join(lines)

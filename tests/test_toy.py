@@ -509,7 +509,7 @@ def test_trains_and_follows_the_loss(tmp_path):
     loaded = checkpoint.load_checkpoint(folder / "best.ckpt")
     assert loaded.schema is None
     assert loaded.model(torch.zeros(2, 8, 4)).shape == (2, 8, 4)
-    with pytest.raises(InputError, match="toy data without images"):
+    with pytest.raises(InputError, match="elements without a schema, as of the toy tasks"):
         evaluate([str(folder / "best.ckpt")])
     with pytest.raises(InputError, match="predicts sets of 8, the data has sets of 4"):
         run(tmp_path / "misfit", "--data.init_args.set_size=4")

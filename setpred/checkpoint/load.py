@@ -17,7 +17,7 @@ from setpred.errors import InputError, shown
 from setpred.files import LARGEST_IMAGE, LARGEST_NUMBER, leaves, write_atomically
 from setpred.losses import HungarianLoss, SetLoss
 from setpred.model import SetPredictor
-from setpred.schema import UNCALIBRATED, Calibration, ElementSchema
+from setpred.schema import LARGEST_SIZE, UNCALIBRATED, Calibration, ElementSchema
 
 KEY = "setpred"  # entry of a checkpoint that describes its model
 TRAINED = "trained_weights"  # entry of the trained weights where "state_dict" has averages, see `setpred.training.EMA`
@@ -65,16 +65,20 @@ class Checkpoint:
     step: int
     image_size: int | None  # None where the inputs are sets
     data: dict[str, Any]  # validation data of the training: path, split
+    input_size: int = 1  # elements of its largest input set
     calibration: Calibration = UNCALIBRATED  # from presence to confidence; UNCALIBRATED before a validation
 
     def decode(self, elements: Tensor, *, threshold: float | None = None) -> list[dict[str, Any]]:
         """Decode predicted elements `[set_size, set_dim]` with the model's calibration; see `ElementSchema.decode`."""
         return self.schema.decode(elements, threshold=threshold, calibration=self.calibration)
 
-    def require_images(self, path: str | os.PathLike[str]) -> None:
-        """Raise `InputError` unless the model was trained on images of objects with a schema."""
-        if self.schema is None or self.image_size is None:
-            raise InputError(f"{path} was trained on toy data without images; see the metrics.csv in its folder")
+    def require_schema(self, path: str | os.PathLike[str]) -> None:
+        """Raise `InputError` unless the model was trained on objects with a schema."""
+        if self.schema is None:
+            raise InputError(
+                f"{path} predicts elements without a schema, as of the toy tasks: its scores are in the metrics.csv of "
+                "its folder; import data of your own with `setpred data import --npz`, which gives them a schema"
+            )
 
 
 LFS_POINTER = b"version https://git-lfs.github.com/"  # begin of a file whose content was not downloaded
@@ -149,6 +153,7 @@ def load_checkpoint(
             step=_integer(content["global_step"]),
             image_size=image_size,
             data=dict(record["data"]),
+            input_size=_integer(record["data"].get("input_size", 1), 1, LARGEST_SIZE),
             calibration=Calibration.from_dict(record.get("calibration")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:

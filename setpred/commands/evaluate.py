@@ -18,8 +18,10 @@ from setpred.errors import InputError
 from setpred.evaluation import PROTOCOLS, Predictions, encoder_autocast, format_report, pad_to_pass, predict, report
 from setpred.inner import Problem, Sum, VotingEnergy
 from setpred.inner.voting import Ballot
-from setpred.model import SetPredictor
+from setpred.model import SetPredictor, inputs_of
+from setpred.schema import ElementSchema
 from setpred.visualise import Voting, draw_own_training, write_report
+from setpred.visualise.marks import in_plane
 from setpred.visualise.report import PICTURED
 
 MARKED = 256  # images of which the worst are drawn with marks
@@ -38,6 +40,17 @@ def figures(
     shown: int,
 ) -> list[Path]:
     """Write the figures of an evaluation, with every iterate of the descent for the first `shown` images."""
+    if loaded.image_size is None:
+        return write_report(
+            folder,
+            images=None,
+            points=_points(data, loaded.schema),
+            predicted=predictions.predicted,
+            target=predictions.target,
+            schema=loaded.schema,
+            calibration=loaded.calibration,
+            title=title,
+        )
     first = data.__getitems__(range(min(shown, len(data))))
     images = pad_to_pass(first["image"].to(device))  # the shape in which they were predicted
     with encoder_autocast(device):
@@ -59,6 +72,15 @@ def figures(
         calibration=loaded.calibration,
         title=title,
     )
+
+
+def _points(data: SetImages, schema: ElementSchema) -> list[np.ndarray]:
+    """The first input sets of points in the plane, `[m, 2]` each; none where they cannot be drawn."""
+    if not in_plane(data.inputs.dim, schema):
+        return []
+    inputs, mask = inputs_of(data.__getitems__(range(min(MARKED, len(data)))))
+    masks = inputs.new_ones(inputs.shape[:2]).bool() if mask is None else mask
+    return [rows[present].numpy() for rows, present in zip(inputs, masks, strict=True)]
 
 
 def _voting(model: SetPredictor, images: Tensor, iterates: Tensor) -> Voting | None:
@@ -148,7 +170,10 @@ def open_validation_data(loaded: Checkpoint, options: argparse.Namespace, **argu
     split = getattr(options, "split", None) or (None if options.data else loaded.data.get("split")) or "val"
     arguments |= {"image_size": loaded.image_size, "schema": loaded.schema, "images": options.images}
     try:
-        return open_data(path, split=split, **arguments)
+        data = open_data(path, split=split, **arguments)
+        if data.inputs is not None and data.inputs.dim != (dim := loaded.model.encoder.in_dim):
+            raise InputError(f"{path} has inputs of {data.inputs.dim} numbers, but the model takes {dim}")
+        return data
     except InputError as error:
         if options.data:
             raise
@@ -168,7 +193,7 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.shown > PICTURED:
         raise InputError(f"--shown: expected at most {PICTURED}, got {options.shown}")
     loaded = load_checkpoint(options.checkpoint, allow=options.allow)
-    loaded.require_images(options.checkpoint)
+    loaded.require_schema(options.checkpoint)
     schema = loaded.schema.with_tolerances(dict(options.within))
     decoder = loaded.model.decoder
     if options.seed is not None:
@@ -187,6 +212,7 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     predictions = predict(loaded.model, data, iterations=steps, device=device, **reading)
     result = report(predictions, loaded.schema, options.protocol, options.thresholds, loaded.calibration) | {
         "data": path,
+        "inputs": "image" if data.inputs is None else data.inputs.noun,
         "within": loaded.schema.tolerances,
         "checkpoint": str(options.checkpoint),
         "epoch": loaded.epoch,

@@ -12,6 +12,7 @@ from setpred.commands.common import Parser, at_least, choose_device, exit_code, 
 from setpred.commands.evaluate import open_validation_data
 from setpred.inner import Implicit
 from setpred.inner.diagnostics import OWN, compare_gradients
+from setpred.model import inputs_of
 
 GRADES = (  # least cosine, verb
     (0.95, "follows"),
@@ -138,14 +139,14 @@ def check(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser().parse_args(arguments)
     content = read_checkpoint(options.checkpoint)
     loaded = load_checkpoint(options.checkpoint, allow=options.allow, content=content)
-    loaded.require_images(options.checkpoint)
+    loaded.require_schema(options.checkpoint)
     loss = training_loss(content, options.allow)
     data = open_validation_data(loaded, options, set_size=getattr(loaded.model.decoder, "set_size", None))
     device = choose_device(options.device)
     batch = data.__getitems__(range(len(data)))
     model = loaded.model.to(device)
     with torch.no_grad():
-        latent = model.encode(batch["image"].to(device)).double()
+        latent = model.encode(*(None if part is None else part.to(device) for part in inputs_of(batch))).double()
     result = {
         "checkpoint": str(options.checkpoint),
         "data": str(options.data or loaded.data["path"]),

@@ -13,7 +13,7 @@ from jsonargparse import Namespace
 
 from setpred.checkpoint.untrusted import read_yaml
 from setpred.data.datamodule import DataSizes, SetDataModule
-from setpred.data.hdf5 import file_header
+from setpred.data.hdf5 import InputSets, file_header
 from setpred.errors import InputError
 from setpred.schema import ElementSchema
 from setpred.training.task import SCHEMAS
@@ -22,13 +22,17 @@ FILES = (".h5", ".hdf5")
 DEFAULT_STEPS = 1500  # of a training without a configuration, whatever the size of the data
 BATCH = 32
 MOST_EPOCHS = 200
+WINDOWS = 32  # of a long vector, about
+VECTOR_TOKENS = 16  # of a short one
+SET_WEIGHT = 20  # of positions, which the inputs of sets state more precisely than an image does
+SET_LEARNING_RATE = 1e-3  # transformer layers diverge at the quickstart's
 
 
 def fill_sizes(config: Namespace) -> None:
     """Fill what the parts of a configured model require and the data know, in place.
 
-    These are `set_size`, `set_dim` and `image_size` wherever a part requires them and the configuration does not give
-    them, and the schema.
+    These are `set_size`, `set_dim` and `image_size`, of input sets `input_dim`, `input_offset` and `input_scale`,
+    wherever a part requires them and the configuration does not give them, and the schema.
     """
     if "model" not in config:
         return
@@ -38,6 +42,8 @@ def fill_sizes(config: Namespace) -> None:
     if sizes is None:
         return
     known = {"set_size": sizes.set_size, "set_dim": sizes.schema.set_dim, "image_size": sizes.image_size}
+    if (inputs := sizes.inputs) is not None:
+        known |= {"input_dim": inputs.dim, "input_offset": list(inputs.offset), "input_scale": list(inputs.scale)}
     for part in vars(config.model).values():
         _fill(part, known)
     if named is not None and sizes.schema != named:
@@ -134,6 +140,16 @@ def _taken(arguments: list[str], name: str) -> str | None:
     return None
 
 
+def set_encoder(inputs: InputSets) -> dict[str, Any]:
+    """The default encoder of input sets to tokens: of the elements, or of the windows of single long vectors."""
+    if inputs.most > 1 or inputs.dim < 2 * WINDOWS:
+        tokens = {} if inputs.most > 1 else {"scales": 0, "tokens": VECTOR_TOKENS}
+        return {"class_path": "setpred.encoders.ElementTokens", "init_args": tokens}
+    stride = -(-inputs.dim // WINDOWS)
+    windows = {"window": 4 * stride, "stride": stride}
+    return {"class_path": "setpred.encoders.WindowTokens", "init_args": windows}
+
+
 def default_configuration(path: Path, module: dict[str, Any]) -> dict[str, Any]:
     """The quickstart's model and recipe for data of another schema.
 
@@ -144,13 +160,20 @@ def default_configuration(path: Path, module: dict[str, Any]) -> dict[str, Any]:
     sizes = SetDataModule.sizes(module["init_args"])
     config, head = read_yaml(path), precise(sizes)
     encoder, decoder = config["model"]["encoder"]["init_args"], config["model"]["decoder"]["init_args"]
+    del decoder["set_size"], decoder["start"]["init_args"]["set_size"]
     trunk = encoder["tokens"]["init_args"]["trunk"]["init_args"]
-    del trunk["image_size"], decoder["set_size"], decoder["start"]["init_args"]["set_size"]
-    if sizes.image_size > 64:
+    del trunk["image_size"]
+    if sizes.inputs is not None:
+        encoder["tokens"] = set_encoder(sizes.inputs)
+        votes = config["model"]["encoder"]
+        config["model"]["encoder"] = {"class_path": "setpred.encoders.Normalised", "init_args": {"encoder": votes}}
+        config["model"]["learning_rate"] = SET_LEARNING_RATE
+    elif sizes.image_size > 64:
         trunk["widths"] = [16, 32, 48]  # one stage more: 16 x 16 tokens of 128 x 128 pixels
         trunk["blocks"] = 1
     encoder["precise"] = decoder["objective"]["init_args"]["precise"] = head
-    decoder["objective"]["init_args"]["weights"] = decoder["start"]["init_args"]["weights"] = [8] * head
+    weights = [8 if sizes.inputs is None else SET_WEIGHT] * head
+    decoder["objective"]["init_args"]["weights"] = decoder["start"]["init_args"]["weights"] = weights
     places = {"coords", "extent", *sizes.schema.in_pixels}
     names = [field.name for field in sizes.schema.fields if field.name in places]
     loss = config["model"]["loss"]["init_args"]

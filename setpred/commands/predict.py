@@ -17,13 +17,16 @@ from torch import Tensor
 
 from setpred.checkpoint.load import load_checkpoint
 from setpred.commands.common import Parser, at_least, choose_device, exit_code
+from setpred.data.arrays import INPUTS, input_sets, read_arrays
+from setpred.data.dataset import set_inputs
 from setpred.data.images import decoded, find_images, load_image, pixel_size
-from setpred.errors import InputError
+from setpred.errors import InputError, plural
 from setpred.evaluation import for_evaluation, predict_in_passes
 from setpred.files import make_folder, replacing
-from setpred.model import SetPredictor
+from setpred.model import SetPredictor, inputs_of
 from setpred.progress import progress
 from setpred.visualise import draw_marks, draw_outlined_image
+from setpred.visualise.marks import in_plane
 from setpred.visualise.world import has_world
 
 RELEASED = Path(__file__).resolve().parents[1] / "released"  # a model and an image within the package
@@ -33,9 +36,12 @@ LONGEST_STEM = 200  # bytes of an image's name in a figure's name; systems allow
 
 
 class Prediction(NamedTuple):
-    """The path of an image, and its elements `[set_size, set_dim]` on the CPU, or the error that skipped it."""
+    """The path of an image, or the number of an input set in its file; and its elements or the error that skipped it.
 
-    image: str
+    Elements are `[set_size, set_dim]`, on the CPU.
+    """
+
+    image: str | int
     elements: Tensor | InputError
 
 
@@ -79,14 +85,39 @@ def predict(
                 elements = iter(predict_in_passes(model, inputs, iterations=iterations))
             for name, image in batch:
                 prediction = image if isinstance(image, InputError) else next(elements)
-                if isinstance(prediction, Tensor) and not prediction.isfinite().all():
-                    prediction = InputError(
-                        f"{name}: the model predicts numbers that are not finite; use another checkpoint, or fewer "
-                        "--iterations where its descent diverges"
-                    )
-                if isinstance(prediction, InputError) and not skip_broken:
-                    raise prediction
-                yield Prediction(name, prediction)
+                yield _checked(Prediction(name, prediction), skip_broken)
+
+
+def predict_sets(
+    model: SetPredictor,
+    inputs: np.ndarray,
+    *,
+    batch_size: int = 64,
+    iterations: int | None = None,
+    device: torch.device | str = "cpu",
+    skip_broken: bool = False,
+) -> Iterator[Prediction]:
+    """Predict input sets `[n, M, K]`, padded with NaN, in order; arguments and errors as in `predict`."""
+    device = torch.device(device)
+    model, padded = for_evaluation(model, device), bool(np.isnan(inputs).any())
+    for start in range(0, len(inputs), batch_size):
+        batch = set_inputs(torch.from_numpy(inputs[start : start + batch_size]).to(device), padded=padded)
+        found, mask = inputs_of(batch)
+        for number, elements in enumerate(predict_in_passes(model, found, mask=mask, iterations=iterations), start):
+            yield _checked(Prediction(number, elements), skip_broken)
+
+
+def _checked(prediction: Prediction, skip_broken: bool) -> Prediction:
+    """The prediction, with an error in place of numbers that are not finite; errors are raised unless skipped."""
+    name, elements = prediction
+    if isinstance(elements, Tensor) and not elements.isfinite().all():
+        elements = InputError(
+            f"{name if isinstance(name, str) else f'input {name}'}: the model predicts numbers that are not finite; "
+            "use another checkpoint, or fewer --iterations where its descent diverges"
+        )
+    if isinstance(elements, InputError) and not skip_broken:
+        raise elements
+    return Prediction(name, elements)
 
 
 @dataclass
@@ -98,12 +129,12 @@ class Tally:
 
 
 def write_predictions(
-    out: Path, predictions: Iterable[Prediction], decode: Callable[[str, Tensor], list[dict[str, Any]]]
+    out: Path, predictions: Iterable[Prediction], decode: Callable[[Any, Tensor], list[dict[str, Any]]]
 ) -> Tally:
     """Stream predictions into a JSON list, or into JSON Lines if the name ends in .jsonl.
 
-    Each is `{"image": path, "objects": [...]}`. The file appears only when complete. Skipped images are left out and
-    named on stderr.
+    Each is `{"image": path, "objects": [...]}`, or of input sets `{"index": number, "objects": [...]}`. The file
+    appears only when complete. Skipped inputs are left out and named on stderr.
     """
     tally = Tally()
     first, then, end = ("", "\n", "\n") if out.suffix == ".jsonl" else ("[\n", ",\n", "\n]\n")
@@ -114,7 +145,8 @@ def write_predictions(
                 print(f"skipped: {elements}", file=sys.stderr, flush=True)
                 continue
             # escaped to ASCII: file names need not be UTF-8
-            text = json.dumps({"image": image, "objects": decode(image, elements)}, allow_nan=False)
+            name = "image" if isinstance(image, str) else "index"
+            text = json.dumps({name: image, "objects": decode(image, elements)}, allow_nan=False)
             file.write((then if tally.predicted else first) + text)
             tally.predicted += 1
         file.write(end if tally.predicted else (first + end).strip("\n"))
@@ -132,7 +164,12 @@ def parser() -> Parser:
     )
     count = at_least(1)
     options.add_argument("checkpoint", help="a .ckpt of `setpred train`, or a release file")
-    options.add_argument("images", nargs="+", metavar="IMAGES", help="image files, or folders (without subfolders)")
+    options.add_argument(
+        "images",
+        nargs="+",
+        metavar="INPUTS",
+        help="image files, or folders (without subfolders); for a model of sets, a file of arrays, .npz or HDF5",
+    )
     options.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="JSON file to write; JSON Lines if named .jsonl"
     )
@@ -164,29 +201,34 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
     if options.threshold is not None and not 0 <= options.threshold <= 1:
         raise InputError(f"--threshold: expected a confidence between 0 and 1, got {options.threshold:g}")
     loaded = load_checkpoint(options.checkpoint, allow=options.allow)
-    loaded.require_images(options.checkpoint)
-    schema, folder = loaded.schema, options.figures
-    if folder is not None and not (has_world(schema) or schema.side):
+    loaded.require_schema(options.checkpoint)
+    schema, folder, sets = loaded.schema, options.figures, loaded.image_size is None
+    drawable = in_plane(loaded.model.encoder.in_dim, schema) if sets else has_world(schema) or schema.side
+    if folder is not None and not drawable:
         raise InputError(f"--figures: schema {schema.name!r} has no 'coords' that can be drawn; leave it out")
     if os.path.isdir(options.out):
         raise InputError(f"--out {options.out}: expected the name of a file, but it is a folder; choose another name")
     if folder is not None and (folder == options.out or os.path.isfile(folder)):
         raise InputError(f"--figures {folder}: expected a folder, but it is a file; choose another name")
-    paths = find_images(options.images, lambda sentence: print(sentence, file=sys.stderr, flush=True))
-    names = ("batch_size", "iterations", "threads", "skip_broken")
+    names = ("batch_size", "iterations", "skip_broken")
     chosen = {name: getattr(options, name) for name in names} | {"device": choose_device(options.device)}
+    if sets:
+        inputs = _input_sets(options.images, loaded.model.encoder.in_dim)
+    else:
+        inputs = find_images(options.images, lambda sentence: print(sentence, file=sys.stderr, flush=True))
+        chosen |= {"threads": options.threads, "image_size": loaded.image_size, "padded": schema.side is not None}
     drawn: list[Prediction] = []
 
     def predictions() -> Iterator[Prediction]:
-        found = predict(loaded.model, paths, image_size=loaded.image_size, padded=schema.side is not None, **chosen)
-        for prediction in progress(found, total=len(paths), description="predicting images"):
+        found = (predict_sets if sets else predict)(loaded.model, inputs, **chosen)
+        for prediction in progress(found, total=len(inputs), description=f"predicting {'sets' if sets else 'images'}"):
             if folder is not None and len(drawn) < options.shown and isinstance(prediction.elements, Tensor):
                 drawn.append(prediction)
             yield prediction
 
-    def decode(image: str, elements: Tensor) -> list[dict[str, Any]]:
+    def decode(image: str | int, elements: Tensor) -> list[dict[str, Any]]:
         found = loaded.decode(elements, threshold=options.threshold)
-        if schema.side:  # to pixels of this image
+        if schema.side and not sets:  # to pixels of this image
             unit = max(pixel_size(Path(image))) / schema.side
             places = [obj[name] for obj in found for name in schema.in_pixels if obj[name] is not None]
             for place in places:
@@ -198,11 +240,15 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
     rate = tally.predicted / (time.perf_counter() - start)
     try:
         for number, (image, elements) in enumerate(drawn):
-            stem = os.fsencode(Path(image).stem)[:LONGEST_STEM].decode(errors="ignore")
-            picture = load_image(image, DRAWN_SIZE, padded=schema.side is not None, advice="it was there a moment ago")
-            about = os.fsencode(image).decode(errors="replace")
+            if sets:
+                stem, about, points = "set", f"set {image} of {options.images[0]}", inputs[image]
+                picture = points[~np.isnan(points[:, 0])]
+            else:
+                stem = os.fsencode(Path(image).stem)[:LONGEST_STEM].decode(errors="ignore")
+                about, padded = os.fsencode(image).decode(errors="replace"), schema.side is not None
+                picture = load_image(image, DRAWN_SIZE, padded=padded, advice="it was there a moment ago")
             path = make_folder(folder) / f"{number:03d}-{stem}.png"
-            if schema.side:
+            if sets or schema.side:
                 kept, count = elements.clone(), len(decode(image, elements))
                 kept[:, -1] = (elements[:, -1].argsort(descending=True, stable=True).argsort() < count).float()
                 draw_marks(path, picture[None], kept[None], None, schema=schema, about=about)
@@ -213,8 +259,18 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
     if example:
         print(options.out.read_text(), "The drawing is in ", folder, sep="")
     skipped = f", {tally.skipped:,} skipped" if options.skip_broken else ""
-    print(f"{options.out}: {tally.predicted:,} images, {rate:.4g} a second{skipped}")
+    print(f"{options.out}: {plural(tally.predicted, 'set' if sets else 'image')}, {rate:.4g} a second{skipped}")
     return tally
+
+
+def _input_sets(paths: Sequence[str], dim: int) -> np.ndarray:
+    """The input sets `[n, M, K]` of the only file, padded with NaN."""
+    if len(paths) != 1:
+        raise InputError(f"expected one file of arrays for a model of sets, got {len(paths)}; predict them one by one")
+    inputs = input_sets(paths[0], read_arrays(paths[0], INPUTS))
+    if inputs.shape[-1] != dim:
+        raise InputError(f"{paths[0]} has inputs of {inputs.shape[-1]} numbers, but the model takes {dim}")
+    return inputs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -51,7 +51,7 @@ def release(options: argparse.Namespace) -> None:
     written = []
     if options.export is not None:  # first, since it may fail
         loaded = load_checkpoint(options.checkpoint, allow=options.allow)
-        loaded.require_images(options.checkpoint)
+        loaded.require_schema(options.checkpoint)
         write_atomically(options.export, export_program(loaded))
         written.append(options.export)
     if options.out is not None:

@@ -45,7 +45,6 @@ from setpred.checkpoint.load import read_checkpoint
 from setpred.commands.common import exit_code
 from setpred.commands.config import MODE, Parser, differences, guarded, plain, require_room, split_allow, without
 from setpred.commands.linking import expanded_data
-from setpred.data.toy import World
 from setpred.errors import InputError, reason
 from setpred.files import make_folder, remove_leftovers, write_atomically
 from setpred.training import distributed as processes
@@ -208,6 +207,8 @@ class TrainCLI(LightningCLI):
         size = getattr(data, "image_size", None) or getattr(module.model.encoder, "image_size", None)
         path, split = getattr(data, "val_path", None), getattr(data, "val_split", None)
         module.data_description = {"path": path, "split": split, "image_size": size}
+        if (sets := getattr(data, "inputs", None)) is not None:
+            module.data_description["input_size"] = sets.most
 
 
 def check_fit(cli: TrainCLI) -> None:
@@ -217,7 +218,8 @@ def check_fit(cli: TrainCLI) -> None:
         InputError: they differ, or the model cannot predict.
     """
     encoder, data, train_data = cli.model.model.encoder, cli.datamodule, getattr(cli.datamodule, "train_data", None)
-    kinds, takes, has = ("images", "sets"), cli.model.model.takes_sets, isinstance(data, World)
+    sets, has = getattr(data, "inputs", None), getattr(data, "input_dim", None) is not None
+    kinds, takes = ("images", "sets"), cli.model.model.takes_sets
     if takes != has:
         raise InputError(
             f"the encoder {type(encoder).__name__} takes {kinds[takes]}, the data {type(data).__name__} has "
@@ -242,17 +244,19 @@ def check_fit(cli: TrainCLI) -> None:
                 f"{name.replace('in_dim', 'set_dim')} (in model.{part}.init_args and data.init_args)"
             )
     size = cli.model.data_description["image_size"]
-    if size is None and not has:
+    if sets is not None:
+        check_prediction(cli.model, torch.zeros(2, sets.most, sets.dim))
+    elif size is None and not has:
         cli.say(
             "`setpred evaluate` and `setpred predict` will not read the checkpoints of this run: neither "
             f"{type(data).__name__} nor {type(encoder).__name__} has an image_size; give one of them that attribute"
         )
     elif not has:
-        check_prediction(cli.model, image_size=size)
+        check_prediction(cli.model, torch.zeros(2, 3, size, size, dtype=torch.uint8))
 
 
-def check_prediction(module: SetPrediction, *, image_size: int) -> None:
-    """Predict the sets of two black images, to find a user's part with a wrong interface before training.
+def check_prediction(module: SetPrediction, inputs: Tensor) -> None:
+    """Predict the sets of two inputs, to find a user's part with a wrong interface before training.
 
     Raises:
         InputError: the model raises an error, or does not return elements of the schema.
@@ -264,7 +268,7 @@ def check_prediction(module: SetPrediction, *, image_size: int) -> None:
     training = module.training
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            predicted = module.eval()(torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8))
+            predicted = module.eval()(inputs)
     except InputError:
         raise
     except Exception as error:  # a user's part can raise any exception

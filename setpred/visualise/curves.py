@@ -34,7 +34,7 @@ def draw_precision_recall(
     scores = average_precision(predicted, target, thresholds=thresholds, schema=schema)
     sheet = Sheet(9.2, 5.9)
     objects = plural(int(presence_mask(target).sum()), "real object")
-    subtitle = f"Predictions of {plural(len(target), 'image')} in one list, most confident first; {objects} to find."
+    subtitle = f"Predictions of {plural(len(target), 'example')} in one list, most confident first; {objects} to find."
     sheet.heading("Precision and recall", subtitle, about)
     axes = sheet.panel(0.83, 0.68, 4.78, 4.25)
     shades = colormaps["viridis"](np.linspace(0.0, 0.85, max(len(thresholds), 1)))

@@ -1,4 +1,4 @@
-"""Draw predicted and real objects on their images: points and boxes of any schema with positions in pixels."""
+"""Draw predicted and real objects on their images, or among the points of input sets: points and boxes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +19,7 @@ from setpred.visualise.style import INK, Sheet, plural, styled
 REAL, FOUND, EXTRA = "#2fe05b", "#ffd23e", "#ff4b33"  # of the three kinds of marks; they differ in form, too
 PANEL, GAP, COLUMNS = 2.6, 0.25, 4  # inches
 ALONE = 4.8  # inches, of a single image
+GROUND, POINT = "#2e3440", "#aeb9cc"  # of input sets
 EDGE = [withStroke(linewidth=2.6, foreground="#111111")]  # so that marks are seen on every colour
 BELOW = 0.42  # for the two lines under an image
 
@@ -26,7 +27,7 @@ BELOW = 0.42  # for the two lines under an image
 @styled()
 def draw_marks(
     path: Path,
-    images: np.ndarray,
+    images: Sequence[np.ndarray],
     predicted: Tensor,
     target: Tensor | None,
     *,
@@ -34,15 +35,15 @@ def draw_marks(
     about: str = "",
     shown: int = 12,
 ) -> Path:
-    """Draw the images with the worst predictions: rings or boxes where objects are, crosses or boxes where predicted.
+    """Draw the inputs with the worst predictions: rings or boxes where objects are, crosses or boxes where predicted.
 
-    A line leads from each prediction to its object. Images are ordered by missed and extra objects and wrong classes,
+    A line leads from each prediction to its object. Inputs are ordered by missed and extra objects and wrong classes,
     then by distance. Without targets, class names are written at the predictions.
 
     Args:
-        images: uint8 `[n, S, S, 3]`.
-        predicted, target: `[n, set_size, set_dim]` of the same images; without a target the predictions alone.
-        schema: a schema with a `side`.
+        images: uint8 `[S, S, 3]` each, for a schema with a `side`; or input sets of points `[m, 2]` each.
+        predicted, target: `[n, set_size, set_dim]` of the same inputs; without a target the predictions alone.
+        schema: a schema with `coords` of two numbers.
     """
     known = target is not None
     target = torch.zeros_like(predicted) if target is None else target
@@ -54,8 +55,13 @@ def draw_marks(
     width = max(5.4, 2 * GAP + columns * panel + (columns - 1) * GAP)
     height = top + rows * (panel + BELOW) + 0.35
     sheet = Sheet(width, height)
-    count = plural(len(images), "image")
-    sheet.heading("Predictions on images", f"The worst {len(worst)} of {count}." if known else f"{count}.", about)
+    points = images[0].ndim == 2
+    count = plural(len(images), "set" if points else "image")
+    sheet.heading(
+        "Predictions in the input sets" if points else "Predictions on images",
+        f"The worst {len(worst)} of {count}." if known else f"{count}.",
+        about,
+    )
     for place, number in enumerate(worst):
         row, column = divmod(place, columns)
         left, bottom = GAP + column * (panel + GAP), height - top - panel - row * (panel + BELOW)
@@ -74,10 +80,18 @@ def draw_marks(
     return sheet.save(path)
 
 
+def in_plane(input_dim: int, schema: ElementSchema) -> bool:
+    """Whether elements of input sets, and the objects of a schema, are both at places of two numbers."""
+    return input_dim == 2 and any(field.name == "coords" and field.size == 2 for field in schema.continuous)
+
+
 def _show(axes: Axes, image: np.ndarray, compared: Comparison, schema: ElementSchema, known: bool) -> None:
-    side = schema.side
-    axes.imshow(image, extent=(0, side, side, 0), interpolation="nearest")
-    axes.set(xlim=(0, side), ylim=(side, 0), xticks=[], yticks=[])
+    if image.ndim == 3:
+        side = schema.side
+        axes.imshow(image, extent=(0, side, side, 0), interpolation="nearest")
+        axes.set(xlim=(0, side), ylim=(side, 0), xticks=[], yticks=[])
+    else:
+        _scatter(axes, image, [obj["coords"] for obj in (*compared.real, *compared.predicted)])
     for real in compared.real:
         _mark(axes, real, REAL, "o")
         _draw_keypoints(axes, real, REAL, "-", schema)
@@ -92,6 +106,16 @@ def _show(axes: Axes, image: np.ndarray, compared: Comparison, schema: ElementSc
             text = " ".join(found[field.name] for field in schema.categorical)
             style = {"fontsize": 7.5, "color": colour, "path_effects": EDGE, "clip_on": True, "parse_math": False}
             axes.annotate(text, found["coords"], (5, 4), textcoords="offset points", **style)
+
+
+def _scatter(axes: Axes, points: np.ndarray, places: Sequence[Sequence[float]]) -> None:
+    """Draw the points of an input set, on axes of equal units with room for other places."""
+    axes.set(facecolor=GROUND, xticks=[], yticks=[])
+    axes.plot(*points.T, ".", ms=4.5, mec="none", mfc=POINT)
+    found = np.concatenate([points, np.reshape(places, (-1, 2))])
+    low, high = (found.min(0), found.max(0)) if len(found) else (np.zeros(2), np.ones(2))
+    middle, half = (low + high) / 2, 0.55 * float((high - low).max()) or 1.0
+    axes.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half))
 
 
 def _mark(axes: Axes, obj: Mapping[str, Any], colour: str, marker: str) -> None:

@@ -29,9 +29,10 @@ _FAR = 1e4  # position of infinite predictions: off every map
 def write_report(
     folder: Path,
     *,
-    images: np.ndarray | Tensor,
+    images: np.ndarray | Tensor | None,
     predicted: Tensor,
     target: Tensor,
+    points: Sequence[np.ndarray] = (),
     iterates: Tensor | None = None,
     voting: Voting | None = None,
     camera: np.ndarray | Tensor | None = None,
@@ -46,14 +47,16 @@ def write_report(
     predictions.png, refinement.gif and refinement.png (with `iterates`), supports.png (with `iterates` and `voting`),
     precision_recall.png, reliability.png, confusion.png and distance_errors.png. The first four show CLEVR's world and
     need a continuous field "coords" of three numbers; with a schema of places on the image (`side`), predictions.png
-    shows marks on the images. `say` gets a sentence for each figure that the schema rules out.
+    shows marks on the images, and with input sets of points in the plane marks among these. `say` gets a sentence for
+    each figure that the schema rules out.
 
     Args:
         folder: folder of the figures, created if missing.
         images: uint8 `[k, 3, H, W]` or `[k, H, W, 3]`, 1 <= k <= n, of the first k predictions. Any shape shows
-            CLEVR's 3:2 view stretched.
+            CLEVR's 3:2 view stretched. None where the inputs are sets.
         predicted: `[n, set_size, set_dim]`.
         target: `[n, target_size, set_dim]`.
+        points: input sets `[m, 2]` of the first predictions, in the units of `coords`.
         iterates: `[steps + 1, m, set_size, set_dim]`, the descents of the first m predictions from their starts.
         voting: votes of the tokens of the first m images.
         camera: locations `[k, 3]` or `[n, 3]` in world units; CLEVR's nominal camera replaces NaN.
@@ -69,8 +72,8 @@ def write_report(
         InputError: a file that cannot be written.
     """
     thresholds = schema.thresholds if thresholds is None else thresholds
-    pictures = as_pictures(images)
-    if not 1 <= len(pictures) <= len(predicted):
+    pictures = points if images is None else as_pictures(images)
+    if not (images is not None) <= len(pictures) <= len(predicted):
         raise ValueError(f"expected 1 to {len(predicted)} images, at most one per prediction, got {len(pictures)}")
     if iterates is not None:
         if iterates.ndim != 4 or iterates.shape[2:] != predicted.shape[1:] or not iterates.numel():
@@ -88,21 +91,21 @@ def write_report(
     predicted, target = predicted.detach().cpu().double(), target.detach().cpu().double()
     assignment = match_by_position(predicted, target, schema=schema)
     folder = make_folder(folder)
-    cameras = cameras_of(camera, min(PICTURED, len(pictures)))
     written: list[Path] = []
 
-    if has_world(schema):
+    if world := images is not None and has_world(schema):
+        cameras = cameras_of(camera, min(PICTURED, len(pictures)))
         ends = predicted.clamp(-_FAR, _FAR)
         examples = [
             Descent(pictures[k], ends[k][None], target[k], cameras[k], schema, calibration) for k in range(len(cameras))
         ]
         written.append(draw_predictions(folder / "predictions.png", examples, about=title))
-    elif schema.side:
+    elif points or (images is not None and schema.side):
         sets = predicted[: len(pictures)], target[: len(pictures)]
         written.append(draw_marks(folder / "predictions.png", pictures, *sets, schema=schema, about=title))
     else:
-        say(f"No pictures of the sets: schema {schema.name!r} has no 'coords' that can be drawn.")
-    if has_world(schema) and iterates is not None:
+        say(f"No pictures of the sets: schema {schema.name!r} has no 'coords' that can be drawn on the inputs.")
+    if world and iterates is not None:
         descents = [replace(example, iterates=way) for example, way in zip(examples, iterates.unbind(1), strict=False)]
         written.append(draw_refinement_film(folder / "refinement.gif", descents[:FILMED], about=title))
         written.append(draw_refinement_strip(folder / "refinement.png", descents[:FILMED], about=title))
