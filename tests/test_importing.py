@@ -13,7 +13,7 @@ from setpred.commands.linking import default_configuration
 from setpred.commands.train import QUICKSTART, build, check_fit
 from setpred.data.dataset import SetFile
 from setpred.data.images import load_image, pixel_size, read_image
-from setpred.data.importing import import_images, read_coco, read_csv
+from setpred.data.importing import import_images, possible_classes, read_coco, read_csv
 from setpred.errors import InputError
 from setpred.metrics import attribute_report, pairwise_distance
 from setpred.schema import ElementSchema, continuous
@@ -46,6 +46,13 @@ def imported(source, images, tmp_path, **options):
 
 def objects(data):
     return [data.schema.decode(element) for element in data.__getitems__(range(len(data)))["elements"]]
+
+
+def test_columns_of_few_whole_numbers_may_be_classes(tmp_path):
+    rows = [f"a.png,{n % 3},{n},{n % 3},{n % 3 / 2},{n}" for n in range(30)]
+    path = table(tmp_path, "\n".join(["image,x,y,digit,half,number", *rows]))
+    assert possible_classes(read_csv(path)) == {"digit": 3}
+    assert not possible_classes(read_csv(path, categorical=["digit"]))
 
 
 def test_a_table_becomes_elements_in_its_own_units(images, tmp_path):

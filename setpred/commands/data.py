@@ -65,7 +65,7 @@ def _import(
     out: Path, csv: Path | None, coco: Path | None, schema: Path | None, categorical: list[str], **options: Any
 ) -> None:
     from setpred.data.hdf5 import describe, file_header
-    from setpred.data.importing import import_images, read_coco, read_csv
+    from setpred.data.importing import import_images, possible_classes, read_coco, read_csv
 
     if (csv is None) == (coco is None):
         raise InputError("expected one of --csv and --coco, got " + ("none" if csv is None else "both"))
@@ -73,6 +73,9 @@ def _import(
     options["schema"] = None if schema is None else file_header(schema).schema
     import_images(table, out=out, **options)
     print(describe(out))
+    numbered = possible_classes(table) if csv is not None and schema is None else {}
+    for column, count in numbered.items():
+        print(f"\n{column} has {count} different whole numbers; pass --categorical {column} if they are classes")
 
 
 def _verify(file: Path) -> None:
