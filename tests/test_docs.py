@@ -1,15 +1,19 @@
 """The pages name every part, configuration and page; what they name exists, and their Python code runs."""
 
 import importlib
+import os
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
 
 from setpred import aggregators, decoders, encoders, inner, losses
-from setpred.__main__ import COMMANDS
+from setpred.__main__ import COMMANDS, main
 from setpred.commands.train import build
 from setpred.data import toy
+from setpred.data.scenes import render_file
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -20,6 +24,7 @@ RESULTS, SCALING = (DOCS / "results.md").read_text(), (DOCS / "scaling.md").read
 BLOCKS = [
     pytest.param(block, id=f"{page.relative_to(ROOT)}-{number}")
     for page in PAGES
+    if page.name != "own_parts.md"
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
 NOT_PARTS = {"Aggregator", "SetDecoder", "SetLoss", "World", "Examples"}  # base classes and types
@@ -48,7 +53,7 @@ def test_named_files_modules_and_commands_exist(page):
     for path in re.findall(r"\b(?:setpred|tests|benchmarks|configs)/[\w/]*\.?(?:py|yaml)?\b", text):
         assert (ROOT / path).exists(), f"{page.name} names {path}"
     for name in re.findall(r"`(\w+\.py)`", text):
-        assert any(ROOT.rglob(name)), f"{page.name} names {name}"
+        assert any(ROOT.rglob(name)) or f"\n# {name}\n" in text, f"{page.name} names {name}"
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / link).exists(), f"{page.name} links to {link}"
     for name in re.findall(r"\bsetpred(?:\.[a-zA-Z_]\w*)+", text):
@@ -61,6 +66,41 @@ def test_named_files_modules_and_commands_exist(page):
 def test_python_code_runs(code, monkeypatch):
     monkeypatch.chdir(ROOT)
     exec(compile(code, "a page", "exec"), {})
+
+
+SMALL = [f"--data.init_args.{size}" for size in ("train_images=8", "val_images=4", "batch_size=4")]
+TINY = {
+    "train": [*SMALL, "--trainer.max_epochs=1"],
+    "evaluate": ["--device=cpu"],
+    "compare": ["--budget=1steps", "--points=1", "--", *SMALL],
+}
+
+
+def test_files_code_and_commands_of_own_parts_run_with_tiny_sizes(tmp_path, monkeypatch, capsys):
+    """Blocks that begin with the name of a file are appended to it; the rest runs in the order of the page."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # the working folder is added by --allow
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    os.symlink(ROOT / "configs", "configs")
+    (tmp_path / "data").mkdir()
+    for seed, images in ((0, 8), (1_000_000, 4)):  # in this process, which is faster than where a training would
+        render_file(
+            f"data/rendered-64-3to6-seed{seed}-{images}.h5", images=images, image_size=64, objects=(3, 6), seed=seed
+        )
+    text, ran = (DOCS / "own_parts.md").read_text(), []
+    for name, content in re.findall(r"```\w+\n# (\w+\.\w+)\n(.*?)```", text, re.DOTALL):
+        with open(name, "a") as file:
+            file.write(content)
+    for code, command in re.findall(r"```python\n(?!# )(.*?)```|^    setpred ([^\n]*)$", text, re.DOTALL | re.MULTILINE):
+        if code:
+            exec(compile(code, "a page", "exec"), {})
+        else:
+            words = shlex.split(command)
+            monkeypatch.setattr(sys, "argv", ["setpred", *words, *TINY[words[0]]])
+            assert main() == 0, capsys.readouterr().err
+            ran.append(words[0])
+    assert ran == ["train", "evaluate", "compare"]
+    assert all(f"| {name} |" in Path("comparison/table.md").read_text() for name in ("my", "my_pool", "mlp"))
 
 
 def test_the_readme_is_short_and_begins_with_the_commands():
