@@ -268,9 +268,7 @@ def check_prediction(module: SetPrediction, *, image_size: int, set_size: int | 
     except InputError:
         raise
     except Exception as error:  # a user's part can raise any exception
-        raise InputError(
-            f"the model of {names} cannot predict: {located(error)}; see docs/own_parts.md"
-        ) from error
+        raise InputError(f"the model of {names} cannot predict: {located(error)}; see docs/own_parts.md") from error
     finally:
         module.train(training)
     dim = None if module.schema is None else module.schema.set_dim
