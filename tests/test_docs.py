@@ -1,5 +1,6 @@
 """The pages name every part, configuration and page; what they name exists, and their Python code runs."""
 
+import argparse
 import importlib
 import importlib.util
 import json
@@ -108,6 +109,39 @@ def test_the_notebook_runs_and_is_short(tmp_path, monkeypatch):
 def test_python_code_runs(code, monkeypatch):
     monkeypatch.chdir(ROOT)
     exec(compile(code, "a page", "exec"), {})
+
+
+class Parsed(Exception):
+    """A command has understood its arguments."""
+
+
+def commands(page):
+    """The commands of setpred in the blocks of a page, but trainings, whose options are keys of a configuration."""
+    for block in re.sub(r" \\\n +", " ", page.read_text()).splitlines():
+        for line in block.split(" && ") if block.startswith("    ") else ():
+            found = re.match(r" *(?:python -m setpred |setpred |python (?=evaluate\.py))(.*)", line)
+            words = shlex.split(found[1].replace("evaluate.py", "evaluate"), comments=True) if found else ["train"]
+            if words[0] != "train":
+                yield words
+
+
+@every_page
+def test_commands_have_the_options_that_pages_give_them(page, monkeypatch):
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_args(self, *arguments):
+        parse(self, *arguments)  # raises for an unknown option
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    for name, *words in commands(page):
+        monkeypatch.setattr(sys, "argv", ["setpred", *words])
+        with pytest.raises(Parsed):
+            importlib.import_module(f"setpred.commands.{name}").main()
+
+
+def test_commands_are_found():
+    assert sum(len(list(commands(page))) for page in PAGES) > 15
 
 
 SMALL = [f"--data.init_args.{size}" for size in ("train_images=8", "val_images=4", "batch_size=4")]
