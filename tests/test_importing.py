@@ -413,7 +413,9 @@ def test_predictions_are_in_pixels_of_each_image_which_is_padded(trained, tmp_pa
 def test_data_on_the_command_line_override_those_of_a_configuration(trained, tmp_path):
     config = tmp_path / "mine.yaml"
     text = QUICKSTART.read_text().replace("      set_size: 6\n", "").replace("set_size: 6, ", "")
-    text = text.replace("{image_size: 64, widths", "{widths").replace("image_size: 64,", "image_size: 128, set_size: 9,")
+    text = text.replace("{image_size: 64, widths", "{widths").replace(
+        "image_size: 64,", "image_size: 128, set_size: 9,"
+    )
     config.write_text(text)  # data of other sizes
     files = ["--data", str(tmp_path / "train.h5"), "--val", str(tmp_path / "val.h5")]
     options = ["--model.encoder.init_args.precise=2", "--model.decoder.init_args.objective.init_args.precise=2"]
