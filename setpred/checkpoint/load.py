@@ -17,7 +17,7 @@ from setpred.errors import InputError, shown
 from setpred.files import LARGEST_IMAGE, LARGEST_NUMBER, leaves, write_atomically
 from setpred.losses import HungarianLoss, SetLoss
 from setpred.model import SetPredictor
-from setpred.schema import ElementSchema
+from setpred.schema import UNCALIBRATED, Calibration, ElementSchema
 
 KEY = "setpred"  # entry of a checkpoint that describes its model
 TRAINED = "trained_weights"  # entry of the trained weights where "state_dict" has averages, see `setpred.training.EMA`
@@ -65,6 +65,11 @@ class Checkpoint:
     step: int
     image_size: int | None  # None where the inputs are sets
     data: dict[str, Any]  # validation data of the training: path, split
+    calibration: Calibration = UNCALIBRATED  # from presence to confidence; UNCALIBRATED before a validation
+
+    def decode(self, elements: Tensor, *, threshold: float | None = None) -> list[dict[str, Any]]:
+        """Decode predicted elements `[set_size, set_dim]` with the model's calibration; see `ElementSchema.decode`."""
+        return self.schema.decode(elements, threshold=threshold, calibration=self.calibration)
 
     def require_images(self, path: str | os.PathLike[str]) -> None:
         """Raise `InputError` unless the model was trained on images of objects with a schema."""
@@ -144,6 +149,7 @@ def load_checkpoint(
             step=_integer(content["global_step"]),
             image_size=image_size,
             data=dict(record["data"]),
+            calibration=Calibration.from_dict(record.get("calibration")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: its record is damaged ({error!r}); train again or use another checkpoint") from error
@@ -214,11 +220,16 @@ def training_loss(content: dict[str, Any], allow: Sequence[str]) -> nn.Module:
     return loss.eval()
 
 
-def training_iterations(content: dict[str, Any]) -> int | None:
-    """Return the descent steps at the checkpoint's epoch, see `setpred.training.SetPrediction`."""
-    by_epoch = {int(epoch): steps for epoch, steps in (_settings(content).get("iterations_by_epoch") or {}).items()}
-    reached = [epoch for epoch in by_epoch if epoch <= int(content["epoch"])]
+def iterations_at(by_epoch: Mapping[int, int] | None, epoch: int) -> int | None:
+    """Return the descent steps at an epoch, see `setpred.training.SetPrediction`; None leaves them to the decoder."""
+    reached = [first for first in by_epoch or {} if first <= epoch]
     return by_epoch[max(reached)] if reached else None
+
+
+def training_iterations(content: dict[str, Any]) -> int | None:
+    """Return the descent steps at the epoch of the checkpoint."""
+    by_epoch = {int(epoch): steps for epoch, steps in (_settings(content).get("iterations_by_epoch") or {}).items()}
+    return iterations_at(by_epoch, int(content["epoch"]))
 
 
 def _settings(content: dict[str, Any]) -> dict[str, Any]:
