@@ -25,7 +25,7 @@ from setpred.training.statistics import BatchStatistics
 
 SCHEMAS: dict[str, ElementSchema] = {CLEVR.name: CLEVR}
 # with `Any`, jsonargparse would write and read the class name "0" as a number
-SchemaRecord = dict[str, str | int | list[dict[str, str | int | float | list[str]]]]
+SchemaRecord = dict[str, str | int | list[dict[str, str | int | float | bool | list[str]]] | list[list[str]]]
 COUNTED = "not_finite"  # key of the guard's counts in a checkpoint
 METRIC = ("update", "compute", "reset", "monitor", "mode")  # attributes of a metric
 
