@@ -90,7 +90,7 @@ def _import(
             raise InputError(f"{unused[0]}: expected --csv or --coco with it, got --npz; leave it out")
         import_arrays(npz, out, inputs=None if header is None else header.inputs, **options)
     else:
-        from setpred.data.importing import import_images, read_coco, read_csv
+        from setpred.data.importing import import_images, possible_classes, read_coco, read_csv
         from setpred.data.overrides import Overrides
 
         if images is None:
@@ -101,6 +101,9 @@ def _import(
             options["overrides"] = Overrides.of(content, str(schema))
         import_images(table, images, out, xy=xy, workers=workers, **options)
     print(describe(out))
+    numbered = possible_classes(table) if csv is not None and schema is None else {}
+    for column, count in numbered.items():
+        print(f"\n{column} has {count} different whole numbers; pass --categorical {column} if they are classes")
 
 
 def _verify(file: Path) -> None:

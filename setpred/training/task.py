@@ -24,6 +24,8 @@ from setpred.training.schedules import Constant, Schedule, fitted
 from setpred.training.statistics import BatchStatistics
 
 SCHEMAS: dict[str, ElementSchema] = {CLEVR.name: CLEVR}
+# with `Any`, jsonargparse would write and read the class name "0" as a number
+SchemaRecord = dict[str, str | int | list[dict[str, str | int | float | bool | list[str]]] | list[list[str]]]
 COUNTED = "not_finite"  # key of the guard's counts in a checkpoint
 METRIC = ("update", "compute", "reset", "monitor", "mode")  # attributes of a metric
 
@@ -142,7 +144,7 @@ class SetPrediction(pl.LightningModule):
         encoder: nn.Module,
         decoder: nn.Module,
         *,
-        schema: str | dict[str, Any] | None = CLEVR.name,
+        schema: str | SchemaRecord | None = CLEVR.name,
         loss: nn.Module | None = None,
         metric: nn.Module | None = None,
         learning_rate: float = 1e-3,
