@@ -80,6 +80,8 @@ def _import(
     print(describe(out))
 
 
+    for name in table.left_out:
+        print(f"\nleft out the column {name!r}, which numbers the rows; --categorical {name!r} makes classes of it")
 def _verify(file: Path) -> None:
     from setpred.data.hdf5 import verify
 
