@@ -1,29 +1,9 @@
-"""Train a set predictor: `setpred train`, also `python train.py`.
+"""Train a set predictor: `setpred train`, also `python train.py`."""
 
-usage: setpred train [--config FILE] [--name NAME] [--resume last] [--KEY.KEY VALUE ...]
-
-  --config FILE          configuration, repeatable, later files override earlier ones (default: the quickstart)
-  --KEY.KEY VALUE        override any key of the configuration, such as --trainer.max_epochs 3, --model.learning_rate
-                         1e-3 or --data.init_args.batch_size 64
-  --data FILE.h5         prepared training data, with --val FILE.h5 as validation data: they give the schema, the sizes
-                         and, without --config, a default model
-  --name NAME            name of the run (default: that of the configuration)
-  --runs FOLDER          folder of all runs (default: checkpoints)
-  --resume last          continue the run NAME; or the path of a checkpoint; auto: last if it exists, else a new run
-  --init CHECKPOINT      start a new run from these weights (fine-tuning); the model must have the same parts
-  --save_minutes M       write last.ckpt at least every M minutes within an epoch (default: 10; 0: after every step)
-  --allow PACKAGE.CLASS  a class of your own that a configuration may name; repeatable
-  --print_config         print every key with its value, and exit
-  --data.help CLASS      describe the arguments of a class; so do --model.encoder.help, --model.decoder.help, ...
-  --help_all             describe every key (3,000 lines)
-
-The run's folder gets best.ckpt, last.ckpt, config.yaml and metrics.csv. Configurations are in configs/.
-"""
-
-import argparse
 import importlib.util
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -43,8 +23,11 @@ from torch import Tensor
 from setpred.checkpoint import load as checkpoint
 from setpred.checkpoint.load import read_checkpoint
 from setpred.commands.common import exit_code
-from setpred.commands.config import MODE, Parser, differences, guarded, plain, require_room, split_allow, without
-from setpred.commands.linking import expanded_data
+from setpred.commands.common import Parser as OptionParser
+from setpred.commands.config import MODE, Parser, chain, differences, guarded, plain, require_room, split_allow, without
+from setpred.commands.linking import data_sizes, expanded_data
+from setpred.commands.mistyped import in_full
+from setpred.data.datamodule import BuiltInScenes
 from setpred.data.toy import World
 from setpred.errors import InputError, reason
 from setpred.files import make_folder, remove_leftovers, write_atomically
@@ -65,8 +48,42 @@ IGNORED_WARNINGS = (
     "Checkpoint directory.*exists and is not empty",
     "GPU available but not used",
     "callbacks used to create the checkpoint",  # resumed with other callbacks
+HELP = """\
+usage: setpred train --data train.h5 --val val.h5 [options]
+       setpred train --config FILE.yaml [options]
+       setpred train --config FILE.yaml --resume last [options]
+
+Train a set predictor: a default model on your own data, made by `setpred data import`; or the model
+and the data of a configuration, such as those in configs/. The third form continues a run. Without
+data and configuration, the quickstart trains on built-in scenes.
+
+  --data FILE.h5         training data; they give the schema and all sizes
+  --val FILE.h5          validation data, of the same schema
+  --config FILE.yaml     configuration; repeatable, later files override earlier ones
+  --name NAME            name of the run (default: that of the data or the configuration)
+  --runs FOLDER          folder of all runs (default: checkpoints)
+  --resume last          continue the run NAME, or the checkpoint of a path; auto: only if there is one
+  --init CHECKPOINT      start from the weights of a checkpoint or release that fit (fine-tuning)
+  --epochs N             passes over the training data (--trainer.max_epochs)
+  --batch_size N         examples of a step (--data.init_args.batch_size)
+  --lr X                 largest learning rate (--model.learning_rate)
+  --seed N               seed of weights and order (--seed_everything)
+  --save_minutes M       save last.ckpt at least every M minutes (default: 10; 0: after every step)
+  --allow PACKAGE.CLASS  trust a class of your own that a configuration names; repeatable
+  --KEY.KEY VALUE        override a key of the configuration, such as --trainer.devices 2,
+                         --model.weight_decay 0.01 or --data.init_args.augment.flip true
+
+More: --print_config prints every key with its value and exits. `setpred parts` lists encoders,
+decoders, losses and other parts, `setpred parts NAME` describes one. --help_all describes every key
+of the trainer, too (3,000 lines).
+
+The run's folder gets best.ckpt, last.ckpt, config.yaml and metrics.csv; `setpred
+evaluate` and `setpred predict` take the checkpoints. docs/own_data.md and docs/training.md say more."""
+
     "The dirpath has changed",  # resumed from another folder: the best score is reset
     "find_unused_parameters=True was specified",  # every parameter happens to be used
+# begin of messages that the parser wraps around the error of a part
+OF_PARSER = re.compile("Does not validate|Problem with given class_path|Parser key")
     "LeafSpec",  # of torch, about itself
 )
 
@@ -152,7 +169,8 @@ class TrainCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except Exception as error:  # a part can raise any exception for its arguments
-            raise InputError(f"the configuration cannot be built: {str(error) or type(error).__name__}") from error
+            of_part = next((each for each in chain(error) if not OF_PARSER.match(str(each))), error)
+            raise InputError(f"the configuration cannot be built: {str(of_part) or type(of_part).__name__}") from error
 
     def instantiate_trainer(self, **arguments: Any) -> pl.Trainer:
         options, given = self.config.trainer, self.config_init.trainer
@@ -292,7 +310,7 @@ def quiet() -> None:
 
 def default_config(arguments: list[str]) -> list[str]:
     """Return the `--config` to add: none if given, else that of a resumed checkpoint's folder, else the quickstart."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early = OptionParser("train", "", add_help=False)
     early.add_argument("-c", "--config")
     early.add_argument("--resume", default="last")
     found = early.parse_known_args(arguments)[0]
@@ -308,7 +326,7 @@ def build(arguments: list[str]) -> TrainCLI:
     Raises:
         InputError: a configuration that cannot be built, or that names classes outside the list, see `guarded`.
     """
-    allow, arguments = split_allow(arguments)
+    allow, arguments = split_allow(in_full(arguments))
     arguments = expanded_data(arguments, QUICKSTART)
     arguments = [*default_config(arguments), *arguments]
     quiet()
@@ -397,9 +415,9 @@ def fit(cli: TrainCLI, resume: Path | None) -> None:
 def main() -> int:
     """Run `setpred train`; return the exit status."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
+        print(HELP)
         return 0
-    sys.argv = ["--help" if word == "--help_all" else word for word in sys.argv]
+    sys.argv = ["--help" if word in ("--help_all", "--help-all") else word for word in sys.argv]
     try:
         return exit_code(lambda: train() and None, interrupted="interrupted")
     except Interrupted as stopped:
