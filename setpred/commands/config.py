@@ -27,6 +27,7 @@ MODE = "plain-yaml"  # our parser mode of jsonargparse
 ALLOWED = [  # besides the parts; none of Lightning's loads a file, or calls a function that is not allowed itself
     f"{module}.{name}"
     for module, names in {
+        "setpred.data.augmentation": "Augmentation",
         "setpred.data.datamodule": "RenderedScenes SetDataModule",
         "setpred.data.streamed": "StreamedScenes",
         "setpred.schema": "CLEVR ElementSchema Field",
@@ -60,8 +61,8 @@ class Parser(LightningArgumentParser):
                 raise InputError(
                     f"{found[1]} is no public part of setpred, layer of torch or allowed class of Lightning; correct "
                     f"a mistyped path, or add --allow {found[1]} if you trust it"
-                ) from error
                     f"{similar_class(found[1], allowed())}"
+                ) from error
             if isinstance(error, InputError):
                 raise error
         keys = [key for key in self.get_defaults(skip_validation=True).keys() if not key.startswith("__")]  # noqa: SIM118
