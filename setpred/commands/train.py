@@ -32,7 +32,15 @@ from setpred.data.toy import World
 from setpred.errors import InputError, reason
 from setpred.files import make_folder, remove_leftovers, write_atomically
 from setpred.training import distributed as processes
-from setpred.training.callbacks import DataWaiting, EpochLines, MetricsFile, ResidualGrowth, SkippedSteps, TrainLoss
+from setpred.training.callbacks import (
+    DataWaiting,
+    EpochLines,
+    FinalValidation,
+    MetricsFile,
+    ResidualGrowth,
+    SkippedSteps,
+    TrainLoss,
+)
 from setpred.training.checkpointing import AtomicCheckpointIO, BestCheckpoint, Interrupted, LastCheckpoint
 from setpred.training.mixed_precision import training_precision
 from setpred.training.run_folder import earlier_run_aside, newest_checkpoint, run_lock
@@ -198,6 +206,7 @@ class TrainCLI(LightningCLI):
         logger = given.logger
         if logger is None:  # metrics.csv is always written
             has_tensorboard = importlib.util.find_spec("tensorboard") is not None
+            FinalValidation(),
             folder = {"name": self.config.name, "version": "tensorboard"}
             logger = TensorBoardLogger(self.config.runs, **folder) if has_tensorboard else False
         arguments |= {
