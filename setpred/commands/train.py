@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 
 from setpred.checkpoint import load as checkpoint
 from setpred.checkpoint.load import read_checkpoint
@@ -29,7 +30,7 @@ from setpred.commands.linking import data_sizes, expanded_data
 from setpred.commands.mistyped import in_full
 from setpred.data.datamodule import BuiltInScenes
 from setpred.data.toy import World
-from setpred.errors import InputError, reason
+from setpred.errors import InputError, listed, reason
 from setpred.files import make_folder, remove_leftovers, write_atomically
 from setpred.training import distributed as processes
 from setpred.training.callbacks import (
@@ -149,18 +150,22 @@ class TrainCLI(LightningCLI):
         return found
 
     def load_initial_weights(self) -> None:
-        """Load the weights of `--init`, if given; raise `InputError` if they do not fit the model."""
-        if self.config.init is None:
-            return
-        state, prefix = read_checkpoint(self.config.init)["state_dict"], "model."
-        weights = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
-        try:
-            self.model.model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise InputError(
-                f"--init {self.config.init}: its weights do not fit the model: {reason(error)[:300]}; use a "
-                "configuration with the same parts"
-            ) from error
+        """Load the weights of `--init` that fit the model, and those of pretrained trunks that it leaves.
+
+        Prints which weights keep their random start.
+
+        Raises:
+            InputError: none fit; pretrained weights that cannot be downloaded.
+        """
+        model, taken = self.model.model, set()
+        if self.config.init is not None:
+            state, prefix = read_checkpoint(self.config.init)["state_dict"], "model."
+            given = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+            taken, sentence = load_fitting(model, given, str(self.config.init))
+            self.say(sentence)
+        for name, part in model.named_modules():
+            if hasattr(part, "load_pretrained") and not any(each.startswith(f"{name}.") for each in taken):
+                part.load_pretrained()
 
     def say(self, sentence: str) -> None:
         """Print a sentence, from the first process only."""
@@ -235,6 +240,35 @@ class TrainCLI(LightningCLI):
         size = getattr(data, "image_size", None) or getattr(module.model.encoder, "image_size", None)
         path, split = getattr(data, "val_path", None), getattr(data, "val_split", None)
         module.data_description = {"path": path, "split": split, "image_size": size}
+
+
+def load_fitting(model: nn.Module, given: Mapping[str, Tensor], path: str) -> tuple[set[str], str]:
+    """Load the weights whose names and shapes fit a model; return their names, and a sentence about the others.
+
+    Raises:
+        InputError: no matrix or kernel fits.
+    """
+    own = model.state_dict()
+    taken = {name for name, value in given.items() if name in own and own[name].shape == value.shape}
+    if not any(own[name].ndim > 1 for name in taken):
+        raise InputError(
+            f"--init {path}: expected weights that fit the model, but none has the name and shape of one of its; use a "
+            "configuration with the same parts, such as the config.yaml in the checkpoint's folder"
+        )
+    model.load_state_dict({name: given[name] for name in taken}, strict=False)
+    rest = [
+        name + (f" ({_shape(given[name])} against {_shape(own[name])})" if name in given else "")
+        for name in own
+        if name not in taken
+    ]
+    unused = len(set(given) - set(own))
+    sentence = f"--init {path}: took {len(taken)} of the model's {len(own)} tensors"
+    sentence += f"; others keep their random start: {listed(rest)}" if rest else ""
+    return taken, sentence + (f"; {unused} of the checkpoint have no place in it" if unused else "")
+
+
+def _shape(value: Tensor) -> str:
+    return "x".join(map(str, value.shape)) or "a number"
 
 
 def check_fit(cli: TrainCLI) -> None:
