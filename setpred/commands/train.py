@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from setpred.checkpoint import load as checkpoint
 from setpred.checkpoint.load import read_checkpoint
-from setpred.commands.common import exit_code
 from setpred.commands.common import Parser as OptionParser
+from setpred.commands.common import exit_code
 from setpred.commands.config import MODE, Parser, chain, differences, guarded, plain, require_room, split_allow, without
 from setpred.commands.linking import data_sizes, expanded_data
 from setpred.commands.mistyped import in_full
@@ -48,15 +48,6 @@ from setpred.training.run_folder import earlier_run_aside, newest_checkpoint, ru
 from setpred.training.statistics import HASTY_IMAGES, STATISTICS_IMAGES
 from setpred.training.task import SetPrediction
 
-QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
-CHECKPOINTS = Path("checkpoints")
-NEWEST = ("last", "auto")  # values of --resume that are no paths
-IGNORED_WARNINGS = (
-    "LightningCLI's args parameter",
-    "does not have many workers",
-    "Checkpoint directory.*exists and is not empty",
-    "GPU available but not used",
-    "callbacks used to create the checkpoint",  # resumed with other callbacks
 HELP = """\
 usage: setpred train --data train.h5 --val val.h5 [options]
        setpred train --config FILE.yaml [options]
@@ -89,10 +80,19 @@ of the trainer, too (3,000 lines).
 The run's folder gets best.ckpt, last.ckpt, config.yaml and metrics.csv; `setpred
 evaluate` and `setpred predict` take the checkpoints. docs/own_data.md and docs/training.md say more."""
 
-    "The dirpath has changed",  # resumed from another folder: the best score is reset
-    "find_unused_parameters=True was specified",  # every parameter happens to be used
+QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
+CHECKPOINTS = Path("checkpoints")
 # begin of messages that the parser wraps around the error of a part
 OF_PARSER = re.compile("Does not validate|Problem with given class_path|Parser key")
+NEWEST = ("last", "auto")  # values of --resume that are no paths
+IGNORED_WARNINGS = (
+    "LightningCLI's args parameter",
+    "does not have many workers",
+    "Checkpoint directory.*exists and is not empty",
+    "GPU available but not used",
+    "callbacks used to create the checkpoint",  # resumed with other callbacks
+    "The dirpath has changed",  # resumed from another folder: the best score is reset
+    "find_unused_parameters=True was specified",  # every parameter happens to be used
     "LeafSpec",  # of torch, about itself
 )
 
@@ -206,12 +206,12 @@ class TrainCLI(LightningCLI):
             BestCheckpoint(self.folder, self.model.monitor, self.model.mode),
             LastCheckpoint(self.folder / "last.ckpt", minutes=self.config.save_minutes),
             EpochLines(),
+            FinalValidation(),
             *([TQDMProgressBar(leave=False)] if terminal else []),
         ]
         logger = given.logger
         if logger is None:  # metrics.csv is always written
             has_tensorboard = importlib.util.find_spec("tensorboard") is not None
-            FinalValidation(),
             folder = {"name": self.config.name, "version": "tensorboard"}
             logger = TensorBoardLogger(self.config.runs, **folder) if has_tensorboard else False
         arguments |= {
@@ -278,6 +278,7 @@ def check_fit(cli: TrainCLI) -> None:
         InputError: they differ, or the model cannot predict.
     """
     encoder, data, train_data = cli.model.model.encoder, cli.datamodule, getattr(cli.datamodule, "train_data", None)
+    sets = data_sizes(cli.config.data) if train_data is None else train_data  # None before scenes are rendered
     kinds, takes, has = ("images", "sets"), cli.model.model.takes_sets, isinstance(data, World)
     if takes != has:
         raise InputError(
@@ -290,12 +291,12 @@ def check_fit(cli: TrainCLI) -> None:
             f"the model is of schema {ours.name!r}, the data of {theirs.name!r}: {ours.differences(theirs)}; give "
             "model.schema the schema of the data"
         )
-    sizes = (
+    compared = (
         ("encoder takes elements of {} numbers", "elements of {}", "in_dim", getattr(data, "input_dim", None)),
         ("encoder takes images of {0}x{0}", "{0}x{0}", "image_size", getattr(data, "image_size", None)),
-        ("decoder predicts sets of {}", "sets of {}", "set_size", getattr(train_data, "set_size", None)),
+        ("decoder predicts sets of {}", "sets of {}", "set_size", getattr(sets, "set_size", None)),
     )
-    for of_model, of_data, name, size in sizes:
+    for of_model, of_data, name, size in compared:
         part = of_model.split()[0]
         if None not in (own := getattr(getattr(cli.model.model, part), name, None), size) and own != size:
             raise InputError(
@@ -431,10 +432,14 @@ def train(arguments: list[str] | None = None) -> Path:
 
 
 def prepare_data(cli: TrainCLI) -> None:
-    """Render or read the data; raise `InputError` if they do not fit the model."""
+    """Render or read the data; raise `InputError` if they do not fit the model, before they are rendered."""
+    rendered = isinstance(cli.datamodule, BuiltInScenes)
+    if rendered:
+        check_fit(cli)
     cli.datamodule.prepare_data()
     cli.datamodule.setup("fit")
-    check_fit(cli)
+    if not rendered:
+        check_fit(cli)
 
 
 def fit(cli: TrainCLI, resume: Path | None) -> None:
