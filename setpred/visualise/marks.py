@@ -12,9 +12,10 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
+from setpred.errors import plural
 from setpred.schema import ElementSchema
 from setpred.visualise.predictions import Comparison, compare
-from setpred.visualise.style import INK, Sheet, plural, styled
+from setpred.visualise.style import INK, Sheet, styled
 
 REAL, FOUND, EXTRA = "#2fe05b", "#ffd23e", "#ff4b33"  # of the three kinds of marks; they differ in form, too
 PANEL, GAP, COLUMNS = 2.6, 0.25, 4  # inches

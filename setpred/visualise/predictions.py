@@ -9,13 +9,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from setpred.errors import plural
 from setpred.metrics import match_by_position, pairwise_distance
 from setpred.rendering.camera import NOMINAL_CAMERA, Camera
 from setpred.schema import ElementSchema
 from setpred.sets import presence_mask
 from setpred.visualise import world
 from setpred.visualise.refinement import Descent
-from setpred.visualise.style import FAINT, INK, WRONG, Sheet, in_english_order, plural, styled, word
+from setpred.visualise.style import FAINT, INK, WRONG, Sheet, in_english_order, styled, word
 
 # in inches
 IMAGE, MAP, LIST, GAP = (6.0, 4.0), 4.0, 6.5, 0.25
