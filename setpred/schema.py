@@ -15,6 +15,7 @@ PRESENCE = "presence"
 # all pairs of 256 objects, more than a part of any configuration here has; two of these as width and length still give
 # a number of weights that fits into 64 bits
 LARGEST_SIZE = 2**16
+ANGLES = ("angle", "rotation", "orientation", "theta")  # names of the field that turns boxes
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,38 @@ class ElementSchema:
         """The side, in pixels, of the square image in which `coords` are places; None for other positions."""
         places = [field for field in self.continuous if field.name == "coords" and field.size == 2]
         return 2 * places[0].scale if places and places[0].offset == places[0].scale else None
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether objects are boxes: `coords`, the centre, and `extent`, width and height, each of two numbers."""
+        return {"coords", "extent"} <= {field.name for field in self.continuous if field.size == 2}
+
+    @property
+    def angle(self) -> Field | None:
+        """The field that turns boxes, by its name in `ANGLES`; None where boxes are upright."""
+        fields = (field for field in self.continuous if field.name in ANGLES and field.size == 1)
+        return next(fields, None) if self.has_boxes else None
+
+    @property
+    def label(self) -> Field | None:
+        """The field whose classes are an object's label elsewhere: `category`, `label`, `class` or the first one."""
+        named = {field.name: field for field in reversed(self.categorical)}
+        first = self.categorical[0] if self.categorical else None
+        return next((named[name] for name in ("category", "label", "class") if name in named), first)
+
+    def corners(self, obj: Mapping[str, Any]) -> np.ndarray:
+        """The corners `[4, 2]` of the box of a decoded object, in the units of `coords`.
+
+        An `angle` turns the box about its centre, from the x axis towards the y axis: clockwise on an image. It is in
+        degrees if the field reaches beyond 2π, else in radians. A negative extent, which no real box has, counts as 0.
+        """
+        half = np.maximum(obj["extent"], 0.0) / 2
+        corners = half * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
+        if field := self.angle:
+            degrees = abs(field.offset) + field.scale > 2 * math.pi + 1e-6
+            turn = math.radians(obj[field.name][0]) if degrees else obj[field.name][0]
+            corners = corners @ np.array([(math.cos(turn), math.sin(turn)), (-math.sin(turn), math.cos(turn))])
+        return corners + np.asarray(obj["coords"])
 
     @property
     def position(self) -> tuple[Field, ...]:

@@ -21,11 +21,12 @@ import itertools
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import __version__ as pillow_version
@@ -42,6 +43,7 @@ CORNERS = (("xmin", "ymin", "xmax", "ymax"), ("x1", "y1", "x2", "y2"), ("left", 
 SIDES = (("width", "height"), ("w", "h"))
 CENTRES = (("cx", "cy"), ("x_center", "y_center"), ("x_centre", "y_centre"))  # of points and boxes alike
 TAKEN = ("coords", "extent", "presence", "confidence")  # names of what is made of the columns
+CONFIDENCE = "confidence"  # a column of predictions, which annotations do not have
 CLASSES = ("label", "class", "category", "type", "species", "kind", "name", "color", "colour", "shape", "material")
 DELIMITERS = ",;\t|"
 MOST_BYTES = 2**30  # of a file of annotations
@@ -68,13 +70,15 @@ class Table:
     rows: list[Row] = field(default_factory=list)
     classes: dict[str, tuple[str, ...] | None] = field(default_factory=dict)  # None for a column of numbers
     images: list[str] | None = None
+    left_out: str = ""  # a column that is no annotation
 
 
 def read_csv(path: str | os.PathLike[str], *, categorical: Sequence[str] = ()) -> Table:
     """Read one CSV file for all images, or a folder with one CSV file per image, of the same stem.
 
     The first line names the columns. The delimiter is the one of comma, semicolon, tab and bar that the first line has
-    most often. UTF-8, UTF-16 with a byte order mark and Windows-1252 are read.
+    most often. UTF-8, UTF-16 with a byte order mark and Windows-1252 are read. A column of confidences, as in tables of
+    predictions, is left out.
 
     Args:
         categorical: columns of classes whose names are numbers.
@@ -97,9 +101,14 @@ def read_csv(path: str | os.PathLike[str], *, categorical: Sequence[str] = ()) -
     if unknown := [name for name in categorical if name.strip().lower() not in columns]:
         raise InputError(f"{path}: expected the columns {', '.join(columns)}, got no {', '.join(unknown)}")
     rows = [row for _, found in tables for row in found]
-    kept = [row for row in rows if any(row.values.values())]  # a row with nothing but an image: it is empty
-    table = Table(str(path), kept)
     named = {name.strip().lower() for name in categorical}
+    left_out = CONFIDENCE if CONFIDENCE in columns and CONFIDENCE not in named else ""
+    if left_out:
+        columns.remove(CONFIDENCE)
+        for row in rows:
+            del row.values[CONFIDENCE]
+    kept = [row for row in rows if any(row.values.values())]  # a row with nothing but an image: it is empty
+    table = Table(str(path), kept, left_out=left_out)
     for column in columns:
         table.classes[column] = _numbers_or_classes(kept, column, forced=column in named)
     _check_repeats(kept)
@@ -212,16 +221,7 @@ def read_coco(path: str | os.PathLike[str]) -> Table:
         InputError: names the annotation that cannot be understood.
     """
     path = Path(path)
-    try:
-        document = json.loads(_decoded(path))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: expected JSON, got: {error}") from error
-    if not isinstance(document, dict) or not all(isinstance(document.get(k), list) for k in ("images", "annotations")):
-        raise InputError(f"{path}: expected COCO JSON with images and annotations, got {shown(document)}")
-    names = _by_id(document["images"], "file_name", f"{path}: images")
-    if not isinstance(document.get("categories") or [], list):
-        raise InputError(f"{path}: expected a list of categories, got {shown(document['categories'])}")
-    categories = _by_id(document.get("categories") or [], "name", f"{path}: categories")
+    document, names, categories = _read_document(path)
     table = Table(str(path), images=list(names.values()))
     for number, annotation in enumerate(document["annotations"]):
         where = f"{path}, annotation {number}"
@@ -267,6 +267,39 @@ def read_coco(path: str | os.PathLike[str]) -> Table:
             table.classes[name] = None
     _check_repeats(table.rows)
     return table
+
+
+def _read_document(path: Path) -> tuple[dict[str, Any], dict[Any, str], dict[Any, str]]:
+    """A COCO file, the file names of its images and the names of its categories by their ids."""
+    try:
+        document = json.loads(_decoded(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected JSON, got: {error}") from error
+    if not isinstance(document, dict) or not all(isinstance(document.get(k), list) for k in ("images", "annotations")):
+        raise InputError(f"{path}: expected COCO JSON with images and annotations, got {shown(document)}")
+    names = _by_id(document["images"], "file_name", f"{path}: images")
+    if not isinstance(document.get("categories") or [], list):
+        raise InputError(f"{path}: expected a list of categories, got {shown(document['categories'])}")
+    return document, names, _by_id(document.get("categories") or [], "name", f"{path}: categories")
+
+
+class CocoIds(NamedTuple):
+    """The ids that a COCO file gives to images, by file name without folders, and to categories, by name."""
+
+    path: str
+    images: dict[str, Any]
+    categories: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> CocoIds:
+        """Read the ids of a file; raise `InputError` if it is no COCO JSON, or two ids have one name."""
+        _, names, categories = _read_document(Path(path))
+        images = {id_: Path(name).name for id_, name in names.items()}
+        for found in (images, categories):
+            if len(set(found.values())) < len(found):
+                ((name, _),) = Counter(found.values()).most_common(1)
+                raise InputError(f"{path}: expected one id for each name, got several for {shown(name)}")
+        return cls(str(path), *({name: id_ for id_, name in found.items()} for found in (images, categories)))
 
 
 def _is_number(value: Any) -> bool:
@@ -415,6 +448,7 @@ def import_images(
     for path in paths.values():
         digest.update(f"{path}{path.stat().st_size}{path.stat().st_mtime_ns}".encode())
     source = {"kind": "imported", "from": Path(table.source).name, "units": units}
+    source |= {"without": table.left_out} if table.left_out else {}
     write_set_file(
         out,
         Header(len(paths), size, schema, source),
@@ -424,6 +458,7 @@ def import_images(
         description=f"importing {size}x{size}",
         workers=workers,
         force=force,
+        names=[path.name for path in paths.values()],
     )
     return schema
 
