@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_page import Page
 from tiny import untrained
 
 from setpred.checkpoint.load import KEY, load_checkpoint, save_checkpoint
@@ -50,6 +51,17 @@ def test_json_and_table_state_what_was_evaluated(checkpoint, tmp_path, capsys):
     assert written["data"].endswith(".h5")
     printed = capsys.readouterr().out
     assert [word for word in ("9 images", "per-image", "color") if word not in printed] == []
+
+
+def test_the_page_shows_the_worst_images_and_every_step(checkpoint, tmp_path):
+    evaluate([str(checkpoint), "--report", str(tmp_path / "new" / "a.html"), "--shown", "2", "--images", "9"])
+    found = Page((tmp_path / "new" / "a.html").read_text())
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.html"]
+    data = json.loads(found.scripts[0])
+    assert len(data["cases"]) == 2
+    assert data["numbers"] == [0, 1, 2, 3]
+    assert sum(tag == "img" for tag, _ in found.tags) == 3  # the figures
+    assert any("The 2 worst of 9 images" in text for text in found.texts)
 
 
 def in_turn(sets):

@@ -26,7 +26,7 @@ from setpred.files import make_folder, replacing
 from setpred.model import SetPredictor
 from setpred.progress import progress
 from setpred.schema import ElementSchema
-from setpred.visualise import draw_marks, draw_outlined_image
+from setpred.visualise import Case, draw_marks, draw_outlined_image, has_marks
 from setpred.visualise.world import has_world
 
 RELEASED = Path(__file__).resolve().parents[1] / "released"  # a model and an image within the package
@@ -201,7 +201,7 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
     loaded = load_checkpoint(options.checkpoint, allow=options.allow)
     loaded.require_images(options.checkpoint)
     schema, folder = loaded.schema, options.figures
-    if folder is not None and not (has_world(schema) or schema.side):
+    if folder is not None and not (has_world(schema) or has_marks(schema)):
         raise InputError(f"--figures: schema {schema.name!r} has no 'coords' that can be drawn; leave it out")
     if os.path.isdir(options.out):
         raise InputError(f"--out {options.out}: expected the name of a file, but it is a folder; choose another name")
@@ -214,7 +214,7 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
     drawn: list[Prediction] = []
 
     def predictions() -> Iterator[Prediction]:
-        found = predict(loaded.model, paths, image_size=loaded.image_size, padded=schema.side is not None, **chosen)
+        found = predict(loaded.model, paths, image_size=loaded.image_size, padded=not has_world(schema), **chosen)
         for prediction in progress(found, total=len(paths), description="predicting images"):
             if folder is not None and len(drawn) < options.shown and isinstance(prediction.elements, Tensor):
                 drawn.append(prediction)
@@ -235,13 +235,14 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
     try:
         for number, (image, elements) in enumerate(drawn):
             stem = os.fsencode(Path(image).stem)[:LONGEST_STEM].decode(errors="ignore")
-            picture = load_image(image, DRAWN_SIZE, padded=schema.side is not None, advice="it was there a moment ago")
+            picture = load_image(image, DRAWN_SIZE, padded=not has_world(schema), advice="it was there a moment ago")
             about = os.fsencode(image).decode(errors="replace")
             path = make_folder(folder) / f"{number:03d}-{stem}.png"
-            if schema.side:
+            if not has_world(schema):
                 kept = elements.clone()
                 kept[:, -1] = (elements[:, -1].clamp(0, 1) >= options.threshold).float()  # as in the file
-                draw_marks(path, picture[None], kept[None], None, schema=schema, about=about)
+                case = Case(os.path.basename(about), picture, kept, None)
+                draw_marks(path, [case], schema=schema, subtitle=f"Confidence of {options.threshold:g} or more.")
             else:
                 draw_outlined_image(path, picture, decode(image, elements), schema=schema, about=about)
     except InputError as error:
