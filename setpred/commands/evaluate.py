@@ -1,8 +1,10 @@
 """Score a checkpoint by average precision and draw its predictions: `setpred evaluate CHECKPOINT`."""
 
 import argparse
+import math
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,7 @@ def figures(
         voting=_voting(loaded.model, inputs, iterates),
         camera=np.stack([data.camera(number) for number in numbers]),
         schema=schema,
+        calibration=loaded.calibration,
         title=title,
         pictured=None if has_world(schema) else numbers,
         names=[data.name(number) for number in numbers],
@@ -109,7 +112,8 @@ def page(
     step = f"epoch {loaded.epoch}, step {loaded.step:,}"
     about = f"{plural(total, 'image')} of {result['data']}; {step}; protocol {result['protocol']}"
     with tempfile.TemporaryDirectory() as name:
-        drawn = write_scores(Path(name), **sets, thresholds=thresholds, say=lambda sentence: None)
+        rated = {"thresholds": thresholds, "calibration": loaded.calibration}
+        drawn = write_scores(Path(name), **sets, **rated, say=lambda sentence: None)
         if has_marks(schema) and not has_places(schema):
             few = f"The worst {len(cases)} of {plural(total, 'image')}."
             drawn.insert(0, draw_marks(Path(name) / "predictions.png", cases, schema=schema, subtitle=few))
@@ -123,6 +127,7 @@ def page(
             cameras=cameras_of(np.stack([data.camera(number) for number in numbers]), len(numbers)),
             figures=drawn,
             schema=schema,
+            calibration=loaded.calibration,
             total=total,
         )
 
@@ -152,8 +157,20 @@ def positive(text: str) -> float:
     """Parse a number above 0."""
     number = float(text)
     if not number > 0:
-        raise InputError(f"--thresholds: expected distances above 0, got {text}")
+        raise argparse.ArgumentTypeError(f"expected distances above 0, got {text}")
     return number
+
+
+def tolerance(text: str) -> tuple[str, float]:
+    """Parse NAME=NUMBER with a number above 0."""
+    name, _, number = text.partition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not name or not value > 0:
+        raise argparse.ArgumentTypeError(f"expected NAME=NUMBER with a number above 0, got {text}")
+    return name, value
 
 
 def parser() -> Parser:
@@ -167,6 +184,14 @@ def parser() -> Parser:
     options.add_argument("--protocol", choices=list(PROTOCOLS), default="dataset", help="which AP; see docs/metrics.md")
     options.add_argument(
         "--thresholds", type=positive, nargs="+", default=[], metavar="D", help="further distances, in the data's units"
+    )
+    options.add_argument(
+        "--within",
+        type=tolerance,
+        nargs="+",
+        default=[],
+        metavar="NAME=D",
+        help="also ask for errors of fields under D",
     )
     options.add_argument("--figures", type=Path, metavar="DIR", help="write figures into DIR")
     options.add_argument("--report", type=Path, metavar="FILE.html", help="write scores and the worst images as a page")
@@ -219,6 +244,8 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     most = PICTURED if options.figures is not None and has_world(loaded.schema) else MOST_SHOWN
     if options.shown is not None and options.shown > most:
         raise InputError(f"--shown: expected at most {most}, got {options.shown}")
+    if options.within and loaded.schema is not None:
+        loaded = replace(loaded, schema=loaded.schema.with_tolerances(dict(options.within)))
     decoder = loaded.model.decoder
     if options.seed is not None:
         if not hasattr(getattr(decoder, "start", None), "seed"):
@@ -233,8 +260,9 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     device, steps = choose_device(options.device), options.iterations
     reading = {"batch_size": options.batch_size, "workers": options.workers}
     predictions = predict(loaded.model, data, iterations=steps, device=device, **reading)
-    result = report(predictions, loaded.schema, options.protocol, options.thresholds) | {
+    result = report(predictions, loaded.schema, options.protocol, options.thresholds, loaded.calibration) | {
         "data": path,
+        "within": loaded.schema.tolerances,
         "checkpoint": str(options.checkpoint),
         "epoch": loaded.epoch,
         "step": loaded.step,

@@ -151,7 +151,8 @@ def default_configuration(path: Path, module: dict[str, Any]) -> dict[str, Any]:
         trunk["blocks"] = 1
     encoder["precise"] = decoder["objective"]["init_args"]["precise"] = head
     decoder["objective"]["init_args"]["weights"] = decoder["start"]["init_args"]["weights"] = [8] * head
-    names = [field.name for field in sizes.schema.fields if field.name in ("coords", "extent")]
+    places = {"coords", "extent", *sizes.schema.in_pixels}
+    names = [field.name for field in sizes.schema.fields if field.name in places]
     loss = config["model"]["loss"]["init_args"]
     loss["weights"], loss["beta"] = dict.fromkeys(names, 0.3), dict.fromkeys(names, 0.05)
     batch = min(BATCH, sizes.images)

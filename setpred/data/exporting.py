@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ import numpy as np
 from setpred.data.images import pixel_size
 from setpred.data.importing import CocoIds
 from setpred.errors import InputError
-from setpred.schema import ElementSchema
+from setpred.schema import BOX, ElementSchema, Field
 
 if TYPE_CHECKING:
     import fiftyone
@@ -63,8 +65,8 @@ def csv_columns(schema: ElementSchema) -> list[str]:
         elif field.name == "extent" and boxes:
             names += ("width", "height")
         else:
-            single = field.categorical or field.size == 1
-            names += [field.name] if single else [f"{field.name}_{number + 1}" for number in range(field.size)]
+            count = 1 if field.categorical else field.numbers
+            names += [field.name] if count == 1 else [f"{field.name}_{number + 1}" for number in range(count)]
     names.append("confidence")
     if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(f"expected fields that give different columns of CSV, got {min(twice)} twice; choose json")
@@ -79,8 +81,15 @@ def to_csv(found: Found, schema: ElementSchema) -> Iterator[str]:
         if not objects:
             yield _line([image, *[""] * (len(columns) - 1)])
         for obj in objects:
-            parts = (value if isinstance(value, list) else [value] for value in obj.values())
-            yield _line([image, *(_number(v) if isinstance(v, float) else v for part in parts for v in part)])
+            cells = [_cells(obj[field.name], field) for field in schema.fields]
+            yield _line([image, *itertools.chain(*cells), _number(obj["confidence"])])
+
+
+def _cells(value: Any, field: Field) -> list[Any]:
+    """The cells of a value; empty ones of an absent optional field."""
+    if field.categorical:
+        return [value]
+    return [""] * field.numbers if value is None else [_number(v) for v in value]
 
 
 def _line(cells: Iterable[Any]) -> str:
@@ -104,7 +113,7 @@ def check_coco(schema: ElementSchema, paths: Sequence[str], ids: CocoIds | None)
         for path in paths:
             if Path(path).name not in ids.images:
                 raise InputError(f"{ids.path}: expected all images to have an id, got none of {Path(path).name}")
-        for name in schema.label.classes if schema.label else (UNLABELLED,):
+        for name in _classes(schema):
             if name not in ids.categories:
                 raise InputError(f"{ids.path}: expected a category for each class, got none named {name!r}")
 
@@ -121,8 +130,7 @@ def to_coco(found: Found, schema: ElementSchema, paths: Sequence[str], ids: Coco
     """
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     images: list[dict[str, Any]] = []
-    names = schema.label.classes if schema.label else (UNLABELLED,)
-    categories = {name: number + 1 for number, name in enumerate(names)} if ids is None else ids.categories
+    categories = {name: number + 1 for number, name in enumerate(_classes(schema))} if ids is None else ids.categories
     count, separator = 0, '{"annotations": [\n' if ids is None else "[\n"
     for image, objects in found:
         if ids is None:
@@ -132,7 +140,7 @@ def to_coco(found: Found, schema: ElementSchema, paths: Sequence[str], ids: Coco
         image_id = len(images) if ids is None else ids.images[Path(image).name]
         for obj in objects:
             count += 1
-            category = categories[obj[schema.label.name] if schema.label else UNLABELLED]
+            category = categories[_class(obj, schema)]
             result = {"image_id": image_id, "category_id": category, **_boxed(obj, schema)}
             if ids is None:
                 area = _number(float(np.prod(np.maximum(obj["extent"], 0))))
@@ -141,7 +149,10 @@ def to_coco(found: Found, schema: ElementSchema, paths: Sequence[str], ids: Coco
             separator = ",\n"
     end = "\n]" if count else separator + "]"
     if ids is None:
-        listed = [{"id": number, "name": name} for name, number in categories.items()]
+        parts = [field.name for field in schema.keypoints]
+        skeleton = [[parts.index(name) + 1 for name in pair] for pair in schema.skeleton if {*pair} <= {*parts}]
+        more = {"keypoints": parts, "skeleton": skeleton} if parts else {}
+        listed = [{"id": number, "name": name} | more for name, number in categories.items()]
         end += f',\n"images": {json.dumps(images)},\n"categories": {json.dumps(listed)}}}'
     yield end + "\n"
 
@@ -150,12 +161,26 @@ def _boxed(obj: Mapping[str, Any], schema: ElementSchema) -> dict[str, Any]:
     corners = schema.corners(obj)
     low, size = corners.min(0), np.ptp(corners, axis=0)
     box = {"bbox": [_number(v) for v in (*low, *size)], "score": obj["confidence"]}
-    return box | ({"segmentation": [[_number(v) for v in corners.flat]]} if schema.angle else {})
+    if schema.angle:
+        box["segmentation"] = [[_number(v) for v in corners.flat]]
+    if schema.keypoints:
+        triples = ((*map(_number, obj[f.name]), 2) if obj[f.name] else (0, 0, 0) for f in schema.keypoints)
+        box["keypoints"] = list(itertools.chain(*triples))
+    return box
+
+
+def _classes(schema: ElementSchema) -> tuple[str, ...]:
+    """The classes of the label: the first field of classes that detectors score."""
+    return schema.label[0].classes if schema.label else (UNLABELLED,)
+
+
+def _class(obj: Mapping[str, Any], schema: ElementSchema) -> str:
+    return obj[schema.label[0].name] if schema.label else UNLABELLED
 
 
 def _attributes(obj: Mapping[str, Any], schema: ElementSchema) -> dict[str, Any]:
-    """Fields besides position and label; single numbers without their list."""
-    known = {"coords", "extent", "confidence", schema.label.name if schema.label else ""}
+    """Fields besides position, keypoints and label; single numbers without their list."""
+    known = {"coords", "extent", "confidence", *(f.name for f in (*schema.keypoints, *schema.label[:1]))}
     kept = {name: value for name, value in obj.items() if name not in known}
     return {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in kept.items()}
 
@@ -163,8 +188,8 @@ def _attributes(obj: Mapping[str, Any], schema: ElementSchema) -> dict[str, Any]
 def to_supervision(objects: Objects, schema: ElementSchema) -> supervision.Detections:
     """Objects as `supervision.Detections`, for its annotators, zones and trackers.
 
-    `class_id` counts the classes of `schema.label`; `data` has "class_name" and the other fields. Turned boxes have
-    their corners in `data`, as supervision's annotator of oriented boxes wants. Points are boxes without an area.
+    `class_id` counts the classes of the first field of `schema.label`. `data` has "class_name", the other fields, and
+    the corners of turned boxes, as supervision's annotator of oriented boxes wants. Points are boxes without an area.
 
     Args:
         objects: in pixels of the image, as `setpred predict` writes them.
@@ -174,18 +199,21 @@ def to_supervision(objects: Objects, schema: ElementSchema) -> supervision.Detec
     """
     supervision = _module("supervision")
     corners = _corners(objects, schema)
-    data: dict[str, Any] = {name: [] for name in _attributes(schema.decode(np.ones((1, schema.set_dim)))[0], schema)}
-    for obj in objects:
-        for name, value in _attributes(obj, schema).items():
-            data[name].append(value)
-    data = {name: np.array(values) for name, values in data.items()}
-    names = [obj[schema.label.name] if schema.label else UNLABELLED for obj in objects]
+    data: dict[str, Any] = {}
+    for field in schema.fields:
+        if field.name in BOX or field in schema.label[:1]:
+            continue
+        absent = [math.nan] * field.numbers
+        values = [absent if obj[field.name] is None else obj[field.name] for obj in objects]
+        plain = field.categorical or field.numbers == 1
+        data[field.name] = np.reshape(values, (len(objects), *(() if plain else (field.numbers,))))
+    names = [_class(obj, schema) for obj in objects]
     if schema.angle:
         data["xyxyxyxy"] = corners.astype(np.float32)
     return supervision.Detections(
         xyxy=np.concatenate([corners.min(1), corners.max(1)], axis=1).astype(np.float32),
         confidence=np.array([obj["confidence"] for obj in objects], np.float32),
-        class_id=np.array([schema.label.classes.index(name) if schema.label else 0 for name in names], int),
+        class_id=np.array([_classes(schema).index(name) for name in names], int),
         data=data | {"class_name": np.array(names, dtype=str)},
     )
 
@@ -193,7 +221,7 @@ def to_supervision(objects: Objects, schema: ElementSchema) -> supervision.Detec
 def to_fiftyone(objects: Objects, schema: ElementSchema, size: tuple[int, int]) -> fiftyone.Label:
     """Objects as FiftyOne's labels: `Detections` of boxes, `Polylines` of turned boxes, `Keypoints` of points.
 
-    Their positions are shares of the image; fields besides position and label are attributes.
+    Positions are shares of the image; fields besides position and label are attributes.
 
     Args:
         objects: in pixels of the image, as `setpred predict` writes them.
@@ -205,9 +233,10 @@ def to_fiftyone(objects: Objects, schema: ElementSchema, size: tuple[int, int]) 
     fiftyone = _module("fiftyone")
     labels = []
     for obj, corners in zip(objects, _corners(objects, schema) / size, strict=True):
-        name = obj[schema.label.name] if schema.label else UNLABELLED
-        given = _attributes(obj, schema).items()
-        known = {f"{key}_" if key in OF_LABELS else key: value for key, value in given} | {"label": name}
+        name = _class(obj, schema)
+        given = _attributes(obj, schema)
+        given |= {f.name: np.divide(obj[f.name], size).tolist() for f in schema.keypoints if obj[f.name]}
+        known = {f"{key}_" if key in OF_LABELS else key: value for key, value in given.items()} | {"label": name}
         if schema.angle:
             points = [[tuple(corner) for corner in corners.tolist()]]
             label = fiftyone.Polyline(points=points, closed=True, confidence=obj["confidence"], **known)

@@ -7,6 +7,7 @@ from setpred.visualise.marks import Case, draw_marks, has_marks
 from setpred.visualise.page import write_page
 from setpred.visualise.predictions import draw_outlined_image, draw_predictions, worst_first
 from setpred.visualise.refinement import Descent, draw_refinement_film, draw_refinement_strip
+from setpred.visualise.reliability import draw_reliability
 from setpred.visualise.report import write_report, write_scores
 from setpred.visualise.supports import Voting, draw_supports
 from setpred.visualise.training_curves import draw_own_training, draw_training_curves
@@ -24,6 +25,7 @@ __all__ = [
     "draw_predictions",
     "draw_refinement_film",
     "draw_refinement_strip",
+    "draw_reliability",
     "draw_supports",
     "draw_training_curves",
     "has_marks",

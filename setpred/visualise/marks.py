@@ -30,7 +30,10 @@ MOST_STEPS = 6  # in a refinement
 
 
 class Case(NamedTuple):
-    """An image, if there is one, with its predicted set and, if known, its real set; `name` is written under it."""
+    """An input with its predicted set and, if known, its real set; `name` is written under it.
+
+    The picture is an image `[S, S, 3]`, an input set of points `[m, 2]` in the units of `coords`, or nothing.
+    """
 
     name: str
     picture: np.ndarray | None
@@ -73,7 +76,7 @@ def draw_marked_refinement(
 ) -> Path:
     """Draw a row for each set: its iterates `[steps + 1, cases, set_size, set_dim]` at a few steps and the last one."""
     if not schema.side:  # the image, if any, is no part of the way
-        cases = [case._replace(picture=None) for case in cases]
+        cases = [case._replace(picture=None) if _has_image_apart(case, schema) else case for case in cases]
     last = len(iterates) - 1
     steps = [*[step for step in STRIP if step < last][: MOST_STEPS - 1], last]
     sheet, cells = _cells(len(steps) * len(cases), cases[0], schema, columns=len(steps))
@@ -91,7 +94,7 @@ def _cells(
     count: int, example: Case, schema: ElementSchema, *, columns: int | None = None
 ) -> tuple[Sheet, list[list[Axes]]]:
     """A sheet with the panels of each set, row by row."""
-    panels = (schema.side is None and example.picture is not None) + len(_views(schema))
+    panels = _has_image_apart(example, schema) + len(_views(schema))
     columns = min(COLUMNS[panels], count) if columns is None else columns
     gap, foot = (GAP, FOOT) if schema.side else (GAP + SCALE, FOOT + SCALE)
     panel = (PANEL if panels == 1 else SMALLER) if count > 1 else ALONE
@@ -104,6 +107,11 @@ def _cells(
     return sheet, [[sheet.panel(x + k * step, y, panel, panel) for k in range(panels)] for x, y in corners]
 
 
+def _has_image_apart(case: Case, schema: ElementSchema) -> bool:
+    """Whether an image has a panel for itself: positions are not its pixels."""
+    return schema.side is None and case.picture is not None and case.picture.ndim == 3
+
+
 def _views(schema: ElementSchema) -> list[tuple[int, int]]:
     """The pairs of axes that positions are drawn in: the image or plane; from above and from the front."""
     return [(0, 1), (0, 2)] if schema.field("coords").size == 3 else [(0, 1)]
@@ -113,24 +121,29 @@ def _show(cell: Sequence[Axes], case: Case, elements: Tensor, schema: ElementSch
     """Show a set in the panels of its cell; return its comparison with the real one."""
     known, side = case.target is not None, schema.side
     compared = compare(elements, case.target if known else torch.zeros_like(elements), schema)
-    if case.picture is not None:
+    points = case.picture if case.picture is not None and case.picture.ndim == 2 else None
+    if case.picture is not None and points is None:
         extent = (0, side, side, 0) if side else None
         cell[0].imshow(case.picture, extent=extent, interpolation="nearest")
         cell[0].set(xticks=[], yticks=[])
     for axes in cell:
         axes.spines[:].set_visible(False)
     for axes, view in zip(cell[-len(_views(schema)) :], _views(schema), strict=True):
-        if side:
+        if side and points is None:
             axes.set(xlim=(0, side), ylim=(side, 0))
         else:
-            _plain(axes, view, schema)
+            _plain(axes, view, schema, points)
         _mark_all(axes, view, compared, schema, known)
     return compared
 
 
-def _plain(axes: Axes, view: tuple[int, int], schema: ElementSchema) -> None:
+def _plain(axes: Axes, view: tuple[int, int], schema: ElementSchema, points: np.ndarray | None) -> None:
     field = schema.field("coords")
-    limits = (field.offset - 1.15 * field.scale, field.offset + 1.15 * field.scale)
+    reach = 1.15 * field.scale
+    if points is not None:
+        axes.plot(*points.T, ".", ms=3.5, mec="none", mfc="#8f9aad")
+        reach = max(reach, 1.05 * float(np.abs(points - field.offset).max(initial=0)))
+    limits = (field.offset - reach, field.offset + reach)
     axes.set(xlim=limits, ylim=limits, facecolor=GROUND, aspect="equal")
     axes.locator_params(nbins=5)
     axes.tick_params(labelsize=7, length=2, colors="#555555")
@@ -142,12 +155,14 @@ def _plain(axes: Axes, view: tuple[int, int], schema: ElementSchema) -> None:
 def _mark_all(axes: Axes, view: tuple[int, int], compared: Comparison, schema: ElementSchema, known: bool) -> None:
     for real in compared.real:
         _mark(axes, view, real, REAL, "o", schema)
+        _draw_keypoints(axes, real, REAL, "-", schema)
     for found, partner, wrong in zip(compared.predicted, compared.partner, compared.wrong, strict=True):
         colour = EXTRA if known and (partner is None or wrong) else FOUND
         if partner is not None:
             ends = [found["coords"], compared.real[partner]["coords"]]
             axes.plot(*([end[axis] for end in ends] for axis in view), color=colour, lw=0.9, solid_capstyle="round")
         _mark(axes, view, found, colour, "x", schema)
+        _draw_keypoints(axes, found, colour, ":", schema)
         names = [found[field.name] for field in schema.categorical]
         if known:
             names = [f"{word(name)} {found[name]} ({compared.real[partner][name]})" for name in wrong]
@@ -176,6 +191,16 @@ def _caption(cell: Sequence[Axes], lines: Sequence[str], schema: ElementSchema) 
     style = {"fontsize": 8, "va": "top", "color": INK, "xycoords": "axes fraction", "textcoords": "offset points"}
     text = "\n".join([name, *others])
     cell[0].annotate(text, (0, 0), (0, down), annotation_clip=False, parse_math=False, **style)
+
+
+def _draw_keypoints(axes: Axes, obj: Mapping[str, Any], colour: str, line: str, schema: ElementSchema) -> None:
+    """Dots at the keypoints that the object has, and the lines of the skeleton between them."""
+    places = {field.name: obj[field.name] for field in schema.keypoints if obj[field.name] is not None}
+    for start, end in schema.skeleton:
+        if start in places and end in places:
+            axes.plot(*zip(places[start], places[end], strict=True), line, color=colour, lw=1.2, path_effects=EDGE)
+    if places:
+        axes.plot(*zip(*places.values(), strict=True), "o", ms=3.2, mfc=colour, mec="#111111", mew=0.6)
 
 
 def _summary(compared: Comparison, schema: ElementSchema) -> list[str]:

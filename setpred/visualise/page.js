@@ -32,11 +32,17 @@ function differs(item, real) {
 
 function text(field, value) {
   if (field.classes) return field.classes[value];
+  if (!value) return "absent";
   return value.map(short).join(", ");
 }
 
 function short(number) {
   return String(Number(number.toPrecision(4)));
+}
+
+function distance(field, mine, other) {  // with a period the shortest way around
+  const turned = (d, p) => p ? d - p * Math.round(d / p) : d;
+  return Math.hypot(...mine.map((v, axis) => turned(v - other[axis], field.period)));
 }
 
 function describe(item, real, title) {
@@ -49,8 +55,8 @@ function describe(item, real, title) {
   row(real ? [title, "predicted", "real", "error"] : [title, ""], false);
   data.fields.forEach((field, k) => {
     const [mine, other] = [item.values[k], real && real.values[k]];
-    const cells = [field.name, text(field, mine)];
-    if (real) cells.push(text(field, other), field.classes ? "" : short(Math.hypot(...mine.map((v, axis) => v - other[axis]))));
+    const cells = [field.name + (field.unit && ` (${field.unit})`), text(field, mine)];
+    if (real) cells.push(text(field, other), field.classes || !mine || !other ? "" : short(distance(field, mine, other)));
     row(cells, Boolean(real && field.classes && mine !== other));
   });
   hint.replaceChildren(table);
@@ -92,8 +98,8 @@ function update() {
     const now = item();
     place(group, now.at);
     group.setAttribute("class", "found" + (!real || differs(now, real) ? " wrong" : ""));
-    group.style.opacity = now.confidence < 0.5 ? 0.25 * now.confidence : 1;
-    group.style.pointerEvents = now.confidence < 0.2 ? "none" : "all";
+    group.style.opacity = now.present ? 1 : 0.25 * now.confidence;
+    group.style.pointerEvents = now.present ? "all" : "none";
     const end = real ? real.at : now.at;
     Object.entries({x1: now.at[0], y1: now.at[1], x2: end[0], y2: end[1]}).forEach(([key, value]) => line.setAttribute(key, value));
   }

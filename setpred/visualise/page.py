@@ -20,7 +20,7 @@ from setpred.errors import plural
 from setpred.files import write_atomically
 from setpred.metrics import match_by_position
 from setpred.rendering.camera import Camera
-from setpred.schema import ElementSchema
+from setpred.schema import UNCALIBRATED, Calibration, ElementSchema
 from setpred.visualise.marks import Case
 from setpred.visualise.predictions import compare
 from setpred.visualise.style import word
@@ -48,6 +48,7 @@ def write_page(
     cameras: Sequence[Camera],
     figures: Sequence[Path],
     schema: ElementSchema,
+    calibration: Calibration = UNCALIBRATED,
     total: int,
 ) -> Path:
     """Write the page, atomically. Text is escaped, and the page may load nothing and run no other script.
@@ -65,16 +66,16 @@ def write_page(
     placed = [case for case in cases if case.picture is not None] if has_places(schema) else []
     iterates = torch.nan_to_num(iterates, nan=_FAR) if placed else None
     steps = _steps(iterates) if placed else []
-    in_pixels = ("coords", "extent") if schema.side else ()
+    units = {f.name: f.unit or ("pixels" if f.name in schema.in_pixels else "") for f in schema.fields}
     data = {
         "view": VIEW if has_world(schema) else [schema.side] * 2,
         "boxes": schema.has_boxes and not has_world(schema),
         "numbers": steps,
         "fields": [
-            {"name": word(f.name) + (" (pixels)" if f.name in in_pixels else ""), "classes": f.classes or None}
+            {"name": word(f.name), "unit": units[f.name], "classes": f.classes or None, "period": f.period}
             for f in schema.fields
         ],
-        "cases": [_case(case, iterates[steps, k], cameras[k], schema) for k, case in enumerate(placed)],
+        "cases": [_case(case, iterates[steps, k], cameras[k], schema, calibration) for k, case in enumerate(placed)],
     }
     script = (_HERE / "page.js").read_text()
     page = Template((_HERE / "page.html").read_text()).substitute(
@@ -98,15 +99,19 @@ def _steps(iterates: Tensor) -> list[int]:
     return sorted(set(np.linspace(0, last, min(last + 1, most)).round().astype(int).tolist()))
 
 
-def _case(case: Case, iterates: Tensor, camera: Camera, schema: ElementSchema) -> dict[str, Any]:
+def _case(
+    case: Case, iterates: Tensor, camera: Camera, schema: ElementSchema, calibration: Calibration
+) -> dict[str, Any]:
     """The real set of an image and its iterates `[steps, set_size, set_dim]`, as the script draws them."""
 
     def item(element: Tensor) -> dict[str, Any]:
-        obj = schema.decode(element[None], threshold=-math.inf)[0]
+        obj = schema.decode(element[None], threshold=0, calibration=calibration)[0]
         values = [
-            f.classes.index(obj[f.name]) if f.categorical else [_short(v) for v in obj[f.name]] for f in schema.fields
+            f.classes.index(obj[f.name]) if f.categorical else obj[f.name] and [_short(v) for v in obj[f.name]]
+            for f in schema.fields
         ]
-        return {"at": _place(obj, camera, schema), "values": values, "confidence": _short(obj["confidence"])}
+        kept = {"confidence": _short(obj["confidence"]), "present": bool(element[-1] > 0.5)}
+        return {"at": _place(obj, camera, schema), "values": values} | kept
 
     real = case.target[case.target[:, -1] > 0.5]
     rows = iterates[-1]
