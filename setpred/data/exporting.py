@@ -30,7 +30,10 @@ Objects = Sequence[Mapping[str, Any]]
 Found = Iterable[tuple[str, Objects]]  # the path of an image and its objects, image by image
 FORMATS = ("json", "jsonl", "csv", "coco")
 UNLABELLED = "object"  # the category of objects without classes
-OF_LABELS = ("label", "id", "tags", "index", "mask", "points", "instance", "attributes")  # of FiftyOne's labels
+OF_LABELS = (  # fields of FiftyOne's labels
+    *("label", "id", "tags", "index", "mask", "mask_path", "points", "closed", "filled", "bounding_box", "instance"),
+    "attributes",
+)
 
 
 def to_json(found: Found) -> Iterator[str]:

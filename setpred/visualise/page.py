@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -147,26 +147,40 @@ def _tables(result: Mapping[str, Any]) -> str:
     details = result["attributes"]
     shares = {"all classes": details["all_attributes"], **details["accuracy"]} if details["accuracy"] else {}
     shares |= {"presence": details["presence_accuracy"], "number of objects": details["count_exact"]}
-    distances = {name: f"{value:.3g}" for name, value in details["distance"].items() if not math.isnan(value)}
-    tables = [
-        _table("Average precision in %, by the largest distance", _percent(result["ap"])),
-        _table("Right, in %", _percent({word(name): share for name, share in shares.items()})),
-    ]
-    if distances and details["axis_errors"]:
-        tables.append(_table("Distance from prediction to real object", distances))
+    tables = [_table("Average precision in %, by the largest distance", {"": _percent(result["ap"])})]
+    if boxes := result.get("box_ap"):
+        rows = {"all classes": boxes} | (boxes["classes"] if len(boxes["classes"]) > 1 else {})
+        scores = {name: _percent({key: row[key] for key in row if key.startswith("A")}) for name, row in rows.items()}
+        tables.append(_table("Average precision and recall of boxes in %, by their overlap as COCO does", scores))
+    tables.append(_table("Right, in %", {"": _percent({word(name): share for name, share in shares.items()})}))
+    errors = {"distance": details["distance"] | {"unit": details["unit"]}} | details["errors"]
+    rows = {
+        f"{word(name)} ({row['unit']})" if row["unit"] else word(name): {
+            key: f"{row[key]:.3g}" for key in ("mean", "median", "p90")
+        }
+        for name, row in errors.items()
+        if not math.isnan(row["mean"])
+    }
+    if rows and details["axis_errors"]:
+        tables.append(_table("Errors", rows))
     return f'<div class="tables">{"".join(tables)}</div>'
 
 
 def _percent(shares: Mapping[str, float]) -> dict[str, str]:
-    return {name: f"{100 * share:.1f}" for name, share in shares.items()}
+    return {name: "none" if math.isnan(share) else f"{100 * share:.1f}" for name, share in shares.items()}
 
 
-def _table(caption: str, cells: Mapping[str, str]) -> str:
-    head, body = (
-        "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts)
-        for tag, texts in (("th", cells), ("td", cells.values()))
-    )
-    return f"<table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tr>{body}</tr></table>"
+def _table(caption: str, rows: Mapping[str, Mapping[str, str]]) -> str:
+    """A table with a column for each key of the rows, whose names come first unless empty."""
+    named = any(rows)
+
+    def line(name: str, cells: Iterable[str], tag: str) -> str:
+        first = f"<th>{escape(name)}</th>" if named else ""
+        return f"<tr>{first}{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+    head = line("", next(iter(rows.values())), "th")
+    body = "".join(line(name, cells.values(), "td") for name, cells in rows.items())
+    return f"<table><caption>{escape(caption)}</caption><thead>{head}</thead><tbody>{body}</tbody></table>"
 
 
 _BAR = """<div class="bar"><label>Refinement <input type="range" id="slider" min="0" max="{0}" value="{0}"></label>
