@@ -60,7 +60,8 @@ def test_the_page_shows_the_worst_images_and_every_step(checkpoint, tmp_path):
     data = json.loads(found.scripts[0])
     assert len(data["cases"]) == 2
     assert data["numbers"] == [0, 1, 2, 3]
-    assert sum(tag == "img" for tag, _ in found.tags) == 3  # the figures
+    figures = [attributes["alt"] for tag, attributes in found.tags if tag == "img"]
+    assert figures == ["precision_recall", "reliability", "confusion", "distance_errors"]
     assert any("The 2 worst of 9 images" in text for text in found.texts)
 
 
