@@ -198,7 +198,10 @@ def _field_line(name: str, error: dict[str, Any]) -> str:
     """The errors of one continuous field."""
     line = f"  {name:<16} " + ", ".join(f"{key} {error[key]:.3f}" for key in ("mean", "median", "p90"))
     line += f" {error['unit']} off" if error["unit"] else " off"
-    return line + (f"; {100 * error['found']:.1f} % found" if "found" in error else "")
+    shares = [
+        f"{100 * error[key]:.1f} % {key}" for key in ("found", "invented") if not math.isnan(error.get(key, math.nan))
+    ]
+    return "; ".join([line, *shares])
 
 
 def _box_table(scores: dict[str, Any] | None) -> list[str]:

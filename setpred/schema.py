@@ -390,14 +390,15 @@ class ElementSchema:
         """
         known = [field.name for field in self.continuous]
         if unknown := [name for name in tolerances if name not in known]:
-            raise InputError(f"expected fields of numbers ({', '.join(known) or 'none here'}), got {unknown[0]!r}")
+            names = ", ".join(known) or "none here"
+            raise InputError(f"tolerance (--within): expected a field of numbers ({names}), got {unknown[0]!r}")
         fields = [replace(f, tolerance=tolerances.get(f.name, f.tolerance)) for f in self.fields]
         return ElementSchema(self.name, fields, max_objects=self.max_objects, skeleton=self.skeleton)
 
     @property
     def side(self) -> float | None:
         """The side, in pixels, of the square image in which `coords` are places; None for other positions."""
-        places = [field for field in self.continuous if field.name == "coords" and field.size == 2]
+        places = [field for field in self.continuous if field.name == "coords" and field.size == field.numbers == 2]
         return 2 * places[0].scale if places and places[0].offset == places[0].scale else None
 
     @property
@@ -414,7 +415,9 @@ class ElementSchema:
     @property
     def has_boxes(self) -> bool:
         """Whether `coords` and `extent` are the centre and the sides of a box."""
-        return all(any(field.name == name and field.size == 2 for field in self.continuous) for name in BOX)
+        return all(
+            any(field.name == name and field.size == field.numbers == 2 for field in self.continuous) for name in BOX
+        )
 
     @property
     def label(self) -> tuple[Field, ...]:
@@ -479,7 +482,8 @@ class ElementSchema:
         advice = "import the file with --schema and a file of the schema that is wanted"
         if self == other:
             return elements
-        if {_kind(field) for field in self.fields} != {_kind(field) for field in other.fields}:
+        same_names = {field.name for field in self.fields} == {field.name for field in other.fields}
+        if not same_names or not all(_exchangeable(field, other.field(field.name)) for field in self.fields):
             raise InputError(f"expected elements of the same fields, got {self.differences(other)}; {advice}")
         present = elements[..., -1] > 0.5
         if (most := int(present.sum(-1).max(initial=0))) > self.max_objects:
@@ -520,9 +524,12 @@ class ElementSchema:
         return f"{mine['name']} (up to {mine['max_objects']}) against {theirs['name']} (up to {theirs['max_objects']})"
 
 
-def _kind(field: Field) -> tuple[Any, ...]:
-    """The properties that fields of one name must share for their values to be exchanged."""
-    return field.name, field.categorical or (field.size, field.period, field.optional)
+def _exchangeable(ours: Field, theirs: Field) -> bool:
+    """Whether values of one field are values of the other: a small file may not show that a number has a period."""
+    if ours.categorical or theirs.categorical:
+        return ours.categorical and theirs.categorical
+    one_period = not (ours.period and theirs.period) or ours.period == theirs.period
+    return (ours.numbers, ours.optional) == (theirs.numbers, theirs.optional) and one_period
 
 
 # CLEVR v1.0; coords are divided by 3, the half side of the square that objects are placed in.

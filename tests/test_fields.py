@@ -3,16 +3,21 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_importing import images, imported, objects, table  # noqa: F401  a fixture, too
 
+from setpred.checkpoint.load import KEY, save_checkpoint
+from setpred.checkpoint.untrusted import load_yaml
+from setpred.commands import predict
 from setpred.commands.data import main as data_command
 from setpred.commands.evaluate import parser
 from setpred.commands.linking import default_configuration
-from setpred.commands.train import QUICKSTART
+from setpred.commands.train import QUICKSTART, build
 from setpred.data.dataset import SetFile
 from setpred.data.hdf5 import describe
 from setpred.data.importing import read_coco, read_csv
@@ -21,7 +26,10 @@ from setpred.errors import InputError
 from setpred.losses import HungarianLoss
 from setpred.metrics import attribute_report, average_precision, match_by_position, pairwise_distance
 from setpred.schema import ElementSchema, Field, categorical, continuous, periodic
+from setpred.visualise.marks import _draw_keypoints
+from setpred.visualise.style import Sheet
 
+ROOT = Path(__file__).resolve().parents[1]
 COORDS = continuous("coords", 2, scale=8, offset=8, unit="pixels")
 POSE = ElementSchema(
     "pose",
@@ -134,7 +142,7 @@ def test_tolerances_decide_what_is_right():
     lost = predicted.clone()
     lost[0, 0, 6] = 0.2  # the nose is not found
     assert average_precision(lost, target, thresholds=[1.0], schema=POSE.with_tolerances({"nose": 99})) == {1.0: 0.25}
-    with pytest.raises(InputError, match=r"expected fields of numbers \(coords, angle, nose, tail\), got 'wing'"):
+    with pytest.raises(InputError, match=r"expected a field of numbers \(coords, angle, nose, tail\), got 'wing'"):
         POSE.with_tolerances({"wing": 1})
     assert parser().parse_args(["a.ckpt", "--within", "radius=2", "angle=10"]).within == [("radius", 2), ("angle", 10)]
     for wrong in ("radius", "radius=", "=3", "radius=0", "radius=nan"):
@@ -151,6 +159,10 @@ def test_schemas_convert_only_between_equal_kinds():
     radians = ElementSchema("turn", [periodic("a", 2 * math.pi)], max_objects=1)
     with pytest.raises(InputError, match="expected elements of the same fields"):
         degrees.converted(radians.encode([{"a": 1}])[None], radians)
+    plain = ElementSchema("plain", [continuous("a", 1, scale=90, offset=90)], max_objects=1)  # of a small file
+    for ours, theirs in ((degrees, plain), (plain, degrees)):
+        found = ours.converted(theirs.encode([{"a": 170}])[None], theirs)
+        np.testing.assert_allclose(found[0], ours.encode([{"a": 170}]), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -324,8 +336,48 @@ def test_a_mistake_in_a_schema_file_is_one_clear_error(images, tmp_path, capsys,
     assert not path.exists()
 
 
+def test_the_documented_schema_file_is_one():
+    (example,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "own_data.md").read_text(), re.DOTALL)
+    overrides = Overrides.of(load_yaml(example), "docs")
+    assert overrides.renamed("label") == "kind"
+    assert overrides.options("angle", "period", "unit") == {"period": 180, "unit": "degrees"}
+
+
 def test_a_period_can_be_ruled_out(images, tmp_path):  # noqa: F811
     text = "image,x,y,angle\na,3,4,0\nb,3,4,359"
     overrides = Overrides.of({"fields": {"angle": {"period": None}}}, "schema.yaml")
     data = imported(read_csv(table(tmp_path, text)), images, tmp_path, overrides=overrides)
     assert data.schema.field("angle").period == 0
+
+
+# --- pictures and predictions ---
+
+
+def test_keypoints_are_drawn_with_the_skeleton_between_those_that_are_there():
+    axes = Sheet(4, 4).panel(0, 0, 4, 4)
+    both, one, none = pose(nose=(4, 5), tail=(6, 7)), pose(nose=(4, 5)), pose(nose=None)
+    for obj, lines in ((both, [[(4, 5), (6, 7)]]), (one, []), (none, [])):
+        axes.clear()
+        _draw_keypoints(axes, obj, "red", "-", POSE)
+        drawn = [[tuple(point) for point in line.get_xydata()] for line in axes.lines]
+        dots = [tuple(obj[name]) for name in ("nose", "tail") if obj[name] is not None]
+        assert drawn == lines + ([dots] if dots else [])
+
+
+def test_predicted_keypoints_are_pixels_of_each_image(images, tmp_path, monkeypatch):  # noqa: F811
+    file = tmp_path / "out.h5"
+    schema = imported(read_coco(table(tmp_path, json.dumps(keypoint_document()), "coco.json")), images, tmp_path).schema
+    options = [f"--runs={tmp_path}", "--trainer.accelerator=cpu", "--trainer.logger=false"]
+    cli = build([f"--data={file}", f"--val={file}", *options])
+    content = {"state_dict": cli.model.state_dict(), "epoch": 0, "global_step": 5}
+    save_checkpoint(content | {KEY: cli.model.description()}, tmp_path / "a.ckpt")
+    cat = {"coords": (8, 6), "extent": (4, 2), "nose": (3, 2), "tail": None, "category": "cat"}
+    found = torch.from_numpy(schema.encode([cat]))
+    monkeypatch.setattr(predict, "predict_in_passes", lambda *_, **__: found[None])
+    Image.new("RGB", (32, 24), "white").save(tmp_path / "white.png")  # twice as large as those of the training
+    arguments = [str(tmp_path / "a.ckpt"), str(tmp_path / "white.png"), "--out", str(tmp_path / "out.json")]
+    predict.run([*arguments, "--figures", str(tmp_path / "figures")])
+    ((obj,),) = (image["objects"] for image in json.loads((tmp_path / "out.json").read_text()))
+    assert (obj["coords"], obj["extent"], obj["nose"]) == tuple(map(pytest.approx, ([16, 12], [8, 4], [6, 4])))
+    assert obj["tail"] is None
+    assert len(list((tmp_path / "figures").iterdir())) == 1

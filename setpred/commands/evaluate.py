@@ -244,14 +244,16 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     most = PICTURED if options.figures is not None and has_world(loaded.schema) else MOST_SHOWN
     if options.shown is not None and options.shown > most:
         raise InputError(f"--shown: expected at most {most}, got {options.shown}")
-    if options.within and loaded.schema is not None:
-        loaded = replace(loaded, schema=loaded.schema.with_tolerances(dict(options.within)))
+    if options.report is not None and options.report.is_dir():
+        raise InputError(f"--report {options.report}: expected the name of a file, but it is a folder; add a name")
+    schema = loaded.schema.with_tolerances(dict(options.within))
     decoder = loaded.model.decoder
     if options.seed is not None:
         if not hasattr(getattr(decoder, "start", None), "seed"):
             raise InputError("--seed: the decoder of this model has no random start to seed")
         decoder.start.seed = options.seed
     data, path = open_validation_data(loaded, options), str(options.data or loaded.data["path"])
+    loaded = replace(loaded, schema=schema)  # not before: the data need no conversion to it
     found = data.source.get("split")
     if options.split and found and options.split != found:
         raise InputError(

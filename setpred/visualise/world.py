@@ -28,7 +28,8 @@ _ANNOTATION |= {"annotation_clip": True}
 
 def has_world(schema: ElementSchema) -> bool:
     """Whether elements have a place in CLEVR's world: a field "coords" of three numbers with CLEVR's scale."""
-    return CLEVR.field("coords") in schema.continuous
+    same = [field for field in schema.continuous if (field.name, field.size) == ("coords", 3)]
+    return any((field.scale, field.offset) == (CLEVR.field("coords").scale, 0.0) for field in same)
 
 
 def half_size(obj: Mapping[str, Any]) -> float:
