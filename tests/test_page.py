@@ -28,6 +28,7 @@ FIELDS = {
     "points": [PLACE, KIND, continuous("radius", 1, scale=3.0)],
     "boxes": [PLACE, continuous("extent", 2, scale=20.0), KIND],
     "turned": [PLACE, continuous("extent", 2, scale=20.0), continuous("angle", 1, scale=90.0), KIND],
+    "parts": [PLACE, KIND, continuous("nose", 2, optional=True, scale=20.0, offset=20.0)],
     "plane": [continuous("coords", 2, scale=7.0, offset=1.0), KIND],
     "space": [continuous("coords", 3, scale=7.0, offset=1.0)],
     "classes": [KIND],
@@ -158,7 +159,7 @@ def test_a_page_is_complete_and_runs_its_own_script_alone(name, tmp_path):
     assert len(re.findall("<svg", text)) == 3
 
 
-@pytest.mark.parametrize("name", ["points", "boxes", "turned", "clevr"])
+@pytest.mark.parametrize("name", ["points", "boxes", "turned", "parts", "clevr"])
 def test_the_slider_shows_the_iterates_where_they_are(name, tmp_path):
     schema = SCHEMAS.get(name, CLEVR)
     cases = cases_of(schema)
@@ -173,11 +174,10 @@ def test_the_slider_shows_the_iterates_where_they_are(name, tmp_path):
                 (obj,) = schema.decode(element[None], threshold=-math.inf)
                 values = [obj[field.name] for field in schema.fields]
                 for field, value, wanted in zip(data["fields"], item["values"], values, strict=True):
-                    assert (
-                        field["classes"][value] == wanted
-                        if field["classes"]
-                        else value == pytest.approx(wanted, rel=1e-3)
-                    )
+                    found = field["classes"][value] if field["classes"] else value
+                    exact = field["classes"] or wanted is None  # an absent keypoint
+                    assert found == (wanted if exact else pytest.approx(wanted, rel=1e-3))
+                assert item["dots"] == [value for value in item["values"][2:] if value is not None and name == "parts"]
                 x, y, width, height, turn = item["at"]
                 if name == "clevr":
                     place = NOMINAL_CAMERA.project(np.array(obj["coords"]), *VIEW)[:2]

@@ -9,12 +9,13 @@ function make(name, parent, attributes) {
   return parent.appendChild(node);
 }
 
-function place(group, at) {  // at: x, y, width, height, degrees; points have no width
+function place(group, {at, dots}) {  // at: x, y, width, height, degrees; points have no width
   const [x, y, w, h, turn] = at, r = data.view[0] / 40;
   const ring = (a, b) => `M${-a},0a${a},${b} 0 1 0 ${2 * a},0a${a},${b} 0 1 0 ${-2 * a},0Z`;
   const point = group.classList.contains("real") ? ring(1.5 * r, 1.5 * r) : `M${-r},${-r}L${r},${r}M${-r},${r}L${r},${-r}`;
   const shape = data.boxes ? `M${-w / 2},${-h / 2}h${w}v${h}h${-w}Z` : w ? ring(w / 2, h / 2) : point;
-  for (const path of group.querySelectorAll("path")) {
+  group.querySelector(".dots").setAttribute("d", dots.map(([x, y]) => `M${x},${y}h0.001`).join(""));
+  for (const path of group.querySelectorAll(".outline")) {
     path.setAttribute("d", shape);
     path.setAttribute("transform", `translate(${x},${y}) rotate(${turn})`);
   }
@@ -22,7 +23,7 @@ function place(group, at) {  // at: x, y, width, height, degrees; points have no
 
 function mark(svg, kind) {
   const group = make("g", svg, {class: kind});
-  for (const part of ["edge", "line"]) make("path", group, {class: part});
+  for (const part of ["edge outline", "line outline", "line dots"]) make("path", group, {class: part});
   return group;
 }
 
@@ -79,7 +80,7 @@ data.cases.forEach((found, number) => {
   const svg = document.querySelectorAll("svg")[number];
   for (const item of found.real) {
     const group = mark(svg, "real");
-    place(group, item.at);
+    place(group, item);
     hover(group, () => item, () => null, () => "real object");
   }
   found.steps[0].forEach((_, k) => {
@@ -96,7 +97,7 @@ function update() {
   hint.style.display = "none";
   for (const {group, line, item, real} of marks) {
     const now = item();
-    place(group, now.at);
+    place(group, now);
     group.setAttribute("class", "found" + (!real || differs(now, real) ? " wrong" : ""));
     group.style.opacity = now.present ? 1 : 0.25 * now.confidence;
     group.style.pointerEvents = now.present ? "all" : "none";

@@ -110,8 +110,9 @@ def _case(
             f.classes.index(obj[f.name]) if f.categorical else obj[f.name] and [_short(v) for v in obj[f.name]]
             for f in schema.fields
         ]
+        dots = [[_short(v) for v in obj[f.name]] for f in schema.keypoints if obj[f.name]] if schema.side else []
         kept = {"confidence": _short(obj["confidence"]), "present": bool(element[-1] > 0.5)}
-        return {"at": _place(obj, camera, schema), "values": values} | kept
+        return {"at": _place(obj, camera, schema), "dots": dots, "values": values} | kept
 
     real = case.target[case.target[:, -1] > 0.5]
     rows = iterates[-1]
