@@ -241,9 +241,9 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
             if not has_world(schema):
                 kept, count = elements.clone(), len(decode(image, elements))
                 kept[:, -1] = (elements[:, -1].argsort(descending=True, stable=True).argsort() < count).float()
-                least = "" if options.threshold is None else f"Confidence of {options.threshold:g} or more."
+                least = "presence of one half" if options.threshold is None else f"confidence of {options.threshold:g}"
                 case = Case(os.path.basename(about), picture, kept, None)
-                draw_marks(path, [case], schema=schema, subtitle=least)
+                draw_marks(path, [case], schema=schema, subtitle=f"Objects with a {least} or more.")
             else:
                 draw_outlined_image(path, picture, decode(image, elements), schema=schema, about=about)
     except InputError as error:

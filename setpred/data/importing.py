@@ -112,8 +112,6 @@ def read_csv(path: str | os.PathLike[str], *, categorical: Sequence[str] = ()) -
     left_out = CONFIDENCE if CONFIDENCE in columns and CONFIDENCE not in named else ""
     if left_out:
         columns.remove(CONFIDENCE)
-        for row in rows:
-            del row.values[CONFIDENCE]
     kept = [row for row in rows if any(row.values.values())]  # a row with nothing but an image: it is empty
     table = Table(str(path), kept, left_out=left_out)
     for column in columns:
