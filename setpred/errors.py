@@ -1,7 +1,9 @@
 """Errors that a user can correct, and helpers for messages."""
 
+import os
 import re
 import reprlib
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +32,17 @@ def reason(error: BaseException) -> str:
     """
     lines = [line.strip() for line in str(error).splitlines()]
     return next((line for line in lines if line and not line.endswith(":")), type(error).__name__)
+
+
+def located(error: BaseException) -> str:
+    """The reason of an error in code of a user, with the innermost line of that code: "reason (my_parts.py, line 7)".
+
+    Call it where the error is caught; lines of setpred and of installed packages are left out.
+    """
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    others = (os.path.dirname(__file__), os.path.dirname(os.__file__), "<")  # setpred, Python
+    own = [f for f in frames if not f.filename.startswith(others) and "site-packages" not in f.filename]
+    return reason(error) + (f" ({os.path.basename(own[-1].filename)}, line {own[-1].lineno})" if own else "")
 
 
 _short = reprlib.Repr()

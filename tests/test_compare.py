@@ -221,6 +221,7 @@ def test_a_failing_configuration_leaves_the_others_and_own_parts_are_allowed(con
         ("mlp idspn --budget 5s -- --model.decoder setpred.decoders.MLPDecoder", "under its old name"),
         ("mlp idspn --budget 5s -- --model.encoder.class_path=setpred.encoders.SmallCNN", "same encoder"),
         ("mlp own --budget 5s", "--allow"),
+        ("mlp --budget 5s -- --data none.h5 --val none.h5", "none.h5"),  # data of one's own
         ("mlp loss --budget 5s", "val_loss"),
         ("mlp --budget 5s -- --data.init_args.set_size 5", "set_size"),
     ],

@@ -24,6 +24,8 @@ from setpred.training.schedules import Constant, Schedule, fitted
 from setpred.training.statistics import BatchStatistics
 
 SCHEMAS: dict[str, ElementSchema] = {CLEVR.name: CLEVR}
+# with `Any`, jsonargparse would write and read the class name "0" as a number
+SchemaRecord = dict[str, str | int | list[dict[str, str | int | float | bool | list[str]]] | list[list[str]]]
 COUNTED = "not_finite"  # key of the guard's counts in a checkpoint
 METRIC = ("update", "compute", "reset", "monitor", "mode")  # attributes of a metric
 
@@ -61,7 +63,7 @@ class Scores:
 
     Args:
         metric: see `SetPrediction`.
-        schema: gives the default metric.
+        schema: gives the default metric, and the calibration.
 
     Raises:
         InputError: a metric without the attributes `METRIC`.
@@ -83,11 +85,16 @@ class Scores:
         self.monitor = "val_loss" if metric is None else f"val_{metric.monitor}"
         self.mode = "min" if metric is None else metric.mode
 
+    @property
+    def parts(self) -> tuple[nn.Module, nn.Module | None, nn.Module | None]:
+        """The modules that gather examples: mean loss, metric and calibration."""
+        return self.mean_loss, self.metric, self.calibration_fit
+
     def update(self, losses: Tensor, predicted: Tensor, target: Tensor) -> None:
         self.mean_loss.update(losses)
-        for metric in (self.metric, self.calibration_fit):
-            if metric is not None:
-                metric.update(predicted.float(), target)
+        for part in self.parts[1:]:
+            if part is not None:
+                part.update(predicted.float(), target)
 
     def compute(self) -> dict[str, Tensor]:
         """Return the scores of all examples since the last call."""
@@ -137,7 +144,7 @@ class SetPrediction(pl.LightningModule):
         encoder: nn.Module,
         decoder: nn.Module,
         *,
-        schema: str | dict[str, Any] | None = CLEVR.name,
+        schema: str | SchemaRecord | None = CLEVR.name,
         loss: nn.Module | None = None,
         metric: nn.Module | None = None,
         learning_rate: float = 1e-3,
@@ -157,9 +164,9 @@ class SetPrediction(pl.LightningModule):
         if isinstance(self.loss, SetLoss) and self.schema is not None:
             self.loss.use_schema(self.schema)
         self.scores = Scores(metric, self.schema)
-        self.mean_loss, self.metric = self.scores.mean_loss, self.scores.metric  # move with the module
+        # move with the module
+        self.mean_loss, self.metric, self.calibration_fit = self.scores.parts
         self.monitor, self.mode = self.scores.monitor, self.scores.mode
-        self.calibration_fit = self.scores.calibration_fit
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.schedule = Constant() if schedule is None else schedule
         self.iterations_by_epoch = iterations_by_epoch
@@ -280,7 +287,7 @@ class SetPrediction(pl.LightningModule):
         return {
             "version": checkpoint.VERSION,
             "schema": None if self.schema is None else self.schema.to_dict(),
-            "calibration": None if self.scores.calibration is None else self.scores.calibration.to_dict(),
+            "calibration": self.scores.calibration and self.scores.calibration.to_dict(),
             "model": self.model_config,
             "data": self.data_description,
             "settings": self.settings,

@@ -2,6 +2,7 @@
 
     setpred compare configs/compare/*.yaml --budget 10m --seeds 3
     setpred compare A.yaml B.yaml --budget 2000steps -- --data.init_args.batch_size 32
+    setpred compare configs/compare/*.yaml --budget 5m -- --data train.h5 --val val.h5
 
 Trains each configuration with each seed, one after the other. A budget of time counts training alone, without set-up
 and validation; what else runs on the machine shortens it, unlike a budget of steps. The learning rate schedule is
@@ -37,7 +38,7 @@ from setpred.errors import InputError
 from setpred.files import make_folder
 from setpred.training.budget import Budget
 
-PREFIXES = ("--model", "--data", "--trainer")  # of options after --
+PREFIXES = ("--model", "--data", "--val", "--trainer")  # of options after --
 PART = re.compile(r"--model\.(encoder|decoder)(\.class_path)?(?==|$)")  # an option that replaces a part
 
 
