@@ -19,12 +19,15 @@ from setpred.metrics import (
     attribute_report,
     average_precision,
     average_precision_per_image,
+    box_average_precision,
     match_by_position,
+    reliability,
+    right_predictions,
     threshold_name,
 )
 from setpred.model import SetPredictor
 from setpred.progress import progress
-from setpred.schema import ElementSchema
+from setpred.schema import UNCALIBRATED, Calibration, ElementSchema
 from setpred.sets import presence_mask
 
 PASS = 64  # images; a pass of 128 takes 0.8 of the time per image, a pass of 1 ten times as much
@@ -120,9 +123,16 @@ def encoder_autocast(device: torch.device) -> torch.autocast:
 
 
 def report(
-    predictions: Predictions, schema: ElementSchema, protocol: str, thresholds: Sequence[float] = ()
+    predictions: Predictions,
+    schema: ElementSchema,
+    protocol: str,
+    thresholds: Sequence[float] = (),
+    calibration: Calibration = UNCALIBRATED,
 ) -> dict[str, Any]:
     """Compute AP at the schema's thresholds and further ones, attribute accuracies and distance errors, in plain types.
+
+    With a schema of boxes, "box_ap" has what `box_average_precision` returns. "calibration" has what `reliability`
+    returns for the confidences, with the slope and offset of the calibration and what counts as "right".
 
     Real objects beyond the number of slots count as missed in the AP; "attributes" leaves them out and
     "without_slot" counts them. The order of the predictions does not matter: AP ranks equally confident predictions
@@ -133,10 +143,14 @@ def report(
     thresholds = sorted({*schema.thresholds, *thresholds}, reverse=True)
     scores = PROTOCOLS[protocol](predicted, target, thresholds=thresholds, schema=schema)
     assignment = match_by_position(predicted, target, schema=schema)
-    return {
+    boxes = {"box_ap": box_average_precision(predicted, target, schema=schema)} if schema.has_boxes else {}
+    right, criterion = right_predictions(predicted, target, schema=schema)
+    confidence = calibration.confidence(predicted[..., -1])
+    return boxes | {
         "ap": {threshold_name(threshold): score for threshold, score in scores.items()},
         "images": len(target),
         "protocol": protocol,
+        "calibration": calibration.to_dict() | {"right": criterion} | reliability(confidence, right.numpy()),
         "without_slot": int((presence_mask(target) & (assignment < 0)).sum()),
         "attributes": attribute_report(predicted, target, assignment, thresholds=thresholds, schema=schema),
     }
@@ -147,23 +161,62 @@ def format_report(result: dict[str, Any]) -> str:
     details = result["attributes"]
     shares = {"all": details["all_attributes"], **details["accuracy"]}
     distances = {name: value for name, value in details["distance"].items() if not math.isnan(value)}
+    asked = ", ".join(f"{name} within {most:g}" for name, most in result.get("within", {}).items())
+    unit = f" {details['unit']}" if details["unit"] else ""
     lines = [
         f"AP on {result['images']} images of {result['data']}",
         f"protocol {result['protocol']}: {PROTOCOL_MEANING[result['protocol']]}",
+        *([f"a prediction also needs {asked}"] if asked else []),
         "",
         "  distance under   " + "".join(f"{name:>8}" for name in result["ap"]),
         "  AP in %          " + "".join(f"{100 * score:8.1f}" for score in result["ap"].values()),
         "",
+        *_box_table(result.get("box_ap")),
         f"Details: {details['objects']} real objects, each matched to a prediction by position alone",
         "  attributes right " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares.items()),
-        "  distance         " + ", ".join(f"{name} {value:.3f}" for name, value in distances.items()),
+        "  distance         " + ", ".join(f"{name} {value:.3f}" for name, value in distances.items()) + unit,
         "  distance under   " + ", ".join(f"{name}: {100 * share:.1f} %" for name, share in details["within"].items()),
+        *(_field_line(name, error) for name, error in details["errors"].items()),
         f"  presence         {100 * details['presence_accuracy']:.1f} % of slots right, "
         f"the count right in {100 * details['count_exact']:.1f} % of images",
     ]
+    calibration = result["calibration"]
+    if calibration["predictions"]:
+        lines.append(
+            f"  confidence       {100 * calibration['ece']:.1f} % off the share that is right "
+            f"({calibration['right']}) in the mean: the expected calibration error"
+        )
     if result["without_slot"]:
         lines.append(
             f"  note: {result['without_slot']} real objects are in images with more objects than the model has slots; "
             "they count as missed"
         )
     return "\n".join(lines)
+
+
+def _field_line(name: str, error: dict[str, Any]) -> str:
+    """The errors of one continuous field."""
+    line = f"  {name:<16} " + ", ".join(f"{key} {error[key]:.3f}" for key in ("mean", "median", "p90"))
+    line += f" {error['unit']} off" if error["unit"] else " off"
+    shares = [
+        f"{100 * error[key]:.1f} % {key}" for key in ("found", "invented") if not math.isnan(error.get(key, math.nan))
+    ]
+    return "; ".join([line, *shares])
+
+
+def _box_table(scores: dict[str, Any] | None) -> list[str]:
+    """Lines of the scores of boxes, all classes first."""
+    if scores is None:
+        return []
+    names = [name for name in scores if name not in ("boxes", "classes")]
+    rows = {"all classes": scores} | (scores["classes"] if len(scores["classes"]) > 1 else {})
+    width = max(16, *map(len, rows))
+    return [
+        "Boxes by intersection over union, as COCO scores them, in %",
+        f"  {'':<{width}} " + "".join(f"{name:>8}" for name in names) + f"{'boxes':>8}",
+        *(
+            f"  {name:<{width}} " + "".join(f"{100 * row[score]:8.1f}" for score in names) + f"{row['boxes']:8}"
+            for name, row in rows.items()
+        ),
+        "",
+    ]

@@ -16,9 +16,10 @@ from setpred.data.images import load_image, pixel_size, read_image
 from setpred.data.importing import import_images, read_coco, read_csv
 from setpred.errors import InputError
 from setpred.metrics import attribute_report, pairwise_distance
-from setpred.schema import ElementSchema, continuous
+from setpred.schema import UNCALIBRATED, ElementSchema, continuous
 
 HEADER = "image,x,y,radius,label"
+SURE = float(UNCALIBRATED.confidence(1.0))
 ROWS = ["a.png,3,4,1.5,disc", "a.png,10,6,2,square", "b.png,0,11,1,disc"]
 
 
@@ -105,8 +106,8 @@ def test_boxes_of_every_source_are_the_same_data(images, tmp_path):
         ("image,h,w,x,y,category\na.png,6,4,4,4,dog\nb.png,4,10,5,2,cat", "centre"),
     ]
     found += [objects(imported(read_csv(table(tmp_path, text)), images, tmp_path, xy=xy)) for text, xy in tables]
-    assert found[0][0][0] | {"confidence": 1.0} == {
-        "coords": [4.0, 4.0], "extent": [4.0, 6.0], "category": "dog", "confidence": 1.0
+    assert found[0][0][0] | {"confidence": SURE} == {
+        "coords": [4.0, 4.0], "extent": [4.0, 6.0], "category": "dog", "confidence": SURE
     }  # fmt: skip
     assert all(each == found[0] for each in found)
 
@@ -282,9 +283,9 @@ def test_wrong_annotations_are_named(tmp_path, wrong):
 @pytest.mark.parametrize("names", ["cx,cy", "x_center,y_center"])
 def test_centres_by_name(images, tmp_path, names):
     data = imported(read_csv(table(tmp_path, f"image,{names},width,height\na,4,6,2,3")), images, tmp_path)
-    assert objects(data)[0][0] == {"coords": [4, 6], "extent": [2, 3], "confidence": 1.0}
+    assert objects(data)[0][0] == {"coords": [4, 6], "extent": [2, 3], "confidence": SURE}
     data = imported(read_csv(table(tmp_path, f"image,{names}\na,4,6")), images, tmp_path)
-    assert objects(data)[0][0] == {"coords": [4, 6], "confidence": 1.0}
+    assert objects(data)[0][0] == {"coords": [4, 6], "confidence": SURE}
 
 
 def test_given_positions_are_never_taken_for_pixels(images, tmp_path):

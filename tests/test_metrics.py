@@ -209,6 +209,8 @@ def test_report_by_hand():
         "all_attributes": pytest.approx(2 / 3),
         "confusion": {"kind": [[1, 0], [1, 1]]},
         "distance": {"mean": off, "median": 1.0, "p90": 3.0, "p99": 3.0},
+        "unit": "",
+        "errors": {},
         "axis_errors": {"at": [none, {"mean": off, "median": 1.0, "bias": off}]},
         "presence_accuracy": 0.5,  # slot 2 is too shy, slot 3 too bold
         "found": pytest.approx(2 / 3),

@@ -12,7 +12,7 @@ from scipy.integrate import trapezoid
 from setpred.errors import InputError
 from setpred.metrics import average_precision
 from setpred.rendering.camera import NOMINAL_CAMERA, Camera
-from setpred.schema import CLEVR, ElementSchema, categorical, continuous
+from setpred.schema import CLEVR, UNCALIBRATED, ElementSchema, categorical, continuous
 from setpred.visualise import Descent, Voting, draw_supports, report, write_report
 from setpred.visualise.curves import _envelope
 from setpred.visualise.predictions import compare
@@ -21,7 +21,7 @@ from setpred.visualise.supports import support_colours
 from setpred.visualise.world import VIEW, cameras_of, on_map, outlines_on_image
 
 WORLD = ["predictions.png", "refinement.gif", "refinement.png"]
-FIGURES = [*WORLD, "precision_recall.png", "confusion.png", "distance_errors.png"]
+FIGURES = [*WORLD, "precision_recall.png", "reliability.png", "confusion.png", "distance_errors.png"]
 
 
 def sets(schema, images, set_size=5, noise=0.1):
@@ -107,7 +107,7 @@ def test_all_figures_are_complete(full_report):
 
 
 def test_figures_depend_neither_on_earlier_ones_nor_on_matplotlibrc(full_report, tmp_path, skip_drawing):
-    skip_drawing("draw_precision_recall", "draw_confusion", "draw_distance_errors")
+    skip_drawing("draw_precision_recall", "draw_reliability", "draw_confusion", "draw_distance_errors")
     predicted, target = sets(CLEVR, 9)
     with mpl.rc_context({"text.usetex": True, "font.size": 30, "savefig.dpi": 10, "axes.grid": True}):
         write_report(tmp_path, images=pictures(1), predicted=predicted, target=target)
@@ -267,7 +267,9 @@ def test_comparison_by_hand():
     target = objects((0, 0, "red", 1), (2, 2, "blue", 1), (-2, 0, "green", 1))
     predicted = objects((2, 2.5, "red", 0.7), (0, 0.25, "red", 0.9), (-2, 0, "green", 0.2))
     found = compare(predicted, target, CLEVR)
-    assert [obj["confidence"] for obj in found.predicted] == pytest.approx([0.9, 0.7])  # 0.2 is not confident
+    assert [obj["confidence"] for obj in found.predicted] == pytest.approx(
+        UNCALIBRATED.confidence([0.9, 0.7])
+    )  # 0.2 is not confident
     assert found.partner == [0, 1]
     assert found.distance == pytest.approx([0.25, 0.5])
     assert found.wrong == [[], ["color"]]

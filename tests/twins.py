@@ -86,3 +86,56 @@ def _precisions_ahead(hits):
     """For each hit, the best precision reached at it or later: the height of the curve over its step of recall."""
     precisions = [sum(hits[: i + 1]) / (i + 1) for i in range(len(hits))]
     return [max(precisions[i:]) for i, hit in enumerate(hits) if hit]
+
+
+# --- boxes --------------------------------------------------------------------------------------------------
+
+
+def box_average_precision_twin(predicted, target, schema):
+    """AP, AP50, AP75, AR1, AR10 and AR100 of `box_average_precision`, one class, threshold and image after another."""
+    overlaps = [0.5 + 0.05 * step for step in range(10)]
+    classes = {_described(row, schema)[0][0] for rows in target for row in rows if row[-1] > 0.5}
+    table, recalls = [], {1: [], 10: [], 100: []}
+    for kind in classes:
+        row = []
+        for overlap in overlaps:
+            for most in recalls:
+                hits, boxes = _box_hits(predicted, target, schema, kind, overlap, most)
+                recalls[most].append(sum(hits) / boxes)
+            precisions, precision = [sum(hits[: i + 1]) / (i + 1) for i in range(len(hits))], []
+            for step in range(101):
+                reached = [i for i in range(len(hits)) if sum(hits[: i + 1]) / boxes >= step * 0.01]
+                precision.append(max(precisions[reached[0] :]) if reached else 0.0)
+            row.append(sum(precision) / 101)
+        table.append(row)
+    if not table:
+        return [math.nan] * 6
+    aps = [sum(sum(row) for row in table) / (10 * len(table))]
+    aps += [sum(row[place] for row in table) / len(table) for place in (0, 5)]
+    return aps + [sum(found) / len(found) for found in recalls.values()]
+
+
+def _box_hits(predicted, target, schema, kind, overlap, most):
+    """Whether each ranked prediction of a class is right, and how many boxes the class has."""
+    ranked, boxes = [], 0
+    for rows, real in zip(predicted, target, strict=True):
+        mine = sorted((row for row in rows if _described(row, schema)[0][0] == kind), key=lambda row: -row[-1])
+        free = [row for row in real if row[-1] > 0.5 and _described(row, schema)[0][0] == kind]
+        boxes += len(free)
+        for row in mine[:most]:
+            best = max((_overlap(row, box, schema) for box in free), default=0.0)
+            hit = best >= min(overlap, 1 - 1e-10)
+            if hit:
+                free.remove(next(box for box in reversed(free) if _overlap(row, box, schema) == best))
+            ranked.append((-row[-1], hit))
+    ranked.sort(key=lambda pair: pair[0])  # stable
+    return [hit for _, hit in ranked], boxes
+
+
+def _overlap(row, box, schema):
+    """Intersection over union of two boxes, from their centres and sides."""
+    (ax, ay, aw, ah), (bx, by, bw, bh) = (_described(each, schema)[1] for each in (row, box))
+    width = min(ax + aw / 2, bx + bw / 2) - max(ax - aw / 2, bx - bw / 2)
+    height = min(ay + ah / 2, by + bh / 2) - max(ay - ah / 2, by - bh / 2)
+    shared = max(width, 0.0) * max(height, 0.0)
+    return shared / (aw * ah + bw * bh - shared)

@@ -17,7 +17,7 @@ from setpred.errors import InputError, shown
 from setpred.files import LARGEST_IMAGE, LARGEST_NUMBER, leaves, write_atomically
 from setpred.losses import HungarianLoss, SetLoss
 from setpred.model import SetPredictor
-from setpred.schema import ElementSchema
+from setpred.schema import UNCALIBRATED, Calibration, ElementSchema
 
 KEY = "setpred"  # entry of a checkpoint that describes its model
 TRAINED = "trained_weights"  # entry of the trained weights where "state_dict" has averages, see `setpred.training.EMA`
@@ -65,6 +65,11 @@ class Checkpoint:
     step: int
     image_size: int | None  # None where the inputs are sets
     data: dict[str, Any]  # validation data of the training: path, split
+    calibration: Calibration = UNCALIBRATED  # from presence to confidence; UNCALIBRATED before a validation
+
+    def decode(self, elements: Tensor, *, threshold: float | None = None) -> list[dict[str, Any]]:
+        """Decode predicted elements `[set_size, set_dim]` with the model's calibration; see `ElementSchema.decode`."""
+        return self.schema.decode(elements, threshold=threshold, calibration=self.calibration)
 
     def require_images(self, path: str | os.PathLike[str]) -> None:
         """Raise `InputError` unless the model was trained on images of objects with a schema."""
@@ -144,6 +149,7 @@ def load_checkpoint(
             step=_integer(content["global_step"]),
             image_size=image_size,
             data=dict(record["data"]),
+            calibration=Calibration.from_dict(record.get("calibration")),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: its record is damaged ({error!r}); train again or use another checkpoint") from error

@@ -93,7 +93,9 @@ def load_yaml(text: str) -> object:
     return value
 
 
-def read_yaml(path: str | os.PathLike[str]) -> dict[str, object]:
+def read_yaml(
+    path: str | os.PathLike[str], content_name: str = "a configuration with model: and data:"
+) -> dict[str, object]:
     """Read a configuration file; raise `InputError` unless it is YAML of `load_yaml` that maps names to values."""
     try:
         require_regular(path, advice="give the file of a configuration")
@@ -103,5 +105,5 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, object]:
         why = " ".join((getattr(error, "strerror", None) or str(error)).split())
         raise InputError(f"{path}: expected a configuration in YAML, got: {why}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise InputError(f"{path}: expected a configuration with model: and data:, got {shown(content)}")
+        raise InputError(f"{path}: expected {content_name}, got {shown(content)}")
     return content

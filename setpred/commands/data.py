@@ -64,13 +64,18 @@ def _compare(json: Path | None, **options: Any) -> None:
 def _import(
     out: Path, csv: Path | None, coco: Path | None, schema: Path | None, categorical: list[str], **options: Any
 ) -> None:
+    from setpred.checkpoint.untrusted import read_yaml
     from setpred.data.hdf5 import describe, file_header
     from setpred.data.importing import import_images, read_coco, read_csv
+    from setpred.data.overrides import Overrides
 
     if (csv is None) == (coco is None):
         raise InputError("expected one of --csv and --coco, got " + ("none" if csv is None else "both"))
     table = read_csv(csv, categorical=categorical) if csv is not None else read_coco(coco)
-    options["schema"] = None if schema is None else file_header(schema).schema
+    if schema is not None and schema.suffix.lower() in (".yaml", ".yml"):
+        options["overrides"] = Overrides.of(read_yaml(schema, "a schema with name, max_objects or fields"), str(schema))
+    elif schema is not None:
+        options["schema"] = file_header(schema).schema
     import_images(table, out=out, **options)
     print(describe(out))
 
@@ -141,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     imported("--coco", type=Path, metavar="FILE", help="COCO JSON, instead of --csv")
     imported("--images", type=Path, required=True, metavar="FOLDER", help="folder of the images")
     imported("--image-size", type=int, metavar="S", help="side of the stored images (default: 64, or 128 if larger)")
-    imported("--schema", type=Path, metavar="FILE.h5", help="use the schema of this file, such as the training data")
+    imported("--schema", type=Path, metavar="FILE", help="FILE.h5: take its schema; FILE.yaml: override the inferred")
     imported(
         "--units", choices=("pixels", "relative", "given"), default="pixels", help="of positions (default: pixels)"
     )

@@ -1,6 +1,8 @@
 """Score a checkpoint by average precision and draw its predictions: `setpred evaluate CHECKPOINT`."""
 
 import argparse
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,7 @@ def figures(
         voting=voting,
         camera=None if loaded.schema.side else np.stack([data.camera(index) for index in first["index"].tolist()]),
         schema=loaded.schema,
+        calibration=loaded.calibration,
         title=title,
     )
 
@@ -83,8 +86,20 @@ def positive(text: str) -> float:
     """Parse a number above 0."""
     number = float(text)
     if not number > 0:
-        raise InputError(f"--thresholds: expected distances above 0, got {text}")
+        raise argparse.ArgumentTypeError(f"expected distances above 0, got {text}")
     return number
+
+
+def tolerance(text: str) -> tuple[str, float]:
+    """Parse NAME=NUMBER with a number above 0."""
+    name, _, number = text.partition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if not name or not value > 0:
+        raise argparse.ArgumentTypeError(f"expected NAME=NUMBER with a number above 0, got {text}")
+    return name, value
 
 
 def parser() -> Parser:
@@ -98,6 +113,14 @@ def parser() -> Parser:
     options.add_argument("--protocol", choices=list(PROTOCOLS), default="dataset", help="which AP; see docs/metrics.md")
     options.add_argument(
         "--thresholds", type=positive, nargs="+", default=[], metavar="D", help="further distances, in the data's units"
+    )
+    options.add_argument(
+        "--within",
+        type=tolerance,
+        nargs="+",
+        default=[],
+        metavar="NAME=D",
+        help="also ask for errors of fields under D",
     )
     options.add_argument("--figures", type=Path, metavar="DIR", help="write figures into DIR")
     options.add_argument("--shown", type=count, default=PICTURED, help="images in the figures (default and most: 6)")
@@ -146,12 +169,14 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
         raise InputError(f"--shown: expected at most {PICTURED}, got {options.shown}")
     loaded = load_checkpoint(options.checkpoint, allow=options.allow)
     loaded.require_images(options.checkpoint)
+    schema = loaded.schema.with_tolerances(dict(options.within))
     decoder = loaded.model.decoder
     if options.seed is not None:
         if not hasattr(getattr(decoder, "start", None), "seed"):
             raise InputError("--seed: the decoder of this model has no random start to seed")
         decoder.start.seed = options.seed
     data, path = open_validation_data(loaded, options), str(options.data or loaded.data["path"])
+    loaded = replace(loaded, schema=schema)  # not before: the data need no conversion to it
     found = data.source.get("split")
     if options.split and found and options.split != found:
         raise InputError(
@@ -160,8 +185,9 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     device, steps = choose_device(options.device), options.iterations
     reading = {"batch_size": options.batch_size, "workers": options.workers}
     predictions = predict(loaded.model, data, iterations=steps, device=device, **reading)
-    result = report(predictions, loaded.schema, options.protocol, options.thresholds) | {
+    result = report(predictions, loaded.schema, options.protocol, options.thresholds, loaded.calibration) | {
         "data": path,
+        "within": loaded.schema.tolerances,
         "checkpoint": str(options.checkpoint),
         "epoch": loaded.epoch,
         "step": loaded.step,

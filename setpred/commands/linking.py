@@ -168,7 +168,8 @@ def default_configuration(path: Path, module: dict[str, Any]) -> dict[str, Any]:
     if sizes.image_size > 64:
         trunk["widths"] = [16, 32, 48]  # one stage more: 16 x 16 tokens of 128 x 128 pixels
     encoder["precise"] = decoder["objective"]["init_args"]["precise"] = head
-    weight, names = LEAST_WEIGHT, [field.name for field in sizes.schema.fields if field.name in ("coords", "extent")]
+    places = {"coords", "extent", *sizes.schema.in_pixels}
+    weight, names = LEAST_WEIGHT, [field.name for field in sizes.schema.fields if field.name in places]
     loss = config["model"]["loss"]["init_args"]
     if sizes.schema.side:  # positions in the image: votes are offsets, and where nothing is they may point anywhere
         encoder["anchored"], loss["only_present"] = True, names

@@ -138,7 +138,7 @@ def parser() -> Parser:
     )
     options.add_argument("--batch-size", type=count, default=64, help="images per batch; no effect on results")
     options.add_argument(
-        "--threshold", type=float, default=0.5, help="least confidence of an object, from 0 to 1 (default: %(default)s)"
+        "--threshold", type=float, help="least confidence of an object, from 0 to 1 (default: a presence of one half)"
     )
     options.add_argument("--iterations", type=at_least(0), help="descent steps (default: the model's)")
     options.add_argument("--threads", type=count, help="decoding threads (default: all cores, at most 16)")
@@ -161,7 +161,7 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
         arguments = [str(RELEASED / "quickstart.safetensors"), str(RELEASED / "sample.png"), *EXAMPLE]
         print(f"no arguments, so this is an example: setpred predict {' '.join(arguments)}")
     options = parser().parse_args(arguments)
-    if not 0 <= options.threshold <= 1:
+    if options.threshold is not None and not 0 <= options.threshold <= 1:
         raise InputError(f"--threshold: expected a confidence between 0 and 1, got {options.threshold:g}")
     loaded = load_checkpoint(options.checkpoint, allow=options.allow)
     loaded.require_images(options.checkpoint)
@@ -185,10 +185,10 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
             yield prediction
 
     def decode(image: str, elements: Tensor) -> list[dict[str, Any]]:
-        found = schema.decode(elements, threshold=options.threshold)
+        found = loaded.decode(elements, threshold=options.threshold)
         if schema.side:  # to pixels of this image
             unit = max(pixel_size(Path(image))) / schema.side
-            places = [obj[name] for obj in found for name in ("coords", "extent") if name in obj]
+            places = [obj[name] for obj in found for name in schema.in_pixels if obj[name] is not None]
             for place in places:
                 place[:] = [unit * number for number in place]
         return found
@@ -203,8 +203,8 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
             about = os.fsencode(image).decode(errors="replace")
             path = make_folder(folder) / f"{number:03d}-{stem}.png"
             if schema.side:
-                kept = elements.clone()
-                kept[:, -1] = (elements[:, -1].clamp(0, 1) >= options.threshold).float()  # as in the file
+                kept, count = elements.clone(), len(decode(image, elements))
+                kept[:, -1] = (elements[:, -1].argsort(descending=True, stable=True).argsort() < count).float()
                 draw_marks(path, picture[None], kept[None], None, schema=schema, about=about)
             else:
                 draw_outlined_image(path, picture, decode(image, elements), schema=schema, about=about)

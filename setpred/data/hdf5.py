@@ -302,9 +302,14 @@ def describe(path: str | os.PathLike[str]) -> str:
         lines += ["", field.name, *_bars(list(zip(field.classes, counts, strict=True)))]
     for field in schema.continuous:
         values = schema.values(objects, field.name)
-        if len(values):
-            ranges = zip(values.min(0), values.max(0), strict=True)
-            lines += ["", f"{field.name}: {', '.join(f'{low:.2f} to {high:.2f}' for low, high in ranges)}"]
+        known = values[~np.isnan(values).any(-1)]
+        if len(known):
+            ranges = zip(known.min(0), known.max(0), strict=True)
+            text = f"{field.name}: {', '.join(f'{low:.2f} to {high:.2f}' for low, high in ranges)}"
+            text += f" {field.unit}" if field.unit else ""
+            text += f", again after {field.period:g}" if field.period else ""
+            text += f", of {len(known)} objects" if field.optional else ""
+            lines += ["", text]
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ An annotation is one row of a table: the image, then numbers and class names by 
     xmin, ymin, xmax, ymax (or x1, y1, ...)   `coords`, the centre, and `extent`, width and height
     x, y, width, height                       the same; `xy` says whether x and y are the centre or the corner
     cx, cy, or x_center, y_center             `coords`; with width and height, the centre of a box
+    angle, theta, heading, ...                a number with a period, where the values leave no doubt
     every other column                        a field with the column's name: numbers, or classes
 
 Images keep their aspect ratio: each is padded at its right and bottom to a square, then resized. Positions and extents
@@ -21,8 +22,9 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,9 +35,10 @@ from PIL import __version__ as pillow_version
 from setpred.data.hdf5 import Header, Record
 from setpred.data.hdf5_writer import write_set_file
 from setpred.data.images import REPAIR, find_images, load_image, read_image
+from setpred.data.overrides import Overrides
 from setpred.errors import InputError, shown
 from setpred.files import LARGEST_IMAGE
-from setpred.schema import ElementSchema, Field, categorical, continuous
+from setpred.schema import ElementSchema, Field, categorical, continuous, periodic
 
 IMAGE = ("image", "image_id", "image_name", "image_path", "filename", "file_name", "file", "path")
 CORNERS = (("xmin", "ymin", "xmax", "ymax"), ("x1", "y1", "x2", "y2"), ("left", "top", "right", "bottom"))
@@ -43,6 +46,8 @@ SIDES = (("width", "height"), ("w", "h"))
 CENTRES = (("cx", "cy"), ("x_center", "y_center"), ("x_centre", "y_centre"))  # of points and boxes alike
 TAKEN = ("coords", "extent", "presence", "confidence")  # names of what is made of the columns
 CLASSES = ("label", "class", "category", "type", "species", "kind", "name", "color", "colour", "shape", "material")
+ANGLE = re.compile(r"(?:angle|theta|orientation|heading|rotation|yaw|azimuth|bearing)(?:_?(deg|rad)\w*)?")
+TURNS = {"degrees": 360.0, "radians": 2 * math.pi}
 DELIMITERS = ",;\t|"
 MOST_BYTES = 2**30  # of a file of annotations
 SMALL = 64  # pixels: images that are no larger are stored at this size, others at twice this
@@ -50,11 +55,12 @@ SMALL = 64  # pixels: images that are no larger are stored at this size, others 
 
 @dataclass(frozen=True)
 class Row:
-    """One annotated object: values by column, and where the file has it."""
+    """One annotated object: values by column, where the file has it, and keypoints by name, None where absent."""
 
     image: str
     values: dict[str, Any]
     where: str
+    keypoints: dict[str, tuple[float, float] | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -68,6 +74,7 @@ class Table:
     rows: list[Row] = field(default_factory=list)
     classes: dict[str, tuple[str, ...] | None] = field(default_factory=dict)  # None for a column of numbers
     images: list[str] | None = None
+    skeleton: list[tuple[str, str]] = field(default_factory=list)  # pairs of keypoints
 
 
 def read_csv(path: str | os.PathLike[str], *, categorical: Sequence[str] = ()) -> Table:
@@ -196,17 +203,19 @@ def _number(text: str) -> float | None:
 def _check_repeats(rows: Sequence[Row]) -> None:
     seen: dict[tuple[Any, ...], str] = {}
     for row in rows:
-        key = (row.image, *row.values.items())
+        key = (row.image, *row.values.items(), *row.keypoints.items())
         if key in seen:
             raise InputError(f"{row.where}: repeats {seen[key].rpartition(', ')[2]}; leave one of them out")
         seen[key] = row.where
 
 
 def read_coco(path: str | os.PathLike[str]) -> Table:
-    """Read COCO JSON: the boxes, categories and attributes of `annotations`, for the images of `images`.
+    """Read COCO JSON: boxes, categories, keypoints and attributes of `annotations`, for the images of `images`.
 
     Boxes `[x, y, width, height]` become corners; `category` is the category's name; the entries of an annotation's
-    `attributes` are further columns. Regions of crowds (`iscrowd`) are left out.
+    `attributes` are further columns. Regions of crowds (`iscrowd`) are left out. Keypoints `[x, y, v, ...]` have the
+    names that their category gives them. One with v = 0 is absent; occluded ones (v = 1) have a place like visible
+    ones. Keypoints of other categories are absent, too.
 
     Raises:
         InputError: names the annotation that cannot be understood.
@@ -222,7 +231,9 @@ def read_coco(path: str | os.PathLike[str]) -> Table:
     if not isinstance(document.get("categories") or [], list):
         raise InputError(f"{path}: expected a list of categories, got {shown(document['categories'])}")
     categories = _by_id(document.get("categories") or [], "name", f"{path}: categories")
-    table = Table(str(path), images=list(names.values()))
+    parts, skeleton = _keypoints(document.get("categories") or [], path)
+    table = Table(str(path), images=list(names.values()), skeleton=skeleton)
+    every = dict.fromkeys(itertools.chain(*parts.values()))
     for number, annotation in enumerate(document["annotations"]):
         where = f"{path}, annotation {number}"
         if not isinstance(annotation, dict):
@@ -251,7 +262,11 @@ def read_coco(path: str | os.PathLike[str]) -> Table:
                 got = shown({name: value})
                 raise InputError(f"{where}: expected an attribute with a finite number or a name, got {got}")
             values[name.lower()] = value if type(value) in (int, float) else str(value)
-        table.rows.append(Row(names[annotation["image_id"]], values, where))
+        own = parts.get(annotation["category_id"], []) if categories else []
+        keypoints = dict.fromkeys(every) | _places(annotation.get("keypoints"), own, where)
+        if taken := [name for name in keypoints if name in (*values, *TAKEN)]:
+            raise InputError(f"{where}: a keypoint cannot be named {taken[0]!r}, which has a meaning here; rename it")
+        table.rows.append(Row(names[annotation["image_id"]], values, where, keypoints))
     columns = dict.fromkeys(name for row in table.rows for name in row.values)
     for name in columns:
         kinds = {isinstance(row.values.get(name), str) for row in table.rows}
@@ -267,6 +282,43 @@ def read_coco(path: str | os.PathLike[str]) -> Table:
             table.classes[name] = None
     _check_repeats(table.rows)
     return table
+
+
+def _keypoints(categories: Sequence[Any], path: Path) -> tuple[dict[Any, list[str]], list[tuple[str, str]]]:
+    """The names of the keypoints of each category, by its id, and the pairs of names that skeletons connect."""
+    names, skeleton = {}, {}
+    for category in categories:
+        where = f"{path}: category {shown(category['name'])}"
+        own = category.get("keypoints") or []
+        if not isinstance(own, list) or not all(isinstance(name, str) and name for name in own):
+            raise InputError(f"{where}: expected keypoints as a list of names, got {shown(own)}")
+        if len(set(own)) < len(own):
+            raise InputError(f"{where}: expected names of keypoints that differ, got {shown(own)}")
+        for pair in category.get("skeleton") or []:
+            numbers = isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair)
+            if not numbers or not all(1 <= n <= len(own) for n in pair):
+                raise InputError(f"{where}: expected a skeleton of pairs from 1 to {len(own)}, got {shown(pair)}")
+            skeleton[own[pair[0] - 1], own[pair[1] - 1]] = None
+        names[category["id"]] = own
+    return names, list(skeleton)
+
+
+def _places(keypoints: Any, names: Sequence[str], where: str) -> dict[str, tuple[float, float] | None]:
+    """The place of each keypoint of an annotation; None for those that are not labelled."""
+    if keypoints in (None, []):
+        return {}
+    if not names:
+        raise InputError(f"{where}: expected keypoints with names in the category, got none; add them there")
+    if not isinstance(keypoints, list) or len(keypoints) != 3 * len(names) or not all(map(_is_number, keypoints)):
+        got = f"{len(keypoints)} values" if isinstance(keypoints, list) else shown(keypoints)
+        raise InputError(f"{where}: expected keypoints as {3 * len(names)} numbers x, y, v, ..., got {got}")
+    triples = zip(names, keypoints[::3], keypoints[1::3], keypoints[2::3], strict=True)
+    found: dict[str, tuple[float, float] | None] = {}
+    for name, x, y, visibility in triples:
+        if visibility not in (0, 1, 2):
+            raise InputError(f"{where}, keypoint {name!r}: expected a visibility of 0, 1 or 2, got {visibility}")
+        found[name] = (float(x), float(y)) if visibility else None
+    return found
 
 
 def _is_number(value: Any) -> bool:
@@ -361,10 +413,12 @@ def import_images(
     *,
     image_size: int | None = None,
     schema: ElementSchema | None = None,
+    overrides: Overrides | None = None,
     units: str = "pixels",
     xy: str | None = None,
     workers: int = 0,
     force: bool = False,
+    say: Callable[[str], None] = print,
 ) -> ElementSchema:
     """Write annotated images as a prepared file; return its schema.
 
@@ -372,10 +426,12 @@ def import_images(
         images: the folder that the names of images in the table belong to.
         image_size: side of the stored images; 64 for images of at most 64 pixels, else 128.
         schema: of the file, instead of the inferred one: that of another file, whose classes and scales are kept.
+        overrides: changes of the inferred schema.
         units: of positions and extents: "pixels" of their image, "relative" to its width and height, or "given":
             kept as they are, and scaled by their range.
         xy: whether x and y are the "centre" or the "corner" of a box with width and height.
         workers: processes that decode images; 0 decodes in this one.
+        say: gets a sentence about each column that might be an angle.
 
     Raises:
         InputError: an image that is missing or damaged; an unknown class; a set larger than the schema's.
@@ -395,7 +451,8 @@ def import_images(
         raise InputError(f"{table.source}: the positions of the schema are in pixels; leave out --units given")
     side = (schema and schema.side) or float(max(map(max, sizes.values())))
     objects = _objects(table, layout, units, sizes, side)
-    schema = _inferred(table, layout, units, objects, side) if schema is None else schema
+    overrides = overrides or Overrides()
+    schema = _inferred(table, layout, units, objects, side, overrides, say) if schema is None else schema
     size = (SMALL if max(map(max, sizes.values())) <= SMALL else 2 * SMALL) if image_size is None else image_size
     elements = np.zeros((len(paths), schema.max_objects, schema.set_dim), np.float32)
     for number, name in enumerate(paths):
@@ -406,7 +463,7 @@ def import_images(
             )
         for place, (row, values) in enumerate(found):
             try:
-                elements[number, place] = schema.encode([values], 1)[0]
+                elements[number, place] = schema.encode([overrides.applied(values)], 1)[0]
             except InputError as error:
                 raise InputError(f"{row.where}: {error}") from error
 
@@ -488,13 +545,16 @@ def _objects(
         unit = side / max(width, height)
         scale = {"pixels": (unit, unit), "relative": (unit * width, unit * height), "given": (1.0, 1.0, 1.0)}[units]
         values = layout.read(row, scale)
+        keypoints = {name: at and (at[0] * scale[0], at[1] * scale[1]) for name, at in row.keypoints.items()}
         if units != "given" and layout.columns:
-            for value, most in zip(values["coords"], (unit * width, unit * height), strict=True):
-                if not -most / 2 <= value <= 1.5 * most:
-                    raise InputError(
-                        f"{row.where}: expected a position in the image of {width}x{height} pixels, got "
-                        f"{', '.join(f'{v / unit:g}' for v in values['coords'])}; correct it, or pass --units"
-                    )
+            for place in (values["coords"], *filter(None, keypoints.values())):
+                for value, most in zip(place, (unit * width, unit * height), strict=True):
+                    if not -most / 2 <= value <= 1.5 * most:
+                        raise InputError(
+                            f"{row.where}: expected a position in the image of {width}x{height} pixels, got "
+                            f"{', '.join(f'{v / unit:g}' for v in place)}; correct it, or pass --units"
+                        )
+        values |= keypoints
         values |= {name: value for name, value in row.values.items() if name not in layout.columns}
         found.setdefault(row.image, []).append((row, values))
     return found
@@ -506,26 +566,78 @@ def _inferred(
     units: str,
     objects: Mapping[str, Sequence[tuple[Row, dict[str, Any]]]],
     side: float,
+    overrides: Overrides,
+    say: Callable[[str], None],
 ) -> ElementSchema:
-    """The schema of a table: position first, then extent, numbers and classes in the order of the columns."""
+    """The schema of a table: position first, then extent, numbers, keypoints, and classes, each as the columns are."""
     if not table.rows:
         raise InputError(f"{table.source}: expected at least one object, got none; the schema cannot be inferred")
+    places = [*(("coords",) if layout.columns else ()), *(("extent",) if layout.boxes() else ())]
+    numbers = [name for name, classes in table.classes.items() if classes is None and name not in layout.columns]
+    keypoints, labels = list(table.rows[0].keypoints), [name for name, classes in table.classes.items() if classes]
+    overrides.check_names([*places, *numbers, *keypoints, *labels])
     fields: list[Field] = []
-    names = [*(("coords",) if layout.columns else ()), *(("extent",) if layout.boxes() else ())]
-    names += [name for name, classes in table.classes.items() if classes is None and name not in layout.columns]
-    for name in names:
-        values = np.array([np.atleast_1d(values[name]) for found in objects.values() for _, values in found], float)
-        if name in ("coords", "extent") and units != "given":
-            fields.append(continuous(name, 2, scale=side / 2, offset=side / 2 if name == "coords" else 0.0))
+    for name in (*places, *numbers, *keypoints):
+        optional = name in keypoints
+        found = [values[name] for each in objects.values() for _, values in each if values[name] is not None]
+        values = np.array([np.atleast_1d(value) for value in found] or np.zeros((1, 2)), float)
+        if name not in numbers and units != "given":
+            options = {"unit": "pixels"} | overrides.options(name, "unit", "tolerance")
+            offset = 0.0 if name == "extent" else side / 2
+            made = continuous(name, 2, optional=optional, scale=side / 2, offset=offset, **options)
         else:
-            low, high = float(values.min()), float(values.max())
-            middle, half = (low + high) / 2, (high - low) / 2
-            scale = half or max(abs(middle), 1.0)
-            if scale == middle and name == "coords":  # which would be positions in pixels, see `ElementSchema.side`
-                scale = math.nextafter(scale, math.inf)
-            fields.append(continuous(name, values.shape[1], scale=scale, offset=middle))
-    fields += [categorical(name, *classes) for name, classes in table.classes.items() if classes is not None]
+            allowed = ("unit", "scale", "offset", "tolerance", *(("period",) if name in numbers else ()))
+            made = _number_field(name, values, optional, overrides.options(name, *allowed), say)
+        fields.append(made)
+    for name in labels:
+        fields.append(categorical(name, *overrides.classes(name, table.classes[name])))
     if not fields:
         raise InputError(f"{table.source}: expected columns of numbers or classes, got none")
-    largest = max(map(len, objects.values()))
-    return ElementSchema(Path(table.source).stem, fields, max_objects=largest)
+    renamed = overrides.renamed
+    return ElementSchema(
+        overrides.name or Path(table.source).stem,
+        [replace(made, name=renamed(made.name)) for made in fields],
+        max_objects=overrides.max_objects or max(map(len, objects.values())),
+        skeleton=[(renamed(start), renamed(end)) for start, end in table.skeleton],
+    )
+
+
+def _number_field(
+    name: str, values: np.ndarray, optional: bool, options: dict[str, Any], say: Callable[[str], None]
+) -> Field:
+    """A field whose scale is the range of its values, or which has a period."""
+    low, high = float(values.min()), float(values.max())
+    unit = {} if optional or "period" in options else _turn(name, values)
+    period = options.pop("period", TURNS[unit["unit"]] if unit else None)
+    if period is not None:
+        if wrong := {"scale", "offset"} & set(options):
+            raise InputError(f"field {name!r}: expected a period or {wrong.pop()}, got both; leave one out")
+        return periodic(name, period, offset=-period / 2 if low < 0 else 0.0, **(unit | options))
+    if ANGLE.fullmatch(name) and "scale" not in options:
+        say(
+            f"{name}: a plain number from {low:g} to {high:g}; if it starts again after a turn, give its period in "
+            "--schema FILE.yaml"
+        )
+    middle, half = (low + high) / 2, (high - low) / 2
+    options = {"scale": half or max(abs(middle), 1.0), "offset": middle} | options
+    if options["scale"] == options["offset"] and name == "coords":  # positions in pixels, see `ElementSchema.side`
+        options["scale"] = math.nextafter(options["scale"], math.inf)
+    return continuous(name, values.shape[1], optional=optional, **options)
+
+
+def _turn(name: str, values: np.ndarray) -> dict[str, str]:
+    """The unit of an angle that takes a full turn; nothing where name and values leave a doubt.
+
+    Values over half a turn may be angles of things that look the same after half a turn.
+    """
+    found = ANGLE.fullmatch(name)
+    low, high = float(values.min()), float(values.max())
+    for unit, turn in TURNS.items():
+        suffix = found and found[1]
+        within = -turn / 2 - 1e-3 <= low and high <= (turn if low >= 0 else turn / 2) + 1e-3
+        # numbers up to 6.28 could be small angles in degrees, but hardly over just the full turn
+        full = high - low > (turn / 2 if unit == "degrees" or suffix else 0.9 * turn)
+        fractions = unit == "degrees" or bool((values % 1).any())
+        if found and (suffix is None or unit.startswith(suffix)) and within and full and fractions:
+            return {"unit": unit}
+    return {}

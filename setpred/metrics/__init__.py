@@ -1,16 +1,20 @@
-"""Metrics: average precision in two protocols, its parts, accuracies, errors and distances."""
+"""Metrics: average precision by distance and by overlap of boxes, its parts, accuracies, errors and distances."""
 
 from setpred.metrics.attributes import attribute_report, match_by_position
 from setpred.metrics.average_precision import (
     THRESHOLDS,
     AveragePrecision,
+    GatheredSets,
     average_precision,
     average_precision_per_image,
     pairwise_distance,
     precision_recall,
     threshold_name,
+    true_positives,
 )
 from setpred.metrics.averages import AbsoluteError, Accuracy, Mean, MeanMetric
+from setpred.metrics.box_precision import BoxAveragePrecision, box_average_precision, match_boxes
+from setpred.metrics.calibration import CalibrationFit, fit_calibration, reliability, right_predictions
 from setpred.metrics.numbering import NumberingAccuracy, right_numbers
 from setpred.metrics.set_distances import SetDistances
 
@@ -19,6 +23,9 @@ __all__ = [
     "AbsoluteError",
     "Accuracy",
     "AveragePrecision",
+    "BoxAveragePrecision",
+    "CalibrationFit",
+    "GatheredSets",
     "Mean",
     "MeanMetric",
     "NumberingAccuracy",
@@ -26,9 +33,15 @@ __all__ = [
     "attribute_report",
     "average_precision",
     "average_precision_per_image",
+    "box_average_precision",
+    "fit_calibration",
+    "match_boxes",
     "match_by_position",
     "pairwise_distance",
     "precision_recall",
+    "reliability",
     "right_numbers",
+    "right_predictions",
     "threshold_name",
+    "true_positives",
 ]

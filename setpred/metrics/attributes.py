@@ -51,11 +51,13 @@ def attribute_report(
     Returns:
         Plain numbers, dictionaries and lists; NaN for an empty mean. "images", "objects". Over matched real objects:
         "accuracy" by categorical field, "all_attributes" (all right), "confusion" by field (counts, rows the real
-        class), "distance" (L2 over the schema's `position` in its units: mean, median, p90, p99), "within" (share
+        class), "distance" (L2 over the schema's `position`: mean, median, p90, p99), its "unit", "within" (share
         strictly under each threshold), "axis_errors" by continuous field (per axis: mean and median of the absolute
-        error, bias = mean of the signed one). Over all slots: "presence_accuracy" (confident exactly if matched). Over
-        real objects: "found" (share whose match is confident). Over images: "count_error" (mean of |confident − real|),
-        "count_exact" (share where it is 0).
+        error, bias = mean of the signed one), "errors" by continuous field besides the `position` (unit, and L2 error:
+        mean, median, p90, over so many objects; of an optional field also "found", the share of the real ones that are
+        predicted, and "invented", the share predicted where the object has none). Over all slots: "presence_accuracy"
+        (confident exactly if matched). Over real objects: "found" (share whose match is confident). Over images:
+        "count_error" (mean of |confident − real|), "count_exact" (share where it is 0).
     """
     check_scorable(predicted, target, schema)
     real = presence_mask(target)
@@ -75,7 +77,7 @@ def attribute_report(
         raise ValueError("expected a one-to-one assignment, got two real objects with the same predicted slot")
 
     truth, guess = target[image, slot].double(), predicted[image, partner].double()
-    accuracy, confusion, axis_errors = {}, {}, {}
+    accuracy, confusion, axis_errors, errors = {}, {}, {}, {}
     all_right = torch.ones(len(truth), dtype=torch.bool, device=truth.device)
     for field in schema.categorical:
         true_class, guessed = schema.values(truth, field.name), schema.values(guess, field.name)
@@ -83,14 +85,25 @@ def attribute_report(
         all_right &= true_class == guessed
         counts = torch.bincount(true_class * field.size + guessed, minlength=field.size**2)
         confusion[field.name] = counts.view(field.size, field.size).tolist()
-    squared = torch.zeros_like(truth[:, 0])
+    squared, unit = torch.zeros_like(truth[:, 0]), ""
     for field in schema.continuous:
-        error = schema.values(guess, field.name) - schema.values(truth, field.name)
+        guessed, real_value = schema.values(guess, field.name), schema.values(truth, field.name)
+        error = field.wrapped(guessed - real_value)
         if field in schema.position:
             squared += error.square().sum(-1)
+            unit = field.unit
+        known = error[~error.isnan().any(-1)]  # all but those of absent optional fields
         axis_errors[field.name] = [
-            {"mean": _mean(axis.abs()), "median": _quantile(axis.abs(), 0.5), "bias": _mean(axis)} for axis in error.T
+            {"mean": _mean(axis.abs()), "median": _quantile(axis.abs(), 0.5), "bias": _mean(axis)} for axis in known.T
         ]
+        if field in schema.position:
+            continue
+        length = known.square().sum(-1).sqrt()
+        errors[field.name] = {"unit": field.unit, "objects": len(known), "mean": _mean(length)}
+        errors[field.name] |= {name: _quantile(length, share) for name, share in (("median", 0.5), ("p90", 0.9))}
+        if field.optional:
+            there, found = ~real_value.isnan().any(-1), ~guessed.isnan().any(-1)
+            errors[field.name] |= {"found": _mean(found[there]), "invented": _mean(found[~there])}
     distance = squared.sqrt()
     quantiles = {name: _quantile(distance, share) for name, share in (("median", 0.5), ("p90", 0.9), ("p99", 0.99))}
     miscount = (confident.sum(1) - real.sum(1)).abs()
@@ -101,8 +114,10 @@ def attribute_report(
         "all_attributes": _mean(all_right),
         "confusion": confusion,
         "distance": {"mean": _mean(distance)} | quantiles,
+        "unit": unit,
         "within": {threshold_name(threshold): _mean(distance < threshold) for threshold in thresholds},
         "axis_errors": axis_errors,
+        "errors": errors,
         "presence_accuracy": _mean(confident == matched),
         "found": int(confident[image, partner].sum()) / len(read) if len(read) else math.nan,
         "count_error": _mean(miscount),

@@ -9,7 +9,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from setpred.errors import InputError
-from setpred.schema import CLEVR, ElementSchema
+from setpred.schema import CLEVR, ElementSchema, Field
 from setpred.sets import presence_mask
 
 THRESHOLDS = (math.inf, 1.0, 0.5, 0.25, 0.125, 0.0625)
@@ -31,7 +31,8 @@ def average_precision(
     """Average precision over all images together.
 
     The predictions of all images are ranked by presence, without a cut, largest first; equal ones by (image, slot).
-    Each aims at the nearest real object of its image with all its classes (of equally near ones, the first). It is a
+    Each aims at the nearest real object of its image with all its classes (of equally near ones, the first), and with
+    the fields that have a `Field.tolerance` within it. It is a
     true positive if the distance is strictly under the threshold and no prediction ranked before has claimed that
     object at this threshold. There is no second choice. Then
 
@@ -78,7 +79,7 @@ def average_precision_per_image(
     Recall, precision, area, arguments, result and errors are those of `average_precision`.
     """
     check_scorable(predicted, target, schema, thresholds)
-    claimed = torch.cat([_claim_in_turn(*block, schema) for block in _blocks(predicted, target)])
+    claimed = torch.cat([_claim_in_turn(*block, schema) for block in blocks(predicted, target)])
     objects = presence_mask(target).sum(1)
     images = int((objects > 0).sum())
     rank = torch.arange(1, claimed.shape[1] + 1, device=claimed.device, dtype=torch.float64)
@@ -105,12 +106,21 @@ def precision_recall(
     return right / objects, right / torch.arange(1, len(right) + 1, device=right.device)
 
 
+def true_positives(predicted: Tensor, target: Tensor, threshold: float, *, schema: ElementSchema = CLEVR) -> Tensor:
+    """Whether each prediction is a true positive of `average_precision` at a threshold: bool `[images, set_size]`."""
+    (ranks,), _ = _true_positives(predicted, target, [threshold], schema)
+    order = predicted[..., -1].flatten().argsort(descending=True, stable=True)
+    right = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+    right[order[ranks]] = True
+    return right.view(predicted.shape[:2])
+
+
 def _true_positives(
     predicted: Tensor, target: Tensor, thresholds: Sequence[float], schema: ElementSchema
 ) -> tuple[list[Tensor], int]:
     """Ranks of the true positives at each threshold, rising, and the number of real objects."""
     check_scorable(predicted, target, schema, thresholds)
-    found = [_nearest(*_compare(*block, schema)) for block in _blocks(predicted, target)]
+    found = [_nearest(*_compare(*block, schema)) for block in blocks(predicted, target)]
     distance, nearest = map(torch.cat, zip(*found, strict=True))
     images, target_size = len(target), max(1, target.shape[1])
     aim = nearest + target_size * torch.arange(images, device=nearest.device)[:, None]  # among all target slots
@@ -130,20 +140,34 @@ def pairwise_distance(predicted: Tensor, target: Tensor, *, schema: ElementSchem
     squared = predicted.new_zeros(*predicted.shape[:2], target.shape[1], dtype=torch.float64)
     for field in schema.position:
         # double precision before the scale, for these numbers only
-        mine, theirs = (field.scale * each[..., schema.slice(field.name)].double() for each in (predicted, target))
+        mine, theirs = (each[..., schema.slice(field.name)].double() for each in (predicted, target))
+        mine, theirs = (field.read(each) if field.period else field.scale * each for each in (mine, theirs))
         for a, b in zip(mine.unbind(-1), theirs.unbind(-1), strict=True):
-            squared += (a[:, :, None] - b[:, None]).square_()
+            squared += field.wrapped(a[:, :, None] - b[:, None]).square_()
     return squared.sqrt_()
 
 
-def _blocks(predicted: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Blocks of images with at most `PAIRS_AT_ONCE` pairs of elements."""
+def _beyond_tolerance(predicted: Tensor, target: Tensor, field: Field, schema: ElementSchema) -> Tensor:
+    """Mark the pairs whose error of the field is not under its tolerance: bool `[images, set_size, target_size]`.
+
+    An absent optional field of the real object asks for nothing.
+    """
+    mine, theirs = (schema.values(each.double(), field.name) for each in (predicted, target))
+    error = field.wrapped(mine[:, :, None] - theirs[:, None]).square().sum(-1).sqrt()
+    return ~(error < field.tolerance) & ~theirs.isnan().any(-1)[:, None]
+
+
+def blocks(predicted: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Split into blocks of images with at most `PAIRS_AT_ONCE` pairs of elements."""
     images = max(1, PAIRS_AT_ONCE // max(1, predicted.shape[1] * target.shape[1]))
     return zip(predicted.split(images), target.split(images), strict=True)
 
 
 def _compare(predicted: Tensor, target: Tensor, schema: ElementSchema) -> tuple[Tensor, Tensor]:
-    """Distance (float64) and whether real and of the same classes (bool), both `[images, set_size, target_size]`."""
+    """Distance (float64) and whether it may be the object, both `[images, set_size, target_size]`.
+
+    It may if the object is real, all classes are equal, and all fields with a tolerance are within it.
+    """
     if target.shape[1] == 0:  # one absent object, so that there is a nearest
         target = target.new_zeros(len(target), 1, schema.set_dim)
     distance = pairwise_distance(predicted, target, schema=schema)
@@ -151,7 +175,10 @@ def _compare(predicted: Tensor, target: Tensor, schema: ElementSchema) -> tuple[
     for field in schema.categorical:  # all classes as one number
         mine = mine * field.size + schema.values(predicted, field.name)
         theirs = theirs * field.size + schema.values(target, field.name)
-    return distance, presence_mask(target)[:, None] & (mine[:, :, None] == theirs[:, None])
+    candidate = presence_mask(target)[:, None] & (mine[:, :, None] == theirs[:, None])
+    for name in schema.tolerances:
+        candidate &= ~_beyond_tolerance(predicted, target, schema.field(name), schema)
+    return distance, candidate
 
 
 def _nearest(distance: Tensor, candidate: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,7 +224,42 @@ def check_scorable(predicted: Tensor, target: Tensor, schema: ElementSchema, thr
         )
 
 
-class AveragePrecision(Metric):
+class GatheredSets(Metric):
+    """Base class of metrics of all sets together: `update(predicted, target)` keeps the sets.
+
+    The result is the same for every batch size. A subclass implements `compute`, which calls `sets`.
+
+    Args:
+        schema: of the elements; None takes that of the task, from `use_schema`.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    mode, higher_is_better = "max", True
+
+    def __init__(self, schema: ElementSchema | None) -> None:
+        super().__init__()
+        self.schema = schema
+        self.add_state("predicted", default=[], dist_reduce_fx="cat")
+        self.add_state("target", default=[], dist_reduce_fx="cat")
+
+    def use_schema(self, schema: ElementSchema) -> None:
+        """Take this schema unless one was given."""
+        self.schema = self.schema or schema
+
+    def update(self, predicted: Tensor, target: Tensor) -> None:
+        if self.schema is None:
+            raise InputError(f"{type(self).__name__}: expected a schema, got none; pass schema")
+        check_scorable(predicted, target, self.schema)
+        self.predicted.append(predicted.detach())
+        self.target.append(target.detach())
+
+    def sets(self) -> tuple[Tensor, Tensor]:
+        """All predicted and real sets so far."""
+        return dim_zero_cat(self.predicted), dim_zero_cat(self.target)
+
+
+class AveragePrecision(GatheredSets):
     """Average precision gathered over batches.
 
     `update(predicted, target)` keeps the sets, `compute()` gives {"ap_inf": ..., "ap_1": ..., ...} and their mean "ap"
@@ -207,9 +269,7 @@ class AveragePrecision(Metric):
         protocol: `average_precision` or `average_precision_per_image`.
     """
 
-    full_state_update = False
-    is_differentiable = False
-    monitor, mode, higher_is_better = "ap", "max", True
+    monitor = "ap"
 
     def __init__(
         self,
@@ -218,18 +278,10 @@ class AveragePrecision(Metric):
         thresholds: Sequence[float] = THRESHOLDS,
         schema: ElementSchema = CLEVR,
     ) -> None:
-        super().__init__()
-        self.protocol, self.thresholds, self.schema = protocol, tuple(thresholds), schema
-        self.add_state("predicted", default=[], dist_reduce_fx="cat")
-        self.add_state("target", default=[], dist_reduce_fx="cat")
-
-    def update(self, predicted: Tensor, target: Tensor) -> None:
-        check_scorable(predicted, target, self.schema)
-        self.predicted.append(predicted.detach())
-        self.target.append(target.detach())
+        super().__init__(schema)
+        self.protocol, self.thresholds = protocol, tuple(thresholds)
 
     def compute(self) -> dict[str, Tensor]:
-        predicted, target = dim_zero_cat(self.predicted), dim_zero_cat(self.target)
-        scores = self.protocol(predicted, target, thresholds=self.thresholds, schema=self.schema)
+        scores = self.protocol(*self.sets(), thresholds=self.thresholds, schema=self.schema)
         result = {f"ap_{threshold_name(t)}": torch.tensor(score, dtype=torch.float64) for t, score in scores.items()}
         return result | {"ap": torch.stack(list(result.values())).mean()}

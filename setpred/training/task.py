@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from setpred.checkpoint import load as checkpoint
 from setpred.errors import InputError, NotFiniteError
 from setpred.losses import HungarianLoss, SetLoss
-from setpred.metrics import AveragePrecision, Mean
+from setpred.metrics import AveragePrecision, CalibrationFit, GatheredSets, Mean
 from setpred.model import SetPredictor, Step
 from setpred.nn import evaluating
 from setpred.nonfinite.locate import Stage, finite_norm, not_finite, trained
 from setpred.nonfinite.policy import Guard, poison
 from setpred.nonfinite.repro import report
-from setpred.schema import CLEVR, ElementSchema
+from setpred.schema import CLEVR, Calibration, ElementSchema
 from setpred.sets import check_set
 from setpred.training.schedules import Constant, Schedule, fitted
 from setpred.training.statistics import BatchStatistics
@@ -35,7 +35,8 @@ class SetPrediction(pl.LightningModule):
     `input_mask` bool `[batch, n]`; the target `elements [batch, set_size, set_dim]`; and optionally `index [batch]`,
     by which messages name the examples. Random numbers of a step depend on (seed, step) alone, so that a resumed run
     equals the undisturbed one. Validations and checkpoints have batch statistics of the present weights, see
-    `BatchStatistics`. Logs `val_loss` and `val_<name>` of every number of the metric.
+    `BatchStatistics`. Logs `val_loss` and `val_<name>` of every number of the metric. With a schema, each validation
+    fits the `Calibration` of the model, which checkpoints hold.
 
     Args:
         encoder: image, or set, to features.
@@ -94,6 +95,8 @@ class SetPrediction(pl.LightningModule):
         self.metric = metric
         if metric is None and self.schema is not None:
             self.metric = AveragePrecision(schema=self.schema, thresholds=self.schema.thresholds)
+        if isinstance(metric, GatheredSets) and self.schema is not None:
+            metric.use_schema(self.schema)
         if lacking := [name for name in METRIC if self.metric is not None and not hasattr(self.metric, name)]:
             raise InputError(
                 f"metric {type(self.metric).__name__}: expected {', '.join(METRIC)} as of "
@@ -102,6 +105,8 @@ class SetPrediction(pl.LightningModule):
         self.monitor = "val_loss" if self.metric is None else f"val_{self.metric.monitor}"
         self.mode = "min" if self.metric is None else self.metric.mode
         self.mean_loss = Mean()  # of a validation
+        self.calibration_fit = None if self.schema is None else CalibrationFit(self.schema)
+        self.calibration: Calibration | None = None  # of the latest validation
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.schedule = Constant() if schedule is None else schedule
         self.iterations_by_epoch = iterations_by_epoch
@@ -170,8 +175,9 @@ class SetPrediction(pl.LightningModule):
         except NotFiniteError as error:
             raise InputError(report(self, [step], Stage(error.place, error.samples))[1]) from error
         self.mean_loss.update(losses)
-        if self.metric is not None:
-            self.metric.update(predicted.float(), batch["elements"])
+        for metric in (self.metric, self.calibration_fit):
+            if metric is not None:
+                metric.update(predicted.float(), batch["elements"])
 
     def on_validation_epoch_end(self) -> None:
         # every process has the scores of all images; of equal numbers the largest is exact, a mean is not
@@ -192,6 +198,9 @@ class SetPrediction(pl.LightningModule):
         if self.metric is not None:
             scores |= self.metric.compute()
             self.metric.reset()
+        if self.calibration_fit is not None:
+            self.calibration = Calibration(**{name: float(v) for name, v in self.calibration_fit.compute().items()})
+            self.calibration_fit.reset()
         return {f"val_{name}": value.float() for name, value in scores.items()}
 
     def _losses(self, step: Step) -> tuple[Tensor, Tensor]:
@@ -235,12 +244,15 @@ class SetPrediction(pl.LightningModule):
 
     def on_load_checkpoint(self, content: dict[str, Any]) -> None:
         self.guard.load_state_dict(content.get(COUNTED, {}))
+        record = content[checkpoint.KEY].get("calibration")
+        self.calibration = None if record is None else Calibration.from_dict(record)
 
     def description(self) -> dict[str, Any]:
         """Description that rebuilds the model, in plain types; `setpred.checkpoint.load` reads it."""
         return {
             "version": checkpoint.VERSION,
             "schema": None if self.schema is None else self.schema.to_dict(),
+            "calibration": None if self.calibration is None else self.calibration.to_dict(),
             "model": self.model_config,
             "data": self.data_description,
             "settings": self.settings,

@@ -6,6 +6,7 @@ from setpred.visualise.distances import draw_distance_errors
 from setpred.visualise.marks import draw_marks
 from setpred.visualise.predictions import draw_outlined_image, draw_predictions
 from setpred.visualise.refinement import Descent, draw_refinement_film, draw_refinement_strip
+from setpred.visualise.reliability import draw_reliability
 from setpred.visualise.report import write_report
 from setpred.visualise.supports import Voting, draw_supports
 from setpred.visualise.training_curves import draw_own_training, draw_training_curves
@@ -22,6 +23,7 @@ __all__ = [
     "draw_predictions",
     "draw_refinement_film",
     "draw_refinement_strip",
+    "draw_reliability",
     "draw_supports",
     "draw_training_curves",
     "write_report",

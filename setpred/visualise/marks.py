@@ -80,12 +80,14 @@ def _show(axes: Axes, image: np.ndarray, compared: Comparison, schema: ElementSc
     axes.set(xlim=(0, side), ylim=(side, 0), xticks=[], yticks=[])
     for real in compared.real:
         _mark(axes, real, REAL, "o")
+        _draw_keypoints(axes, real, REAL, "-", schema)
     for found, partner, wrong in zip(compared.predicted, compared.partner, compared.wrong, strict=True):
         colour = EXTRA if known and (partner is None or wrong) else FOUND
         if partner is not None:
             ends = zip(found["coords"], compared.real[partner]["coords"], strict=True)
             axes.plot(*(list(pair) for pair in ends), color=colour, lw=0.9, solid_capstyle="round")
         _mark(axes, found, colour, "x")
+        _draw_keypoints(axes, found, colour, ":", schema)
         if not known and schema.categorical:
             text = " ".join(found[field.name] for field in schema.categorical)
             style = {"fontsize": 7.5, "color": colour, "path_effects": EDGE, "clip_on": True, "parse_math": False}
@@ -102,6 +104,16 @@ def _mark(axes: Axes, obj: Mapping[str, Any], colour: str, marker: str) -> None:
     else:
         size = 8 if marker == "o" else 5
         axes.plot([x], [y], marker, ms=size, mfc="none", mec=colour, mew=1.3, path_effects=EDGE)
+
+
+def _draw_keypoints(axes: Axes, obj: Mapping[str, Any], colour: str, line: str, schema: ElementSchema) -> None:
+    """Dots at the keypoints that the object has, and the lines of the skeleton between them."""
+    places = {field.name: obj[field.name] for field in schema.keypoints if obj[field.name] is not None}
+    for start, end in schema.skeleton:
+        if start in places and end in places:
+            axes.plot(*zip(places[start], places[end], strict=True), line, color=colour, lw=1.2, path_effects=EDGE)
+    if places:
+        axes.plot(*zip(*places.values(), strict=True), "o", ms=3.2, mfc=colour, mec="#111111", mew=0.6)
 
 
 def _faults(compared: Comparison) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from setpred.metrics import match_by_position, pairwise_distance
 from setpred.rendering.camera import NOMINAL_CAMERA, Camera
-from setpred.schema import ElementSchema
+from setpred.schema import UNCALIBRATED, Calibration, ElementSchema
 from setpred.sets import presence_mask
 from setpred.visualise import world
 from setpred.visualise.refinement import Descent
@@ -53,11 +53,13 @@ class Comparison:
         return f"{plural(len(self.real), 'real object')}: {', '.join(parts)}"
 
 
-def compare(predicted: Tensor, target: Tensor, schema: ElementSchema) -> Comparison:
+def compare(
+    predicted: Tensor, target: Tensor, schema: ElementSchema, calibration: Calibration = UNCALIBRATED
+) -> Comparison:
     """Match the confident predictions (presence over one half) of one image to its real objects by position."""
     rows, truth = (elements[elements[:, -1].argsort(descending=True, stable=True)] for elements in (predicted, target))
     rows, truth = rows[presence_mask(rows)], truth[presence_mask(truth)]  # as `decode` orders them
-    guesses, real = schema.decode(rows), schema.decode(truth)
+    guesses, real = schema.decode(rows, calibration=calibration), schema.decode(truth)
     assignment = match_by_position(rows[None], truth[None], schema=schema)[0].tolist()
     distances = pairwise_distance(rows[None], truth[None], schema=schema)[0]
     partner = [assignment.index(i) if i in assignment else None for i in range(len(rows))]
@@ -79,12 +81,12 @@ def draw_predictions(path: Path, descents: Sequence[Descent], *, about: str) -> 
     """Draw a row for each last iterate: the image with the predicted objects, the map, the list."""
     sheet = Sheet(0.3 + IMAGE[0] + GAP + MAP + GAP + LIST + 0.2, HEAD + ROW * len(descents) + LEGEND)
     subtitle = (
-        "Predictions with a confidence over 50 %. Left: outlined on the image (cubes have no predicted rotation). "
+        "Predictions with a presence over one half. Left: outlined on the image (cubes have no predicted rotation). "
         "Middle: seen from above, with the real objects. Right: in words, most confident first."
     )
     sheet.heading("Predicted objects", subtitle, about)
     for row, descent in enumerate(descents):
-        comparison = compare(descent.iterates[-1], descent.target, descent.schema)
+        comparison = compare(descent.iterates[-1], descent.target, descent.schema, descent.calibration)
         bottom = sheet.height - HEAD - ROW * (row + 1) + 0.1
         sheet.note(0.3, bottom + IMAGE[1] + 0.17, f"Image {row}, {comparison.summary}", fontsize=11)
         middle = 0.3 + IMAGE[0] + GAP
@@ -174,7 +176,7 @@ def _write_list(axes: Axes, comparison: Comparison, schema: ElementSchema) -> No
         line.append((right[1], off, end | (red if distance is None else {})))
         lines.append(line)
     if not comparison.predicted:
-        lines.append([(0.4, "no object has a confidence over 50 %", red)])
+        lines.append([(0.4, "no object has a presence over one half", red)])
     for index in comparison.missed:
         words = " ".join(word(comparison.real[index][field.name]) for field in fields)
         lines.append([(0.4, f"missed: {words}", red)])

@@ -15,7 +15,7 @@ from torch import Tensor
 from setpred.files import write_atomically
 from setpred.matching import hungarian, pairwise_smooth_l1
 from setpred.rendering.camera import Camera
-from setpred.schema import ElementSchema
+from setpred.schema import UNCALIBRATED, Calibration, ElementSchema
 from setpred.sets import presence_mask
 from setpred.visualise.style import FAINT, INK, WRONG, Sheet, boxes_for_missing_glyphs, plural, styled
 from setpred.visualise.world import draw_filled, draw_outlined, on_map, outline_on_image, show_image, show_map
@@ -42,6 +42,7 @@ class Descent:
     target: Tensor
     camera: Camera
     schema: ElementSchema
+    calibration: Calibration = UNCALIBRATED
 
     @property
     def steps(self) -> int:
@@ -63,7 +64,7 @@ class Descent:
 
     def _elements(self, step: int) -> Iterator[tuple[dict[str, Any], float]]:
         """All elements of an iterate with their opacities, the most confident last, so on top."""
-        for obj in reversed(self.schema.decode(self.iterates[step], threshold=-np.inf)):
+        for obj in reversed(self.schema.decode(self.iterates[step], threshold=0, calibration=self.calibration)):
             yield obj, FAINTEST + (1 - FAINTEST) * obj["confidence"]
 
     def outline_set(self, axes: Axes, step: int) -> None:

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from setpred.files import make_folder
 from setpred.metrics import attribute_report, match_by_position
-from setpred.schema import CLEVR, ElementSchema
+from setpred.schema import CLEVR, UNCALIBRATED, Calibration, ElementSchema
 from setpred.visualise.confusion import draw_confusion
 from setpred.visualise.curves import draw_precision_recall
 from setpred.visualise.distances import draw_distance_errors
 from setpred.visualise.marks import draw_marks
 from setpred.visualise.predictions import draw_predictions
 from setpred.visualise.refinement import Descent, draw_refinement_film, draw_refinement_strip
+from setpred.visualise.reliability import draw_reliability
 from setpred.visualise.supports import Voting, check_voting, draw_supports
 from setpred.visualise.world import as_pictures, cameras_of, has_world
 
@@ -36,15 +37,16 @@ def write_report(
     camera: np.ndarray | Tensor | None = None,
     thresholds: Sequence[float] | None = None,
     schema: ElementSchema = CLEVR,
+    calibration: Calibration = UNCALIBRATED,
     title: str = "",
     say: Callable[[str], None] = print,
 ) -> list[Path]:
     """Write the figures of an evaluation as PNG and GIF, each file atomically.
 
     predictions.png, refinement.gif and refinement.png (with `iterates`), supports.png (with `iterates` and `voting`),
-    precision_recall.png, confusion.png and distance_errors.png. The first four show CLEVR's world and need a
-    continuous field "coords" of three numbers; with a schema of places on the image (`side`), predictions.png shows
-    marks on the images. `say` gets a sentence for each figure that the schema rules out.
+    precision_recall.png, reliability.png, confusion.png and distance_errors.png. The first four show CLEVR's world and
+    need a continuous field "coords" of three numbers; with a schema of places on the image (`side`), predictions.png
+    shows marks on the images. `say` gets a sentence for each figure that the schema rules out.
 
     Args:
         folder: folder of the figures, created if missing.
@@ -56,6 +58,7 @@ def write_report(
         voting: votes of the tokens of the first m images.
         camera: locations `[k, 3]` or `[n, 3]` in world units; CLEVR's nominal camera replaces NaN.
         thresholds: distances of the average precision; the schema's by default.
+        calibration: from presence to confidence.
         title: small text right of the title of each figure.
 
     Returns:
@@ -90,7 +93,9 @@ def write_report(
 
     if has_world(schema):
         ends = predicted.clamp(-_FAR, _FAR)
-        examples = [Descent(pictures[k], ends[k][None], target[k], cameras[k], schema) for k in range(len(cameras))]
+        examples = [
+            Descent(pictures[k], ends[k][None], target[k], cameras[k], schema, calibration) for k in range(len(cameras))
+        ]
         written.append(draw_predictions(folder / "predictions.png", examples, about=title))
     elif schema.side:
         sets = predicted[: len(pictures)], target[: len(pictures)]
@@ -108,6 +113,8 @@ def write_report(
 
     of_all = {"thresholds": thresholds, "schema": schema, "about": title}
     written.append(draw_precision_recall(folder / "precision_recall.png", predicted, target, **of_all))
+    rated = {"calibration": calibration, "schema": schema, "about": title}
+    written.append(draw_reliability(folder / "reliability.png", predicted, target, **rated))
     if schema.categorical:
         attributes = attribute_report(predicted, target, assignment, schema=schema)
         written.append(draw_confusion(folder / "confusion.png", attributes, schema=schema, about=title))
