@@ -1,7 +1,9 @@
 """Errors that a user can correct, and helpers for their messages."""
 
+import os
 import re
 import reprlib
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +34,17 @@ def reason(error: BaseException) -> str:
     return next((line for line in lines if line and not line.endswith(":")), type(error).__name__)
 
 
+def located(error: BaseException) -> str:
+    """The reason of an error in code of a user, with the innermost line of that code: "reason (my_parts.py, line 7)".
+
+    Call it where the error is caught; lines of setpred and of installed packages are left out.
+    """
+    frames = traceback.extract_tb(error.__traceback__)[1:]
+    others = (os.path.dirname(__file__), os.path.dirname(os.__file__), "<")  # setpred, Python
+    own = [f for f in frames if not f.filename.startswith(others) and "site-packages" not in f.filename]
+    return reason(error) + (f" ({os.path.basename(own[-1].filename)}, line {own[-1].lineno})" if own else "")
+
+
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 _short.maxlong = 40
@@ -58,6 +71,6 @@ class NotFiniteError(ArithmeticError):
     """A NaN or infinity in the loss, gradient or other `place`; `samples` are positions in the batch."""
 
     def __init__(self, place: str, samples: list[int]) -> None:
-        shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
-        super().__init__(f"the {place} is not finite" + (f" in samples {shown} of the batch" if samples else ""))
+        where = f" in samples {listed(samples)} of the batch" if samples else ""
+        super().__init__(f"the {place} is not finite{where}")
         self.place, self.samples = place, samples

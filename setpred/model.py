@@ -34,6 +34,8 @@ def check_parts(encoder: nn.Module, decoder: nn.Module) -> None:
     else:
         example = "PositionedTokens" if taken == "tokens" else "SmallCNN"
         advice = f"take an encoder that gives {taken}, such as setpred.encoders.{example}"
+        if (given, wanted) == ("tokens", None):  # what a part does not state, too
+            advice += "; a decoder of tokens states their length as its attribute token_dim"
     gives, takes = (kind + (f" of {length} numbers" if length else "") for kind, length in features)
     names = [type(part).__name__ for part in (encoder, decoder)]
     raise InputError(f"the encoder {names[0]} gives {gives}, the decoder {names[1]} takes {takes}; {advice}")

@@ -12,6 +12,7 @@ from setpred.aggregators import (
     GIGP,
     INSET,
     PMA,
+    Aggregator,
     AttSets,
     CanonicalOrder,
     EquilibriumAggregation,
@@ -28,15 +29,7 @@ from setpred.aggregators import (
 from setpred.aggregators.frame_averaging import Eigenvectors
 from setpred.decoders import IDSPN
 from setpred.errors import InputError
-from setpred.inner import (
-    EquilibriumMatching,
-    Exact,
-    GradientDescent,
-    Implicit,
-    LatentMatching,
-    Problem,
-    Unrolled,
-)
+from setpred.inner import EquilibriumMatching, Exact, GradientDescent, Implicit, LatentMatching, Problem, Unrolled
 from setpred.training.faset import FASet
 
 DIM, SIZE = 6, 5
@@ -603,3 +596,22 @@ def test_superset_pooling_is_two_sums():
     # of an empty subset V remains
     elements[..., 0] = 0.0
     assert_close(pool(elements, mask), nn.functional.silu(torch.tensor([[80.5, 0.0]])))
+
+
+@pytest.mark.parametrize(
+    ("result", "sentence"),
+    [
+        (lambda elements: elements, r"Own.aggregate to return \[2, 6\], got \[2, 5, 6\]"),
+        (lambda elements: elements.mean((1, 2)), r"Own.aggregate to return \[2, 6\], got \[2\]"),
+        (lambda elements: elements.mean((1, 2)).unsqueeze(1), r"Own.aggregate to return \[2, 6\], got \[2, 1\]"),
+    ],
+)
+def test_own_aggregators_return_a_vector_of_the_stated_length(result, sentence):
+    class Own(Aggregator):
+        def aggregate(self, elements, mask):
+            return result(elements)
+
+    with pytest.raises(ValueError, match=sentence):
+        Own(DIM)(torch.zeros(2, SIZE, DIM))
+    with pytest.raises(NotImplementedError, match="Aggregator has no method aggregate"):
+        Aggregator(DIM)(torch.zeros(2, SIZE, DIM))

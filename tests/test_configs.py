@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from tiny import untrained
 
 from setpred.checkpoint import allowed_classes, read_checkpoint
@@ -12,6 +13,7 @@ from setpred.checkpoint import build as build_part
 from setpred.checkpoint.load import KEY
 from setpred.commands.config import plain
 from setpred.commands.train import build, check_fit
+from setpred.data.importing import import_images, read_csv
 from setpred.decoders import IDSPN
 from setpred.encoders import ResidualTrunk
 from setpred.inner import Unrolled
@@ -59,6 +61,23 @@ def test_the_promised_configurations_exist():
     rivals = {f"slot_attention{kind}" for kind in ("", "_implicit", "_sinkhorn", "_mesh")} | {"slot_mixture", "detr"}
     rivals |= {"idspn_voting", "idspn_equilibrium", "idspn_fspool", "dspn", "seq2set", "mlp", "bilstm", "transformer"}
     assert {path.stem for path in COMPARED} >= rivals
+
+
+@pytest.fixture(scope="module")
+def points(tmp_path_factory):
+    """A prepared file of points with classes: images of 32 pixels, sets of up to three."""
+    folder = tmp_path_factory.mktemp("points")
+    (folder / "images").mkdir()
+    Image.new("RGB", (32, 32)).save(folder / "images" / "a.png")
+    (folder / "points.csv").write_text("image,x,y,label\na,1,2,b\na,8,9,c\na,20,30,b\n")
+    import_images(read_csv(folder / "points.csv"), folder / "images", folder / "points.h5", image_size=32)
+    return folder / "points.h5"
+
+
+@pytest.mark.parametrize("path", COMPARED, ids=name)
+def test_compared_configurations_take_the_sizes_of_other_data(path, points):
+    model = built(path, "--data", str(points), "--val", str(points)).model
+    assert (model.schema.name, model.model.decoder.set_size, model.model.encoder.image_size) == ("points", 3, 32)
 
 
 @pytest.mark.parametrize("path", IMAGES, ids=name)
@@ -130,6 +149,9 @@ def test_the_compared_voting_model_is_the_quickstart_except_for_length_and_loss(
     quickstart["trainer"]["max_epochs"] = 10
     quickstart["data"]["init_args"]["train_images"] = 20000
     del quickstart["model"]["loss"]  # the others have the published one
+    encoder, decoder = (quickstart["model"][part]["init_args"] for part in ("encoder", "decoder"))
+    del encoder["tokens"]["init_args"]["trunk"]["init_args"]["image_size"]  # the others take sizes from the data
+    del decoder["set_size"], decoder["start"]["init_args"]["set_size"]
     assert quickstart == compared
 
 

@@ -13,7 +13,7 @@ from setpred.commands.linking import default_configuration
 from setpred.commands.train import QUICKSTART, build, check_fit
 from setpred.data.dataset import SetFile
 from setpred.data.images import load_image, pixel_size, read_image
-from setpred.data.importing import import_images, read_coco, read_csv
+from setpred.data.importing import import_images, possible_classes, read_coco, read_csv
 from setpred.errors import InputError
 from setpred.metrics import attribute_report, pairwise_distance
 from setpred.schema import UNCALIBRATED, ElementSchema, continuous
@@ -47,6 +47,13 @@ def imported(source, images, tmp_path, **options):
 
 def objects(data):
     return [data.schema.decode(element) for element in data.__getitems__(range(len(data)))["elements"]]
+
+
+def test_columns_of_few_whole_numbers_may_be_classes(tmp_path):
+    rows = [f"a.png,{n % 3},{n},{n % 3},{n % 3 / 2},{n}" for n in range(30)]
+    path = table(tmp_path, "\n".join(["image,x,y,digit,half,number", *rows]))
+    assert possible_classes(read_csv(path)) == {"digit": 3}
+    assert not possible_classes(read_csv(path, categorical=["digit"]))
 
 
 def test_a_table_becomes_elements_in_its_own_units(images, tmp_path):
@@ -384,6 +391,17 @@ def trained(images, tmp_path):
     return cli, tmp_path / "a.ckpt"
 
 
+def test_a_written_configuration_keeps_class_names_that_look_like_numbers(images, tmp_path):
+    rows = "\n".join(["image,x,y,code", "a,3,4,01", "a,9,9,1e3", "b,1,2,no"])
+    file, written = tmp_path / "codes.h5", tmp_path / "written.yaml"
+    import_images(read_csv(table(tmp_path, rows), categorical=["code"]), images, file)
+    cli = build([f"--data={file}", f"--val={file}", f"--runs={tmp_path}", "--trainer.logger=false"])
+    written.write_text(cli.parser.dump(cli.config, skip_none=False))
+    again = build([f"--config={written}", "--trainer.logger=false"])
+    assert again.model.schema == cli.model.schema
+    assert again.model.schema.field("code").classes == ("01", "1e3", "no")
+
+
 def test_the_schema_of_the_data_reaches_every_part(trained):
     cli, path = trained
     schema = cli.model.schema
@@ -411,13 +429,17 @@ def test_predictions_are_in_pixels_of_each_image_which_is_padded(trained, tmp_pa
 
 def test_data_on_the_command_line_override_those_of_a_configuration(trained, tmp_path):
     config = tmp_path / "mine.yaml"
-    config.write_text(QUICKSTART.read_text().replace("      set_size: 6\n", "").replace("set_size: 6, ", ""))
+    text = QUICKSTART.read_text().replace("      set_size: 6\n", "").replace("set_size: 6, ", "")
+    text = text.replace("{image_size: 64, widths", "{widths").replace(
+        "image_size: 64,", "image_size: 128, set_size: 9,"
+    )
+    config.write_text(text)  # data of other sizes
     files = ["--data", str(tmp_path / "train.h5"), "--val", str(tmp_path / "val.h5")]
     options = ["--model.encoder.init_args.precise=2", "--model.decoder.init_args.objective.init_args.precise=2"]
     for arguments in ([*files, "--config", str(config)], [f"--config={config}", *files]):
         cli = build([*arguments, *options, "--data.init_args.batch_size=2", "--trainer.logger=false"])
         assert (cli.datamodule.val_path, cli.datamodule.batch_size) == (files[3], 2)
-        assert cli.model.model.decoder.set_size == 3
+        assert (cli.model.model.decoder.set_size, cli.model.model.encoder.image_size) == (3, 64)
         assert cli.folder.name == "mine"
 
 

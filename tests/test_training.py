@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from tiny import CONFIG, built, equal, metrics, run
 
 from setpred import files
+from setpred.checkpoint.allowlist import imported
 from setpred.checkpoint.load import load_checkpoint, read_checkpoint
 from setpred.commands import release
 from setpred.commands.evaluate import evaluate
@@ -255,6 +257,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 from setpred.data.datamodule import RenderedScenes
+from setpred.decoders import SetDecoder
 
 class Flat(nn.Module):
     def forward(self, latent, iterations=None):
@@ -263,6 +266,38 @@ class Flat(nn.Module):
 class Needy(nn.Module):
     def forward(self, latent, image):
         return latent
+
+class Mine(SetDecoder):
+    def __init__(self, *, set_size: int, set_dim: int) -> None:
+        super().__init__(latent_dim=16, set_size=set_size, set_dim=set_dim)
+        self.network = nn.Linear(16, set_size * set_dim)
+
+    def predictions(self, features, mask, iterations):
+        yield self.network(features).unflatten(-1, (self.set_size, self.set_dim))
+
+class Short(Mine):
+    def predictions(self, features, mask, iterations):
+        yield next(super().predictions(features, mask, iterations))[:, 1:]
+
+class Detached(Mine):
+    def predictions(self, features, mask, iterations):
+        yield next(super().predictions(features, mask, iterations)).detach()
+
+class Returning(Mine):
+    def predictions(self, features, mask, iterations):
+        return self.network(features)
+
+class Silent(Mine):
+    def predictions(self, features, mask, iterations):
+        yield from ()
+
+class Failing(Mine):
+    def predictions(self, features, mask, iterations):
+        yield features @ features
+
+class Unfinished(SetDecoder):
+    def __init__(self, *, set_size: int, set_dim: int) -> None:
+        super().__init__(latent_dim=16, set_size=set_size, set_dim=set_dim)
 
 class Count(nn.Module):
     monitor = "count"
@@ -283,6 +318,12 @@ class Data(pl.LightningDataModule):
     [
         ("decoder=own_parts.Flat", "SmallCNN and Flat: expected elements .*, got .2, 16. for a batch of 2"),
         ("decoder=own_parts.Needy", "SmallCNN and Needy cannot predict: .*iterations"),
+        ("decoder=own_parts.Short", r"Short: expected elements \[batch, 4, 19\], got \[2, 3, 19\] for a batch of 2"),
+        ("decoder=own_parts.Detached", "Detached: expected a prediction with a gradient, got one without; remove"),
+        ("decoder=own_parts.Returning", "expected Returning.predictions to yield .*, got a Tensor; write yield"),
+        ("decoder=own_parts.Silent", "expected Silent.predictions to yield at least one tensor, got none"),
+        ("decoder=own_parts.Failing", r"Failing cannot predict: .*\(own_parts.py, line \d+\)"),
+        ("decoder=own_parts.Unfinished", r"Unfinished has no method predictions\(features, mask, iterations\)"),
         ("metric=own_parts.Count", "metric Count: expected update, .* got no update, compute, reset, mode"),
     ],
 )
@@ -294,6 +335,21 @@ def test_a_part_with_a_wrong_interface_is_named_before_anything_is_written(
     with pytest.raises(InputError, match=sentence):
         run(tmp_path, f"--model.{option}", data=tiny_data)
     assert not (tmp_path / "tiny").exists()
+
+
+def test_a_part_is_found_in_the_working_folder_and_an_error_of_its_module_is_located(tmp_path, monkeypatch):
+    (tmp_path / "part_of_mine.py").write_text(OWN_PARTS)
+    (tmp_path / "broken_part.py").write_text("zero = 0\n\n1 / zero\n")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    assert imported(["part_of_mine.Mine"])["part_of_mine.Mine"].__name__ == "Mine"
+    for path, sentence in {
+        "broken_part.Mine": r"--allow broken_part.Mine: .*division by zero \(broken_part.py, line 3\)",
+        "part_of_mine.Nobody": "has no attribute 'Nobody'; expected package.module.Class",
+        "no_such_part.Mine": "No module named 'no_such_part'",
+    }.items():
+        with pytest.raises(InputError, match=sentence):
+            imported([path])
 
 
 def test_a_run_without_an_image_size_warns_that_its_checkpoints_cannot_be_read(tmp_path, monkeypatch, capsys):

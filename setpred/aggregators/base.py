@@ -1,4 +1,4 @@
-"""Base class of the aggregators, and helpers for masked sets."""
+"""Base class of the aggregators."""
 
 from torch import Tensor, nn
 
@@ -17,7 +17,7 @@ class Aggregator(nn.Module):
         out_dim: length of the vector, `in_dim` by default.
 
     Raises:
-        ValueError: elements or a mask of a wrong shape or type.
+        ValueError: elements or a mask of a wrong shape or type; a subclass that returns another shape.
     """
 
     def __init__(self, in_dim: int, out_dim: int | None = None) -> None:
@@ -27,20 +27,20 @@ class Aggregator(nn.Module):
 
     def forward(self, elements: Tensor, mask: Tensor | None = None) -> Tensor:
         check_set(elements, mask, set_dim=self.in_dim)
-        return self.aggregate(elements, mask)
+        vectors = self.aggregate(elements, mask)
+        if vectors.shape != (len(elements), self.out_dim):  # others could broadcast in silence
+            expected, got = [len(elements), self.out_dim], list(vectors.shape)
+            raise ValueError(f"expected {type(self).__name__}.aggregate to return {expected}, got {got}")
+        return vectors
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
-        raise NotImplementedError
+        """Pool validated sets into vectors `[batch, out_dim]`."""
+        raise NotImplementedError(f"{type(self).__name__} has no method aggregate(elements, mask)")
 
     @property
     def latent_dim(self) -> int:
         """`out_dim`, under the name that encoders use."""
         return self.out_dim
-
-
-def masked_fill(elements: Tensor, mask: Tensor | None, value: float) -> Tensor:
-    """Replace absent elements by `value`, so that their content (even NaN) has no influence."""
-    return elements if mask is None else elements.masked_fill(~mask.unsqueeze(-1), value)
 
 
 def zeros_where_empty(vectors: Tensor, mask: Tensor | None) -> Tensor:

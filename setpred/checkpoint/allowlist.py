@@ -1,7 +1,9 @@
 """The classes that a file may name: setpred's public parts, torch's layers, and those of `--allow`."""
 
 import importlib
+import os
 import re
+import sys
 from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from setpred import aggregators, decoders, encoders, inner, losses
-from setpred.errors import InputError
+from setpred.errors import InputError, located
 
 PART_MODULES: tuple[ModuleType, ...] = (aggregators, decoders, encoders, inner, losses)
 
@@ -60,15 +62,32 @@ def torch_modules() -> dict[str, type]:
 
 
 def imported(paths: Iterable[str]) -> dict[str, Any]:
-    """Import the classes that a user names with `--allow`; the paths must never come from a file."""
+    """Import the classes that a user names with `--allow`; the paths must never come from a file.
+
+    A module that is not installed is taken from the working folder.
+    """
     found: dict[str, Any] = {}
     for path in paths:
         module, _, name = path.rpartition(".")
         try:
-            found |= _by_path([(path, getattr(importlib.import_module(module), name))])
-        except (ImportError, AttributeError, ValueError) as error:
-            raise InputError(f"--allow {path}: cannot import it ({error}); expected package.module.Class") from error
+            found |= _by_path([(path, getattr(_module(module), name))])
+        except Exception as error:  # a module of a user can raise any exception
+            raise InputError(
+                f"--allow {path}: cannot import it: {located(error)}; expected package.module.Class"
+            ) from error
     return found
+
+
+def _module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        folder = os.getcwd()  # on the path of `python -m setpred` and `python train.py`, not of `setpred`
+        if folder in sys.path or error.name != name.partition(".")[0]:
+            raise
+        sys.path.append(folder)  # it stays: the module may import others later
+        importlib.invalidate_caches()
+        return importlib.import_module(name)
 
 
 def _by_path(parts: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def _import(
 ) -> None:
     from setpred.checkpoint.untrusted import read_yaml
     from setpred.data.hdf5 import describe, file_header
-    from setpred.data.importing import import_images, read_coco, read_csv
+    from setpred.data.importing import import_images, possible_classes, read_coco, read_csv
     from setpred.data.overrides import Overrides
 
     if (csv is None) == (coco is None):
@@ -78,6 +78,9 @@ def _import(
         options["schema"] = file_header(schema).schema
     import_images(table, out=out, **options)
     print(describe(out))
+    numbered = possible_classes(table) if csv is not None and schema is None else {}
+    for column, count in numbered.items():
+        print(f"\n{column} has {count} different whole numbers; pass --categorical {column} if they are classes")
 
 
 def _verify(file: Path) -> None:

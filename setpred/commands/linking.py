@@ -132,6 +132,7 @@ def expanded_data(arguments: Sequence[str], default: Path) -> list[str]:
         if argument.partition("=")[0] in ("-c", "--config")
     ]:  # after the last configuration, whose data would override these
         given = [f"--data={module['class_path']}", f"--data.init_args.train={train}", f"--data.init_args.val={val}"]
+        given += [f"--data.init_args.{name}=null" for name in ("image_size", "set_size")]  # those of the files
         return [*arguments[: ends[-1]], *given, *arguments[ends[-1] :]]
     if not any(argument.partition("=")[0] == "--name" for argument in arguments):
         arguments += ["--name", Path(train).stem]

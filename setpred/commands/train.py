@@ -46,7 +46,7 @@ from setpred.commands.common import exit_code
 from setpred.commands.config import MODE, Parser, differences, guarded, plain, require_room, split_allow, without
 from setpred.commands.linking import expanded_data
 from setpred.data.toy import World
-from setpred.errors import InputError, reason
+from setpred.errors import InputError, located, reason
 from setpred.files import make_folder, remove_leftovers, write_atomically
 from setpred.training import distributed as processes
 from setpred.training.callbacks import DataWaiting, EpochLines, MetricsFile, ResidualGrowth, SkippedSteps, TrainLoss
@@ -248,14 +248,14 @@ def check_fit(cli: TrainCLI) -> None:
             f"{type(data).__name__} nor {type(encoder).__name__} has an image_size; give one of them that attribute"
         )
     elif not has:
-        check_prediction(cli.model, image_size=size)
+        check_prediction(cli.model, image_size=size, set_size=getattr(train_data, "set_size", None))
 
 
-def check_prediction(module: SetPrediction, *, image_size: int) -> None:
+def check_prediction(module: SetPrediction, *, image_size: int, set_size: int | None = None) -> None:
     """Predict the sets of two black images, to find a user's part with a wrong interface before training.
 
     Raises:
-        InputError: the model raises an error, or does not return elements of the schema.
+        InputError: the model raises an error, does not return elements of the schema, or has no gradient.
     """
     model = module.model
     names = f"{type(model.encoder).__name__} and {type(model.decoder).__name__}"
@@ -263,22 +263,26 @@ def check_prediction(module: SetPrediction, *, image_size: int) -> None:
         return
     training = module.training
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             predicted = module.eval()(torch.zeros(2, 3, image_size, image_size, dtype=torch.uint8))
     except InputError:
         raise
     except Exception as error:  # a user's part can raise any exception
-        raise InputError(
-            f"the model of {names} cannot predict: {reason(error)}; see docs/parts.md for the interface of parts"
-        ) from error
+        raise InputError(f"the model of {names} cannot predict: {located(error)}; see docs/own_parts.md") from error
     finally:
         module.train(training)
     dim = None if module.schema is None else module.schema.set_dim
     got = list(predicted.shape) if isinstance(predicted, Tensor) else type(predicted).__name__
-    if not (isinstance(got, list) and len(got) == 3 and got[0] == 2 and dim in (None, got[2])):
+    fits = isinstance(got, list) and len(got) == 3 and got[0] == 2
+    if not (fits and set_size in (None, got[1]) and dim in (None, got[2])):
         raise InputError(
-            f"the model of {names}: expected elements [batch, set_size, {'set_dim' if dim is None else dim}], got "
-            f"{got} for a batch of 2; see docs/parts.md for the interface of parts"
+            f"the model of {names}: expected elements [batch, {set_size or 'set_size'}, {dim or 'set_dim'}], got {got} "
+            "for a batch of 2; see docs/own_parts.md"
+        )
+    if not predicted.requires_grad and any(weights.requires_grad for weights in model.parameters()):
+        raise InputError(
+            f"the model of {names}: expected a prediction with a gradient, got one without; remove detach() or "
+            "no_grad() from its forward pass"
         )
 
 

@@ -44,11 +44,13 @@ IMAGE = ("image", "image_id", "image_name", "image_path", "filename", "file_name
 CORNERS = (("xmin", "ymin", "xmax", "ymax"), ("x1", "y1", "x2", "y2"), ("left", "top", "right", "bottom"))
 SIDES = (("width", "height"), ("w", "h"))
 CENTRES = (("cx", "cy"), ("x_center", "y_center"), ("x_centre", "y_centre"))  # of points and boxes alike
+POSITION = {"x", "y", "z", *itertools.chain(*CORNERS, *SIDES, *CENTRES)}
 TAKEN = ("coords", "extent", "presence", "confidence")  # names of what is made of the columns
 CLASSES = ("label", "class", "category", "type", "species", "kind", "name", "color", "colour", "shape", "material")
 ANGLE = re.compile(r"(?:angle|theta|orientation|heading|rotation|yaw|azimuth|bearing)(?:_?(deg|rad)\w*)?")
 TURNS = {"degrees": 360.0, "radians": 2 * math.pi}
 DELIMITERS = ",;\t|"
+MOST_NUMBERED = 100  # classes that are likely to be numbered
 MOST_BYTES = 2**30  # of a file of annotations
 SMALL = 64  # pixels: images that are no larger are stored at this size, others at twice this
 
@@ -171,7 +173,7 @@ def _delimiter(text: str) -> str:
 def _numbers_or_classes(rows: Sequence[Row], column: str, *, forced: bool) -> tuple[str, ...] | None:
     """Convert the numbers of a column in place and return None, or return the sorted classes of a column of names."""
     numbers = [_number(row.values[column]) for row in rows]
-    position = column in {"x", "y", "z", *itertools.chain(*CORNERS, *SIDES, *CENTRES)}
+    position = column in POSITION
     classes = forced or (column in CLASSES and not position) or (not position and all(n is None for n in numbers))
     for row, number in zip(rows, numbers, strict=True):
         text = row.values[column]
@@ -191,6 +193,17 @@ def _numbers_or_classes(rows: Sequence[Row], column: str, *, forced: bool) -> tu
             raise InputError(f"{place}: expected a finite number, got {text}; leave the row out")
         row.values[column] = number
     return tuple(sorted({row.values[column] for row in rows})) if classes else None
+
+
+def possible_classes(table: Table) -> dict[str, int]:
+    """Columns of numbers that may be numbers of classes, few and whole; with how many there are."""
+    found = {}
+    for column in (name for name, classes in table.classes.items() if classes is None and name not in POSITION):
+        values = {row.values[column] for row in table.rows}
+        few = 2 <= len(values) <= min(MOST_NUMBERED, len(table.rows) / 2)
+        if few and all(float(value).is_integer() for value in values):
+            found[column] = len(values)
+    return found
 
 
 def _number(text: str) -> float | None:

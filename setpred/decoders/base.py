@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from setpred.errors import InputError
+from setpred.sets import fill_absent
 
 
 class SetDecoder(nn.Module):
@@ -35,7 +36,7 @@ class SetDecoder(nn.Module):
 
     def predictions(self, features: Tensor, mask: Tensor | None, iterations: int) -> Iterator[Tensor]:
         """Yield successive predictions from validated arguments; a conditional decoder gets `condition` as well."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no method predictions(features, mask, iterations)")
 
     def refine(
         self,
@@ -50,6 +51,9 @@ class SetDecoder(nn.Module):
         steps = self.iterations if self.iterative and iterations is None else iterations
         more = {"condition": condition} if self.conditional else {}
         predictions = self.predictions(features, mask, steps, **more)
+        if not isinstance(predictions, Iterator):
+            name, kind = type(self).__name__, type(predictions).__name__
+            raise TypeError(f"expected {name}.predictions to yield tensors, got a {kind}; write yield for return")
         while True:
             # not held across the yield, where it would reach the caller
             with torch.autocast(features.device.type, enabled=False):
@@ -79,8 +83,11 @@ class SetDecoder(nn.Module):
             InputError: `iterations` for a decoder without iterations.
             ValueError: features or a mask of another shape.
         """
+        elements = None
         for elements in self.refine(features, iterations=iterations, mask=mask, condition=condition):  # noqa: B007
             pass
+        if elements is None:
+            raise ValueError(f"expected {type(self).__name__}.predictions to yield at least one tensor, got none")
         return elements
 
     def _checked(self, features: Tensor, iterations: int | None, mask: Tensor | None) -> Tensor:
@@ -98,4 +105,4 @@ class SetDecoder(nn.Module):
         if features.ndim != 3 or mask.dtype != torch.bool or mask.shape != features.shape[:2]:
             raise ValueError(f"expected a bool mask of tokens, got {mask.dtype} {list(mask.shape)}")
         # padding may hold NaN, which would reach the gradients of the weights
-        return features.masked_fill(~mask.unsqueeze(-1), 0.0)
+        return fill_absent(features, mask)

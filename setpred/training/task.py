@@ -24,8 +24,89 @@ from setpred.training.schedules import Constant, Schedule, fitted
 from setpred.training.statistics import BatchStatistics
 
 SCHEMAS: dict[str, ElementSchema] = {CLEVR.name: CLEVR}
+# with `Any`, jsonargparse would write and read the class name "0" as a number
+SchemaRecord = dict[str, str | int | list[dict[str, str | int | float | bool | list[str]]] | list[list[str]]]
 COUNTED = "not_finite"  # key of the guard's counts in a checkpoint
 METRIC = ("update", "compute", "reset", "monitor", "mode")  # attributes of a metric
+
+
+def schema_of(schema: str | dict[str, Any] | None, decoder: nn.Module) -> ElementSchema | None:
+    """Return the schema of a name or record; raise `InputError` if it is unknown or does not fit the decoder."""
+    if isinstance(schema, str) and schema not in SCHEMAS:
+        raise InputError(f"unknown schema {schema!r}; expected one of {', '.join(SCHEMAS)}")
+    found = SCHEMAS[schema] if isinstance(schema, str) else schema and ElementSchema.from_dict(schema)
+    set_dim = getattr(decoder, "set_dim", None)
+    if found is not None and set_dim not in (None, found.set_dim):
+        raise InputError(
+            f"schema {found.name!r} has elements of {found.set_dim} numbers, the decoder of {set_dim}; "
+            "give the decoder that set_dim, or `schema: null` for elements without a schema"
+        )
+    return found
+
+
+def finite_losses(step: Step, weights: Iterable[Tensor], *, set_dim: int | None) -> tuple[Tensor, Tensor]:
+    """Loss of each example and predicted sets; `NotFiniteError` unless they, weights and batch are finite."""
+    elements = step.batch["elements"]
+    check_set(elements, set_dim=set_dim)
+    predicted = step.predict()
+    losses = step.loss(predicted.float(), elements)
+    finite = [each.detach().isfinite().all() for each in (losses, predicted, elements, step.inputs())]
+    finite.append(finite_norm(weights, largest=True))
+    # one number to the host in each step, against hours of training on nothing
+    if not torch.stack(finite).all():
+        raise NotFiniteError("loss", (~losses.detach().isfinite()).nonzero().flatten().tolist())
+    return losses, predicted
+
+
+class Scores:
+    """Mean loss, metric and calibration of validation examples, in all processes.
+
+    Args:
+        metric: see `SetPrediction`.
+        schema: gives the default metric, and the calibration.
+
+    Raises:
+        InputError: a metric without the attributes `METRIC`.
+    """
+
+    def __init__(self, metric: nn.Module | None, schema: ElementSchema | None) -> None:
+        if metric is None and schema is not None:
+            metric = AveragePrecision(schema=schema, thresholds=schema.thresholds)
+        elif isinstance(metric, GatheredSets) and schema is not None:
+            metric.use_schema(schema)
+        if lacking := [name for name in METRIC if metric is not None and not hasattr(metric, name)]:
+            raise InputError(
+                f"metric {type(metric).__name__}: expected {', '.join(METRIC)} as of "
+                f"setpred.metrics.AveragePrecision, got no {', '.join(lacking)}; add them"
+            )
+        self.mean_loss, self.metric = Mean(), metric
+        self.calibration_fit = None if schema is None else CalibrationFit(schema)
+        self.calibration: Calibration | None = None  # of the latest validation
+        self.monitor = "val_loss" if metric is None else f"val_{metric.monitor}"
+        self.mode = "min" if metric is None else metric.mode
+
+    @property
+    def parts(self) -> tuple[nn.Module, nn.Module | None, nn.Module | None]:
+        """The modules that gather examples: mean loss, metric and calibration."""
+        return self.mean_loss, self.metric, self.calibration_fit
+
+    def update(self, losses: Tensor, predicted: Tensor, target: Tensor) -> None:
+        self.mean_loss.update(losses)
+        for part in self.parts[1:]:
+            if part is not None:
+                part.update(predicted.float(), target)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the scores of all examples since the last call."""
+        scores = {"loss": self.mean_loss.compute()}
+        self.mean_loss.reset()
+        if self.metric is not None:
+            scores |= self.metric.compute()
+            self.metric.reset()
+        if self.calibration_fit is not None:
+            self.calibration = Calibration(**{name: float(v) for name, v in self.calibration_fit.compute().items()})
+            self.calibration_fit.reset()
+        return {f"val_{name}": value.float() for name, value in scores.items()}
 
 
 class SetPrediction(pl.LightningModule):
@@ -63,7 +144,7 @@ class SetPrediction(pl.LightningModule):
         encoder: nn.Module,
         decoder: nn.Module,
         *,
-        schema: str | dict[str, Any] | None = CLEVR.name,
+        schema: str | SchemaRecord | None = CLEVR.name,
         loss: nn.Module | None = None,
         metric: nn.Module | None = None,
         learning_rate: float = 1e-3,
@@ -74,39 +155,18 @@ class SetPrediction(pl.LightningModule):
         on_not_finite: str = "stop",
     ) -> None:
         super().__init__()
-        if isinstance(schema, str) and schema not in SCHEMAS:
-            raise InputError(f"unknown schema {schema!r}; expected one of {', '.join(SCHEMAS)}")
         if not (0 < learning_rate < math.inf and weight_decay >= 0):
-            raise InputError(
-                f"expected learning_rate > 0 and weight_decay >= 0, got {learning_rate} and {weight_decay}"
-            )
-        self.schema = SCHEMAS[schema] if isinstance(schema, str) else schema and ElementSchema.from_dict(schema)
-        set_dim = getattr(decoder, "set_dim", None)
-        if self.schema is not None and set_dim not in (None, self.schema.set_dim):
-            raise InputError(
-                f"schema {self.schema.name!r} has elements of {self.schema.set_dim} numbers, the decoder of {set_dim}; "
-                "give the decoder that set_dim, or `schema: null` for elements without a schema"
-            )
+            raise InputError(f"expected learning_rate > 0 and weight_decay >= 0, got {learning_rate}, {weight_decay}")
+        self.schema = schema_of(schema, decoder)
         # channels-last is the faster layout for convolutions on GPUs and CPUs alike
         self.model = SetPredictor(encoder, decoder).to(memory_format=torch.channels_last)
         self.loss = HungarianLoss() if loss is None else loss
         if isinstance(self.loss, SetLoss) and self.schema is not None:
             self.loss.use_schema(self.schema)
-        self.metric = metric
-        if metric is None and self.schema is not None:
-            self.metric = AveragePrecision(schema=self.schema, thresholds=self.schema.thresholds)
-        if isinstance(metric, GatheredSets) and self.schema is not None:
-            metric.use_schema(self.schema)
-        if lacking := [name for name in METRIC if self.metric is not None and not hasattr(self.metric, name)]:
-            raise InputError(
-                f"metric {type(self.metric).__name__}: expected {', '.join(METRIC)} as of "
-                f"setpred.metrics.AveragePrecision, got no {', '.join(lacking)}; add them"
-            )
-        self.monitor = "val_loss" if self.metric is None else f"val_{self.metric.monitor}"
-        self.mode = "min" if self.metric is None else self.metric.mode
-        self.mean_loss = Mean()  # of a validation
-        self.calibration_fit = None if self.schema is None else CalibrationFit(self.schema)
-        self.calibration: Calibration | None = None  # of the latest validation
+        self.scores = Scores(metric, self.schema)
+        # move with the module
+        self.mean_loss, self.metric, self.calibration_fit = self.scores.parts
+        self.monitor, self.mode = self.scores.monitor, self.scores.mode
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.schedule = Constant() if schedule is None else schedule
         self.iterations_by_epoch = iterations_by_epoch
@@ -122,8 +182,7 @@ class SetPrediction(pl.LightningModule):
 
     def training_iterations(self) -> int | None:
         """Descent steps in this epoch of training; None leaves the number to the decoder."""
-        reached = [epoch for epoch in self.iterations_by_epoch or {} if epoch <= self.current_epoch]
-        return self.iterations_by_epoch[max(reached)] if reached else None
+        return checkpoint.iterations_at(self.iterations_by_epoch, self.current_epoch)
 
     def on_train_start(self) -> None:
         self._fitted = fitted(self.schedule, self.trainer)
@@ -154,7 +213,7 @@ class SetPrediction(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         step = self.step(batch, batch_idx)
         try:
-            return self._losses(step)[0].mean()
+            return self.losses(step)[0].mean()
         except NotFiniteError as error:
             self.guard.lost = step, error
             return poison(self.parameters())
@@ -171,17 +230,14 @@ class SetPrediction(pl.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         step = Step(self.model, self.loss, batch)
         try:
-            losses, predicted = self._losses(step)
+            losses, predicted = self.losses(step)
         except NotFiniteError as error:
             raise InputError(report(self, [step], Stage(error.place, error.samples))[1]) from error
-        self.mean_loss.update(losses)
-        for metric in (self.metric, self.calibration_fit):
-            if metric is not None:
-                metric.update(predicted.float(), batch["elements"])
+        self.scores.update(losses, predicted, batch["elements"])
 
     def on_validation_epoch_end(self) -> None:
         # every process has the scores of all images; of equal numbers the largest is exact, a mean is not
-        self.log_dict(self._scores(), sync_dist=True, reduce_fx="max")
+        self.log_dict(self.scores.compute(), sync_dist=True, reduce_fx="max")
 
     def validate(self, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """The numbers that a validation by the trainer logs, at any moment."""
@@ -189,32 +245,11 @@ class SetPrediction(pl.LightningModule):
             self.statistics.estimate(self)
             for index, batch in enumerate(batches):
                 self.validation_step({name: value.to(self.device) for name, value in batch.items()}, index)
-            return {name: float(value) for name, value in self._scores().items()}
+            return {name: float(value) for name, value in self.scores.compute().items()}
 
-    def _scores(self) -> dict[str, Tensor]:
-        """Mean loss and metric of all examples since the last call, in all processes."""
-        scores = {"loss": self.mean_loss.compute()}
-        self.mean_loss.reset()
-        if self.metric is not None:
-            scores |= self.metric.compute()
-            self.metric.reset()
-        if self.calibration_fit is not None:
-            self.calibration = Calibration(**{name: float(v) for name, v in self.calibration_fit.compute().items()})
-            self.calibration_fit.reset()
-        return {f"val_{name}": value.float() for name, value in scores.items()}
-
-    def _losses(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Loss of each example and predicted sets; `NotFiniteError` unless they, weights and batch are finite."""
-        elements = step.batch["elements"]
-        check_set(elements, set_dim=None if self.schema is None else self.schema.set_dim)
-        predicted = step.predict()
-        losses = self.loss(predicted.float(), elements)
-        finite = [each.detach().isfinite().all() for each in (losses, predicted, elements, step.inputs())]
-        finite.append(finite_norm(trained(self).values(), largest=True))
-        # one number to the host in each step, against hours of training on nothing
-        if not torch.stack(finite).all():
-            raise NotFiniteError("loss", (~losses.detach().isfinite()).nonzero().flatten().tolist())
-        return losses, predicted
+    def losses(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Loss of each example and predicted sets, all finite."""
+        return finite_losses(step, trained(self).values(), set_dim=self.schema and self.schema.set_dim)
 
     def when(self) -> str:
         """The present step, for messages."""
@@ -245,14 +280,14 @@ class SetPrediction(pl.LightningModule):
     def on_load_checkpoint(self, content: dict[str, Any]) -> None:
         self.guard.load_state_dict(content.get(COUNTED, {}))
         record = content[checkpoint.KEY].get("calibration")
-        self.calibration = None if record is None else Calibration.from_dict(record)
+        self.scores.calibration = None if record is None else Calibration.from_dict(record)
 
     def description(self) -> dict[str, Any]:
         """Description that rebuilds the model, in plain types; `setpred.checkpoint.load` reads it."""
         return {
             "version": checkpoint.VERSION,
             "schema": None if self.schema is None else self.schema.to_dict(),
-            "calibration": None if self.calibration is None else self.calibration.to_dict(),
+            "calibration": self.scores.calibration and self.scores.calibration.to_dict(),
             "model": self.model_config,
             "data": self.data_description,
             "settings": self.settings,
