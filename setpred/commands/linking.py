@@ -172,12 +172,13 @@ def default_configuration(path: Path, module: dict[str, Any]) -> dict[str, Any]:
     places = {"coords", "extent", *sizes.schema.in_pixels}
     weight, names = LEAST_WEIGHT, [field.name for field in sizes.schema.fields if field.name in places]
     loss = config["model"]["loss"]["init_args"]
-    if sizes.schema.side:  # positions in the image: votes are offsets, and where nothing is they may point anywhere
+    in_image = sizes.schema.side is not None and sizes.schema.slice("coords").start == 0
+    if in_image:  # votes are offsets, and where nothing is they may point anywhere
         encoder["anchored"], loss["only_present"] = True, names
         if (apart := spacing(module["init_args"]["train"])) is not None:  # elements compete over half this distance
             weight = max(weight, float(f"{4 / max(apart, 0.01) ** 2:.2g}"))
     decoder["objective"]["init_args"]["weights"] = decoder["start"]["init_args"]["weights"] = [weight] * head
-    loss["weights"] = dict.fromkeys(names, 2.0 if sizes.schema.side else 0.3)
+    loss["weights"] = dict.fromkeys(names, 2.0 if in_image else 0.3)
     loss["beta"] = dict.fromkeys(names, 0.05)
     batch = min(BATCH, sizes.images)
     epochs = math.ceil(DEFAULT_STEPS / max(1, sizes.images // batch))
