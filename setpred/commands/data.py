@@ -1,12 +1,11 @@
 """`python -m setpred data`: prepare a CLEVR folder, render built-in scenes, verify and describe the files."""
 
-import argparse
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from setpred.commands.common import exit_code
+from setpred.commands.common import Parser, exit_code
 from setpred.errors import InputError
 from setpred.workers import available_cores
 
@@ -14,9 +13,12 @@ from setpred.workers import available_cores
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `setpred data`; return the exit status."""
     stop_as_on_ctrl_c()
-    options = vars(_parser().parse_args(arguments))
-    run: Callable[..., None] = options.pop("run")
-    return exit_code(lambda: run(**options), interrupted="interrupted; run the same command again to resume")
+
+    def run() -> None:
+        options = vars(_parser().parse_args(arguments))
+        options.pop("run")(**options)
+
+    return exit_code(run, interrupted="interrupted; run the same command again to resume")
 
 
 def stop_as_on_ctrl_c() -> None:
@@ -78,6 +80,8 @@ def _import(
         options["schema"] = file_header(schema).schema
     import_images(table, out=out, **options)
     print(describe(out))
+    for name in table.left_out:
+        print(f"\nleft out the column {name!r}, which numbers the rows; --categorical {name!r} makes classes of it")
     numbered = possible_classes(table) if csv is not None and schema is None else {}
     for column, count in numbered.items():
         print(f"\n{column} has {count} different whole numbers; pass --categorical {column} if they are classes")
@@ -96,10 +100,10 @@ def _info(file: Path) -> None:
     print(describe(file))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="setpred data",
-        description="Make, check and describe the HDF5 files of images and object sets that setpred learns from.",
+def _parser() -> Parser:
+    parser = Parser(
+        "data",
+        "Make, check and describe the HDF5 files of images and object sets that setpred learns from.",
         epilog="Files appear under their name only when complete; an interrupted command, run again, resumes.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -112,31 +112,41 @@ def _fill(value: Any, known: dict[str, Any]) -> None:
 def expanded_data(arguments: Sequence[str], default: Path) -> list[str]:
     """Expand `--data FILE.h5 --val FILE.h5` to options of a data module and, without `--config`, to a default model.
 
+    Configurations come first, so that all other options override them, wherever they are.
+
     Raises:
         InputError: no `--val`; a file that cannot be read.
     """
-    arguments = list(arguments)
+    configs, arguments = _configs_and_rest(arguments)
     train, val = (_taken(arguments, name) for name in ("--data", "--val"))
     if train is None:
         if val is not None:
             raise InputError("--val: expected --data FILE.h5 with it, got none; give both")
-        return arguments
+        return [*configs, *arguments]
     if val is None:
         raise InputError(f"--data {train}: expected validation data with it; pass --val FILE.h5")
     for path in (train, val):
         file_header(os.path.expanduser(path))  # raises for a missing or damaged file
     module = {"class_path": "setpred.data.datamodule.SetDataModule", "init_args": {"train": train, "val": val}}
-    if ends := [
-        place + (1 if "=" in argument else 2)
-        for place, argument in enumerate(arguments)
-        if argument.partition("=")[0] in ("-c", "--config")
-    ]:  # after the last configuration, whose data would override these
+    if configs:
         given = [f"--data={module['class_path']}", f"--data.init_args.train={train}", f"--data.init_args.val={val}"]
         given += [f"--data.init_args.{name}=null" for name in ("image_size", "set_size")]  # those of the files
-        return [*arguments[: ends[-1]], *given, *arguments[ends[-1] :]]
+        return [*configs, *given, *arguments]
     if not any(argument.partition("=")[0] == "--name" for argument in arguments):
         arguments += ["--name", Path(train).stem]
     return ["--config", yaml.safe_dump(default_configuration(default, module), sort_keys=False), *arguments]
+
+
+def _configs_and_rest(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split the options `--config FILE` from the other arguments."""
+    configs: list[str] = []
+    rest: list[str] = []
+    waiting = False  # for the file of the option before
+    for argument in arguments:
+        named = argument.partition("=")[0] in ("-c", "--config")
+        (configs if named or waiting else rest).append(argument)
+        waiting = named and "=" not in argument
+    return configs, rest
 
 
 def _taken(arguments: list[str], name: str) -> str | None:

@@ -93,7 +93,7 @@ def open_set_file(path: str | os.PathLike[str]) -> h5py.File:
         raise InputError(f"no permission to read {path}; change its permissions") from error
     except Exception as error:
         if not h5py.is_hdf5(path):
-            raise InputError(f"{path} is not an HDF5 file; make one with python -m setpred data") from error
+            raise InputError(f"{path} is not an HDF5 file; make one with `setpred data`") from error
         raise InputError(f"{path} is cut short or damaged ({reason(error)[:200]}); copy or make it again") from error
 
 
@@ -123,7 +123,7 @@ def read_header(file: h5py.File, path: str | os.PathLike[str]) -> Header:
     """
     with _reading(path):
         if "format" not in file.attrs or _attribute(file, "format", str) != FORMAT:
-            raise InputError(f"{path} is an HDF5 file, but not one of setpred's; make one with python -m setpred data")
+            raise InputError(f"{path} is an HDF5 file, but not one of setpred's; make one with `setpred data`")
         if (version := _attribute(file, "version", int)) != VERSION:
             raise InputError(f"{path} has format version {version}, this setpred reads {VERSION}; prepare it again")
         try:

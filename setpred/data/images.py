@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+EXIF_OF_PNG = (b"eXIf", b"Raw profile type exif")  # names of the parts of a PNG that hold one
 SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 # what Pillow raises for files that are cut short, damaged or made to look so
 _DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -50,6 +52,8 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """
     require_regular(path, advice="give an image file")
     image = Image.open(path, formats=FORMATS)
+    if image.format == "TIFF":
+        image.filename = ""  # else Pillow 13 maps grey pixels with width and height exchanged where the EXIF turns them
     width, height = image.size
     if width * height > MOST_PIXELS:
         image.close()
@@ -81,6 +85,21 @@ def _eight_bits(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image
     return Image.fromarray((values // 257).astype(np.uint8))
 
 
+@contextmanager
+def _readable(path: str | os.PathLike[str], advice: str) -> Iterator[None]:
+    """Raise `InputError` with `advice` for what opening or decoding an image within raises."""
+    try:
+        yield
+    except InputError:  # a ValueError, too
+        raise
+    except FileNotFoundError as error:
+        raise InputError(f"the image {path} is missing; {advice}") from error
+    except UnidentifiedImageError as error:
+        raise InputError(f"{path} is not an image of a format read here ({', '.join(FORMATS)}); {advice}") from error
+    except _DAMAGED as error:
+        raise InputError(f"the image {path} is cut short or damaged ({error}); {advice}") from error
+
+
 def read_image(path: str | os.PathLike[str], *, advice: str = "unpack CLEVR again") -> Image.Image:
     """Read an image, decoded and upright by EXIF.
 
@@ -90,17 +109,8 @@ def read_image(path: str | os.PathLike[str], *, advice: str = "unpack CLEVR agai
     Raises:
         InputError: the file is missing, not an image or cut short; pixels of more than 16 bits, or too many of them.
     """
-    try:
-        with open_image(path) as image:
-            return _eight_bits(_upright(image), path)
-    except InputError:  # a ValueError, too
-        raise
-    except FileNotFoundError as error:
-        raise InputError(f"the image {path} is missing; {advice}") from error
-    except UnidentifiedImageError as error:
-        raise InputError(f"{path} is not an image of a format read here ({', '.join(FORMATS)}); {advice}") from error
-    except _DAMAGED as error:
-        raise InputError(f"the image {path} is cut short or damaged ({error}); {advice}") from error
+    with _readable(path, advice), open_image(path) as image:
+        return _eight_bits(_upright(image), path)
 
 
 def load_image(
@@ -126,15 +136,27 @@ def load_image(
     return np.asarray(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
 
 
+def stated_size(path: str | os.PathLike[str], *, advice: str) -> tuple[int, int]:
+    """Width and height of the upright image as its header states them, without decoding it.
+
+    Raises:
+        InputError: the file is missing or not an image; `advice` says what to do.
+    """
+    with _readable(path, advice), open_image(path) as image:
+        turned = image.format != "TIFF"  # Pillow states the upright size of these
+        if image.format == "PNG":  # Pillow decodes the pixels to see whether an EXIF follows them
+            turned = any(name in Path(path).read_bytes() for name in EXIF_OF_PNG)
+        return image.size[::-1] if turned and _orientation(image) in SIDEWAYS else image.size
+
+
 def pixel_size(path: Path) -> tuple[int, int]:
     """Width and height of the upright image, without decoding it.
 
     Those of CLEVR for an image that cannot be read, which raises when its pixels are needed.
     """
     try:
-        with open_image(path) as image:
-            return image.size[::-1] if _orientation(image) in SIDEWAYS else image.size
-    except _DAMAGED:
+        return stated_size(path, advice="")
+    except InputError:
         return PIXEL_SIZE
 
 

@@ -34,7 +34,7 @@ from PIL import __version__ as pillow_version
 
 from setpred.data.hdf5 import Header, Record
 from setpred.data.hdf5_writer import write_set_file
-from setpred.data.images import REPAIR, find_images, load_image, read_image
+from setpred.data.images import REPAIR, find_images, load_image, stated_size
 from setpred.data.overrides import Overrides
 from setpred.errors import InputError, shown
 from setpred.files import LARGEST_IMAGE
@@ -47,6 +47,7 @@ CENTRES = (("cx", "cy"), ("x_center", "y_center"), ("x_centre", "y_centre"))  # 
 POSITION = {"x", "y", "z", *itertools.chain(*CORNERS, *SIDES, *CENTRES)}
 TAKEN = ("coords", "extent", "presence", "confidence")  # names of what is made of the columns
 CLASSES = ("label", "class", "category", "type", "species", "kind", "name", "color", "colour", "shape", "material")
+NUMBERS = ("id", "index", "row", "unnamed: 0", "annotation_id", "object_id")  # columns that number the rows
 ANGLE = re.compile(r"(?:angle|theta|orientation|heading|rotation|yaw|azimuth|bearing)(?:_?(deg|rad)\w*)?")
 TURNS = {"degrees": 360.0, "radians": 2 * math.pi}
 DELIMITERS = ",;\t|"
@@ -76,14 +77,16 @@ class Table:
     rows: list[Row] = field(default_factory=list)
     classes: dict[str, tuple[str, ...] | None] = field(default_factory=dict)  # None for a column of numbers
     images: list[str] | None = None
+    left_out: list[str] = field(default_factory=list)  # columns that only number the rows
     skeleton: list[tuple[str, str]] = field(default_factory=list)  # pairs of keypoints
 
 
 def read_csv(path: str | os.PathLike[str], *, categorical: Sequence[str] = ()) -> Table:
     """Read one CSV file for all images, or a folder with one CSV file per image, of the same stem.
 
-    The first line names the columns. The delimiter is the one of comma, semicolon, tab and bar that the first line has
-    most often. UTF-8, UTF-16 with a byte order mark and Windows-1252 are read.
+    The first line names the columns. A column `id`, `index` or without a name (as of pandas) that numbers the rows, or
+    the rows of each image, is left out. The delimiter is the one of comma, semicolon, tab and bar that the first line
+    has most often. UTF-8, UTF-16 with a byte order mark and Windows-1252 are read.
 
     Args:
         categorical: columns of classes whose names are numbers.
@@ -106,9 +109,14 @@ def read_csv(path: str | os.PathLike[str], *, categorical: Sequence[str] = ()) -
     if unknown := [name for name in categorical if name.strip().lower() not in columns]:
         raise InputError(f"{path}: expected the columns {', '.join(columns)}, got no {', '.join(unknown)}")
     rows = [row for _, found in tables for row in found]
-    kept = [row for row in rows if any(row.values.values())]  # a row with nothing but an image: it is empty
-    table = Table(str(path), kept)
     named = {name.strip().lower() for name in categorical}
+    left_out = [name for name in columns if name in NUMBERS and name not in named and _counts(rows, name)]
+    for row in rows:
+        for name in left_out:
+            del row.values[name]
+    columns = [name for name in columns if name not in left_out]
+    kept = [row for row in rows if any(row.values.values())]  # a row with nothing but an image: it is empty
+    table = Table(str(path), kept, left_out=left_out)
     for column in columns:
         table.classes[column] = _numbers_or_classes(kept, column, forced=column in named)
     _check_repeats(kept)
@@ -117,10 +125,17 @@ def read_csv(path: str | os.PathLike[str], *, categorical: Sequence[str] = ()) -
     return table
 
 
+def _counts(rows: Sequence[Row], column: str) -> bool:
+    """Whether a column has different whole numbers in the rows of each image."""
+    pairs = [(row.image, row.values[column]) for row in rows]
+    return all(number.isdecimal() for _, number in pairs) and len(set(pairs)) == len(pairs)
+
+
 def _read_rows(path: Path, *, image: str | None) -> tuple[list[str], list[Row]]:
     reader = csv.reader(io.StringIO(text := _decoded(path), newline=""), delimiter=_delimiter(text))
     try:
         header = [cell.strip().lower() for cell in next(reader, [])]
+        header[:1] = [name or "unnamed: 0" for name in header[:1]]  # of pandas, which numbers the rows so
         if len(set(header)) < len(header) or not all(header):
             got = ", ".join(map(repr, header))
             raise InputError(f"{path}, line 1: expected a different name for every column, got {got}")
@@ -452,7 +467,7 @@ def import_images(
     if image_size is not None and not 8 <= image_size <= LARGEST_IMAGE:
         raise InputError(f"expected an image size from 8 to {LARGEST_IMAGE}, got {image_size}")
     paths = _match(table, Path(images))
-    sizes = {name: read_image(path, advice=REPAIR).size for name, path in paths.items()}
+    sizes = {name: stated_size(path, advice=REPAIR) for name, path in paths.items()}
     layout = _Layout.of(table, xy)
     if taken := [name for name in table.classes if name in TAKEN]:
         raise InputError(f"{table.source}: a column cannot be named {taken[0]!r}, which has a meaning here; rename it")
