@@ -314,6 +314,22 @@ def test_the_default_training_ends_with_a_validation(images, tmp_path, count):
     assert trainer["max_epochs"] % trainer["check_val_every_n_epoch"] == 0
 
 
+@pytest.mark.parametrize(("apart", "weight"), [(2, 64.0), (0.1, 26000.0), (12, 8.0), (None, 8.0)])
+def test_the_default_model_fits_to_how_far_apart_objects_are(tmp_path, apart, weight):
+    """Elements compete over half the distance of neighbours, here in halves of 16 pixels; at most over 1 / √8."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (16, 12)).save(folder / "a.png")
+    rows = ["a.png,3,4", *([] if apart is None else [f"a.png,{3 + apart},4"])]
+    imported(read_csv(table(tmp_path, "\n".join(["image,x,y", *rows]))), folder, tmp_path)
+    file = str(tmp_path / "out.h5")
+    parts = default_configuration(QUICKSTART, {"init_args": {"train": file, "val": file}})["model"]
+    assert parts["decoder"]["init_args"]["objective"]["init_args"]["weights"] == [weight] * 2
+    assert parts["decoder"]["init_args"]["start"]["init_args"]["weights"] == [weight] * 2
+    assert parts["encoder"]["init_args"]["anchored"]
+    assert parts["loss"]["init_args"]["only_present"] == ["coords"]
+
+
 def test_images_have_a_size(images, tmp_path):
     with pytest.raises(InputError, match="image size from 8 to 4096, got 0"):
         imported(read_csv(table(tmp_path, "image,x,y\na,3,4")), images, tmp_path, image_size=0)
@@ -394,7 +410,7 @@ def test_the_schema_of_the_data_reaches_every_part(trained):
     assert (schema.max_objects, cli.model.model.decoder.set_size) == (3, 3)  # room for the sets of both files
     assert cli.model.metric.thresholds == schema.thresholds
     weights = torch.ones(schema.set_dim)
-    weights[schema.slice("coords")] = 0.3
+    weights[schema.slice("coords")] = 2.0
     assert torch.equal(cli.model.loss.element_weights(weights), weights)
     assert torch.equal(training_loss(read_checkpoint(path), []).element_weights(weights), weights)
 

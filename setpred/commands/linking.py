@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import Namespace
 
 from setpred.checkpoint.untrusted import read_yaml
 from setpred.data.datamodule import DataSizes, SetDataModule
-from setpred.data.hdf5 import file_header
+from setpred.data.hdf5 import file_header, open_set_file, read_sets
 from setpred.errors import InputError
 from setpred.schema import ElementSchema
 from setpred.training.task import SCHEMAS
@@ -22,6 +23,7 @@ FILES = (".h5", ".hdf5")
 DEFAULT_STEPS = 1500  # of a training without a configuration, whatever the size of the data
 BATCH = 32
 MOST_EPOCHS = 200
+LEAST_WEIGHT = 8.0  # of positions in the energy: the quickstart's, for objects that are far apart or differ in class
 
 
 def fill_sizes(config: Namespace) -> None:
@@ -70,6 +72,23 @@ def precise(sizes: DataSizes) -> int:
             break
         count += field.size
     return count
+
+
+def spacing(path: str | os.PathLike[str], images: int = 500) -> float | None:
+    """Median distance from an object to the nearest other one in its image, in stored units; None without pairs.
+
+    Args:
+        images: how many images of the prepared file to read at most, evenly spread.
+    """
+    header = file_header(path)
+    with open_set_file(path) as file:
+        sets = read_sets(file, header, path).elements
+    nearest = []
+    for elements in sets[:: -(-len(sets) // images)]:
+        places = torch.from_numpy(elements[elements[:, -1] > 0.5][:, header.schema.slice("coords")])
+        if len(places) > 1:
+            nearest.append(torch.cdist(places, places).fill_diagonal_(math.inf).amin(1))
+    return float(torch.cat(nearest).median()) if nearest else None
 
 
 def _fill(value: Any, known: dict[str, Any]) -> None:
@@ -159,13 +178,18 @@ def default_configuration(path: Path, module: dict[str, Any]) -> dict[str, Any]:
     del trunk["image_size"], decoder["set_size"], decoder["start"]["init_args"]["set_size"]
     if sizes.image_size > 64:
         trunk["widths"] = [16, 32, 48]  # one stage more: 16 x 16 tokens of 128 x 128 pixels
-        trunk["blocks"] = 1
     encoder["precise"] = decoder["objective"]["init_args"]["precise"] = head
-    decoder["objective"]["init_args"]["weights"] = decoder["start"]["init_args"]["weights"] = [8] * head
     places = {"coords", "extent", *sizes.schema.in_pixels}
-    names = [field.name for field in sizes.schema.fields if field.name in places]
+    weight, names = LEAST_WEIGHT, [field.name for field in sizes.schema.fields if field.name in places]
     loss = config["model"]["loss"]["init_args"]
-    loss["weights"], loss["beta"] = dict.fromkeys(names, 0.3), dict.fromkeys(names, 0.05)
+    in_image = sizes.schema.side is not None and sizes.schema.slice("coords").start == 0
+    if in_image:  # votes are offsets, and where nothing is they may point anywhere
+        encoder["anchored"], loss["only_present"] = True, names
+        if (apart := spacing(module["init_args"]["train"])) is not None:  # elements compete over half this distance
+            weight = max(weight, float(f"{4 / max(apart, 0.01) ** 2:.2g}"))
+    decoder["objective"]["init_args"]["weights"] = decoder["start"]["init_args"]["weights"] = [weight] * head
+    loss["weights"] = dict.fromkeys(names, 2.0 if in_image else 0.3)
+    loss["beta"] = dict.fromkeys(names, 0.05)
     batch = min(BATCH, sizes.images)
     epochs = math.ceil(DEFAULT_STEPS / max(1, sizes.images // batch))
     config["data"] = {**module, "init_args": {**module["init_args"], "batch_size": batch, "eval_batch_size": 64}}
