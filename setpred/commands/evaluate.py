@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from setpred.checkpoint.load import Checkpoint, load_checkpoint
 from setpred.commands.common import Parser, at_least, choose_device, exit_code, write_json
+from setpred.commands.outputs import check_outputs
 from setpred.data.dataset import SetImages, open_data
 from setpred.decoders import IDSPN
 from setpred.errors import InputError
@@ -157,6 +158,7 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
         raise InputError(
             f"--split {options.split}: {path} holds the split {found}; leave --split out or give that file"
         )
+    check_outputs({"--json": options.json}, {"--figures": options.figures}, inputs=[options.checkpoint, path])
     device, steps = choose_device(options.device), options.iterations
     reading = {"batch_size": options.batch_size, "workers": options.workers}
     predictions = predict(loaded.model, data, iterations=steps, device=device, **reading)

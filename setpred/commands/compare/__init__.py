@@ -31,6 +31,7 @@ from setpred.checkpoint.untrusted import read_yaml
 from setpred.commands.common import Parser, at_least, exit_code
 from setpred.commands.compare.results import add_result, identity, read_results, write_report
 from setpred.commands.compare.training import Budget, build_configuration, naming, train_one
+from setpred.commands.outputs import check_outputs
 from setpred.commands.train import prepare_data
 from setpred.errors import InputError
 from setpred.files import make_folder
@@ -71,6 +72,7 @@ def compare(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments[:split])
     options.train, options.budget = arguments[split + 1 :], Budget.parse(options.budget)
     check_options(options)
+    check_outputs({}, {"--out": options.out})
     results = make_folder(options.out) / "results.jsonl"
     if options.threads:
         torch.set_num_threads(options.threads)
