@@ -9,7 +9,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from setpred.errors import InputError
-from setpred.schema import CLEVR, ElementSchema
+from setpred.schema import ElementSchema
 from setpred.sets import presence_mask
 
 THRESHOLDS = (math.inf, 1.0, 0.5, 0.25, 0.125, 0.0625)
@@ -26,7 +26,7 @@ def threshold_name(threshold: float) -> str:
 
 
 def average_precision(
-    predicted: Tensor, target: Tensor, *, thresholds: Sequence[float] = THRESHOLDS, schema: ElementSchema = CLEVR
+    predicted: Tensor, target: Tensor, *, thresholds: Sequence[float] | None = None, schema: ElementSchema
 ) -> dict[float, float]:
     """Average precision over all images together.
 
@@ -40,8 +40,8 @@ def average_precision(
     Args:
         predicted: `[images, set_size, set_dim]`, finite or infinite, never NaN.
         target: `[images, target_size, set_dim]`; the real objects are those whose presence is over one half.
-        thresholds: in the units of the continuous fields (`Field.scale` is undone); `math.inf` asks only for the
-            classes and a finite distance.
+        thresholds: in the units of the continuous fields (`Field.scale` is undone), the schema's by default;
+            `math.inf` asks only for the classes and a finite distance.
 
     Returns:
         {threshold: AP as a fraction}; NaN if no image has a real object, since recall is undefined then.
@@ -49,13 +49,15 @@ def average_precision(
     Raises:
         ValueError: wrong shapes, a threshold that is not positive, NaN in a prediction or in a real object.
 
+    >>> from setpred import CLEVR
     >>> cube = CLEVR.encode([dict(coords=(3, 0, 0.7), material="metal", color="red", shape="cube", size="large")])
     >>> target = torch.from_numpy(cube)[None]
     >>> predicted = target.clone()
     >>> predicted[..., 0] += 0.1  # 0.3 in CLEVR's units
-    >>> average_precision(predicted, target, thresholds=(0.5, 0.25))
+    >>> average_precision(predicted, target, thresholds=(0.5, 0.25), schema=CLEVR)
     {0.5: 1.0, 0.25: 0.0}
     """
+    thresholds = schema.thresholds if thresholds is None else thresholds
     true_positives, objects = _true_positives(predicted, target, thresholds, schema)
 
     def area(ranks: Tensor) -> float:
@@ -68,7 +70,7 @@ def average_precision(
 
 
 def average_precision_per_image(
-    predicted: Tensor, target: Tensor, *, thresholds: Sequence[float] = THRESHOLDS, schema: ElementSchema = CLEVR
+    predicted: Tensor, target: Tensor, *, thresholds: Sequence[float] | None = None, schema: ElementSchema
 ) -> dict[float, float]:
     """Mean over images of the average precision of each image: the protocol of the published iDSPN code.
 
@@ -77,6 +79,7 @@ def average_precision_per_image(
     distance. So there is a second choice, and one claim for all thresholds. The mean omits images without real objects.
     Recall, precision, area, arguments, result and errors are those of `average_precision`.
     """
+    thresholds = schema.thresholds if thresholds is None else thresholds
     check_scorable(predicted, target, schema, thresholds)
     claimed = torch.cat([_claim_in_turn(*block, schema) for block in _blocks(predicted, target)])
     objects = presence_mask(target).sum(1)
@@ -92,7 +95,7 @@ def average_precision_per_image(
 
 
 def precision_recall(
-    predicted: Tensor, target: Tensor, threshold: float, *, schema: ElementSchema = CLEVR
+    predicted: Tensor, target: Tensor, threshold: float, *, schema: ElementSchema
 ) -> tuple[Tensor, Tensor]:
     """Recall and precision after each ranked prediction: the curve whose area is `average_precision`.
 
@@ -125,7 +128,7 @@ def _true_positives(
     return ranks, int(presence_mask(target).sum())
 
 
-def pairwise_distance(predicted: Tensor, target: Tensor, *, schema: ElementSchema = CLEVR) -> Tensor:
+def pairwise_distance(predicted: Tensor, target: Tensor, *, schema: ElementSchema) -> Tensor:
     """L2 distance over the schema's `position`, in its units: float64 `[images, set_size, target_size]`."""
     squared = predicted.new_zeros(*predicted.shape[:2], target.shape[1], dtype=torch.float64)
     for field in schema.position:
@@ -205,6 +208,11 @@ class AveragePrecision(Metric):
 
     Args:
         protocol: `average_precision` or `average_precision_per_image`.
+        thresholds: those of the schema by default.
+        schema: of the elements. A `setpred.training.SetPrediction` gives its own to a metric without one.
+
+    Raises:
+        InputError: sets without a schema.
     """
 
     full_state_update = False
@@ -215,15 +223,17 @@ class AveragePrecision(Metric):
         self,
         protocol: Callable[..., dict[float, float]] = average_precision,
         *,
-        thresholds: Sequence[float] = THRESHOLDS,
-        schema: ElementSchema = CLEVR,
+        thresholds: Sequence[float] | None = None,
+        schema: ElementSchema | None = None,
     ) -> None:
         super().__init__()
-        self.protocol, self.thresholds, self.schema = protocol, tuple(thresholds), schema
+        self.protocol, self.thresholds, self.schema = protocol, thresholds, schema
         self.add_state("predicted", default=[], dist_reduce_fx="cat")
         self.add_state("target", default=[], dist_reduce_fx="cat")
 
     def update(self, predicted: Tensor, target: Tensor) -> None:
+        if self.schema is None:
+            raise InputError("AveragePrecision: expected a schema, which says what the numbers mean; pass schema")
         check_scorable(predicted, target, self.schema)
         self.predicted.append(predicted.detach())
         self.target.append(target.detach())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from setpred.files import make_folder
 from setpred.metrics import attribute_report, match_by_position
-from setpred.schema import CLEVR, ElementSchema
+from setpred.schema import ElementSchema
 from setpred.visualise.confusion import draw_confusion
 from setpred.visualise.curves import draw_precision_recall
 from setpred.visualise.distances import draw_distance_errors
@@ -35,7 +35,7 @@ def write_report(
     voting: Voting | None = None,
     camera: np.ndarray | Tensor | None = None,
     thresholds: Sequence[float] | None = None,
-    schema: ElementSchema = CLEVR,
+    schema: ElementSchema,
     title: str = "",
     say: Callable[[str], None] = print,
 ) -> list[Path]:
