@@ -205,9 +205,7 @@ class TrainCLI(LightningCLI):
         module.seed = int(self.config.seed_everything or 0)
         if getattr(data, "seed", 0) is None:
             data.seed = module.seed
-        size = getattr(data, "image_size", None) or getattr(module.model.encoder, "image_size", None)
-        path, split = getattr(data, "val_path", None), getattr(data, "val_split", None)
-        module.data_description = {"path": path, "split": split, "image_size": size}
+        module.describe_data(data)
 
 
 def check_fit(cli: TrainCLI) -> None:
@@ -223,12 +221,7 @@ def check_fit(cli: TrainCLI) -> None:
             f"the encoder {type(encoder).__name__} takes {kinds[takes]}, the data {type(data).__name__} has "
             f"{kinds[has]}; give both of one kind"
         )
-    ours, theirs = cli.model.schema, getattr(data, "schema", None)
-    if None not in (ours, theirs) and ours.fields != theirs.fields:  # also of the same length, in other units
-        raise InputError(
-            f"the model is of schema {ours.name!r}, the data of {theirs.name!r}: {ours.differences(theirs)}; give "
-            "model.schema the schema of the data"
-        )
+    cli.model.check_schema(data)
     sizes = (
         ("encoder takes elements of {} numbers", "elements of {}", "in_dim", getattr(data, "input_dim", None)),
         ("encoder takes images of {0}x{0}", "{0}x{0}", "image_size", getattr(data, "image_size", None)),
