@@ -3,8 +3,10 @@
 import json
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -18,7 +20,7 @@ from setpred.commands.release import main as release
 from setpred.data.dataset import SetFile, as_batch
 from setpred.data.scenes import render_file
 from setpred.decoders import DETR, IDSPN, MESH, GaussianStart, GreedyVotes, SetDecoder, SinkhornAttention, SlotAttention
-from setpred.encoders import PositionedTokens, ResidualTrunk, SmallCNN, SmallTrunk, Votes
+from setpred.encoders import Elements, PositionedTokens, ResidualTrunk, SmallCNN, SmallTrunk, Votes
 from setpred.errors import InputError
 from setpred.inner import (
     ConjugateGradient,
@@ -130,8 +132,6 @@ def test_a_saved_model_predicts_the_same_bit_by_bit(name, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(OF_SETS))
 def test_a_model_of_sets_is_saved_as_well(name, tmp_path):
-    from setpred.encoders import Elements
-
     part = getattr(decoders, name)
     sizes = {"heads": 2, "encoder_layers": 1, "decoder_layers": 1} if name == "ElementTransformer" else {"layers": 1}
     model = SetPredictor(Elements(set_dim=3), part(token_dim=3, set_dim=2, hidden_dim=8, **sizes))
@@ -154,8 +154,6 @@ def test_commands_read_a_saved_model_and_its_release(data, tmp_path):
     assert release([str(path), "--out", str(small)]) == 0
     for each in (path, small):
         assert evaluate([str(each), "--data", str(data)])["images"] == 6
-    from PIL import Image
-
     Image.fromarray(SetFile(data)[0]["image"].permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
     predict([str(path), str(tmp_path / "a.png"), "--out", str(tmp_path / "p.json"), "--threshold", "0"])
     assert len(json.loads((tmp_path / "p.json").read_text())[0]["objects"]) == 4
@@ -282,8 +280,6 @@ def test_checkpoints_of_parts_that_computed_something_else_warn(name, advice, tm
 
 
 def test_a_description_is_of_plain_types():
-    import numpy as np
-
     config = describe.describe(GaussianStart(np.int64(4), 8, seed=np.int64(3)), "start")
     assert config == {
         "class_path": "setpred.decoders.GaussianStart",

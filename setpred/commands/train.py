@@ -45,6 +45,7 @@ from setpred.checkpoint.load import read_checkpoint
 from setpred.commands.common import exit_code
 from setpred.commands.config import MODE, Parser, differences, guarded, plain, require_room, split_allow, without
 from setpred.commands.linking import expanded_data
+from setpred.data.hdf5 import stated_digest
 from setpred.data.toy import World
 from setpred.errors import InputError, reason
 from setpred.files import make_folder, remove_leftovers, write_atomically
@@ -114,7 +115,10 @@ class TrainCLI(LightningCLI):
                 f"{found} is of another model than asked for: {'; '.join(changes[:5])}; "
                 "resume with the configuration it was trained with"
             )
-        if changes := differences(saved.get("settings") or {}, self.model.settings):
+        before, now = saved.get("settings") or {}, self.model.settings
+        if "content" not in before:  # of an earlier version
+            now = without(now, "content")
+        if changes := differences(before, now):
             self.say("resumed with other settings: " + "; ".join(changes))
         epochs = self.trainer.max_epochs
         if epochs not in (None, -1) and "loops" in content:
@@ -206,6 +210,15 @@ class TrainCLI(LightningCLI):
         if getattr(data, "seed", 0) is None:
             data.seed = module.seed
         module.describe_data(data)
+        if files := data_digests(data):
+            module.settings["content"] = files
+
+
+def data_digests(data: pl.LightningDataModule) -> dict[str, str]:
+    """SHA-256 of the content of the prepared files that a data module names."""
+    paths = {name: getattr(data, f"{name}_path", None) for name in ("train", "val")}
+    digests = {name: stated_digest(path) for name, path in paths.items() if path is not None}
+    return {name: digest for name, digest in digests.items() if digest is not None}
 
 
 def check_fit(cli: TrainCLI) -> None:

@@ -32,7 +32,7 @@ from setpred.commands.common import Parser, at_least, exit_code
 from setpred.commands.compare.results import add_result, identity, read_results, write_report
 from setpred.commands.compare.training import Budget, build_configuration, naming, train_one
 from setpred.commands.outputs import check_outputs
-from setpred.commands.train import prepare_data
+from setpred.commands.train import data_digests, prepare_data
 from setpred.errors import InputError
 from setpred.files import make_folder
 
@@ -82,7 +82,7 @@ def compare(arguments: Sequence[str] | None = None) -> int:
         found = " and ".join(f"{monitor} ({mode}) of {path}" for (monitor, mode), path in scores.items())
         raise InputError(f"expected one score to rank by, got {found}; compare them apart")
     ((options.monitor, options.mode),) = scores
-    digests = {path: digest(path) for path in built}
+    digests = {path: digest(path, data_digests(cli.datamodule)) for path, cli in built.items()}
     score, command = {"monitor": options.monitor, "mode": options.mode}, command_line(arguments, options.configs)
 
     def described(path: Path, seed: int) -> dict:
@@ -136,9 +136,10 @@ def check_options(options: argparse.Namespace) -> None:
         seen[path.stem] = path
 
 
-def digest(path: Path) -> str:
-    """Hash the content of a configuration, without its comments."""
-    return hashlib.sha256(json.dumps(read_yaml(path), sort_keys=True, default=str).encode()).hexdigest()[:16]
+def digest(path: Path, files: dict[str, str]) -> str:
+    """Hash the content of a configuration, without its comments, and of its prepared files, which may be replaced."""
+    content = json.dumps(read_yaml(path), sort_keys=True, default=str)
+    return hashlib.sha256((content + json.dumps(files) * bool(files)).encode()).hexdigest()[:16]
 
 
 def command_line(arguments: Sequence[str], configs: Sequence[Path]) -> str:
