@@ -91,6 +91,16 @@ def test_its_gradient_is_the_formula_and_its_supports_share_out_the_masses():
     close(gradient, energy.weights * expected)
 
 
+def test_the_slope_in_closed_form_is_the_gradient_also_of_a_set_with_padding():
+    features, initial = features_of(), points_of(2)
+    for mask in (None, torch.arange(SIZE) < torch.tensor([[SIZE], [2], [0]])):
+        elements = points_of() if mask is None else points_of().masked_fill(~mask.unsqueeze(-1), torch.nan)
+        energy = Energy(energy_of(prior_weight=0.7), Problem(features, initial, mask))
+        gradient, curvature = energy.slope(elements)
+        close(gradient, inner_gradient(energy, elements.requires_grad_(), create_graph=False))
+        assert (curvature > 0).all()
+
+
 def test_it_is_equilibrium_aggregation_whose_state_is_the_multiset():
     """The same energy and the same equilibrium, with the tokens as elements and the start as the prior."""
     features = features_of()

@@ -32,7 +32,7 @@ class GradientDescent(nn.Module):
         V ← μ V + g,    Y ← P(Y - η (g + μ V))
 
     This is `torch.optim.SGD(nesterov=True)`, whose iterates are the look-ahead points of the textbook form (Sutskever
-    et al., ICML 2013). If the objective has a `curvature` h, g is h⁻¹ ∇L(Y); see `inner.differentiation.scaled`.
+    et al., ICML 2013). If the objective has a `curvature` h, g is h⁻¹ ∇L(Y); see `inner.differentiation.curvature_at`.
 
     Args:
         iterations: default number of steps T.

@@ -44,23 +44,34 @@ def free_gradient(energy: Energy, iterate: Tensor) -> Tensor:
         return torch.func.grad(lambda point: energy(point).sum())(iterate)
 
 
-def scaled(energy: Energy, iterate: Tensor, gradient: Tensor) -> Tensor:
-    """Compute h⁻¹ ∇L if the energy has a `curvature` h, of the shape of the iterate; else return ∇L.
+def curvature_at(energy: Energy, iterate: Tensor) -> Tensor | float:
+    """Return h, of the shape of the iterate, if the energy has a `curvature`; else 1.
 
     h is the diagonal of a quadratic above L that touches it at the iterate. A step of size 1 along h⁻¹ ∇L reaches its
     minimum, so L never rises (majorise and minimise; Hunter and Lange, The American Statistician 2004).
     """
+    known = getattr(energy, "curvature", None)
     with torch.autocast(iterate.device.type, enabled=False):
-        known = getattr(energy, "curvature", None)
         curvature = None if known is None else known(iterate)
-    return gradient if curvature is None else gradient / curvature
+    return 1.0 if curvature is None else curvature
+
+
+def free_direction(energy: Energy, iterate: Tensor) -> Tensor:
+    """Compute h⁻¹ ∇L without a graph: from the energy's `slope` (∇L and h in closed form) if it has one."""
+    known = getattr(energy, "slope", None)
+    with torch.no_grad(), torch.autocast(iterate.device.type, enabled=False):
+        slope = None if known is None else known(iterate.detach())
+    if slope is None:
+        gradient = free_gradient(energy, iterate)
+        with torch.no_grad():
+            slope = gradient, curvature_at(energy, iterate.detach())
+    return slope[0] / slope[1]
 
 
 def plain_step(energy: Energy, state: State, descent: GradientDescent) -> State:
     """Take one step of the descent without gradients."""
-    gradient, iterate = free_gradient(energy, state.iterate), state.iterate.detach()
     with torch.no_grad():
-        return descent.step(State(iterate, state.velocity), scaled(energy, iterate, gradient))
+        return descent.step(state._replace(iterate=state.iterate.detach()), free_direction(energy, state.iterate))
 
 
 def free_step(energy: Energy, state: State, descent: GradientDescent) -> State:
@@ -133,7 +144,7 @@ class Unrolled(Differentiation):
             iterate = iterate if iterate.requires_grad else iterate.requires_grad_()
             gradient = inner_gradient(energy, iterate, create_graph=True)
             with torch.enable_grad():
-                return descent.step(state._replace(iterate=iterate), scaled(energy, iterate, gradient))
+                return descent.step(state._replace(iterate=iterate), gradient / curvature_at(energy, iterate))
 
         def free(state: State) -> State:
             return free_step(energy, state, descent)
@@ -178,9 +189,9 @@ class Implicit(Differentiation):
             iterate = state.iterate.detach().requires_grad_()
             gradient = inner_gradient(energy, iterate, create_graph=True)
             with torch.no_grad():
-                step = scaled(energy, iterate.detach(), gradient.detach())
-                state = descent.step(State(iterate.detach(), state.velocity), step)
-            yield self._attach(state.iterate, energy, iterate, gradient, descent)
+                curvature = curvature_at(energy, iterate.detach())
+                state = descent.step(State(iterate.detach(), state.velocity), gradient.detach() / curvature)
+            yield self._attach(state.iterate, curvature, iterate, gradient, descent)
 
     def _best_iterates(
         self, energy: Energy, state: State, descent: GradientDescent, iterations: int
@@ -197,17 +208,20 @@ class Implicit(Differentiation):
                 least = torch.where(better, norm, least)
                 best = torch.where(better.view(each), state.iterate, best)
                 if left:
-                    state = descent.step(state, scaled(energy, state.iterate, gradient))
+                    state = descent.step(state, gradient / curvature_at(energy, state.iterate))
                 else:
                     best = torch.where(least.isfinite().view(each), best, state.iterate)
             if left or not differentiable:
                 yield best
         if differentiable:
             iterate = best.detach().requires_grad_()
-            yield self._attach(best, energy, iterate, inner_gradient(energy, iterate, create_graph=True), descent)
+            gradient = inner_gradient(energy, iterate, create_graph=True)
+            with torch.no_grad():
+                curvature = curvature_at(energy, iterate.detach())
+            yield self._attach(best, curvature, iterate, gradient, descent)
 
     def _attach(
-        self, value: Tensor, energy: Energy, iterate: Tensor, gradient: Tensor, descent: GradientDescent
+        self, value: Tensor, curvature: Tensor | float, iterate: Tensor, gradient: Tensor, descent: GradientDescent
     ) -> Tensor:
         """Give `value` the gradients of the implicit function, by a carrier that is zero in value."""
         residual = optimality(iterate, gradient, descent)
@@ -216,9 +230,7 @@ class Implicit(Differentiation):
         # a new node: the hook below refers to earlier nodes only, so no reference cycle arises
         carrier = -residual
         if type(self.solver) is Identity:  # the curvature, or the identity, replaces the Hessian
-            with torch.no_grad():
-                weights = scaled(energy, iterate.detach(), torch.ones_like(value))
-            carrier = -residual * weights
+            carrier = -residual / curvature
         else:
 
             def operator(vector: Tensor) -> Tensor:

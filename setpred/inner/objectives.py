@@ -34,7 +34,8 @@ class Energy:
 
     Args:
         objective: L(elements, `Problem`) -> `[batch]`. If it has `curvature(elements, problem)`, of the shape of the
-            elements or None, the steps of the descent are scaled by it; see `setpred.inner.differentiation.scaled`.
+            elements or None, the steps of the descent are scaled by it (`setpred.inner.differentiation.curvature_at`).
+            `slope(elements, problem)` may give ∇L and h together, in closed form.
         problem: the given tensors.
     """
 
@@ -47,6 +48,11 @@ class Energy:
     def curvature(self, elements: Tensor) -> Tensor | None:
         """h, or None if the objective knows none."""
         known = getattr(self.objective, "curvature", None)
+        return None if known is None else known(elements, self.problem)
+
+    def slope(self, elements: Tensor) -> tuple[Tensor, Tensor] | None:
+        """∇L and h in closed form, or None if the objective knows none."""
+        known = getattr(self.objective, "slope", None)
         return None if known is None else known(elements, self.problem)
 
 

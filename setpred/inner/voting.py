@@ -95,16 +95,27 @@ class VotingEnergy(nn.Module):
 
     def curvature(self, elements: Tensor, problem: Problem) -> Tensor:
         """Compute h `[batch, set_size, set_dim]`, the curvature of the upper bound that touches E at `elements`."""
-        precisions = Ballot.of(problem.latent, self.set_dim).precisions
-        gathered = self.supports(elements, problem) @ precisions
+        return self.slope(elements, problem)[1]
+
+    def slope(self, elements: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+        """Compute ∂E/∂Y and h, both `[batch, set_size, set_dim]`, in closed form: faster than autograd."""
+        ballot = Ballot.of(problem.latent, self.set_dim)
+        supports = self._supports(elements, ballot, problem.mask)
+        gathered = supports @ ballot.precisions
+        present = elements if problem.mask is None else elements.masked_fill(~problem.mask.unsqueeze(-1), 0.0)
+        pull = self.prior_weight * problem.moved(elements) + gathered * present
+        gradient = self.weights * (pull - supports @ (ballot.precisions * ballot.votes))
         # without a prior and support there is no gradient either
-        return self.weights * (self.prior_weight + gathered).clamp(min=torch.finfo(gathered.dtype).tiny)
+        curvature = self.weights * (self.prior_weight + gathered).clamp(min=torch.finfo(gathered.dtype).tiny)
+        return gradient, curvature
 
     def supports(self, elements: Tensor, problem: Problem) -> Tensor:
         """Compute m_n a_in `[batch, set_size, tokens]`: the part of each token's mass that supports each element."""
-        ballot = Ballot.of(problem.latent, self.set_dim)
-        supports = self._logits(elements, ballot, problem.mask).softmax(1) * ballot.masses.unsqueeze(1)
-        return supports if problem.mask is None else supports * problem.mask.unsqueeze(-1)
+        return self._supports(elements, Ballot.of(problem.latent, self.set_dim), problem.mask)
+
+    def _supports(self, elements: Tensor, ballot: Ballot, mask: Tensor | None) -> Tensor:
+        supports = self._logits(elements, ballot, mask).softmax(1) * ballot.masses.unsqueeze(1)
+        return supports if mask is None else supports * mask.unsqueeze(-1)
 
     def _logits(self, elements: Tensor, ballot: Ballot, mask: Tensor | None) -> Tensor:
         """-½ |y_i - v_n|²_{B p_n} `[batch, set_size, tokens]`, by matrix products."""
