@@ -209,7 +209,7 @@ def test_a_failing_configuration_leaves_the_others_and_own_parts_are_allowed(con
     [
         ("mlp missing.yaml --budget 5s", "missing.yaml"),
         ("mlp mlp --budget 5s", "same name"),
-        ("mlp --budget 5s --out FILE", "not a folder"),
+        ("mlp --budget 5s --out FILE", "expected a folder, but it is a file"),
         ("mlp --budget 5s -- --seed_everything 3", "--seed_everything"),
         ("mlp typo --budget 5s", "typo.yaml"),
         ("mlp idspn --budget 5s -- --model.decoder setpred.decoders.MLPDecoder", "under its old name"),

@@ -186,7 +186,7 @@ UNSAVED = {
     ),
     "function": (lambda: SetPredictor(image(), OwnDecoder(len, **SIZES)), r"decoder\.scale: expected a part .*len"),
     "layer": (lambda: SetPredictor(image(), OwnDecoder(nn.ReLU(), **SIZES)), r"decoder\.scale: expected a part .*ReLU"),
-    "changed": (changed, "the model differs from one that is built anew"),
+    "changed": (changed, "the model differs from one that is built again"),
     "not importable": (other_class, "encoder: expected a class that other programs can import"),
     "not finite": (broken, "has non-finite numbers"),
 }  # fmt: skip

@@ -76,8 +76,8 @@ def describe_model(model: SetPredictor, *, image_size: int | None) -> dict[str, 
         ]
     if not torch.equal(*map(torch.nan_to_num, predicted)):
         raise InputError(
-            "the model differs from one that is built anew from its arguments and weights: a part was changed after it "
-            "was built; build it with the arguments it should have"
+            "the model differs from one that is built again from its arguments and weights: a part was changed "
+            "after it was built; build it with the arguments it should have"
         )
     return config
 

@@ -57,7 +57,7 @@ def check_outputs(
 
 
 def _identity(path: str | os.PathLike[str] | None) -> tuple[int, int] | None:
-    """What all names of a file have in common; None if there is no file."""
+    """Device and inode, which all names of a file share; None if there is no file."""
     try:
         found = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):

@@ -45,6 +45,7 @@ from setpred.checkpoint.load import read_checkpoint
 from setpred.commands.common import exit_code
 from setpred.commands.config import MODE, Parser, differences, guarded, plain, require_room, split_allow, without
 from setpred.commands.linking import expanded_data
+from setpred.data.datamodule import SetDataModule
 from setpred.data.hdf5 import stated_digest
 from setpred.data.toy import World
 from setpred.errors import InputError, reason
@@ -215,8 +216,10 @@ class TrainCLI(LightningCLI):
 
 
 def data_digests(data: pl.LightningDataModule) -> dict[str, str]:
-    """SHA-256 of the content of the prepared files that a data module names."""
-    paths = {name: getattr(data, f"{name}_path", None) for name in ("train", "val")}
+    """SHA-256 of the content of the prepared files that a `SetDataModule` names; other data follow from settings."""
+    if not isinstance(data, SetDataModule):
+        return {}
+    paths = {"train": data.train_path, "val": data.val_path}
     digests = {name: stated_digest(path) for name, path in paths.items() if path is not None}
     return {name: digest for name, digest in digests.items() if digest is not None}
 
