@@ -19,10 +19,9 @@ import torch
 from benchmarks import growth
 from benchmarks.tables import markdown, number
 from benchmarks.topics import EXTRAS, TOPICS
-from setpred.commands.compare.training import processor
 from setpred.errors import InputError
 from setpred.files import write_atomically
-from setpred.training.mixed_precision import NATIVE, cpu_capabilities, cpu_has_bfloat16
+from setpred.training.mixed_precision import NATIVE, cpu_capabilities, cpu_has_bfloat16, processor
 
 PAGE, RECORD = "benchmarks.md", "benchmarks.json"
 PARTS = ("machine", "table", *EXTRAS)

@@ -58,6 +58,6 @@ class NotFiniteError(ArithmeticError):
     """A NaN or infinity in the loss, gradient or other `place`; `samples` are positions in the batch."""
 
     def __init__(self, place: str, samples: list[int]) -> None:
-        shown = ", ".join(map(str, samples[:8])) + (", …" if len(samples) > 8 else "")
-        super().__init__(f"the {place} is not finite" + (f" in samples {shown} of the batch" if samples else ""))
+        where = f" in samples {listed(samples)} of the batch" if samples else ""
+        super().__init__(f"the {place} is not finite{where}")
         self.place, self.samples = place, samples

@@ -28,15 +28,7 @@ from setpred.aggregators import (
 from setpred.aggregators.frame_averaging import Eigenvectors
 from setpred.decoders import IDSPN
 from setpred.errors import InputError
-from setpred.inner import (
-    EquilibriumMatching,
-    Exact,
-    GradientDescent,
-    Implicit,
-    LatentMatching,
-    Problem,
-    Unrolled,
-)
+from setpred.inner import EquilibriumMatching, Exact, GradientDescent, Implicit, LatentMatching, Problem, Unrolled
 from setpred.training.faset import FASet
 
 DIM, SIZE = 6, 5

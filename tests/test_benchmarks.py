@@ -60,14 +60,9 @@ def test_plain_dspn_is_the_unrolled_descent():
 
 def test_plain_voting_is_the_librarys():
     torch.manual_seed(0)
-    weights = [4.0, 4.0, 4.0]
-    parts = IDSPN(
-        VotingEnergy(precise=3, weights=weights, set_dim=CLEVR.set_dim),
-        GradientDescent(iterations=6),
-        set_size=4,
-        start=GreedyVotes(4, CLEVR.set_dim, weights=weights),
-        set_dim=CLEVR.set_dim,
-    ).double()
+    weights, sizes = [4.0, 4.0, 4.0], {"set_size": 4, "set_dim": CLEVR.set_dim}
+    energy = VotingEnergy(precise=3, weights=weights, set_dim=CLEVR.set_dim)
+    parts = IDSPN(energy, GradientDescent(iterations=6), start=GreedyVotes(**sizes, weights=weights), **sizes).double()
     votes, rest = torch.randn(2, 16, 19 + 3 + 1, dtype=torch.float64).split([19, 4], dim=-1)
     features = torch.cat([votes, rest.sigmoid()], dim=-1).requires_grad_()
     ways = voting.voting_ways(parts, features)

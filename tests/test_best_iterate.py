@@ -65,35 +65,24 @@ def by_hand(problem, rate, **arguments):
 
 @pytest.mark.parametrize(
     ("rate", "arguments"),
-    [
-        (1.75, {}),
-        (1.5, {"momentum": 0.9}),
-        (3.0, {"clip": 0.5}),
-        (1.0, {"momentum": 0.9, "projection": Simplex()}),
-    ],
+    [(1.75, {}), (1.5, {"momentum": 0.9}), (3.0, {"clip": 0.5}), (1.0, {"momentum": 0.9, "projection": Simplex()})],
     ids=["plain", "momentum", "clipped", "on the simplex"],
 )
 def test_the_best_is_the_least_residual_of_all_iterates(rate, arguments):
-    """With and without gradients, and for each example separately."""
+    """With and without gradients, and for each example separately; each iterate is the best so far."""
     problem = Quadratic(batch=6, rows=2, dim=3, seed=4)
     expected, chosen = by_hand(problem, rate, **arguments)
     assert len(set(chosen.tolist())) > 1 or arguments.get("clip")
     for gradients in (True, False):
+        recorded = Recorded(Implicit(best=True))
         with torch.set_grad_enabled(gradients):
-            found = solve(problem, problem.theta.clone().requires_grad_(), rate, **arguments)
+            theta = problem.theta.clone().requires_grad_()
+            found = solve(problem, theta, rate, differentiation=recorded, **arguments)
         close(found.detach(), expected, rtol=1e-13, atol=1e-13)
-
-
-def test_each_iterate_is_the_best_so_far():
-    problem = Quadratic(seed=2)
-    recorded = Recorded(Implicit(best=True))
-    with torch.no_grad():
-        found = solve(problem, problem.theta, 1.75, differentiation=recorded)
-    norms = residual_norms(recorded.energy, recorded.found, recorded.descent)
-    assert len(recorded.found) == STEPS + 1
-    assert torch.equal(recorded.found[0], problem.initial)
-    assert torch.equal(recorded.found[-1], found)
-    assert (norms.diff(dim=0) <= 1e-12).all()
+        norms = residual_norms(recorded.energy, recorded.found, recorded.descent)
+        assert len(recorded.found) == STEPS + 1
+        assert torch.equal(recorded.found[0], problem.initial)
+        assert (norms.diff(dim=0) <= 1e-12).all()
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,10 @@ from tiny import CONFIG
 
 from setpred.commands import compare as command
 from setpred.commands.compare import compare, main
-from setpred.commands.compare import training as training_module
 from setpred.commands.compare.results import add_result, markdown, ranked, read_results
-from setpred.commands.compare.training import Budget, BudgetedTraining, Stretched
 from setpred.errors import InputError
+from setpred.training import budget as budget_module
+from setpred.training.budget import Budget, BudgetedTraining, Stretched
 from setpred.training.schedules import StepDecay, WarmupCosine
 from setpred.visualise import draw_training_curves
 
@@ -57,7 +57,7 @@ def test_a_schedule_keeps_its_shape_and_its_end_under_every_budget(schedule, amo
 def test_validation_does_not_count_as_training_time(monkeypatch):
     """A step takes a second and a validation a thousand: 20 seconds are 20 steps."""
     clock = SimpleNamespace(now=1e6)
-    monkeypatch.setattr(training_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(budget_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     cosine, factors, validated = WarmupCosine(warmup_steps=0, total_steps=40), [], []
 
     def validate(batches):
@@ -65,17 +65,20 @@ def test_validation_does_not_count_as_training_time(monkeypatch):
         validated.append(list(batches))
         return {"val_loss": 0.5}
 
-    model = SimpleNamespace(schedule=cosine, validate=validate)
+    model = SimpleNamespace(schedule=cosine, validate=validate, monitor="val_loss")
     loop = SimpleNamespace(max_epochs=10, min_epochs=2, epoch_loop=SimpleNamespace(max_steps=-1, min_steps=5))
     plan = {"fit_loop": loop, "num_training_batches": 8, "accumulate_grad_batches": 2}  # 10 epochs of 4 steps
     plan |= {"global_step": 0, "should_stop": False, "limit_val_batches": 0.5}
+    plan |= {"max_epochs": 10, "max_steps": -1, "callbacks": []}
     data = SimpleNamespace(val_dataloader=lambda: ["a", "b", "c", "d"])
     precision = SimpleNamespace(val_step_context=nullcontext)
     trainer = SimpleNamespace(**plan, datamodule=data, precision_plugin=precision)
-    training = BudgetedTraining(Budget(20, in_steps=False), points=4, report=lambda point: None)
+    training = BudgetedTraining(Budget(20, in_steps=False), points=4, title="it")
+    with pytest.raises(InputError, match="at least one step"):
+        training.setup(SimpleNamespace(**plan | {"max_epochs": 0}), model, "fit")
     training.setup(trainer, model, "fit")
-    assert (loop.max_epochs, loop.min_epochs, loop.epoch_loop.max_steps, trainer.limit_val_batches) == (-1, None, -1, 0)
     training.on_train_start(trainer, model)
+    assert (loop.max_epochs, loop.min_epochs, loop.epoch_loop.max_steps, trainer.limit_val_batches) == (-1, None, -1, 0)
     batches = 0
     while not trainer.should_stop:
         factors.append(model.schedule(0, 0))
@@ -174,6 +177,9 @@ def test_finished_runs_are_not_repeated(compared, monkeypatch, tmp_path, capsys)
 
     monkeypatch.setattr(command, "train_one", stub)
     monkeypatch.setattr(command, "prepare_data", lambda cli: None)
+    monkeypatch.setattr(command.results, "draw_training_curves", lambda *_, **__: None)
+    model = SimpleNamespace(monitor="val_ap", mode="max")
+    monkeypatch.setattr(command, "build_configuration", lambda path, options: SimpleNamespace(model=model))
     assert main(arguments) == 0
     assert trained == []
     assert "skipped line 5" in capsys.readouterr().out  # of a killed process

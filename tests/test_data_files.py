@@ -481,6 +481,7 @@ def test_commands_answer_with_one_sentence(tmp_path, file, capsys):
         (["render", "--images", "1", "--image-size", "4", *output], "at least 8x8 pixels"),
         (["render", "--images", "3", "--workers", "-1", *output], "--workers"),
         (["render", "--images", "3", "--image-size", "8", "--out", str(file)], "exists already"),
+        (["render", "--images", "3", "--image-size", "8", "--out", str(file / "b.h5")], "a part of the path is a file"),
         (["prepare", str(tmp_path / "none"), *output], "is no folder"),
         (["prepare", str(tmp_path), "--split", "test", *output], "'test'"),
         ([*folder, "--width", "4"], "got 1 of 4x320"),
@@ -536,3 +537,11 @@ def test_progress_in_a_log(monkeypatch):
         "work: 8 of 10, 0.2 per second, 8 s left",
         "work: 10 of 10, 0.2 per second, 36.0 s",
     ]
+
+
+def test_progress_on_a_terminal():
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    assert list(progress.progress("abc", total=3, description="work", file=terminal)) == list("abc")
+    assert "work: 100%" in terminal.getvalue()
+    assert "3/3" in terminal.getvalue()

@@ -48,11 +48,10 @@ def features(size, *, ties, batch=3, dim=4):
 AS_WRITTEN_AND_COMPILED = pytest.mark.parametrize("how", [lambda f: f, traced], ids=["as written", "compiled"])
 
 
-@pytest.mark.parametrize("ties", [False, True], ids=["distinct", "ties"])
 @pytest.mark.parametrize("size", SIZES)
 @AS_WRITTEN_AND_COMPILED
-def test_ranks_are_places_in_the_stable_order(how, size, ties):
-    values = features(size, ties=ties)
+def test_ranks_are_places_in_the_stable_order(how, size):
+    values = torch.cat([features(size, ties=ties) for ties in (False, True)])
     order = values.sort(dim=1, descending=True, stable=True).indices
     expected = order.argsort(1)
     ranks = how(feature_ranks)(values)
@@ -210,13 +209,14 @@ def test_a_compiled_model_has_the_gradients_of_the_plain_one(differentiation):
 
 @pytest.mark.usefixtures("quickly_compiled")
 def test_many_batch_sizes_and_both_modes_are_compiled(recwarn):
-    """More than the eight that torch compiles by default; a warning would report the fallback."""
+    """More than torch's limit, by default eight; a warning would report the fallback."""
     torch.manual_seed(0)
     plain, other = decoders(objective_of("fspool", SMALL), GradientDescent(iterations=2, momentum=0.9), **SHAPE)
-    for batch in range(1, 11):
-        latent = normal(batch, SMALL.width)
-        with torch.set_grad_enabled(batch % 2 == 0):
-            assert_same(other(latent), plain(latent))
+    with compiled.dynamo.patch(recompile_limit=2):
+        for batch in range(1, 5):
+            latent = normal(batch, SMALL.width)
+            with torch.set_grad_enabled(batch % 2 == 0):
+                assert_same(other(latent), plain(latent))
     assert not [warning for warning in recwarn if "uncompiled" in str(warning.message)]
 
 

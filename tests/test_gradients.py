@@ -322,7 +322,6 @@ def test_the_loss_is_that_of_the_training(checkpoint, tmp_path):
 
 
 def test_the_iterations_are_those_of_the_training():
-    content = {KEY: {"settings": {"model": {"iterations_by_epoch": {"0": 10, "5": 40}}}}, "epoch": 4}
-    assert training_iterations(content) == 10
-    assert training_iterations(content | {"epoch": 5}) == 40
+    content = {KEY: {"settings": {"model": {"iterations_by_epoch": {"0": 10, "5": 40}}}}}
+    assert [training_iterations(content | {"epoch": epoch}) for epoch in (4, 5)] == [10, 40]
     assert training_iterations({KEY: {}, "epoch": 5}) is None

@@ -2,11 +2,13 @@
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import yaml
 from jsonargparse import Namespace
+from jsonargparse._common import parsing_settings
 from tiny import CONFIG, untrained
 
 from setpred.checkpoint import load_checkpoint, untrusted
@@ -166,6 +168,14 @@ def test_mistyped_class_paths_are_reported_as_such(canary, tmp_path):
         with pytest.raises(InputError, match=f"{path} is no public part.*correct a mistyped path.*--allow {path}"):
             build(["--config", str(config(tmp_path)), f"--model.decoder.class_path={path}"])
     assert not canary.exists()
+
+
+def test_settings_of_other_parsers_are_restored(tmp_path):
+    before = dict(parsing_settings)
+    for changes in ({}, {"model__encoder": "payload.Encoder"}):
+        with nullcontext() if not changes else pytest.raises(InputError):
+            build(["--config", str(config(tmp_path, **changes))])
+        assert parsing_settings == before
 
 
 LAUGHS = "a0: &a0 [ha, ha, ha, ha, ha, ha, ha, ha, ha, ha]\n" + "".join(

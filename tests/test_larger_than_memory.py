@@ -1,6 +1,5 @@
 """Files of more images than memory holds: read and trained on image by image."""
 
-import csv
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from tiny import CONFIG
+from tiny import CONFIG, metrics
 
 from setpred.data.hdf5 import Header
 from setpred.data.hdf5_writer import create_arrays
@@ -137,8 +136,7 @@ run = train(["--config", sys.argv[1], "--runs", sys.argv[2]])
 print(json.dumps({"run": str(run), "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
 """
     said = measured(script, config, folder)
-    with open(os.path.join(said["run"], "metrics.csv"), newline="") as file:
-        assert [row["step"] for row in csv.DictReader(file)] == ["6", "12"]
+    assert [row["step"] for row in metrics(Path(said["run"]))] == ["6", "12"]
     with capsys.disabled():
         size = path.stat().st_size
         print(

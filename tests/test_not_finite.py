@@ -541,16 +541,9 @@ def test_a_validation_reports_a_diverging_descent(rate, tmp_path, plain, capsys)
 
 def test_the_growth_of_a_residual():
     """1 where it falls to the end, the factor to the least where it rises; rounding at an optimum is no rise."""
-    norms = torch.tensor(
-        [
-            [1.0, 1.0, 1.0, 1.0, 1.0, 0.0, torch.nan],
-            [0.5, 0.1, 9.0, 1e-9, torch.inf, 0.0, torch.nan],
-            [0.2, 0.4, 90.0, 5e-9, 2.0, 0.0, torch.nan],
-        ]
-    )
-    expected = torch.tensor([1.0, 4.0, 90.0, 5e-6, 2.0, 0.0, torch.inf])
-    torch.testing.assert_close(residual_growth(norms), expected)
-    assert residual_growth(torch.tensor([[1.0], [torch.nan]])).tolist() == [torch.inf]
+    norms = {(1, 0.5, 0.2): 1.0, (1, 0.1, 0.4): 4.0, (1, 9, 90): 90.0, (1, 1e-9, 5e-9): 5e-6, (1, torch.inf, 2): 2.0}
+    norms |= {(0, 0, 0): 0.0, (torch.nan,) * 3: torch.inf, (1, 1, torch.nan): torch.inf}
+    torch.testing.assert_close(residual_growth(torch.tensor(list(norms)).T), torch.tensor(list(norms.values())))
 
 
 def test_gradients_are_clipped_and_descents_take_the_steps_of_the_epoch(tmp_path, monkeypatch):
@@ -572,9 +565,8 @@ def test_gradients_are_clipped_and_descents_take_the_steps_of_the_epoch(tmp_path
 # --- predictions ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def faulty_prediction(monkeypatch):
-    """The prediction of the second image is not finite."""
+def test_non_finite_predictions_are_named_and_reach_no_file(tmp_path, monkeypatch, capsys):
+    """By evaluation and by predict; that of the second image is not finite."""
 
     def predicted(model, images, *, iterations=None):
         found = torch.zeros(len(images), 4, CLEVR.set_dim)
@@ -583,18 +575,10 @@ def faulty_prediction(monkeypatch):
 
     monkeypatch.setattr("setpred.evaluation.predict_in_passes", predicted)
     monkeypatch.setattr("setpred.commands.predict.predict_in_passes", predicted)
-
-
-@pytest.mark.usefixtures("faulty_prediction")
-def test_an_evaluation_names_images_with_non_finite_predictions(monkeypatch):
     monkeypatch.setattr("setpred.evaluation.as_batch", torch.utils.data.default_collate)
     examples = [example | {"index": torch.tensor(i)} for i, example in enumerate(Images().examples)]
     with pytest.raises(InputError, match="not finite for images 1 of the data"):
         evaluation.predict(nn.Identity(), examples)
-
-
-@pytest.mark.usefixtures("faulty_prediction")
-def test_a_non_finite_prediction_reaches_no_file(tmp_path, capsys):
     paths = [str(tmp_path / f"{name}.png") for name in ("a", "b", "c")]
     for path in paths:
         Image.new("RGB", (16, 16)).save(path)

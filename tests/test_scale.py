@@ -84,9 +84,9 @@ def test_costs_of_few_examples_at_a_time_equal_those_of_all(pairwise, monkeypatc
 
 
 @pytest.mark.parametrize(("protocol", "twin"), PROTOCOLS)
-def test_150000_images_are_scored_as_the_150_that_they_repeat(protocol, twin):
+def test_30000_images_are_scored_as_the_150_that_they_repeat(protocol, twin):
     """Distinct presences, each k times: hits come k at a time, and precision rises within them to what it was."""
-    few, times = 150, 1000
+    few, times = 150, 200
     predicted, target = random_sets(few, CLEVR.max_objects, noise=0.05)
     rank = predicted[..., -1].flatten().argsort().argsort().view(few, -1)
     predicted[..., -1] = rank / rank.numel()  # all distinct

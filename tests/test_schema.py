@@ -108,7 +108,10 @@ def test_bad_sets_and_schemas():
         ElementSchema("twice", [continuous("a", 1), continuous("a", 1)], max_objects=1)
     with pytest.raises(InputError, match="class names"):
         Field("kind", 3, classes=("a", "b"))
-    for record in (None, {}, {"name": "x", "max_objects": 2, "fields": [{"name": "a"}]}, {"fields": 3}):
+    good = {"name": "x", "max_objects": 2, "fields": [{"name": "a", "size": 1, "classes": [], "scale": 1.0}]}
+    assert ElementSchema.from_dict(good).set_dim == 2
+    untyped = [good | {"max_objects": True}, good | {"fields": [good["fields"][0] | {"size": "1"}]}]
+    for record in (None, {}, good | {"fields": [{"name": "a"}]}, {"fields": 3}, *untyped):
         with pytest.raises(InputError, match="schema"):
             ElementSchema.from_dict(record)
 

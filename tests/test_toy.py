@@ -3,6 +3,7 @@
 import itertools
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,6 +111,13 @@ def test_the_three_distributions_are_equally_likely():
         assert data[part].std() == pytest.approx(deviation, abs=0.02)
 
 
+def test_multisets_are_standard_normal_and_their_own_targets():
+    data = built(Multisets, train_sets=4000).train_data.tensors
+    assert torch.equal(data["input"], data["elements"])
+    for power, moment in ((1, 0), (2, 1), (3, 0), (4, 3)):
+        assert float((data["input"] ** power).mean()) == pytest.approx(moment, abs=0.1)
+
+
 # --- digits -------------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +150,7 @@ def test_without_scikit_learn_there_is_one_sentence(monkeypatch):
     [
         *((Multisets, {name: 0}, "at least 1") for name in SMALL),
         (Median, {"set_size": 0}, "at least one number, got a set_size of 0"),
+        *((Numbering, {name: 0}, "at least one element") for name in ("set_size", "classes")),
         (DigitCounting, {"sizes": (4, 3)}, r"at least 1, got \[4, 3\]"),
         (RotatedDigits, {"threshold": 8.0}, "threshold from 0 to under 1"),
         (DigitPoints, {"threshold": 8.0}, "threshold from 0 to under 1"),
@@ -223,19 +232,16 @@ def test_training_digits_are_turned_only_if_asked():
         assert bool(((points[..., None] - grid).abs().amin(-1) < 1e-6).all()) is upright
 
 
-def test_points_reproduce_the_pixels(digits):
+def test_points_are_those_of_the_pixels(digits):
     for split, part in digits.items():
         made = DigitPoints(**SMALL).examples(split, len(part.images), rng())
         assert made["input"].shape == (len(part.images), 27, 3)
         np.testing.assert_array_equal(made["input"], made["elements"])
         np.testing.assert_array_equal(made["input_mask"], made["elements"][..., 2] == 1)
-        drawn = np.zeros_like(part.images)
-        for picture, points, mask in zip(drawn, made["elements"], made["input_mask"], strict=True):
-            assert (points[~mask] == 0).all()
-            x, y = np.rint((points[mask, :2].T + 1) * 3.5).astype(int)
-            picture[7 - y, x] = 1
-        found = sorted(picture.tobytes() for picture in drawn)
-        assert found == sorted((image > 0.5).astype(np.float32).tobytes() for image in part.images)
+        positions, _, mask = pixel_points(part.images, 0.5)
+        points = np.concatenate([positions, mask[..., None]], axis=-1)
+        expected = np.pad(points, ((0, 0), (0, 27 - points.shape[1]), (0, 0))).astype(np.float32)
+        assert sorted(each.tobytes() for each in made["elements"]) == sorted(each.tobytes() for each in expected)
 
 
 # --- the user's files ----------------------------------------------------------------------------------------------
@@ -370,15 +376,14 @@ def test_cross_entropy_is_the_mean_over_elements_that_have_a_class():
     torch.testing.assert_close(leaf.grad, finite_difference(lambda x: CrossEntropy()(x, target).sum(), logits))
 
 
-def test_cross_entropy_takes_half_precision_in_full_and_refuses_other_shapes():
+def test_cross_entropy_takes_half_precision_in_full_and_sets_of_one_shape():
     logits, target = numbers(2, 1, 3).bfloat16(), torch.eye(3)[torch.tensor([[0], [2]])]
     loss = CrossEntropy()(logits, target)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, CrossEntropy()(logits.float(), target))
-    with pytest.raises(ValueError, match="expected"):
-        CrossEntropy()(torch.zeros(2, 1, 3), torch.zeros(2, 1, 4))
-    with pytest.raises(ValueError, match="sets of one shape"):
-        CrossEntropy()(torch.zeros(2, 2, 3), torch.zeros(2, 1, 3))
+    for shape in ((2, 1, 4), (2, 2, 3)):
+        with pytest.raises(ValueError, match="expected"):
+            CrossEntropy()(torch.zeros(shape), target)
 
 
 # --- metrics ------------------------------------------------------------------------------------------------------
@@ -477,29 +482,14 @@ def test_batches_and_order_change_nothing(make, predicted, target):
 
 # --- training -----------------------------------------------------------------------------------------------------
 
-CONFIG = """
-model:
-  schema: null
-  encoder:
-    class_path: setpred.aggregators.SetEncoder
-    init_args:
-      set_dim: 2
-      hidden_dim: 8
-      aggregator: {class_path: setpred.aggregators.FSPool, init_args: {in_dim: 8, set_size: 3}}
-  decoder:
-    class_path: setpred.decoders.MLPDecoder
-    init_args: {set_size: 3, set_dim: 2, latent_dim: 8, hidden_dim: 16}
-data:
-  class_path: setpred.data.toy.Multisets
-  init_args: {train_sets: 24, val_sets: 10, set_size: 3, set_dim: 2, batch_size: 8, eval_batch_size: 4}
-trainer: {max_epochs: 2, accelerator: cpu, precision: 32-true, logger: false}
-"""
+FEW = {"train_sets": 24, "val_sets": 10, "batch_size": 8, "eval_batch_size": 4}
 
 
-def run(folder, *options, config=CONFIG):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "small.yaml").write_text(config)
-    return train(["--config", str(folder / "small.yaml"), "--runs", str(folder), *options])
+def run(folder, *options):
+    config = Path(__file__).parents[1] / "configs" / "worlds" / "multisets" / "fspool.yaml"
+    few = [f"--data.init_args.{name}={count}" for name, count in FEW.items()]
+    fixed = ["--trainer.max_epochs=2", "--trainer.precision=32-true", "--trainer.logger=false"]
+    return train(["--config", str(config), "--runs", str(folder), *few, *fixed, *options])
 
 
 def conditional(size=4, classes=2):
@@ -518,10 +508,10 @@ def test_trains_and_follows_the_loss(tmp_path):
     assert float(callbacks[0]["best_model_score"]) > 0
     loaded = checkpoint.load_checkpoint(folder / "best.ckpt")
     assert loaded.schema is None
-    assert loaded.model(torch.zeros(2, 3, 2)).shape == (2, 3, 2)
+    assert loaded.model(torch.zeros(2, 8, 4)).shape == (2, 8, 4)
     with pytest.raises(InputError, match="toy data without images"):
         evaluate([str(folder / "best.ckpt")])
-    with pytest.raises(InputError, match="predicts sets of 3, the data has sets of 4"):
+    with pytest.raises(InputError, match="predicts sets of 8, the data has sets of 4"):
         run(tmp_path / "misfit", "--data.init_args.set_size=4")
 
 

@@ -13,12 +13,12 @@ from setpred.errors import InputError
 from setpred.metrics import average_precision
 from setpred.rendering.camera import NOMINAL_CAMERA, Camera
 from setpred.schema import CLEVR, ElementSchema, categorical, continuous
-from setpred.visualise import Descent, Voting, draw_supports, report, write_report
+from setpred.visualise import Descent, Voting, draw_refinement_film, draw_supports, refinement, report, write_report
 from setpred.visualise.curves import _envelope
 from setpred.visualise.predictions import compare
 from setpred.visualise.style import Sheet
 from setpred.visualise.supports import support_colours
-from setpred.visualise.world import VIEW, cameras_of, on_map, outlines_on_image
+from setpred.visualise.world import VIEW, as_pictures, cameras_of, on_map, outlines_on_image
 
 WORLD = ["predictions.png", "refinement.gif", "refinement.png"]
 FIGURES = [*WORLD, "precision_recall.png", "confusion.png", "distance_errors.png"]
@@ -104,6 +104,20 @@ def test_all_figures_are_complete(full_report):
         assert film.n_frames == 5
         times = [film.seek(number) or film.info["duration"] for number in range(5)]
     assert times[-1] > 2 * times[0] > 2 * times[1] == 2 * times[2] == 2 * times[3]
+
+
+def test_a_film_has_few_frames_from_the_start_to_the_prediction(tmp_path, monkeypatch):
+    drawn, (predicted, target) = [], sets(CLEVR, 1)
+    monkeypatch.setattr(refinement, "MOST_FRAMES", 4)
+    monkeypatch.setattr(Descent, "draw_set", lambda self, axes, step: drawn.append(self.iterates[step]))
+    steps = descent(predicted, 9)[:, 0]
+    draw_refinement_film(
+        tmp_path / "a.gif", [Descent(pictures(1)[0], steps, target[0], NOMINAL_CAMERA, CLEVR)], about=""
+    )
+    with Image.open(tmp_path / "a.gif") as film:
+        assert film.n_frames == len(drawn) == 4
+    assert torch.equal(drawn[0], steps[0])
+    assert torch.equal(drawn[-1], predicted[0])
 
 
 def test_figures_depend_neither_on_earlier_ones_nor_on_matplotlibrc(full_report, tmp_path, skip_drawing):
@@ -228,7 +242,9 @@ def test_the_text_right_of_the_title_is_cut_to_its_room():
     assert sheet.texts[-1].get_text().endswith("/图片.h5")
 
 
-def test_unknown_cameras_are_the_nominal_one():
+def test_images_have_both_layouts_and_unknown_cameras_are_the_nominal_one():
+    images = pictures(2, 20, 30)
+    assert all((as_pictures(each) == images).all() for each in (images, torch.from_numpy(images).permute(0, 3, 1, 2)))
     known = (7.0, -6.0, 5.0)
     assert cameras_of(torch.tensor([known, (math.nan,) * 3]), 2) == [Camera(known), NOMINAL_CAMERA]
     assert cameras_of(None, 1) == [NOMINAL_CAMERA]

@@ -130,10 +130,7 @@ def test_it_is_equilibrium_aggregation_whose_state_is_the_multiset():
 def test_the_descent_ends_in_the_least_energy_that_brute_force_finds():
     """Two elements of one number: every pair of points of a fine grid."""
     features = features_of(batch=2, tokens=9, dim=1, precise=1, centres=[[-1.0], [1.5]], spread=0.3)
-    energy, start = (
-        energy_of(set_dim=1, precise=1, weights=(4.0,)),
-        GreedyVotes(2, 1, weights=(4.0,)).double(),
-    )
+    energy, start = (energy_of(set_dim=1, precise=1, weights=(4.0,)), GreedyVotes(2, 1, weights=(4.0,)).double())
     descent = GradientDescent(iterations=400)
     decoder = IDSPN(energy, descent, set_size=2, set_dim=1, start=start).double()
     found, initial = decoder(features).detach(), start(features)

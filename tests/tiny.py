@@ -37,7 +37,7 @@ model:
 data:
   class_path: setpred.data.datamodule.RenderedScenes
   init_args:
-    {train_images: 40, val_images: 12, image_size: 16, objects: [3, 4], set_size: 4, batch_size: 8, workers: 1}
+    {train_images: 40, val_images: 12, image_size: 16, objects: [3, 4], set_size: 4, batch_size: 8, workers: 0}
 trainer: {max_epochs: 2, accelerator: cpu, precision: 32-true}
 """
 

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from setpred.aggregators.base import Aggregator, masked_fill
+from setpred.aggregators.base import Aggregator
 from setpred.aggregators.pma import masked_softmax
+from setpred.sets import fill_absent
 
 
 class AttSets(Aggregator):
@@ -32,6 +33,6 @@ class AttSets(Aggregator):
             draw = draw if mask is None else draw.masked_fill(~mask, -1.0)
             chosen = torch.zeros_like(draw, dtype=torch.bool).scatter(1, draw.argmax(1, keepdim=True), True)
             mask = chosen if mask is None else chosen & mask
-        elements = masked_fill(elements, mask, 0.0)
+        elements = fill_absent(elements, mask)
         scores = self.attention(elements)
         return (masked_softmax(scores.tanh() if self.bounded else scores, mask) * elements).sum(1)

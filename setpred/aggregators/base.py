@@ -1,4 +1,4 @@
-"""Base class of the aggregators, and helpers for masked sets."""
+"""Base class of the aggregators."""
 
 from torch import Tensor, nn
 
@@ -36,11 +36,6 @@ class Aggregator(nn.Module):
     def latent_dim(self) -> int:
         """`out_dim`, under the name that encoders use."""
         return self.out_dim
-
-
-def masked_fill(elements: Tensor, mask: Tensor | None, value: float) -> Tensor:
-    """Replace absent elements by `value`, so that their content (even NaN) has no influence."""
-    return elements if mask is None else elements.masked_fill(~mask.unsqueeze(-1), value)
 
 
 def zeros_where_empty(vectors: Tensor, mask: Tensor | None) -> Tensor:

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from setpred.aggregators.base import Aggregator, masked_fill
+from setpred.aggregators.base import Aggregator
+from setpred.sets import fill_absent
 
 
 class CanonicalOrder(Aggregator):
@@ -24,7 +25,7 @@ class CanonicalOrder(Aggregator):
         self.register_buffer("direction", torch.randn(self.in_dim, generator=torch.Generator().manual_seed(0)))
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
-        scores = (masked_fill(elements, mask, 0.0).detach() * self.direction).sum(-1)
+        scores = (fill_absent(elements, mask).detach() * self.direction).sum(-1)
         order = scores.argsort(dim=1, descending=True)
         ordered = elements.gather(1, order.unsqueeze(-1).expand_as(elements))
         return self.aggregator(ordered, None if mask is None else mask.gather(1, order))

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from setpred.aggregators.base import Aggregator, masked_fill
+from setpred.aggregators.base import Aggregator
 from setpred.inner import GradientDescent, Unrolled, minimise
 from setpred.inner.differentiation import Differentiation
 from setpred.nn import LayerNorm, Positive
-from setpred.sets import check_set, mean_present
+from setpred.sets import check_set, fill_absent, mean_present
 
 
 class EquilibriumAggregation(Aggregator):
@@ -68,7 +68,7 @@ class EquilibriumAggregation(Aggregator):
 
     def mean_potential(self, elements: Tensor, state: Tensor, mask: Tensor | None) -> Tensor:
         """(1/n) Σ_i F(x_i, φ) `[batch]`."""
-        return mean_present(self.potential(masked_fill(elements, mask, 0.0), state), mask)
+        return mean_present(self.potential(fill_absent(elements, mask), state), mask)
 
     def energy(self, elements: Tensor, state: Tensor, mask: Tensor | None, prior: Tensor) -> Tensor:
         """E(X, φ) `[batch]`, given r(X)."""

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from setpred.aggregators.base import Aggregator, masked_fill
+from setpred.aggregators.base import Aggregator
 from setpred.errors import InputError
-from setpred.sets import mean_present
+from setpred.sets import fill_absent, mean_present
 
 
 class FrameAverage(Aggregator):
@@ -45,9 +45,9 @@ class FrameAverage(Aggregator):
 
     def frames(self, positions: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Centroid `[batch, 1, d]` and frames `[batch, count, d, d]`, axes in columns, of positions `[batch, n, d]`."""
-        positions = masked_fill(positions, mask, 0.0)
+        positions = fill_absent(positions, mask)
         centroid = mean_present(positions, mask).unsqueeze(1)
-        centred = masked_fill(positions - centroid, mask, 0.0)
+        centred = fill_absent(positions - centroid, mask)
         axes = Eigenvectors.apply(centred.mT @ centred)
         if not self.reflections:  # right-handed axes: flipping two at a time then gives all rotations
             handed = torch.linalg.det(axes.detach()).sign()
@@ -55,7 +55,7 @@ class FrameAverage(Aggregator):
         return centroid, axes.unsqueeze(1) * self.signs.to(axes.dtype)[:, None, :]
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
-        elements = masked_fill(elements, mask, 0.0)
+        elements = fill_absent(elements, mask)
         with torch.autocast(elements.device.type, enabled=False):
             if elements.dtype in (torch.float16, torch.bfloat16):
                 elements = elements.float()

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from setpred.aggregators.base import Aggregator, masked_fill
+from setpred.aggregators.base import Aggregator
+from setpred.sets import fill_absent
 
 COUNTED = 16  # up to this size, and up to about twice of it, counting is faster than sorting on a CPU
 
@@ -27,9 +28,9 @@ class FSPool(Aggregator):
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
         # the sum over ranks, in the order of the elements: each times the weight of its rank
-        ranks = feature_ranks(masked_fill(elements, mask, -torch.inf))
+        ranks = feature_ranks(fill_absent(elements, mask, -torch.inf))
         slopes = at_ranks(self.weights(elements.shape[1], mask), ranks)
-        return (slopes * masked_fill(elements, mask, 0.0)).sum(1)
+        return (slopes * fill_absent(elements, mask)).sum(1)
 
     def weights(self, size: int, mask: Tensor | None) -> Tensor:
         """w(t_j) for each rank j < size: `[1, size, in_dim]`, with a mask `[batch, size, in_dim]`."""

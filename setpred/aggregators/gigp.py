@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from setpred.aggregators.base import Aggregator, masked_fill
+from setpred.aggregators.base import Aggregator
 from setpred.errors import InputError
-from setpred.sets import mean_present, set_sizes
+from setpred.sets import fill_absent, mean_present, set_sizes
 
 
 class GIGP(Aggregator):
@@ -65,15 +65,15 @@ class GIGP(Aggregator):
 
     def orbit(self, elements: Tensor, mask: Tensor | None = None) -> Tensor:
         """Radius of each present element's orbit, `[batch, set_size]`, in units of the positions; invariant."""
-        positions = masked_fill(elements[..., : self.position_dim], mask, 0.0)
+        positions = fill_absent(elements[..., : self.position_dim], mask)
         if self.centred:
             positions = positions - mean_present(positions, mask).unsqueeze(1)
         return (positions.square().sum(-1) + (0.1 * self.spacing) ** 2).sqrt()
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
-        elements = masked_fill(elements, mask, 0.0)
+        elements = fill_absent(elements, mask)
         distance = (self.orbit(elements, mask).unsqueeze(-1) - self.radii) / self.spacing
-        share = masked_fill((-0.5 * distance.square()).softmax(-1), mask, 0.0)
+        share = fill_absent((-0.5 * distance.square()).softmax(-1), mask)
         features = elements[..., self.position_dim :]
         if features.shape[-1] == 0:
             features = torch.ones_like(elements[..., :1])

@@ -2,8 +2,9 @@
 
 from torch import Tensor, nn
 
-from setpred.aggregators.base import Aggregator, masked_fill, zeros_where_empty
+from setpred.aggregators.base import Aggregator, zeros_where_empty
 from setpred.errors import InputError
+from setpred.sets import fill_absent
 
 
 class INSET(Aggregator):
@@ -33,7 +34,7 @@ class INSET(Aggregator):
         self.superset = nn.Linear(in_dim - 1, self.out_dim, bias=False)
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
-        elements = masked_fill(elements, mask, 0.0)
+        elements = fill_absent(elements, mask)
         member, features = elements[..., :1], elements[..., 1:]
         joined = self.subset((member * features).sum(1)) + self.superset(features.sum(1))
         return zeros_where_empty(nn.functional.silu(joined), mask)

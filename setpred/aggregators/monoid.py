@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from setpred.aggregators.base import Aggregator, masked_fill, zeros_where_empty
-from setpred.sets import mean_present
+from setpred.aggregators.base import Aggregator, zeros_where_empty
+from setpred.sets import mean_present, present_first
 
 
 class LearnableMonoid(Aggregator):
@@ -53,12 +53,3 @@ class LearnableMonoid(Aggregator):
         a, b, c = (nodes[:, i : max(nodes.shape[1] - 2 + i, 0)] for i in range(3))
         gap = self.combine(self.combine(a, b), c) - self.combine(a, self.combine(b, c))
         return mean_present(gap.square().mean(-1), present[:, 2:])
-
-
-def present_first(elements: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Move present elements to the front, in their order, with zeros behind; returns them and their mask."""
-    if mask is None:
-        return elements, elements.new_ones(elements.shape[:2], dtype=torch.bool)
-    order = mask.int().argsort(dim=1, descending=True, stable=True)
-    elements = masked_fill(elements, mask, 0.0)
-    return elements.gather(1, order.unsqueeze(-1).expand_as(elements)), mask.gather(1, order)

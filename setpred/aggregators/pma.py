@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from setpred.aggregators.base import Aggregator, masked_fill, zeros_where_empty
+from setpred.aggregators.base import Aggregator, zeros_where_empty
 from setpred.errors import InputError
 from setpred.nn import LayerNorm
+from setpred.sets import fill_absent
 
 
 def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -48,7 +49,7 @@ class PMA(Aggregator):
         self.norms = nn.ModuleList(LayerNorm(in_dim) if normalise else nn.Identity() for _ in range(2))
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
-        elements = masked_fill(elements, mask, 0.0)
+        elements = fill_absent(elements, mask)
         queries, keys, values = (
             layer(rows).unflatten(-1, (self.heads, -1))
             for layer, rows in ((self.query, self.seeds), (self.key, elements), (self.value, elements))

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from setpred.aggregators.base import Aggregator, masked_fill
+from setpred.aggregators.base import Aggregator
 from setpred.errors import InputError
 from setpred.nn import MLP
-from setpred.sets import check_set
+from setpred.sets import check_set, fill_absent
 
 
 class SetEncoder(Aggregator):
@@ -41,7 +41,7 @@ class SetEncoder(Aggregator):
 
     def _features(self, elements: Tensor, mask: Tensor | None) -> Tensor:
         # a NaN in padding would reach the weights' gradients
-        elements = masked_fill(elements, mask, 0.0)
+        elements = fill_absent(elements, mask)
         if self.kept == 0:
             return self.network(elements)
         return torch.cat([elements[..., : self.kept], self.network(elements[..., self.kept :])], dim=-1)
@@ -66,7 +66,7 @@ class PairwiseSetEncoder(Aggregator):
         pair_mask = None if mask is None else (mask.unsqueeze(2) & mask.unsqueeze(1)).flatten(1, 2)
         # not for a subclass, which may do something else
         if type(self.set_encoder) is SetEncoder and self.set_encoder.kept == 0:
-            return self.set_encoder.aggregator(self._pair_features(masked_fill(elements, mask, 0.0)), pair_mask)
+            return self.set_encoder.aggregator(self._pair_features(fill_absent(elements, mask)), pair_mask)
         size = elements.shape[1]
         first = elements.unsqueeze(2).expand(-1, -1, size, -1)
         second = elements.unsqueeze(1).expand(-1, size, -1, -1)

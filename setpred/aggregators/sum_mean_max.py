@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from setpred.aggregators.base import Aggregator, masked_fill, zeros_where_empty
-from setpred.sets import mean_present
+from setpred.aggregators.base import Aggregator, zeros_where_empty
+from setpred.sets import fill_absent, mean_present
 
 
 class SumPool(Aggregator):
     """out = Σ_i x_i (DeepSets; Zaheer et al., NeurIPS 2017)."""
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
-        return masked_fill(elements, mask, 0.0).sum(1)
+        return fill_absent(elements, mask).sum(1)
 
 
 class MeanPool(Aggregator):
@@ -25,4 +25,4 @@ class MaxPool(Aggregator):
     """out_k = max_i x_ik (PointNet; Qi et al., CVPR 2017)."""
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
-        return zeros_where_empty(masked_fill(elements, mask, -torch.inf).amax(1), mask)
+        return zeros_where_empty(fill_absent(elements, mask, -torch.inf).amax(1), mask)

@@ -226,11 +226,16 @@ def training_loss(content: dict[str, Any], allow: Sequence[str]) -> nn.Module:
     return loss.eval()
 
 
-def training_iterations(content: dict[str, Any]) -> int | None:
-    """Return the descent steps at the checkpoint's epoch, see `setpred.training.SetPrediction`."""
-    by_epoch = {int(epoch): steps for epoch, steps in (_settings(content).get("iterations_by_epoch") or {}).items()}
-    reached = [epoch for epoch in by_epoch if epoch <= int(content["epoch"])]
+def iterations_at(by_epoch: Mapping[int, int] | None, epoch: int) -> int | None:
+    """Return the descent steps at an epoch, see `setpred.training.SetPrediction`; None leaves them to the decoder."""
+    reached = [first for first in by_epoch or {} if first <= epoch]
     return by_epoch[max(reached)] if reached else None
+
+
+def training_iterations(content: dict[str, Any]) -> int | None:
+    """Return the descent steps at the epoch of the checkpoint."""
+    by_epoch = {int(epoch): steps for epoch, steps in (_settings(content).get("iterations_by_epoch") or {}).items()}
+    return iterations_at(by_epoch, int(content["epoch"]))
 
 
 def _settings(content: dict[str, Any]) -> dict[str, Any]:

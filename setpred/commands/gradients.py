@@ -7,12 +7,7 @@ from typing import Any
 
 import torch
 
-from setpred.checkpoint.load import (
-    load_checkpoint,
-    read_checkpoint,
-    training_iterations,
-    training_loss,
-)
+from setpred.checkpoint.load import load_checkpoint, read_checkpoint, training_iterations, training_loss
 from setpred.commands.common import Parser, at_least, choose_device, exit_code, write_json
 from setpred.commands.evaluate import open_validation_data
 from setpred.commands.outputs import check_outputs

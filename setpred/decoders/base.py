@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from setpred.errors import InputError
+from setpred.sets import fill_absent
 
 
 class SetDecoder(nn.Module):
@@ -98,4 +99,4 @@ class SetDecoder(nn.Module):
         if features.ndim != 3 or mask.dtype != torch.bool or mask.shape != features.shape[:2]:
             raise ValueError(f"expected a bool mask of tokens, got {mask.dtype} {list(mask.shape)}")
         # padding may hold NaN, which would reach the gradients of the weights
-        return features.masked_fill(~mask.unsqueeze(-1), 0.0)
+        return fill_absent(features, mask)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from setpred.decoders.base import SetDecoder
 from setpred.nn import MLP
+from setpred.sets import mean_present
 
 
 class AdditiveAttention(nn.Module):
@@ -61,8 +62,7 @@ class Seq2Set(SetDecoder):
     def predictions(self, features: Tensor, mask: Tensor | None, iterations: int) -> Iterator[Tensor]:
         tokens = self.norm(features)
         projected = self.attention.of_token(tokens)
-        present = torch.ones_like(tokens[..., :1]) if mask is None else mask.unsqueeze(-1).to(tokens.dtype)
-        state = self.first_state((tokens * present).sum(1) / present.sum(1)).tanh()
+        state = self.first_state(mean_present(tokens, mask)).tanh()
         element = self.first_element.expand(tokens.shape[0], -1)
         elements = []
         for _ in range(self.set_size):

@@ -11,7 +11,7 @@ from setpred.decoders.base import SetDecoder
 from setpred.decoders.detr import DecoderLayer, EncoderLayer, waves
 from setpred.decoders.starts import gaussian
 from setpred.errors import InputError
-from setpred.sets import present_order
+from setpred.sets import mean_present, present_order
 
 
 class DeepSetsLayer(nn.Module):
@@ -23,12 +23,7 @@ class DeepSetsLayer(nn.Module):
 
     def forward(self, elements: Tensor, mask: Tensor | None) -> Tensor:
         """`[batch, n, in_dim]` -> `[batch, n, out_dim]`; the mean is over the present elements."""
-        if mask is None:
-            mean = elements.mean(1, keepdim=True)
-        else:
-            present = mask.unsqueeze(-1)
-            mean = elements.masked_fill(~present, 0.0).sum(1, keepdim=True) / present.sum(1, keepdim=True)
-        return self.each(elements) + self.all(mean)
+        return self.each(elements) + self.all(mean_present(elements, mask).unsqueeze(1))
 
 
 class DeepSets(SetDecoder):

@@ -100,14 +100,7 @@ class GreedyVotes(nn.Module):
         floor: mass at which a pick is half faded.
     """
 
-    def __init__(
-        self,
-        set_size: int,
-        set_dim: int,
-        *,
-        weights: Sequence[float] = (),
-        floor: float = 0.3,
-    ) -> None:
+    def __init__(self, set_size: int, set_dim: int, *, weights: Sequence[float] = (), floor: float = 0.3) -> None:
         super().__init__()
         self.set_size, self.set_dim = checked_shape(set_size, set_dim)
         self.floor = floor

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from setpred.sets import fill_absent
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -24,9 +26,7 @@ class Problem:
 
     def moved(self, elements: Tensor) -> Tensor:
         """Compute Y - Y₀, zero for absent elements."""
-        apart = elements - self.initial
-        # before any square, since NaN has no slope of 0
-        return apart if self.mask is None else apart.masked_fill(~self.mask.unsqueeze(-1), 0.0)
+        return fill_absent(elements - self.initial, self.mask)  # before any square, since NaN has no slope of 0
 
 
 class Energy:

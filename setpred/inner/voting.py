@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from setpred.errors import InputError
 from setpred.inner.objectives import Problem
 from setpred.nn import diagonal
+from setpred.sets import fill_absent
 
 
 class Ballot(NamedTuple):
@@ -67,12 +68,7 @@ class VotingEnergy(nn.Module):
     """
 
     def __init__(
-        self,
-        *,
-        set_dim: int,
-        precise: int = 0,
-        weights: Sequence[float] = (),
-        prior_weight: float = 1.0,
+        self, *, set_dim: int, precise: int = 0, weights: Sequence[float] = (), prior_weight: float = 1.0
     ) -> None:
         super().__init__()
         if not 0 <= precise <= set_dim or not prior_weight >= 0:
@@ -115,13 +111,12 @@ class VotingEnergy(nn.Module):
 
     def _supports(self, elements: Tensor, ballot: Ballot, mask: Tensor | None) -> Tensor:
         supports = self._logits(elements, ballot, mask).softmax(1) * ballot.masses.unsqueeze(1)
-        return supports if mask is None else supports * mask.unsqueeze(-1)
+        return fill_absent(supports, mask)
 
     def _logits(self, elements: Tensor, ballot: Ballot, mask: Tensor | None) -> Tensor:
         """-½ |y_i - v_n|²_{B p_n} `[batch, set_size, tokens]`, by matrix products."""
         metric = self.weights * ballot.precisions
-        if mask is not None:  # absent elements may hold any number
-            elements = elements.masked_fill(~mask.unsqueeze(-1), 0.0)
+        elements = fill_absent(elements, mask)
         cross = elements @ (metric * ballot.votes).mT - 0.5 * (elements.square() @ metric.mT)
         logits = cross - 0.5 * (metric * ballot.votes.square()).sum(-1).unsqueeze(1)
         if mask is None:

@@ -9,7 +9,7 @@ from torch.nn import functional
 from setpred.errors import InputError
 from setpred.matching import check_pair
 from setpred.schema import ElementSchema
-from setpred.sets import check_set, set_sizes
+from setpred.sets import check_set, fill_absent, set_sizes
 
 Mask = Tensor | None  # bool `[batch, set_size]`, True for present elements; None if all are
 
@@ -103,7 +103,7 @@ class SetLoss(nn.Module):
             mask = confident if mask is None else mask & confident
         if not elements.shape[1]:  # one absent element, so that every minimum and sum is defined
             elements, mask = functional.pad(elements, (0, 0, 0, 1)), elements.new_zeros(elements.shape[0], 1).bool()
-        return (elements, None) if mask is None else (elements.masked_fill(~mask.unsqueeze(-1), 0.0), mask)
+        return fill_absent(elements, mask), mask
 
 
 def uniform_mass(elements: Tensor, mask: Mask) -> Tensor:

@@ -10,7 +10,7 @@ from setpred.errors import InputError
 from setpred.losses.base import Mask, SetLoss
 from setpred.matching import hungarian
 from setpred.schema import PRESENCE
-from setpred.sets import mean_present, set_sizes
+from setpred.sets import fill_absent, mean_present, set_sizes
 
 
 def generalised_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class DETRCriterion(SetLoss):
     def compare(self, predicted: Tensor, target: Tensor, predicted_mask: Mask, target_mask: Mask) -> Tensor:
         real = target[..., -1] > self.real_threshold
         real = real if target_mask is None else real & target_mask
-        target = target.masked_fill(~real.unsqueeze(-1), 0.0)
+        target = fill_absent(target, real)
         available, objects = set_sizes(predicted, predicted_mask), set_sizes(target, real)
         if (objects > available).any():
             raise ValueError(f"expected at least as many predictions as objects, got {available} for {objects}")

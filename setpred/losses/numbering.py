@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from setpred.matching import hungarian
-from setpred.sets import mean_present
+from setpred.sets import fill_absent, mean_present
 
 
 class NumberingLoss(nn.Module):
@@ -35,7 +35,7 @@ class NumberingLoss(nn.Module):
         """Loss `[batch]` of predictions `[batch, n, numbers]` and targets `[batch, n, classes + numbers]`."""
         kinds, numbers = split_target(predicted, target, self.classes)
         present = kinds.sum(-1) > 0.5
-        predicted = predicted.masked_fill(~present.unsqueeze(-1), 0.0)
+        predicted = fill_absent(predicted, present)
         with torch.autocast(predicted.device.type, enabled=False):  # full precision, also where a model uses half
             if self.cross_entropy:
                 predicted = predicted.log_softmax(-1)

@@ -1,16 +1,14 @@
 """Locate the first non-finite numbers of a training step by repeating it stage by stage."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from setpred.decoders import IDSPN
 from setpred.errors import NotFiniteError, listed
-from setpred.model import SetPredictor, Step
+from setpred.model import Step
 
 LOWER_RATE = "if the loss rose before, lower model.learning_rate or set trainer.gradient_clip_val"
 ADVICE = {
@@ -107,14 +105,19 @@ def _stages(step: Step) -> Iterator[Stage]:
     parts = nn.ModuleDict({"model": step.model, "loss": step.loss})
     yield _of_names("weights", trained(parts))
     yield _of_samples(step.input_name, step.inputs())
-    elements, iterates = step.batch["elements"], []
+    elements, features = step.batch["elements"], []
     yield _of_samples("target", elements)
-    with _recorded(step.model, iterates) as features:
-        predicted = step.predict()
+    hook = step.model.encoder.register_forward_hook(lambda module, given, output: features.append(output))
+    try:
+        options = {"mask": step.batch.get("input_mask"), "iterations": step.iterations}
+        iterates = list(step.model.refine(step.batch[step.input_name], **options))
+    finally:
+        hook.remove()
     yield _of_samples("features", *features)
     for number, iterate in enumerate(iterates):
         place = "inner descent" if isinstance(step.model.decoder, IDSPN) else "refinement"
         yield replace(_of_samples(place, iterate), iteration=number)
+    predicted = iterates[-1]
     yield _of_samples("prediction", predicted)
     try:
         losses = step.loss(predicted.float(), elements)
@@ -124,26 +127,6 @@ def _stages(step: Step) -> Iterator[Stage]:
     yield _of_samples("loss", losses)
     if losses.requires_grad:
         yield _gradient(parts, losses, [each for each in (predicted, *features) if each.requires_grad])
-
-
-@contextmanager
-def _recorded(model: SetPredictor, iterates: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Within, append iterates of the model's predictions to the list; yield a list of the features."""
-    features: list[Tensor] = []
-    refine = model.decoder.refine
-
-    def recorded(*arguments: Any, **named: Any) -> Iterator[Tensor]:
-        for iterate in refine(*arguments, **named):
-            iterates.append(iterate.detach())
-            yield iterate
-
-    hook = model.encoder.register_forward_hook(lambda module, given, output: features.append(output))
-    model.decoder.refine = recorded
-    try:
-        yield features
-    finally:
-        hook.remove()
-        del model.decoder.refine
 
 
 def _of_samples(place: str, values: Tensor) -> Stage:

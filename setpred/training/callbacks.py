@@ -122,8 +122,7 @@ class EpochLines(EpochReport):
         line = f"epoch {trainer.current_epoch}: {', '.join(words)}"
         if (waiting := metrics.get(DataWaiting.name, 0.0)) >= NOTABLE_WAITING:
             line += f" ({100 * waiting:.0f} % of the training waits for data)"
-        bar = trainer.progress_bar_callback
-        bar.print(line) if bar is not None else print(line, flush=True)
+        module.say(line)
 
 
 class EpochMean(pl.Callback):

@@ -1,5 +1,10 @@
 """Precision of the image encoder: bfloat16 where it is fast. The inner descent and the loss run in float32."""
 
+import platform
+import re
+from contextlib import suppress
+from pathlib import Path
+
 import torch
 
 # instruction sets with bfloat16 products; other CPUs emulate bfloat16 and are slower than in float32
@@ -12,6 +17,14 @@ FAST_ON_INTEL = ("amx_bf16", "avx10_2")
 def cpu_capabilities() -> dict[str, object]:
     """Instruction sets and name of this CPU, from `torch.cpu`; empty with an old torch."""
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+
+
+def processor() -> str:
+    """Return the name of the processor, as far as the system knows it."""
+    with suppress(OSError):
+        if found := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return found[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def cpu_has_bfloat16() -> bool:

@@ -29,6 +29,79 @@ COUNTED = "not_finite"  # key of the guard's counts in a checkpoint
 METRIC = ("update", "compute", "reset", "monitor", "mode")  # attributes of a metric
 
 
+def schema_of(schema: str | dict[str, Any] | None, decoder: nn.Module) -> ElementSchema | None:
+    """Return the schema of a name or record; raise `InputError` if it is unknown or does not fit the decoder."""
+    if isinstance(schema, str) and schema not in SCHEMAS:
+        raise InputError(f"unknown schema {schema!r}; expected one of {', '.join(SCHEMAS)}")
+    found = SCHEMAS[schema] if isinstance(schema, str) else schema and ElementSchema.from_dict(schema)
+    set_dim = getattr(decoder, "set_dim", None)
+    if found is not None and set_dim not in (None, found.set_dim):
+        raise InputError(
+            f"schema {found.name!r} has elements of {found.set_dim} numbers, the decoder of {set_dim}; "
+            "give the decoder that set_dim, or `schema: null` for elements without a schema"
+        )
+    return found
+
+
+def finite_losses(step: Step, weights: Iterable[Tensor], *, set_dim: int | None) -> tuple[Tensor, Tensor]:
+    """Loss of each example and predicted sets; `NotFiniteError` unless they, weights and batch are finite."""
+    elements = step.batch["elements"]
+    check_set(elements, set_dim=set_dim)
+    predicted = step.predict()
+    losses = step.loss(predicted.float(), elements)
+    finite = [each.detach().isfinite().all() for each in (losses, predicted, elements, step.inputs())]
+    finite.append(finite_norm(weights, largest=True))
+    # one number to the host in each step, against hours of training on nothing
+    if not torch.stack(finite).all():
+        raise NotFiniteError("loss", (~losses.detach().isfinite()).nonzero().flatten().tolist())
+    return losses, predicted
+
+
+class Scores:
+    """Mean loss and metric of validation examples, in all processes.
+
+    Args:
+        metric: see `SetPrediction`.
+        schema: gives the default metric, and is that of a metric without one.
+
+    Raises:
+        InputError: a metric without the attributes `METRIC`, or of another schema.
+    """
+
+    def __init__(self, metric: nn.Module | None, schema: ElementSchema | None) -> None:
+        if metric is None and schema is not None:
+            metric = AveragePrecision()
+        if schema is not None and hasattr(metric, "schema"):
+            metric.schema = schema if metric.schema is None else metric.schema
+            if metric.schema.fields != schema.fields:  # perhaps of the same length, in other units
+                raise InputError(
+                    f"metric {type(metric).__name__} is of schema {metric.schema.name!r}, the model of "
+                    f"{schema.name!r}: {schema.differences(metric.schema)}; give the metric no schema"
+                )
+        if lacking := [name for name in METRIC if metric is not None and not hasattr(metric, name)]:
+            raise InputError(
+                f"metric {type(metric).__name__}: expected {', '.join(METRIC)} as of "
+                f"setpred.metrics.AveragePrecision, got no {', '.join(lacking)}; add them"
+            )
+        self.mean_loss, self.metric = Mean(), metric
+        self.monitor = "val_loss" if metric is None else f"val_{metric.monitor}"
+        self.mode = "min" if metric is None else metric.mode
+
+    def update(self, losses: Tensor, predicted: Tensor, target: Tensor) -> None:
+        self.mean_loss.update(losses)
+        if self.metric is not None:
+            self.metric.update(predicted.float(), target)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the scores of all examples since the last call."""
+        scores = {"loss": self.mean_loss.compute()}
+        self.mean_loss.reset()
+        if self.metric is not None:
+            scores |= self.metric.compute()
+            self.metric.reset()
+        return {f"val_{name}": value.float() for name, value in scores.items()}
+
+
 class SetPrediction(pl.LightningModule):
     """Trains a `SetPredictor` by a set loss, and validates it by average precision or another metric.
 
@@ -74,42 +147,17 @@ class SetPrediction(pl.LightningModule):
         on_not_finite: str = "stop",
     ) -> None:
         super().__init__()
-        if isinstance(schema, str) and schema not in SCHEMAS:
-            raise InputError(f"unknown schema {schema!r}; expected one of {', '.join(SCHEMAS)}")
         if not (0 < learning_rate < math.inf and weight_decay >= 0):
-            raise InputError(
-                f"expected learning_rate > 0 and weight_decay >= 0, got {learning_rate} and {weight_decay}"
-            )
-        self.schema = SCHEMAS[schema] if isinstance(schema, str) else schema and ElementSchema.from_dict(schema)
-        set_dim = getattr(decoder, "set_dim", None)
-        if self.schema is not None and set_dim not in (None, self.schema.set_dim):
-            raise InputError(
-                f"schema {self.schema.name!r} has elements of {self.schema.set_dim} numbers, the decoder of {set_dim}; "
-                "give the decoder that set_dim, or `schema: null` for elements without a schema"
-            )
+            raise InputError(f"expected learning_rate > 0 and weight_decay >= 0, got {learning_rate}, {weight_decay}")
+        self.schema = schema_of(schema, decoder)
         # channels-last is the faster layout for convolutions on GPUs and CPUs alike
         self.model = SetPredictor(encoder, decoder).to(memory_format=torch.channels_last)
         self.loss = HungarianLoss() if loss is None else loss
         if isinstance(self.loss, SetLoss) and self.schema is not None:
             self.loss.use_schema(self.schema)
-        self.metric = metric
-        if metric is None and self.schema is not None:
-            self.metric = AveragePrecision()
-        if self.schema is not None and hasattr(self.metric, "schema"):
-            self.metric.schema = self.schema if self.metric.schema is None else self.metric.schema
-            if self.metric.schema.fields != self.schema.fields:  # perhaps of the same length, in other units
-                raise InputError(
-                    f"metric {type(self.metric).__name__} is of schema {self.metric.schema.name!r}, the model of "
-                    f"{self.schema.name!r}: {self.schema.differences(self.metric.schema)}; give the metric no schema"
-                )
-        if lacking := [name for name in METRIC if self.metric is not None and not hasattr(self.metric, name)]:
-            raise InputError(
-                f"metric {type(self.metric).__name__}: expected {', '.join(METRIC)} as of "
-                f"setpred.metrics.AveragePrecision, got no {', '.join(lacking)}; add them"
-            )
-        self.monitor = "val_loss" if self.metric is None else f"val_{self.metric.monitor}"
-        self.mode = "min" if self.metric is None else self.metric.mode
-        self.mean_loss = Mean()  # of a validation
+        self.scores = Scores(metric, self.schema)
+        self.mean_loss, self.metric = self.scores.mean_loss, self.scores.metric  # move with the module
+        self.monitor, self.mode = self.scores.monitor, self.scores.mode
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.schedule = Constant() if schedule is None else schedule
         self.iterations_by_epoch = iterations_by_epoch
@@ -125,8 +173,7 @@ class SetPrediction(pl.LightningModule):
 
     def training_iterations(self) -> int | None:
         """Descent steps in this epoch of training; None leaves the number to the decoder."""
-        reached = [epoch for epoch in self.iterations_by_epoch or {} if epoch <= self.current_epoch]
-        return self.iterations_by_epoch[max(reached)] if reached else None
+        return checkpoint.iterations_at(self.iterations_by_epoch, self.current_epoch)
 
     def describe_data(self, data: Any) -> None:
         """Note what checkpoints say of the validation data: path, split, and size of the images."""
@@ -194,7 +241,7 @@ class SetPrediction(pl.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         step = self.step(batch, batch_idx)
         try:
-            return self._losses(step)[0].mean()
+            return self.losses(step)[0].mean()
         except NotFiniteError as error:
             self.guard.lost = step, error
             return poison(self.parameters())
@@ -211,16 +258,14 @@ class SetPrediction(pl.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         step = Step(self.model, self.loss, batch)
         try:
-            losses, predicted = self._losses(step)
+            losses, predicted = self.losses(step)
         except NotFiniteError as error:
             raise InputError(report(self, [step], Stage(error.place, error.samples))[1]) from error
-        self.mean_loss.update(losses)
-        if self.metric is not None:
-            self.metric.update(predicted.float(), batch["elements"])
+        self.scores.update(losses, predicted, batch["elements"])
 
     def on_validation_epoch_end(self) -> None:
         # every process has the scores of all images; of equal numbers the largest is exact, a mean is not
-        self.log_dict(self._scores(), sync_dist=True, reduce_fx="max")
+        self.log_dict(self.scores.compute(), sync_dist=True, reduce_fx="max")
 
     def validate(self, batches: Iterable[dict[str, Tensor]]) -> dict[str, float]:
         """The numbers that a validation by the trainer logs, at any moment."""
@@ -228,29 +273,11 @@ class SetPrediction(pl.LightningModule):
             self.statistics.estimate(self)
             for index, batch in enumerate(batches):
                 self.validation_step({name: value.to(self.device) for name, value in batch.items()}, index)
-            return {name: float(value) for name, value in self._scores().items()}
+            return {name: float(value) for name, value in self.scores.compute().items()}
 
-    def _scores(self) -> dict[str, Tensor]:
-        """Mean loss and metric of all examples since the last call, in all processes."""
-        scores = {"loss": self.mean_loss.compute()}
-        self.mean_loss.reset()
-        if self.metric is not None:
-            scores |= self.metric.compute()
-            self.metric.reset()
-        return {f"val_{name}": value.float() for name, value in scores.items()}
-
-    def _losses(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Loss of each example and predicted sets; `NotFiniteError` unless they, weights and batch are finite."""
-        elements = step.batch["elements"]
-        check_set(elements, set_dim=None if self.schema is None else self.schema.set_dim)
-        predicted = step.predict()
-        losses = self.loss(predicted.float(), elements)
-        finite = [each.detach().isfinite().all() for each in (losses, predicted, elements, step.inputs())]
-        finite.append(finite_norm(trained(self).values(), largest=True))
-        # one number to the host in each step, against hours of training on nothing
-        if not torch.stack(finite).all():
-            raise NotFiniteError("loss", (~losses.detach().isfinite()).nonzero().flatten().tolist())
-        return losses, predicted
+    def losses(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Loss of each example and predicted sets, all finite."""
+        return finite_losses(step, trained(self).values(), set_dim=self.schema and self.schema.set_dim)
 
     def when(self) -> str:
         """The present step, for messages."""

@@ -18,6 +18,7 @@ Exit status: 0; 1 if a run failed; 2 for an error found before any training; 130
 import argparse
 import gc
 import hashlib
+import itertools
 import json
 import re
 import shlex
@@ -30,11 +31,12 @@ import torch
 from setpred.checkpoint.untrusted import read_yaml
 from setpred.commands.common import Parser, at_least, exit_code
 from setpred.commands.compare.results import add_result, identity, read_results, write_report
-from setpred.commands.compare.training import Budget, build_configuration, naming, train_one
+from setpred.commands.compare.training import build_configuration, naming, train_one
 from setpred.commands.outputs import check_outputs
 from setpred.commands.train import data_digests, prepare_data
 from setpred.errors import InputError
 from setpred.files import make_folder
+from setpred.training.budget import Budget
 
 PREFIXES = ("--model", "--data", "--trainer")  # of options after --
 PART = re.compile(r"--model\.(encoder|decoder)(\.class_path)?(?==|$)")  # an option that replaces a part
@@ -48,14 +50,13 @@ def parser() -> Parser:
         usage="%(prog)s CONFIG... --budget 10m [--seeds 3] [options] [-- options of `setpred train`]",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    number = at_least(1)
     options.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="configurations of `setpred train`")
     options.add_argument("--budget", required=True, help="of each training: 90s, 10m, 1.5h, or steps: 2000steps")
-    options.add_argument("--seeds", type=number, default=1, metavar="N", help="number of seeds (default 1)")
+    options.add_argument("--seeds", type=at_least(1), default=1, metavar="N", help="number of seeds (default 1)")
     options.add_argument("--first-seed", type=at_least(0), default=0, metavar="S", help="first seed (default 0)")
     options.add_argument("--out", type=Path, default=Path("comparison"), help="folder (default: comparison)")
-    options.add_argument("--points", type=number, default=8, help="evenly spaced validations of a run (default 8)")
-    options.add_argument("--threads", type=number, help="threads of torch (default: its own choice)")
+    options.add_argument("--points", type=at_least(1), default=8, help="evenly spaced validations of a run (default 8)")
+    options.add_argument("--threads", type=at_least(1), help="threads of torch (default: its own choice)")
     options.add_shared("--allow")
     options.add_argument("--keep", action="store_true", help="keep last.ckpt of each new run")
     return options
@@ -81,9 +82,9 @@ def compare(arguments: Sequence[str] | None = None) -> int:
     if len(scores) > 1:
         found = " and ".join(f"{monitor} ({mode}) of {path}" for (monitor, mode), path in scores.items())
         raise InputError(f"expected one score to rank by, got {found}; compare them apart")
-    ((options.monitor, options.mode),) = scores
+    score = dict(zip(("monitor", "mode"), *scores, strict=True))
     digests = {path: digest(path, data_digests(cli.datamodule)) for path, cli in built.items()}
-    score, command = {"monitor": options.monitor, "mode": options.mode}, command_line(arguments, options.configs)
+    command = command_line(arguments, options.configs)
 
     def described(path: Path, seed: int) -> dict:
         run = {"config": str(path), "name": path.stem, "digest": digests[path], "seed": seed}
@@ -92,8 +93,8 @@ def compare(arguments: Sequence[str] | None = None) -> int:
     def report() -> str:
         """Write the table and the plot of all seeds in the file; return the table."""
         found = sorted(read_results(results).values(), key=lambda run: run["seed"])
-        runs = {path.stem: [r for r in found if identity(r) == identity(described(path, r["seed"]))] for path in built}
-        runs = {name: own for name, own in runs.items() if own}
+        own = {path: [r for r in found if identity(r) == identity(described(path, r["seed"]))] for path in built}
+        runs = {path.stem: own[path] for path in built if own[path]}
         return write_report(options.out, runs, options.budget, command=command, **score)
 
     runs, seeds = read_results(results), range(options.first_seed, options.first_seed + options.seeds)
@@ -114,8 +115,7 @@ def compare(arguments: Sequence[str] | None = None) -> int:
             print(f"  {path.stem}, seed {seed}, failed: {run['failed']}", flush=True)
         report()
         gc.collect()  # model and graph refer to each other; the next training needs the memory
-    print("\n" + report())
-    print(f"the table, curves.png and results.jsonl are in {options.out}")
+    print(f"\n{report()}\nthe table, curves.png and results.jsonl are in {options.out}")
     return failed
 
 
@@ -129,11 +129,9 @@ def check_options(options: argparse.Namespace) -> None:
                 f"after --: {part[0]} would give every configuration the same {part[1]} under its old name; "
                 f"put the {part[1]} into a new configuration"
             )
-    seen: dict[str, Path] = {}
-    for path in options.configs:
-        if path.stem in seen:
-            raise InputError(f"{seen[path.stem]} and {path} have the same name in the table; rename one of them")
-        seen[path.stem] = path
+    for first, second in itertools.combinations(options.configs, 2):
+        if first.stem == second.stem:
+            raise InputError(f"{first} and {second} have the same name in the table; rename one of them")
 
 
 def digest(path: Path, files: dict[str, str]) -> str:

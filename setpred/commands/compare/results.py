@@ -8,19 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from setpred.commands.compare.training import FIRST_STEPS, Budget
 from setpred.errors import InputError
 from setpred.files import write_atomically, writing
+from setpred.training.budget import FIRST_STEPS, Budget
 from setpred.visualise import draw_training_curves
+from setpred.visualise.style import plural
 
 Run = dict[str, Any]
-IDENTITY = ("digest", "seed", "budget", "options")
 AP = "val_ap"
 
 
 def identity(run: Mapping[str, Any]) -> str:
     """Return what tells runs apart: the configuration's digest, seed, budget and options."""
-    return json.dumps([run[name] for name in IDENTITY])
+    return json.dumps([run[name] for name in ("digest", "seed", "budget", "options")])
 
 
 def read_results(path: Path) -> dict[str, Run]:
@@ -30,9 +30,7 @@ def read_results(path: Path) -> dict[str, Run]:
         InputError: the file cannot be read.
     """
     try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
-        return {}
+        lines = path.read_text().splitlines() if path.exists() else []
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: expected the results of a comparison, got what cannot be read") from error
     runs: dict[str, Run] = {}
@@ -71,7 +69,7 @@ def heading(score: str) -> str:
 def mean(values: Sequence[float | None]) -> float | None:
     """Return the mean of the known values."""
     known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
+    return sum(known) / len(known) if known else None
 
 
 def cell(values: Sequence[float | None], *, percent: bool = False) -> str:
@@ -83,7 +81,7 @@ def cell(values: Sequence[float | None], *, percent: bool = False) -> str:
     known = [100 * value if percent else value for value in values if value is not None]
     if not known:
         return ""
-    middle = statistics.fmean(known)
+    middle = mean(known)
     # one decimal of a percentage, four significant digits of anything else
     digits = 1 if percent else 4 if middle == 0 else min(6, max(0, 3 - math.floor(math.log10(abs(middle)))))
     return f"{middle:.{digits}f}" + (f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else "")
@@ -112,42 +110,38 @@ def markdown(runs: dict[str, list[Run]], *, monitor: str, command: str) -> str:
         monitor: score of the first column.
         command: command line that makes the table.
     """
-    done = finished([run for each in runs.values() for run in each])
+    every = [run for own in runs.values() for run in own]
+    done, failures = finished(every), [run for run in every if run["failed"]]
     found = dict.fromkeys(name for run in done for name in run["points"][-1] if name.startswith("val_"))
     scores = sorted(found, key=lambda name: (name == "val_loss", name != monitor))
     titles = ["configuration", "seeds", *map(heading, scores), "train loss", "steps", "ms/step", "parameters"]
-    lines = ["| " + " | ".join(titles) + " |", "| --- |" + " ---: |" * (len(titles) - 1)]
-    for name, every in runs.items():
-        own = finished(every)
-        last = [run["points"][-1] for run in own]
-        cells = [name, str(len(own)) if len(own) == len(every) else f"{len(own)} of {len(every)}"]
-        cells += [cell([point.get(score) for point in last], percent=is_ap(score)) for score in scores]
-        if own:
-            losses = ([run["first_loss"] for run in own], [point["train_loss"] for point in last])
-            cells += [
-                " → ".join(cell([mean(each)]) for each in losses),
-                f"{statistics.fmean(run['steps'] for run in own):,.0f}",
-                f"{statistics.fmean(1e3 * run['seconds'] / run['steps'] for run in own):.0f}",
-                f"{own[0]['parameters'] / 1e3:,.0f} k",
-            ]
-        else:
-            cells += ["failed", "", "", ""]
-        lines.append("| " + " | ".join(cells) + " |")
+    rows = [titles, ["---", *["---:"] * (len(titles) - 1)]]
+    for name, own in runs.items():
+        ended = finished(own)
+        last, count = [run["points"][-1] for run in ended], len(ended)
+        row = [name, str(count) if count == len(own) else f"{count} of {len(own)}"]
+        row += [cell([point.get(score) for point in last], percent=is_ap(score)) for score in scores]
+        if ended:
+            losses = [run["first_loss"] for run in ended], [point["train_loss"] for point in last]
+            row.append(" → ".join(cell([mean(values)]) for values in losses))
+            row.append(f"{mean([run['steps'] for run in ended]):,.0f}")
+            row.append(f"{mean([1e3 * run['seconds'] / run['steps'] for run in ended]):.0f}")
+            row.append(f"{ended[0]['parameters'] / 1e3:,.0f} k")
+        rows.append(row if ended else [*row, "failed", "", "", ""])
     notes = [f"`{command}`"]
     if done:
         seeds = sorted({run["seed"] for run in done})
-        machines = {(run["processor"], run["threads"], run["torch"]) for run in done}
+        machines = sorted({(run["processor"], run["threads"], run["torch"]) for run in done})
         notes += [
             f"budget {Budget.parse(done[0]['budget']).words} (training alone: no set-up, no validation)",
             f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}",
-            " and ".join(f"{cpu}, {n} thread{'s' * (n != 1)}, torch {torch}" for cpu, n, torch in sorted(machines)),
+            " and ".join(f"{cpu}, {plural(threads, 'thread')}, torch {torch}" for cpu, threads, torch in machines),
             "AP in %, the mean over and at each distance threshold" * any(map(is_ap, scores)),
             "mean ± standard deviation over the seeds" * (len(seeds) > 1),
             f"train loss: mean of the first {FIRST_STEPS} steps → of those since the last but one validation",
         ]
-    wrong = [run for every in runs.values() for run in every if run["failed"]]
-    failures = [f"- {run['name']}, seed {run['seed']}, **failed**: {run['failed']}" for run in wrong]
-    parts = ["\n".join(lines), "; ".join(filter(None, notes)) + ".", "\n".join(failures)]
+    parts = ["\n".join(f"| {' | '.join(row)} |" for row in rows), "; ".join(filter(None, notes)) + "."]
+    parts += ["\n".join(f"- {run['name']}, seed {run['seed']}, **failed**: {run['failed']}" for run in failures)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -156,9 +150,8 @@ def write_report(path: Path, runs: dict[str, list[Run]], budget: Budget, *, moni
     runs = ranked(runs, monitor, mode)
     table = markdown(runs, monitor=monitor, command=command)
     write_atomically(path / "table.md", table)
-    x, unit, scale = ("step", "steps", 1) if budget.in_steps else ("seconds", "seconds", 1)
-    if not budget.in_steps and budget.amount >= 180:
-        unit, scale = "minutes", 60
+    minutes = not budget.in_steps and budget.amount >= 180
+    x, scale = "step" if budget.in_steps else "seconds", 60 if minutes else 1
     factor, sign = (100, " (%)") if is_ap(monitor) else (1, "")
     curves = {
         name: [[(p[x] / scale, factor * p[monitor]) for p in run["points"] if p[monitor] is not None] for run in own]
@@ -166,12 +159,8 @@ def write_report(path: Path, runs: dict[str, list[Run]], budget: Budget, *, moni
         if (own := finished(every))
     }
     seeds = max(map(len, curves.values()), default=0)
-    draw_training_curves(
-        path / "curves.png",
-        curves,
-        spent=f"{unit} of training",
-        score=f"{heading(monitor)} on the validation data{sign}",
-        subtitle=f"Budget of {budget.words} each"
-        + (f"; line: mean of {seeds} seeds, band: least to greatest." if seeds > 1 else "; one seed."),
-    )
+    over = f"; line: mean of {seeds} seeds, band: least to greatest." if seeds > 1 else "; one seed."
+    unit = "steps" if budget.in_steps else "minutes" if minutes else "seconds"
+    labels = {"spent": f"{unit} of training", "score": f"{heading(monitor)} on the validation data{sign}"}
+    draw_training_curves(path / "curves.png", curves, **labels, subtitle=f"Budget of {budget.words} each{over}")
     return table
