@@ -178,8 +178,8 @@ def test_finished_runs_are_not_repeated(compared, monkeypatch, tmp_path, capsys)
     monkeypatch.setattr(command, "train_one", stub)
     monkeypatch.setattr(command, "prepare_data", lambda cli: None)
     monkeypatch.setattr(command.results, "draw_training_curves", lambda *_, **__: None)
-    model = SimpleNamespace(monitor="val_ap", mode="max")
-    monkeypatch.setattr(command, "build_configuration", lambda path, options: SimpleNamespace(model=model))
+    built = SimpleNamespace(datamodule=None, model=SimpleNamespace(monitor="val_ap", mode="max"))
+    monkeypatch.setattr(command, "build_configuration", lambda path, options: built)
     assert main(arguments) == 0
     assert trained == []
     assert "skipped line 5" in capsys.readouterr().out  # of a killed process

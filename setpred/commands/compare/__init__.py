@@ -134,10 +134,10 @@ def check_options(options: argparse.Namespace) -> None:
             raise InputError(f"{first} and {second} have the same name in the table; rename one of them")
 
 
-def digest(path: Path, files: dict[str, str]) -> str:
+def digest(path: Path, files: dict[str, str] | None = None) -> str:
     """Hash the content of a configuration, without its comments, and of its prepared files, which may be replaced."""
     content = json.dumps(read_yaml(path), sort_keys=True, default=str)
-    return hashlib.sha256((content + json.dumps(files) * bool(files)).encode()).hexdigest()[:16]
+    return hashlib.sha256((content + (json.dumps(files) if files else "")).encode()).hexdigest()[:16]
 
 
 def command_line(arguments: Sequence[str], configs: Sequence[Path]) -> str:
