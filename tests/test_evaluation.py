@@ -84,8 +84,9 @@ def test_each_protocol_is_the_function_of_its_name(checkpoint, monkeypatch):
     monkeypatch.setattr(SetPredictor, "forward", in_turn(predicted))
     for protocol, function in (("dataset", average_precision), ("per-image", average_precision_per_image)):
         result = evaluate([str(checkpoint), "--protocol", protocol])
-        assert list(result["ap"].values()) == list(function(predicted, target).values())
-    assert average_precision(predicted, target) != average_precision_per_image(predicted, target)
+        assert list(result["ap"].values()) == list(function(predicted, target, schema=CLEVR).values())
+    both = [each(predicted, target, schema=CLEVR) for each in (average_precision, average_precision_per_image)]
+    assert both[0] != both[1]
 
 
 def test_a_perfect_model_has_ap_1_and_a_distant_one_0(checkpoint, monkeypatch):

@@ -86,6 +86,19 @@ def allowed_paths() -> set[str]:
     return set(allowed())
 
 
+def home_expanded(value: Any) -> Any:
+    """Replace a leading ~ of texts by the home folder, within dictionaries and lists: shells do so only before words.
+
+    >>> home_expanded({"name": "a~b", "epochs": [1]})
+    {'name': 'a~b', 'epochs': [1]}
+    """
+    if isinstance(value, dict):
+        return {key: home_expanded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [home_expanded(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
+
+
 def split_allow(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split the paths of `--allow` from other arguments; files set options of the parser, but must not set this."""
     parser = OptionParser("train", "", add_help=False)
@@ -124,7 +137,7 @@ def guarded(arguments: Sequence[str], allow: Sequence[str] = ()) -> Iterator[Non
     paths = {*allowed_paths(), *imported(allow), *_typed_classes(arguments)}
     paths = {path for path in paths if path.partition(".")[0] != "jsonargparse" and "<" not in path}
     before = dict(parsing_settings)
-    jsonargparse.set_loader(MODE, lambda text: moved(load_yaml(text)), (yaml.YAMLError,))
+    jsonargparse.set_loader(MODE, lambda text: moved(home_expanded(load_yaml(text))), (yaml.YAMLError,))
     jsonargparse.set_parsing_settings(
         import_path_denylist=["*"], import_path_allowlist=sorted(paths), config_read_mode_fsspec_enabled=False
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from setpred.commands.common import Parser, exit_code
+from setpred.commands.outputs import check_outputs
 from setpred.errors import InputError
 from setpred.workers import available_cores
 
@@ -31,18 +32,21 @@ def stop_as_on_ctrl_c() -> None:
 def _prepare(out: Path, **options: Any) -> None:
     from setpred.data.clevr import prepare_file
 
+    check_outputs({"--out": out}, streams=False)
     print(f"{out}: complete, sha256 {prepare_file(out, **options)}")
 
 
 def _render(out: Path, **options: Any) -> None:
     from setpred.data.scenes import render_file
 
+    check_outputs({"--out": out}, streams=False)
     print(f"{out}: complete, sha256 {render_file(out, **options)}")
 
 
 def _render_folder(out: Path, **options: Any) -> None:
     from setpred.data.scenes import render_folder
 
+    check_outputs({}, {"--out": out})
     render_folder(out, **options)
     print(f"{out}: split {options['split']} complete, {options['images']} images")
 
@@ -53,6 +57,8 @@ def _compare(json: Path | None, **options: Any) -> None:
     from setpred.data.fidelity import HEADER, compare, mean
     from setpred.files import write_atomically
 
+    pictures = [options["root"] / "images" / options["split"] / "*"]
+    check_outputs({"--json": json}, {"--pictures": options["pictures"]}, pictures=pictures)
     rows = []
     for row in compare(**options):
         print(row.line() if rows else f"{HEADER}\n{row.line()}", flush=True)
@@ -73,6 +79,7 @@ def _import(
 
     if (csv is None) == (coco is None):
         raise InputError("expected one of --csv and --coco, got " + ("none" if csv is None else "both"))
+    check_outputs({"--out": out}, inputs=[csv, coco, schema], streams=False)
     table = read_csv(csv, categorical=categorical) if csv is not None else read_coco(coco)
     if schema is not None and schema.suffix.lower() in (".yaml", ".yml"):
         options["overrides"] = Overrides.of(read_yaml(schema, "a schema with name, max_objects or fields"), str(schema))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from setpred.checkpoint.load import Checkpoint, load_checkpoint
 from setpred.commands.common import Parser, at_least, choose_device, exit_code, write_json
+from setpred.commands.outputs import check_outputs
 from setpred.data.dataset import SetImages, open_data
 from setpred.decoders import IDSPN
 from setpred.errors import InputError, plural
@@ -245,8 +246,6 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     most = PICTURED if options.figures is not None and has_world(loaded.schema) else MOST_SHOWN
     if options.shown is not None and options.shown > most:
         raise InputError(f"--shown: expected at most {most}, got {options.shown}")
-    if options.report is not None and options.report.is_dir():
-        raise InputError(f"--report {options.report}: expected the name of a file, but it is a folder; add a name")
     schema = loaded.schema.with_tolerances(dict(options.within))
     decoder = loaded.model.decoder
     if options.seed is not None:
@@ -260,6 +259,8 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
         raise InputError(
             f"--split {options.split}: {path} holds the split {found}; leave --split out or give that file"
         )
+    files = {"--json": options.json, "--report": options.report}
+    check_outputs(files, {"--figures": options.figures}, inputs=[options.checkpoint, path])
     device, steps = choose_device(options.device), options.iterations
     reading = {"batch_size": options.batch_size, "workers": options.workers}
     predictions = predict(loaded.model, data, iterations=steps, device=device, **reading)

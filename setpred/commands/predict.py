@@ -17,6 +17,7 @@ from torch import Tensor
 
 from setpred.checkpoint.load import load_checkpoint
 from setpred.commands.common import Parser, at_least, choose_device, exit_code
+from setpred.commands.outputs import check_outputs
 from setpred.data.exporting import FORMATS, Found, check_coco, csv_columns, to_coco, to_csv, to_json, to_jsonl
 from setpred.data.images import decoded, find_images, load_image, pixel_size
 from setpred.data.importing import CocoIds
@@ -203,11 +204,9 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
     schema, folder = loaded.schema, options.figures
     if folder is not None and not (has_world(schema) or has_marks(schema)):
         raise InputError(f"--figures: schema {schema.name!r} has no 'coords' that can be drawn; leave it out")
-    if os.path.isdir(options.out):
-        raise InputError(f"--out {options.out}: expected the name of a file, but it is a folder; choose another name")
-    if folder is not None and (folder == options.out or os.path.isfile(folder)):
-        raise InputError(f"--figures {folder}: expected a folder, but it is a file; choose another name")
     paths = find_images(options.images, lambda sentence: print(sentence, file=sys.stderr, flush=True))
+    read = [options.checkpoint, options.coco_ids]
+    check_outputs({"--out": options.out}, {"--figures": folder}, inputs=read, pictures=paths)
     write = choose_format(options.format, options.out, schema, paths, options.coco_ids)
     names = ("batch_size", "iterations", "threads", "skip_broken")
     chosen = {name: getattr(options, name) for name in names} | {"device": choose_device(options.device)}

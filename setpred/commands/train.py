@@ -28,7 +28,8 @@ from setpred.commands.common import exit_code
 from setpred.commands.config import MODE, Parser, chain, differences, guarded, plain, require_room, split_allow, without
 from setpred.commands.linking import data_sizes, expanded_data
 from setpred.commands.mistyped import in_full
-from setpred.data.datamodule import BuiltInScenes
+from setpred.data.datamodule import BuiltInScenes, SetDataModule
+from setpred.data.hdf5 import stated_digest
 from setpred.data.toy import World
 from setpred.errors import InputError, listed, located, reason
 from setpred.files import make_folder, remove_leftovers, write_atomically
@@ -140,7 +141,10 @@ class TrainCLI(LightningCLI):
                 f"{found} is of another model than asked for: {'; '.join(changes[:5])}; "
                 "resume with the configuration it was trained with"
             )
-        if changes := differences(saved.get("settings") or {}, self.model.settings):
+        before, now = saved.get("settings") or {}, self.model.settings
+        if "content" not in before:  # of an earlier version
+            now = without(now, "content")
+        if changes := differences(before, now):
             self.say("resumed with other settings: " + "; ".join(changes))
         epochs = self.trainer.max_epochs
         if epochs not in (None, -1) and "loops" in content:
@@ -237,9 +241,18 @@ class TrainCLI(LightningCLI):
         module.seed = int(self.config.seed_everything or 0)
         if getattr(data, "seed", 0) is None:
             data.seed = module.seed
-        size = getattr(data, "image_size", None) or getattr(module.model.encoder, "image_size", None)
-        path, split = getattr(data, "val_path", None), getattr(data, "val_split", None)
-        module.data_description = {"path": path, "split": split, "image_size": size}
+        module.describe_data(data)
+        if files := data_digests(data):
+            module.settings["content"] = files
+
+
+def data_digests(data: pl.LightningDataModule) -> dict[str, str]:
+    """SHA-256 of the content of the prepared files that a `SetDataModule` names; other data follow from settings."""
+    if not isinstance(data, SetDataModule):
+        return {}
+    paths = {"train": data.train_path, "val": data.val_path}
+    digests = {name: stated_digest(path) for name, path in paths.items() if path is not None}
+    return {name: digest for name, digest in digests.items() if digest is not None}
 
 
 def load_fitting(model: nn.Module, given: Mapping[str, Tensor], path: str) -> tuple[set[str], str]:
@@ -285,12 +298,7 @@ def check_fit(cli: TrainCLI) -> None:
             f"the encoder {type(encoder).__name__} takes {kinds[takes]}, the data {type(data).__name__} has "
             f"{kinds[has]}; give both of one kind"
         )
-    ours, theirs = cli.model.schema, getattr(data, "schema", None)
-    if None not in (ours, theirs) and ours.fields != theirs.fields:  # also of the same length, in other units
-        raise InputError(
-            f"the model is of schema {ours.name!r}, the data of {theirs.name!r}: {ours.differences(theirs)}; give "
-            "model.schema the schema of the data"
-        )
+    cli.model.check_schema(data)
     compared = (
         ("encoder takes elements of {} numbers", "elements of {}", "in_dim", getattr(data, "input_dim", None)),
         ("encoder takes images of {0}x{0}", "{0}x{0}", "image_size", getattr(data, "image_size", None)),

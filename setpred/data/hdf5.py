@@ -284,6 +284,14 @@ def verify(path: str | os.PathLike[str]) -> Header:
     return header
 
 
+def stated_digest(path: str | os.PathLike[str]) -> str | None:
+    """The SHA-256 that a prepared file states of its content; None of a folder, or if there is no such file."""
+    if not os.path.isfile(path):
+        return None
+    with open_set_file(path) as file, _reading(path):
+        return _attribute(file, "sha256", str)
+
+
 def malformed(elements: np.ndarray, schema: ElementSchema) -> np.ndarray:
     """Find the sets `[n]` of `elements [n, N, D]` that `ElementSchema.encode` would not write."""
     presence = schema.values(elements, PRESENCE)

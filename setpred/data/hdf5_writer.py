@@ -51,7 +51,7 @@ def write_set_file(
     Raises:
         InputError: `path` exists, another process is writing it, the disk is full, no permission.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path) if os.path.islink(path) else path)  # a link stays
     if path.is_dir():
         raise InputError(f"cannot write {path}: a folder has this name; choose another name")
     if path.exists() and not force:

@@ -36,6 +36,7 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 EXIF_OF_PNG = (b"eXIf", b"Raw profile type exif")  # names of the parts of a PNG that hold one
+WIDTH, HEIGHT = ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength
 SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 # what Pillow raises for files that are cut short, damaged or made to look so
 _DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -118,18 +119,22 @@ def load_image(
 ) -> np.ndarray:
     """Read an image as uint8 `[image_size, image_size, 3]`: RGB, resized bilinearly without a crop.
 
+    Transparent pixels become black, whatever colour the file hides in them.
+
     Errors as in `read_image`. Source: the published iDSPN recipe (Zhang et al., ICLR 2022, code) resizes so.
 
     Args:
-        padded: pad it with black at right and bottom to a square first, which keeps its aspect ratio; transparent
-            pixels become black.
+        padded: pad it with black at right and bottom to a square first, which keeps its aspect ratio.
     """
     image = read_image(path, advice=advice)
-    if padded and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+        if image.getextrema()[3][0] < 255:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     image = image.convert("RGB")
     if padded:
+        if (longer := max(image.size)) ** 2 > MOST_PIXELS:  # a strip, whose square takes gigabytes
+            image = image.resize([max(1, round(side * image_size / longer)) for side in image.size])
         square = Image.new("RGB", (max(image.size),) * 2)
         square.paste(image, (0, 0))
         image = square
@@ -143,10 +148,12 @@ def stated_size(path: str | os.PathLike[str], *, advice: str) -> tuple[int, int]
         InputError: the file is missing or not an image; `advice` says what to do.
     """
     with _readable(path, advice), open_image(path) as image:
-        turned = image.format != "TIFF"  # Pillow states the upright size of these
+        size, turned = image.size, True
+        if image.format == "TIFF":  # whose size some versions of Pillow have swapped by now
+            size = (image.tag_v2[WIDTH], image.tag_v2[HEIGHT])
         if image.format == "PNG":  # Pillow decodes the pixels to see whether an EXIF follows them
             turned = any(name in Path(path).read_bytes() for name in EXIF_OF_PNG)
-        return image.size[::-1] if turned and _orientation(image) in SIDEWAYS else image.size
+        return size[::-1] if turned and _orientation(image) in SIDEWAYS else size
 
 
 def pixel_size(path: Path) -> tuple[int, int]:

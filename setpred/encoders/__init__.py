@@ -3,6 +3,7 @@
 from setpred.encoders.cnn import ResidualTrunk, SlotTrunk, SmallCNN, SmallTrunk
 from setpred.encoders.resnet import ResNet, ResNetTrunk
 from setpred.encoders.tokens import Elements, PositionedTokens, Tokens, Votes, position_grid
+from setpred.nn import record_parts
 
 __all__ = [
     "Elements",
@@ -17,3 +18,5 @@ __all__ = [
     "Votes",
     "position_grid",
 ]
+
+record_parts(globals())

@@ -11,7 +11,7 @@ from torch import Tensor
 from setpred.errors import plural
 from setpred.files import make_folder
 from setpred.metrics import attribute_report, match_by_position
-from setpred.schema import CLEVR, UNCALIBRATED, Calibration, ElementSchema
+from setpred.schema import UNCALIBRATED, Calibration, ElementSchema
 from setpred.visualise.confusion import draw_confusion
 from setpred.visualise.curves import draw_precision_recall
 from setpred.visualise.distances import draw_distance_errors
@@ -39,7 +39,7 @@ def write_report(
     voting: Voting | None = None,
     camera: np.ndarray | Tensor | None = None,
     thresholds: Sequence[float] | None = None,
-    schema: ElementSchema = CLEVR,
+    schema: ElementSchema,
     calibration: Calibration = UNCALIBRATED,
     title: str = "",
     pictured: Sequence[int] | None = None,
