@@ -170,7 +170,7 @@ def scenes(form: str, seed: int, *, steps: int) -> dict[str, float]:
     with torch.no_grad():
         pairs = [(model(b["image"]), b["elements"]) for b in data.val_dataloader()]
     predicted, target = (torch.cat(part) for part in zip(*pairs, strict=True))
-    scores = average_precision(predicted, target, thresholds=THRESHOLDS)
+    scores = average_precision(predicted, target, thresholds=THRESHOLDS, schema=CLEVR)
     return {f"AP_{t:g}": 100 * score for t, score in scores.items()} | {"ms_per_step": 1e3 * seconds / steps}
 
 

@@ -4,12 +4,14 @@ import importlib
 import sys
 
 from setpred.commands.common import start
+from setpred.errors import nearest
 
 COMMANDS = {
     "train": "train a set predictor",
     "evaluate": "score a checkpoint by average precision and draw its predictions",
     "predict": "predict the objects of images",
     "data": "import, prepare, render, verify and describe data",
+    "parts": "list and describe encoders, decoders, losses and other parts",
     "compare": "train models under one budget and rank them",
     "release": "turn a checkpoint into one file to publish, or export it",
     "gradients": "measure the gradients of a model's inner problem",
@@ -26,7 +28,8 @@ def main() -> int:
         print("\nsetpred COMMAND --help lists the options of a command.")
         return 0
     if name not in COMMANDS:
-        print(f"error: expected a command, one of {', '.join(COMMANDS)}, got {name!r}", file=sys.stderr)
+        close = nearest(name, list(COMMANDS))
+        print(f"error: expected a command, one of {', '.join(COMMANDS)}, got {name!r}{close}", file=sys.stderr)
         return 2
     del sys.argv[1]
     return importlib.import_module(f"setpred.commands.{name}").main()

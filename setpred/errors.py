@@ -1,10 +1,11 @@
 """Errors that a user can correct, and helpers for messages."""
 
+import difflib
 import os
 import re
 import reprlib
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -74,6 +75,21 @@ SHOWN = 8  # names or samples in a message
 def listed(items: Sequence[Any]) -> str:
     """The first `SHOWN` items, for a message."""
     return ", ".join(map(str, items[:SHOWN])) + (f" and {len(items) - SHOWN} more" if len(items) > SHOWN else "")
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """The question "did you mean ...?" with the words that look most like a mistyped one; empty where none does.
+
+    Args:
+        words: of a mapping, the values of the nearest keys are named.
+
+    >>> nearest("evalute", ["train", "evaluate"]), nearest("x", ["train"]), nearest("epoch", {"epochs": "--epochs"})
+    ('; did you mean evaluate?', '', '; did you mean --epochs?')
+    """
+    named = words if isinstance(words, Mapping) else {each: each for each in words}
+    spelled = {each.lower().replace("-", "_"): text for each, text in named.items()}
+    found = difflib.get_close_matches(word.lower().replace("-", "_"), spelled, n=2, cutoff=0.7)
+    return f"; did you mean {' or '.join(dict.fromkeys(spelled[each] for each in found))}?" if found else ""
 
 
 class NotFiniteError(ArithmeticError):

@@ -1,9 +1,13 @@
 """Small network parts that several floors share."""
 
+import dataclasses
+import functools
+import inspect
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +15,56 @@ from torch.nn import functional
 
 from setpred.errors import InputError
 
+Part = TypeVar("Part", bound=type)
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
+
+
+def recorded(part: Part) -> Part:
+    """Class decorator: its objects remember their arguments, so that `setpred.checkpoint.save_model` can save them.
+
+    All parts of setpred have it. Decorate parts of your own that you build in Python:
+
+    >>> @recorded
+    ... class Scale(nn.Module):
+    ...     def __init__(self, factor: float = 2.0) -> None:
+    ...         super().__init__()
+    >>> arguments_of(Scale(3.0))
+    {'factor': 3.0}
+    """
+    build, signature = part.__init__, inspect.signature(part.__init__)
+    kinds = {parameter.kind: name for name, parameter in signature.parameters.items()}
+
+    @functools.wraps(build)
+    def __init__(self: Any, *arguments: Any, **named: Any) -> None:
+        build(self, *arguments, **named)
+        bound = signature.bind(self, *arguments, **named)
+        bound.apply_defaults()  # those of a later version may differ
+        _, *given = bound.arguments.items()
+        given = dict(given)
+        given |= given.pop(kinds.get(inspect.Parameter.VAR_KEYWORD), {})
+        if not given.pop(kinds.get(inspect.Parameter.VAR_POSITIONAL), ()):  # which have no names
+            self.__dict__[_ARGUMENTS] = (part, given)  # afterwards: of a class and its base the class stays
+
+    part.__init__ = __init__
+    return part
+
+
+_ARGUMENTS = "_recorded_arguments"
+
+
+def arguments_of(part: Any) -> dict[str, Any] | None:
+    """The arguments that a `recorded` part was built with, by name; None if they are not known."""
+    build, (owner, arguments) = type(part).__init__, vars(part).get(_ARGUMENTS, (object, {}))
+    if build in (object.__init__, nn.Module.__init__):  # takes none
+        return {}
+    return arguments if build is owner.__init__ else None
+
+
+def record_parts(module: dict[str, Any]) -> None:
+    """Apply `recorded` to the classes that a module exports, given its `globals()`."""
+    for part in (module[name] for name in module["__all__"]):
+        if isinstance(part, type) and "__init__" in vars(part) and not dataclasses.is_dataclass(part):
+            recorded(part)
 
 
 class MLP(nn.Sequential):

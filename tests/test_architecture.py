@@ -35,7 +35,7 @@ ROOMS = {
     "jsonargparse": {"commands"},
     "argparse": {"commands"},
     "torchmetrics": {"metrics"},
-    "torchvision": {"encoders", "losses"},
+    "torchvision": {"data", "encoders", "losses"},
     "safetensors": {"checkpoint"},
 }
 # what importing a room must not bring, itself or by way of another room; torchmetrics, and so Lightning, imports

@@ -20,6 +20,7 @@ MISSING = {
     "evaluate": "none.ckpt",
     "predict": "none.ckpt none.png --out p.json",
     "data": "info none.h5",
+    "parts": "none",
     "compare": "none.yaml --budget 1steps",
     "release": "none.ckpt --out p.safetensors",
     "gradients": "none.ckpt",

@@ -178,8 +178,8 @@ def test_finished_runs_are_not_repeated(compared, monkeypatch, tmp_path, capsys)
     monkeypatch.setattr(command, "train_one", stub)
     monkeypatch.setattr(command, "prepare_data", lambda cli: None)
     monkeypatch.setattr(command.results, "draw_training_curves", lambda *_, **__: None)
-    model = SimpleNamespace(monitor="val_ap", mode="max")
-    monkeypatch.setattr(command, "build_configuration", lambda path, options: SimpleNamespace(model=model))
+    built = SimpleNamespace(datamodule=None, model=SimpleNamespace(monitor="val_ap", mode="max"))
+    monkeypatch.setattr(command, "build_configuration", lambda path, options: built)
     assert main(arguments) == 0
     assert trained == []
     assert "skipped line 5" in capsys.readouterr().out  # of a killed process
@@ -215,7 +215,7 @@ def test_a_failing_configuration_leaves_the_others_and_own_parts_are_allowed(con
     [
         ("mlp missing.yaml --budget 5s", "missing.yaml"),
         ("mlp mlp --budget 5s", "same name"),
-        ("mlp --budget 5s --out FILE", "not a folder"),
+        ("mlp --budget 5s --out FILE", "expected a folder, but it is a file"),
         ("mlp --budget 5s -- --seed_everything 3", "--seed_everything"),
         ("mlp typo --budget 5s", "typo.yaml"),
         ("mlp idspn --budget 5s -- --model.decoder setpred.decoders.MLPDecoder", "under its old name"),

@@ -285,7 +285,7 @@ def test_images_that_the_device_cannot_keep(files, tmp_path, monkeypatch):
         data.load(torch.device("cuda", 0))
     assert data[0]["image"].device == CPU
     render_folder(tmp_path, split="val", images=1, objects=(3, 3), width=48, height=32)
-    with pytest.raises(InputError, match=r"is a folder; make a file of it with python -m setpred data prepare"):
+    with pytest.raises(InputError, match=r"is a folder; make a file of it with `setpred data prepare`"):
         module((None, str(tmp_path)), in_memory="device", stage="validate")
 
 

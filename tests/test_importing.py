@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from setpred.checkpoint.load import KEY, read_checkpoint, save_checkpoint, training_loss
 from setpred.commands import predict
+from setpred.commands.data import main
 from setpred.commands.linking import default_configuration
 from setpred.commands.train import QUICKSTART, build, check_fit
 from setpred.data.dataset import SetFile
@@ -135,6 +136,7 @@ def test_positions_follow_their_pixels(images, tmp_path):
     exif = turned.getexif()
     exif[274] = 6
     turned.save(images / "turned.png", exif=exif)
+    turned.save(images / "turned.tif", exif=exif)
     tall = Image.new("L", (60, 120))
     tall.paste(eight, (0, 0))
     tall.save(images / "tall.png")
@@ -142,7 +144,7 @@ def test_positions_follow_their_pixels(images, tmp_path):
     rows += [f"{path.name},{x},{y}" for path in sorted(images.iterdir())]
     data = imported(read_csv(table(tmp_path, "\n".join(rows))), images, tmp_path, image_size=64)
     batch = data.__getitems__(range(len(data)))
-    assert len(data) == 6
+    assert len(data) == 7
     for image, elements in zip(batch["image"], batch["elements"], strict=True):
         assert (image[0] == image[2]).all()
         bright = (image.float().mean(0) > 100).nonzero().float()
@@ -254,7 +256,7 @@ def test_an_image_that_cannot_be_read_is_named(images, tmp_path):
     ("text", "message"),
     [
         ("image,x,y\nx/a.png,3,4\ny/a.png,5,6", "one name of the image .*a.png, got x/a.png and y/a.png"),
-        ("image,x,y,confidence\na,3,4,1", "cannot be named 'confidence'"),
+        ("image,x,y,presence\na,3,4,1", "cannot be named 'presence'"),
         ("image,x\na,3", "expected columns x and y, got x alone"),
         ("image,xmin,ymin,xmax\na,1,2,3", "got no ymax"),
         ("image;x;y\na;3,5;4", "write decimals with a point"),
@@ -310,6 +312,22 @@ def test_the_default_training_ends_with_a_validation(images, tmp_path, count):
     file = str(tmp_path / "out.h5")
     trainer = default_configuration(QUICKSTART, {"init_args": {"train": file, "val": file}})["trainer"]
     assert trainer["max_epochs"] % trainer["check_val_every_n_epoch"] == 0
+
+
+@pytest.mark.parametrize(("apart", "weight"), [(2, 64.0), (0.1, 26000.0), (12, 8.0), (None, 8.0)])
+def test_the_default_model_fits_to_how_far_apart_objects_are(tmp_path, apart, weight):
+    """Elements compete over half the distance of neighbours, here in halves of 16 pixels; at most over 1 / √8."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (16, 12)).save(folder / "a.png")
+    rows = ["a.png,3,4", *([] if apart is None else [f"a.png,{3 + apart},4"])]
+    imported(read_csv(table(tmp_path, "\n".join(["image,x,y", *rows]))), folder, tmp_path)
+    file = str(tmp_path / "out.h5")
+    parts = default_configuration(QUICKSTART, {"init_args": {"train": file, "val": file}})["model"]
+    assert parts["decoder"]["init_args"]["objective"]["init_args"]["weights"] == [weight] * 2
+    assert parts["decoder"]["init_args"]["start"]["init_args"]["weights"] == [weight] * 2
+    assert parts["encoder"]["init_args"]["anchored"]
+    assert parts["loss"]["init_args"]["only_present"] == ["coords"]
 
 
 def test_images_have_a_size(images, tmp_path):
@@ -392,7 +410,7 @@ def test_the_schema_of_the_data_reaches_every_part(trained):
     assert (schema.max_objects, cli.model.model.decoder.set_size) == (3, 3)  # room for the sets of both files
     assert cli.model.metric.thresholds == schema.thresholds
     weights = torch.ones(schema.set_dim)
-    weights[schema.slice("coords")] = 0.3
+    weights[schema.slice("coords")] = 2.0
     assert torch.equal(cli.model.loss.element_weights(weights), weights)
     assert torch.equal(training_loss(read_checkpoint(path), []).element_weights(weights), weights)
 
@@ -433,3 +451,45 @@ def test_sizes_follow_the_data_that_options_change(tmp_path):
     for size in (6, 9):
         cli = build(["--config", str(config), f"--data.init_args.set_size={size}", "--trainer.logger=false"])
         assert cli.model.model.decoder.set_size == size
+
+
+NUMBERED = "n,image,x,y,radius,label\n0,a.png,3,4,1.5,disc\n1,a.png,10,6,2,square\n2,b.png,0,11,1,disc\n3,c.png,,,,"
+
+
+@pytest.mark.parametrize("name", ["", "Unnamed: 0", "id", "index"])
+def test_running_numbers_are_left_out_and_reported(images, tmp_path, capsys, name):
+    expected = objects(imported(read_csv(table(tmp_path, "\n".join([HEADER, *ROWS]))), images, tmp_path))
+    for text in (NUMBERED, NUMBERED.replace("\n2,b", "\n0,b").replace("\n3,c", "\n0,c")):  # of all rows, of each image
+        path = table(tmp_path, text.replace("n,", f"{name},", 1))
+        assert objects(imported(read_csv(path), images, tmp_path)) == expected
+    options = ["--images", str(images), "--out", str(tmp_path / "cells.h5"), "--workers", "0", "--force"]
+    assert main(["import", "--csv", str(path), *options]) == 0
+    column = name.lower() or "unnamed: 0"
+    assert f"left out the column {column!r}" in capsys.readouterr().out
+    path.write_text(path.read_text().replace("\n0,c.png,,,,", ""))
+    assert main(["import", "--csv", str(path), *options, "--categorical", column]) == 0
+    assert SetFile(tmp_path / "cells.h5").schema.field(column).classes == ("0", "1")
+
+
+def test_a_number_that_repeats_within_an_image_is_a_field(images, tmp_path):
+    text = NUMBERED.replace("n,", "id,", 1).replace("\n1,a", "\n0,a").replace("\n3,c.png,,,,", "")
+    assert [f.name for f in read_csv_schema(text, images, tmp_path)] == ["coords", "id", "radius", "label"]
+
+
+def read_csv_schema(text, images, tmp_path):
+    return imported(read_csv(table(tmp_path, text)), images, tmp_path).schema.fields
+
+
+def test_an_import_decodes_each_image_once(images, tmp_path, monkeypatch):
+    decoded, load = [], ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: decoded.append(image) or load(image))
+    imported(read_csv(table(tmp_path, "\n".join([HEADER, *ROWS]))), images, tmp_path)
+    assert len({id(image) for image in decoded}) == 3
+
+
+def test_a_damaged_image_leaves_no_file(images, tmp_path):
+    for content, words in (((images / "b.png").read_bytes()[:45], "cut short or damaged"), (b"text", "not an image")):
+        (images / "b.png").write_bytes(content)
+        with pytest.raises(InputError, match=rf"b\.png.* {words}|b\.png is {words}"):
+            imported(read_csv(table(tmp_path, "\n".join([HEADER, *ROWS]))), images, tmp_path)
+        assert not (tmp_path / "out.h5").exists()

@@ -43,6 +43,9 @@ DIVERGENCES = {
     "distributional": lambda **options: DistributionalSlicedWasserstein(set_dim=DIM, **options),
 }
 LOSSES = DIVERGENCES | {
+    "hungarian, padding anywhere": lambda **options: HungarianLoss(
+        **{"schema": SCHEMA, "only_present": ["coords"]} | options
+    ),
     "detr": lambda **options: DETRCriterion(**{"schema": SCHEMA} | options),
     "matching with transport": lambda **options: MatchingWithTransport(iterations=30, **options),
 }
@@ -207,6 +210,7 @@ def test_weights_multiply_the_share_of_their_group(make):
         (lambda: HungarianLoss(schema=SCHEMA, weights={"coords": -1.0}), "at least 0"),
         (lambda: HungarianLoss(schema=SCHEMA, weights={"coords": math.nan}), "at least 0"),
         (lambda: HungarianLoss(schema=SCHEMA, beta={"size": 2.0}), "size"),
+        (lambda: HungarianLoss(schema=SCHEMA, only_present=["size"]), "size"),
         (lambda: HungarianLoss(schema=SCHEMA, beta={"coords": 0.0}), "positive"),
         (lambda: HungarianLoss(schema=SCHEMA, beta={"coords": math.inf}), "positive"),
         (lambda: HungarianLoss(schema=SCHEMA, weights={"coords": 2.0})(*torch.zeros(2, 1, 2, 3)), "elements"),
@@ -240,7 +244,7 @@ def test_full_precision_under_autocast(make, pair):
 
 
 IN_CONFIGS = {
-    "HungarianLoss": {"weights": {"coords": 10.0}, "beta": {"coords": 0.1}},
+    "HungarianLoss": {"weights": {"coords": 10.0}, "beta": {"coords": 0.1}, "only_present": ["coords"]},
     "ChamferLoss": {},
     "SinkhornDivergence": {"epsilon": 0.05},
     "SlicedWasserstein": {"projections": 8},
@@ -307,6 +311,24 @@ def test_beta_decides_which_elements_are_matched(beta, cost):
     target[0, 1, 0] = predicted[0, 1, 0] = 0.3
     target[0, 1, 2] = predicted[0, 0, 2] = 0.5
     assert_close(HungarianLoss(schema=SCHEMA, beta=beta)(predicted, target), torch.tensor([cost / DIM]))
+
+
+def test_padding_may_be_anywhere_by_brute_force(pair):
+    """The least of all matchings, where the coordinates of a prediction matched to padding cost nothing."""
+    predicted, target = pair
+    loss = HungarianLoss(schema=SCHEMA, weights={"coords": 3.0}, beta={"coords": 0.05}, only_present=["coords"])
+    found = loss(predicted, target)
+    for b in range(len(target)):
+        totals = []
+        for order in itertools.permutations(range(4)):
+            matched = predicted[b, list(order)].clone()
+            matched[3, :2] = target[b, 3, :2]  # padding
+            costs = [
+                weight * nn.functional.smooth_l1_loss(matched[:, part], target[b][:, part], beta=beta, reduction="sum")
+                for part, weight, beta in ((slice(2), 3.0, 0.05), (slice(2, None), 1.0, 1.0))
+            ]
+            totals.append(sum(costs).item() / (4 * DIM))
+        assert found[b].item() == pytest.approx(min(totals))
 
 
 def test_chamfer_is_the_definition_and_blind_to_multiplicity():

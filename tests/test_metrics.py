@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def test_equals_the_twin_exactly(schema, protocol, images, set_size, target_size
 def test_the_random_sets_reach_every_case():
     """The comparison above would be empty if nothing were ever hit or the protocols never differed."""
     predicted, target = full_of_ties(TOY, 25, 6, 6, seed=0)
-    scores = average_precision(predicted, target, schema=TOY)
+    scores = average_precision(predicted, target, thresholds=THRESHOLDS, schema=TOY)
     assert 0 < scores[0.0625] < scores[1.0] < scores[math.inf] < 1
     assert scores != average_precision_per_image(predicted, target, schema=TOY)
     assert predicted.isinf().any()
@@ -132,14 +133,15 @@ def test_order_within_sets_padding_and_scale_of_presence_do_not_matter(protocol)
     target = torch.randn(30, 6, CLEVR.set_dim, generator=generator)
     target[..., -1] = (torch.rand(30, 6, generator=generator) < 0.7).float()
     predicted = target + 0.05 * torch.randn(target.shape, generator=generator)
-    scores = protocol(predicted, target)
-    shuffled = protocol(predicted[:, torch.randperm(6)], target[:, torch.randperm(6)])
-    padded = protocol(predicted, torch.cat([target, torch.zeros(30, 4, CLEVR.set_dim)], 1))
+    score = partial(protocol, schema=CLEVR)
+    scores = score(predicted, target)
+    shuffled = score(predicted[:, torch.randperm(6)], target[:, torch.randperm(6)])
+    padded = score(predicted, torch.cat([target, torch.zeros(30, 4, CLEVR.set_dim)], 1))
     predicted[..., -1] = 5 * predicted[..., -1] - 3  # strictly rising
-    assert scores == shuffled == padded == protocol(predicted, target)
+    assert scores == shuffled == padded == score(predicted, target)
     assert 0 < scores[0.25] < scores[1.0] < 1
-    assert set(protocol(target, target).values()) == {1.0}
-    assert set(protocol(target[:, :0], target).values()) == {0.0}
+    assert set(score(target, target).values()) == {1.0}
+    assert set(score(target[:, :0], target).values()) == {0.0}
 
 
 def test_area_of_the_curve_is_the_average_precision():
@@ -198,7 +200,7 @@ def kinds(*rows):
 def test_report_by_hand():
     target = kinds((0, 0, "a", 1), (4, 0, "b", 1), (9, 9, "b", 1), (0, 0, "a", 0))
     predicted = kinds((4, 3, "a", 0.9), (0, 1, "a", 0.8), (9, 9, "b", 0.1), (5, 5, "a", 0.7))
-    report = attribute_report(predicted, target, torch.tensor([[1, 0, 2, 3]]), schema=TOY)
+    report = attribute_report(predicted, target, torch.tensor([[1, 0, 2, 3]]), thresholds=THRESHOLDS, schema=TOY)
     third, off, none = pytest.approx(1 / 3), pytest.approx(4 / 3), {"mean": 0.0, "median": 0.0, "bias": 0.0}
     within = report.pop("within")
     assert (within["inf"], within["1"]) == (1.0, third)

@@ -152,10 +152,10 @@ def test_objects_are_those_of_the_schema(checkpoint, model, folder, tmp_path, ca
 
 def test_a_broken_image_stops_it_before_anything_is_written(checkpoint, broken, tmp_path):
     out = tmp_path / "predictions.json"
-    out.write_text("from before")
+    out.write_text("[]")
     with pytest.raises(InputError, match=r"2\.png is cut short or damaged .*; repair it or leave it out"):
         run([str(checkpoint), str(broken), "--out", str(out), "--batch-size", "1", "--figures", str(tmp_path / "f")])
-    assert out.read_text() == "from before"
+    assert out.read_text() == "[]"
     assert {path.name for path in tmp_path.iterdir()} == {"predictions.json", "broken"}
 
 
@@ -183,7 +183,7 @@ def test_nothing_left_is_still_valid(checkpoint, folder, tmp_path, ending):
     [
         ("--out .", "--out .*: expected the name of a file, but it is a folder"),
         ("--out p.json --figures taken", "--figures .*: expected a folder, but it is a file"),
-        ("--out p.json --figures p.json", "--figures .*: expected a folder, but it is a file"),
+        ("--out p.json --figures p.json", "--figures .*: --out has this name, too"),
         *((f"--out p.json --threshold={x}", "--threshold: expected a confidence") for x in ("50", "-0.1", "nan")),
     ],
 )

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from setpred.commands.train import build, train
 from setpred.errors import InputError
 from setpred.metrics import AveragePrecision
+from setpred.schema import CLEVR
 from setpred.training import distributed as processes
 from setpred.workers import end_with_parent
 
@@ -220,7 +221,7 @@ def test_every_image_is_validated_once_and_the_scores_are_those_of_one_process(a
         together = [torch.cat(halves) for halves in zip(*parts, strict=True)]
         torch.testing.assert_close(together[0], predicted, rtol=1e-4, atol=1e-5)
         assert torch.equal(together[1], target)
-    metric = AveragePrecision()
+    metric = AveragePrecision(schema=CLEVR)
     metric.update(*together)
     for name, value in metric.compute().items():
         assert two[0]["metrics"][f"val_{name}"] == float(value.float())

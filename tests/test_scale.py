@@ -93,7 +93,7 @@ def test_30000_images_are_scored_as_the_150_that_they_repeat(protocol, twin):
     expected = twin(predicted.tolist(), target.tolist(), (1.0, 0.5), CLEVR)
     assert 0.1 < expected[0.5] < expected[1.0] < 0.9
     many = (each.repeat(times, 1, 1) for each in (predicted, target))
-    assert protocol(*many, thresholds=(1.0, 0.5)) == pytest.approx(expected, rel=1e-12)
+    assert protocol(*many, thresholds=(1.0, 0.5), schema=CLEVR) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("protocol", [protocol for protocol, _ in PROTOCOLS])
@@ -102,14 +102,14 @@ def test_memory_grows_with_the_predictions_not_with_the_pairs(protocol, images, 
     predicted, target = random_sets(images, set_size, noise=0.1)
     assert images * set_size**2 > 2 * PAIRS_AT_ONCE > 2 * images * set_size
     with Largest() as largest:
-        protocol(predicted, target)
+        protocol(predicted, target, schema=CLEVR)
     assert largest.numbers <= PAIRS_AT_ONCE
 
 
 @pytest.mark.parametrize(("protocol", "twin"), PROTOCOLS)
 def test_sets_of_64_are_scored_as_in_loops(protocol, twin):
     predicted, target = random_sets(4, 64, noise=0.1)
-    metric = AveragePrecision(protocol, thresholds=(2.0,))
+    metric = AveragePrecision(protocol, thresholds=(2.0,), schema=CLEVR)
     for start in (0, 1):
         metric.update(predicted[start::2], target[start::2])
     order = [0, 2, 1, 3]

@@ -4,17 +4,20 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.error import URLError
 
 import lightning.pytorch as pl
 import pytest
 import torch
+import torchvision
 import yaml
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from tiny import CONFIG, built, equal, metrics, run
+from tiny import CONFIG, built, equal, metrics, run, set_file
 
 from setpred import files
 from setpred.checkpoint.allowlist import imported
@@ -23,9 +26,12 @@ from setpred.commands import release
 from setpred.commands.evaluate import evaluate
 from setpred.commands.train import check_fit, train
 from setpred.data.dataset import open_data
+from setpred.encoders import ResNetTrunk
 from setpred.errors import InputError
 from setpred.model import unit_images
 from setpred.nn import batch_norms
+from setpred.schema import ElementSchema, categorical, continuous
+from setpred.training import callbacks
 from setpred.training.checkpointing import BestCheckpoint, Interrupted
 from setpred.training.schedules import Constant, StepDecay, WarmupCosine, fitted, planned_steps
 from setpred.training.task import SetPrediction
@@ -209,9 +215,111 @@ def test_a_run_starts_from_the_weights_of_another(finished, tmp_path, tiny_data)
         for ended in (folder, again):
             for name, parameter in load_checkpoint(ended / "last.ckpt").model.named_parameters():
                 torch.testing.assert_close(parameter, theirs[name], rtol=0, atol=1e-6)
-    with pytest.raises(InputError, match=r"do not fit the model: .*size mismatch|do not fit the model: .*key"):
-        run(tmp_path, f"--init={best}", "--model.encoder.init_args.width=6", data=tiny_data, name="other")
+
+
+def test_fine_tuning_takes_what_fits_and_names_the_rest(finished, tmp_path, capsys):
+    """From CLEVR's schema to another: the encoder has the weights of the checkpoint, layers of elements are new."""
+    best = finished / "best.ckpt"
+    theirs = {name.removeprefix("model."): value for name, value in weights(best).items()}
+    cells = ElementSchema("cells", [continuous("radius", 1), categorical("label", "a", "b")], max_objects=4)
+    data = str(set_file(tmp_path / "cells.h5", cells))
+    cli = built(tmp_path, f"--init={best}", "--data", data, "--val", data)
+    fresh = {name: value.clone() for name, value in cli.model.model.state_dict().items()}
+    cli.load_initial_weights()
+    ours = cli.model.model.state_dict()
+    fits = {name for name, value in ours.items() if theirs[name].shape == value.shape}
+    encoder = {name for name in ours if name.startswith("encoder.")}
+    assert encoder <= fits < set(ours)
+    for name, value in ours.items():
+        assert torch.equal(value, (theirs if name in fits else fresh)[name])
+    printed = capsys.readouterr().out
+    assert f"took {len(fits)} of the model's {len(ours)} tensors; others keep their random start: " in printed
+    for name in set(ours) - fits:
+        shapes = ("x".join(map(str, each[name].shape)) for each in (theirs, ours))
+        assert f"{name} ({' against '.join(shapes)})" in printed
+
+
+def test_a_checkpoint_that_fits_nowhere_is_an_error(finished, tmp_path, tiny_data):
+    best, other = finished / "best.ckpt", {"class_path": "torch.nn.Flatten"}
+    mlp = {"class_path": "setpred.decoders.MLPDecoder", "init_args": {"latent_dim": 768, "set_size": 4}}
+    parts = [f"--model.encoder={json.dumps(other)}", f"--model.decoder={json.dumps(mlp)}"]
+    with pytest.raises(InputError, match="expected weights that fit the model, but none"):
+        run(tmp_path, f"--init={best}", *parts, data=tiny_data, name="other")
     assert not (tmp_path / "other").exists()
+
+
+PRETRAINED = {
+    "class_path": "setpred.encoders.SmallCNN",
+    "init_args": {
+        "latent_dim": 16,
+        "trunk": {
+            "class_path": "setpred.encoders.ResNetTrunk",
+            "init_args": {"image_size": 16, "stages": 1, "weights": "IMAGENET1K_V1"},
+        },
+    },
+}
+
+
+def test_pretrained_trunks_are_downloaded_once_at_the_start_of_a_run(tmp_path, tiny_data, monkeypatch):
+    """Not by a resumed run, a checkpoint that is loaded, or `--init` of a trunk."""
+    downloads, resnet = [], torchvision.models.resnet18()
+    weights_of = torchvision.models.ResNet18_Weights
+
+    def download(self, **options):
+        assert options == {"progress": False, "check_hash": True, "weights_only": True}
+        downloads.append(self)
+        return resnet.state_dict()
+
+    monkeypatch.setattr(weights_of, "get_state_dict", download)
+    options = (f"--model.encoder={json.dumps(PRETRAINED)}", "--trainer.max_epochs=1")
+    folder = run(tmp_path, *options, "--model.learning_rate=1e-30", data=tiny_data)
+    assert downloads == [weights_of.IMAGENET1K_V1]
+    trunk = load_checkpoint(folder / "last.ckpt").model.encoder.trunk.eval()
+    resnet.eval()
+    image = torch.rand(2, 3, 16, 16)
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    for place, layer in enumerate((resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool, resnet.layer1)):
+        for name, value in dict(layer.named_parameters()).items():
+            torch.testing.assert_close(dict(trunk[place].named_parameters())[name], value, rtol=0, atol=1e-6)
+    untouched = ResNetTrunk(image_size=16, stages=1).eval()
+    untouched.load_state_dict(trunk.state_dict())  # the normalisation is no weight
+    torch.testing.assert_close(trunk(image), untouched((image - mean) / std))
+    run(tmp_path, *options[:1], "--resume=last", "--trainer.max_epochs=2", data=tiny_data)
+    cli = built(tmp_path, *options, f"--init={folder / 'last.ckpt'}")
+    cli.load_initial_weights()
+    assert len(downloads) == 1
+
+
+def test_pretrained_weights_that_cannot_be_had_are_one_error(tmp_path, tiny_data, monkeypatch):
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "urlopen", lambda *_: (_ for _ in ()).throw(URLError("no network")))
+    options = (f"--model.encoder={json.dumps(PRETRAINED)}", "--trainer.max_epochs=1")
+    with pytest.raises(InputError, match=r"IMAGENET1K_V1 .*no network.*; download https://.* into .*hub/checkpoints"):
+        run(tmp_path, *options, data=tiny_data, name="other")
+    assert not (tmp_path / "other").exists()
+    unknown = options[0].replace("K_V1", "K_V7")
+    with pytest.raises(InputError, match="expected weights IMAGENET1K_V1 for ResNet-18, got 'IMAGENET1K_V7'"):
+        built(tmp_path, unknown)
+
+
+def test_the_last_epoch_is_validated_whatever_the_interval(tmp_path, tiny_data):
+    folder = run(tmp_path, "--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2", data=tiny_data)
+    assert [bool(row["val_loss"]) for row in metrics(folder)] == [False, True, True]
+
+
+def test_a_long_run_states_its_time_once(tmp_path, tiny_data, monkeypatch, capsys):
+    monkeypatch.setattr(callbacks, "TIMED_STEPS", (2, 4))
+    run(tmp_path, "--trainer.max_epochs=1", data=tiny_data)
+    assert "steps/s" not in capsys.readouterr().out  # a short one does not
+    monkeypatch.setattr(callbacks, "NOTABLE_SECONDS", 0.0)
+    run(tmp_path, data=tiny_data)
+    assert len(re.findall(r"about 0 minutes, .*for the other 6 steps at [\d.]+ steps/s", capsys.readouterr().out)) == 1
+
+
+def test_sizes_are_checked_before_scenes_are_rendered(tmp_path):
+    with pytest.raises(InputError, match="encoder takes images of 32x32, the data has 16x16"):
+        run(tmp_path, "--model.encoder.init_args.image_size=32", data=tmp_path / "data")
+    assert not (tmp_path / "data").exists()
 
 
 def test_an_interrupted_run_reports_its_checkpoint(tmp_path, tiny_data, monkeypatch):

@@ -84,7 +84,7 @@ def full_report(tmp_path_factory):
     camera = np.full((9, 3), np.nan)
     camera[1] = NOMINAL_CAMERA.location
     before = dict(mpl.rcParams)
-    given = {"images": pictures(2), "predicted": predicted, "target": target}
+    given = {"images": pictures(2), "predicted": predicted, "target": target, "schema": CLEVR}
     paths = write_report(folder, **given, iterates=descent(predicted, 4), camera=camera)
     assert dict(mpl.rcParams) == before
     return folder, paths
@@ -124,7 +124,7 @@ def test_figures_depend_neither_on_earlier_ones_nor_on_matplotlibrc(full_report,
     skip_drawing("draw_precision_recall", "draw_reliability", "draw_confusion", "draw_distance_errors")
     predicted, target = sets(CLEVR, 9)
     with mpl.rc_context({"text.usetex": True, "font.size": 30, "savefig.dpi": 10, "axes.grid": True}):
-        write_report(tmp_path, images=pictures(1), predicted=predicted, target=target)
+        write_report(tmp_path, images=pictures(1), predicted=predicted, target=target, schema=CLEVR)
     assert {path.name for path in tmp_path.iterdir()} == set(FIGURES) - set(WORLD)
     for path in tmp_path.iterdir():
         assert path.read_bytes() == (full_report[0] / path.name).read_bytes()
@@ -135,7 +135,7 @@ def test_supports_are_reproducible_and_need_a_square_grid(tmp_path, skip_drawing
     predicted, target = sets(CLEVR, 1)
     iterates, messages, drawn = descent(predicted, 3), [], []
     voting = voting_of(iterates)
-    given = {"images": pictures(1), "predicted": predicted, "target": target, "iterates": iterates}
+    given = {"images": pictures(1), "predicted": predicted, "target": target, "iterates": iterates, "schema": CLEVR}
     for number, votes in enumerate((voting, voting, voting._replace(supports=voting.supports.flip(2)))):
         paths = write_report(tmp_path / str(number), voting=votes, **given)
         assert [path.name for path in paths] == [*WORLD, "supports.png", *FIGURES[3:]]
@@ -177,7 +177,7 @@ SCHEMAS = {
     "numbers": ([continuous("at", 1)], ["pictures", "confusion"]),
     "classes": ([categorical("kind", "a", "b", "c")], ["pictures", "distance"]),
     "bare": ([continuous("coords", 3, scale=3.0)], ["confusion"]),
-    "other": ([categorical("shape", "cone", "cube"), continuous("coords", 3), categorical("color", "pink", "red")], []),
+    "other": ([categorical("shape", "cone", "cube"), CLEVR.field("coords"), categorical("color", "pink", "red")], []),
 }
 
 
@@ -208,13 +208,13 @@ def test_corner_cases_are_drawn_without_a_warning(case, tmp_path):
         predicted[..., -1] = 1.0
     if case == "smaller sets and no objects":
         predicted, target = predicted[:1, :2], 0 * target[:1]
-    given = {"images": pictures(len(predicted), 20, 30), "predicted": predicted, "target": target}
+    given = {"images": pictures(len(predicted), 20, 30), "predicted": predicted, "target": target, "schema": CLEVR}
     assert [path.name for path in write_report(tmp_path, iterates=predicted[None], **given)] == FIGURES
 
 
 def test_errors_name_the_argument(tmp_path):
     predicted, target = sets(CLEVR, 2)
-    good = {"images": pictures(2), "predicted": predicted, "target": target}
+    good = {"images": pictures(2), "predicted": predicted, "target": target, "schema": CLEVR}
     for change, message in (
         ({"images": pictures(2).astype(np.float32)}, "expected uint8 images .*, got float32"),
         ({"images": pictures(3)}, "expected 1 to 2 images, .* got 3"),
@@ -298,7 +298,7 @@ def test_comparison_by_hand():
 
 def test_the_area_under_the_drawn_curve_is_the_average_precision(monkeypatch):
     predicted, target = sets(CLEVR, 40, noise=0.2)
-    scores = average_precision(predicted, target)
+    scores = average_precision(predicted, target, schema=CLEVR)
     for threshold, score in scores.items():
         recall, height = _envelope(predicted, target, threshold, CLEVR)
         assert trapezoid(height, recall) == pytest.approx(score, abs=1e-9)
@@ -323,6 +323,6 @@ def test_only_the_first_images_are_drawn(tmp_path, skip_drawing):
     predicted, target = sets(CLEVR, report.PICTURED + 3, set_size=1)
     for count in (report.PICTURED + 3, 2):
         images = torch.from_numpy(pictures(count, 8, 8)).permute(0, 3, 1, 2)  # the layout of a model's input
-        write_report(tmp_path, images=images, predicted=predicted, target=target)
+        write_report(tmp_path, images=images, predicted=predicted, target=target, schema=CLEVR)
         assert len(drawn[0][0]) == min(count, report.PICTURED)
         drawn.clear()

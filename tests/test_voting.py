@@ -188,6 +188,22 @@ def test_absent_tokens_have_no_vote():
     close(model(padded, mask=mask), model(inputs))
 
 
+def test_anchored_votes_are_offsets_from_the_cells_of_the_image():
+    torch.manual_seed(0)
+    trunk = ResidualTrunk(image_size=16, widths=(4, 8), blocks=0)
+    tokens = PositionedTokens(trunk, token_dim=None)
+    plain, anchored = (Votes(tokens, set_dim=DIM, precise=PRECISE, hidden_dim=8, anchored=a) for a in (False, True))
+    anchored.load_state_dict(plain.state_dict())
+    image = torch.rand(2, 3, 16, 16)
+    offsets = (anchored(image) - plain(image)).unflatten(1, (4, 4))  # rows and columns of 4 pixels each
+    line = torch.tensor([2.0, 6.0, 10.0, 14.0]) / 8 - 1  # centres, in the units of positions in an image
+    close(offsets[..., 0], line.expand(2, 4, 4), rtol=0, atol=1e-6)
+    close(offsets[..., 1], line[:, None].expand(2, 4, 4), rtol=0, atol=1e-6)
+    assert (offsets[..., 2:] == 0).all()
+    with pytest.raises(ValueError, match="square map for anchored votes, got 7"):
+        Votes(Elements(set_dim=5), set_dim=DIM, anchored=True)(torch.zeros(1, 7, 5))
+
+
 def test_an_empty_set_has_no_energy_and_no_support():
     features, elements = features_of(), points_of().requires_grad_()
     problem = Problem(features, torch.zeros_like(elements), torch.zeros(BATCH, SIZE, dtype=torch.bool))

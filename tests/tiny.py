@@ -6,12 +6,16 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from setpred.checkpoint.load import KEY, save_checkpoint
 from setpred.commands.train import TrainCLI, build, train
+from setpred.data.hdf5 import Header, Record
+from setpred.data.hdf5_writer import write_set_file
+from setpred.schema import ElementSchema, Field
 
 CONFIG = """
 model:
@@ -89,6 +93,25 @@ def untrained(folder: Path, *arguments: str, name: str = "tiny", data: Path | No
     save_checkpoint(content | {KEY: cli.model.description()}, cli.folder / "best.ckpt")
     (cli.folder / "config.yaml").write_text(cli.parser.dump(cli.config, skip_none=False))
     return cli.folder / "best.ckpt"
+
+
+def set_file(path: Path, schema: ElementSchema, *, images: int = 24, size: int = 16, objects: int = 2) -> Path:
+    """Write a prepared file of random images, each with some objects of a schema, present and of random numbers."""
+    rng = np.random.default_rng(0)
+
+    def value(field: Field) -> object:
+        if field.categorical:
+            return rng.choice(field.classes)
+        return (field.offset + field.scale * rng.uniform(-0.9, 0.9, field.size)).tolist()
+
+    def record(number: int) -> Record:
+        found = [{field.name: value(field) for field in schema.fields} for _ in range(objects)]
+        image = rng.integers(0, 255, (size, size, 3)).astype(np.uint8)
+        return Record(image, schema.encode(found), np.zeros(3), number)
+
+    header = Header(images, size, schema, {"kind": "test"})
+    write_set_file(path, header, range(images), lambda rows: [record(n) for n in rows], producer="a", description="a")
+    return path
 
 
 def clevr_folder(root: Path) -> Path:

@@ -12,6 +12,7 @@ from setpred.aggregators.monoid import LearnableMonoid
 from setpred.aggregators.pma import PMA
 from setpred.aggregators.set_encoder import PairwiseSetEncoder, SetEncoder
 from setpred.aggregators.sum_mean_max import MaxPool, MeanPool, SumPool
+from setpred.nn import record_parts
 
 __all__ = [
     "GIGP",
@@ -31,3 +32,5 @@ __all__ = [
     "SetEncoder",
     "SumPool",
 ]
+
+record_parts(globals())

@@ -2,6 +2,7 @@
 
 import io
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,12 @@ from setpred.schema import LARGEST_SIZE, UNCALIBRATED, Calibration, ElementSchem
 KEY = "setpred"  # entry of a checkpoint that describes its model
 TRAINED = "trained_weights"  # entry of the trained weights where "state_dict" has averages, see `setpred.training.EMA`
 VERSION = 1
+REVISION = 2  # of what the parts compute; an entry of the record, which checkpoints of the first revision lack
+CHANGED = {  # parts that computed something else in the first revision
+    "setpred.decoders.MESH": "MESH clamps its plans at 1 since; train again, the former computation is not available",
+    "setpred.inner.Proximity": "Proximity averages over elements since, instead of summing; a `weight` times the size "
+    "of the sets is the former computation",
+}
 
 
 def build(config: Any, classes: Mapping[str, type]) -> Any:
@@ -115,6 +122,11 @@ def read_checkpoint(path: str | os.PathLike[str], *, finite: bool = True) -> dic
         raise InputError(f"{path} has checkpoint format {version}, expected {VERSION}; use the setpred that wrote it")
     list(leaves(record, str(path)))  # bounds the nesting, also of a release
     record |= {name: moved(record[name]) for name in ("model", "settings") if name in record}
+    if record.get("revision") is None:
+        named = {value for place, value in leaves(record.get("model"), str(path)) if place.endswith("class_path")}
+        for changed in sorted(CHANGED.keys() & named):
+            about = f"{path} is of an earlier setpred and may predict other sets than when it was trained"
+            warnings.warn(f"{about}: {CHANGED[changed]}", stacklevel=2)
     if finite:
         trained = {name: content.get(name) for name in ("state_dict", TRAINED, "optimizer_states")}
         for place, value in leaves(trained, str(path)):

@@ -14,7 +14,7 @@ from setpred.errors import InputError
 from setpred.files import write_atomically
 
 MEGABYTES = 20.0  # largest release by default
-CONFIG = "config.yaml"  # the configuration that train.py writes into a run's folder
+CONFIG = "config.yaml"  # the configuration that `setpred train` writes into a run's folder
 
 
 def export(
@@ -30,7 +30,7 @@ def export(
     paths of this machine either, see `portable`.
 
     Args:
-        checkpoint: a .ckpt of train.py; the `config.yaml` in its folder, if any, becomes NAME.yaml.
+        checkpoint: a .ckpt of `setpred train`; the `config.yaml` in its folder, if any, becomes NAME.yaml.
         out: NAME.safetensors.
         megabytes: the largest file to write, in 10⁶ bytes.
         allow: class paths of your own parts that may be built.

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from setpred.errors import InputError
+from setpred.errors import InputError, nearest
 from setpred.files import write_atomically
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ SHARED_OPTIONS: dict[str, dict[str, Any]] = {
 class Parser(argparse.ArgumentParser):
     """The argument parser of `setpred COMMAND`, which raises `InputError` instead of printing its usage."""
 
-    def __init__(self, command: str, description: str, **arguments: Any) -> None:
-        super().__init__(prog=f"setpred {command}", description=description, allow_abbrev=False, **arguments)
+    def __init__(self, command: str = "", description: str = "", **arguments: Any) -> None:
+        arguments = {"prog": f"setpred {command}"} | arguments  # parsers of subcommands come with their own
+        super().__init__(description=description, allow_abbrev=False, **arguments)
 
     def add_shared(self, *names: str) -> None:
         """Add options that several commands have, by their names in `SHARED_OPTIONS`."""
@@ -43,7 +44,21 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(name, **SHARED_OPTIONS[name])
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+        close = ""
+        if found := re.match(r"unrecognized arguments: (-\S+)", message):
+            close = nearest(found[1].partition("=")[0], _options(self))
+        if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            close = nearest(found[1], re.split(r"'?, '?", found[2].strip("'")))
+        raise InputError(f"{message.removeprefix('argument ')}{close or f'; see {self.prog} --help'}")
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    """The options of a parser and its subcommands."""
+    parsers = [
+        each for action in parser._actions if isinstance(action.choices, dict) for each in action.choices.values()
+    ]
+    own = [name for action in parser._actions for name in action.option_strings]
+    return [*own, *(name for each in parsers for name in _options(each))]
 
 
 def at_least(least: float, kind: type = int) -> Callable[[str], Any]:

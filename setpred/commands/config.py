@@ -17,7 +17,9 @@ from setpred import metrics
 from setpred.checkpoint import allowed_classes, build
 from setpred.checkpoint.allowlist import PART_MODULES, imported, moved, public_parts, torch_modules
 from setpred.checkpoint.untrusted import check_sizes, load_yaml, read_yaml
+from setpred.commands.common import Parser as OptionParser
 from setpred.commands.linking import fill_sizes
+from setpred.commands.mistyped import explained, similar_class
 from setpred.data import toy
 from setpred.errors import InputError
 
@@ -25,6 +27,7 @@ MODE = "plain-yaml"  # our parser mode of jsonargparse
 ALLOWED = [  # besides the parts; none of Lightning's loads a file, or calls a function that is not allowed itself
     f"{module}.{name}"
     for module, names in {
+        "setpred.data.augmentation": "Augmentation",
         "setpred.data.datamodule": "RenderedScenes SetDataModule",
         "setpred.data.streamed": "StreamedScenes",
         "setpred.schema": "CLEVR ElementSchema Field",
@@ -44,34 +47,61 @@ CLASS_PATH = re.compile(r"(?<![\w./-])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*\.[A-Z]\w*(
 
 
 class Parser(LightningArgumentParser):
-    """A parser that takes a model's sizes from its data, raises `InputError` for a denied class path, and shortens
-    messages that quote long values."""
+    """A parser that takes a model's sizes from its data, and raises `InputError` of one line for all mistakes."""
 
     def validate(self, config: Any, **options: Any) -> None:
         fill_sizes(config)
         super().validate(config, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        error: BaseException | None = ex
-        while self.exit_on_error and error is not None:  # a later error may hide it
+        if not self.exit_on_error:
+            super().error(message, ex)
+        for error in chain(ex):
             if found := DENIED.search(str(error)):
                 raise InputError(
                     f"{found[1]} is no public part of setpred, layer of torch or allowed class of Lightning; correct "
                     f"a mistyped path, or add --allow {found[1]} if you trust it"
+                    f"{similar_class(found[1], allowed())}"
                 ) from error
-            error = error.__cause__ or error.__context__
-        lines = (line if len(line) <= 300 else f"{line[:260]} ... {line[-35:]}" for line in message.splitlines()[:30])
-        super().error("\n".join(lines), ex)
+            if isinstance(error, InputError):
+                raise error
+        keys = [key for key in self.get_defaults(skip_validation=True).keys() if not key.startswith("__")]  # noqa: SIM118
+        raise InputError(explained(message, keys, allowed())) from ex
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that led to it, which later ones may hide."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def allowed() -> dict[str, Any]:
+    """The classes and functions that a configuration may name without `--allow`, by path."""
+    return {**public_parts(*PART_MODULES, metrics, toy), **torch_modules(), **imported(ALLOWED)}
 
 
 def allowed_paths() -> set[str]:
     """The class paths that a configuration may name without `--allow`."""
-    return {*public_parts(*PART_MODULES, metrics, toy), *torch_modules(), *imported(ALLOWED)}
+    return set(allowed())
+
+
+def home_expanded(value: Any) -> Any:
+    """Replace a leading ~ of texts by the home folder, within dictionaries and lists: shells do so only before words.
+
+    >>> home_expanded({"name": "a~b", "epochs": [1]})
+    {'name': 'a~b', 'epochs': [1]}
+    """
+    if isinstance(value, dict):
+        return {key: home_expanded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [home_expanded(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
 def split_allow(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split the paths of `--allow` from other arguments; files set options of the parser, but must not set this."""
-    parser = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
+    parser = OptionParser("train", "", add_help=False)
     parser.add_argument("--allow", action="append", default=[], metavar="PACKAGE.CLASS")
     options, rest = parser.parse_known_args(list(arguments))
     return options.allow, rest
@@ -107,7 +137,7 @@ def guarded(arguments: Sequence[str], allow: Sequence[str] = ()) -> Iterator[Non
     paths = {*allowed_paths(), *imported(allow), *_typed_classes(arguments)}
     paths = {path for path in paths if path.partition(".")[0] != "jsonargparse" and "<" not in path}
     before = dict(parsing_settings)
-    jsonargparse.set_loader(MODE, lambda text: moved(load_yaml(text)), (yaml.YAMLError,))
+    jsonargparse.set_loader(MODE, lambda text: moved(home_expanded(load_yaml(text))), (yaml.YAMLError,))
     jsonargparse.set_parsing_settings(
         import_path_denylist=["*"], import_path_allowlist=sorted(paths), config_read_mode_fsspec_enabled=False
     )

@@ -1,12 +1,12 @@
 """`python -m setpred data`: prepare a CLEVR folder, render built-in scenes, verify and describe the files."""
 
-import argparse
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from setpred.commands.common import exit_code
+from setpred.commands.common import Parser, exit_code
+from setpred.commands.outputs import check_outputs
 from setpred.errors import InputError
 from setpred.workers import available_cores
 
@@ -14,9 +14,12 @@ from setpred.workers import available_cores
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `setpred data`; return the exit status."""
     stop_as_on_ctrl_c()
-    options = vars(_parser().parse_args(arguments))
-    run: Callable[..., None] = options.pop("run")
-    return exit_code(lambda: run(**options), interrupted="interrupted; run the same command again to resume")
+
+    def run() -> None:
+        options = vars(_parser().parse_args(arguments))
+        options.pop("run")(**options)
+
+    return exit_code(run, interrupted="interrupted; run the same command again to resume")
 
 
 def stop_as_on_ctrl_c() -> None:
@@ -29,18 +32,21 @@ def stop_as_on_ctrl_c() -> None:
 def _prepare(out: Path, **options: Any) -> None:
     from setpred.data.clevr import prepare_file
 
+    check_outputs({"--out": out}, streams=False)
     print(f"{out}: complete, sha256 {prepare_file(out, **options)}")
 
 
 def _render(out: Path, **options: Any) -> None:
     from setpred.data.scenes import render_file
 
+    check_outputs({"--out": out}, streams=False)
     print(f"{out}: complete, sha256 {render_file(out, **options)}")
 
 
 def _render_folder(out: Path, **options: Any) -> None:
     from setpred.data.scenes import render_folder
 
+    check_outputs({}, {"--out": out})
     render_folder(out, **options)
     print(f"{out}: split {options['split']} complete, {options['images']} images")
 
@@ -51,6 +57,8 @@ def _compare(json: Path | None, **options: Any) -> None:
     from setpred.data.fidelity import HEADER, compare, mean
     from setpred.files import write_atomically
 
+    pictures = [options["root"] / "images" / options["split"] / "*"]
+    check_outputs({"--json": json}, {"--pictures": options["pictures"]}, pictures=pictures)
     rows = []
     for row in compare(**options):
         print(row.line() if rows else f"{HEADER}\n{row.line()}", flush=True)
@@ -79,6 +87,7 @@ def _import(
     given = [name for name, source in (("--csv", csv), ("--coco", coco), ("--npz", npz)) if source is not None]
     if len(given) != 1:
         raise InputError(f"expected one of --csv, --coco and --npz, got {' and '.join(given) or 'none'}")
+    check_outputs({"--out": out}, inputs=[csv, coco, npz, schema], streams=False)
     described = schema is not None and schema.suffix.lower() in (".yaml", ".yml")
     header = None if schema is None or described else file_header(schema)
     options["schema"] = None if header is None else header.schema
@@ -89,18 +98,23 @@ def _import(
         if unused := [name for name, value in unused.items() if value]:
             raise InputError(f"{unused[0]}: expected --csv or --coco with it, got --npz; leave it out")
         import_arrays(npz, out, inputs=None if header is None else header.inputs, **options)
-    else:
-        from setpred.data.importing import import_images, possible_classes, read_coco, read_csv
-        from setpred.data.overrides import Overrides
+        print(describe(out))
+        return
 
-        if images is None:
-            raise InputError(f"{given[0]}: expected the folder of the images with it; pass --images FOLDER")
-        table = read_csv(csv, categorical=categorical) if csv is not None else read_coco(coco)
-        if described:
-            content = read_yaml(schema, "a schema with name, max_objects or fields")
-            options["overrides"] = Overrides.of(content, str(schema))
-        import_images(table, images, out, xy=xy, workers=workers, **options)
+    from setpred.data.importing import CONFIDENCE, import_images, possible_classes, read_coco, read_csv
+    from setpred.data.overrides import Overrides
+
+    if images is None:
+        raise InputError(f"{given[0]}: expected the folder of the images with it; pass --images FOLDER")
+    table = read_csv(csv, categorical=categorical) if csv is not None else read_coco(coco)
+    if described:
+        content = read_yaml(schema, "a schema with name, max_objects or fields")
+        options["overrides"] = Overrides.of(content, str(schema))
+    import_images(table, images, out, xy=xy, workers=workers, **options)
     print(describe(out))
+    for name in table.left_out:
+        why = "is of predictions" if name == CONFIDENCE else "numbers the rows"
+        print(f"\nleft out the column {name!r}, which {why}; --categorical {name!r} makes classes of it")
     numbered = possible_classes(table) if csv is not None and schema is None else {}
     for column, count in numbered.items():
         print(f"\n{column} has {count} different whole numbers; pass --categorical {column} if they are classes")
@@ -119,10 +133,10 @@ def _info(file: Path) -> None:
     print(describe(file))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="setpred data",
-        description="Make, check and describe the HDF5 files of inputs and object sets that setpred learns from.",
+def _parser() -> Parser:
+    parser = Parser(
+        "data",
+        "Make, check and describe the HDF5 files of inputs and object sets that setpred learns from.",
         epilog="Files appear under their name only when complete; an interrupted command, run again, resumes.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -10,6 +10,7 @@ import torch
 from setpred.checkpoint.load import load_checkpoint, read_checkpoint, training_iterations, training_loss
 from setpred.commands.common import Parser, at_least, choose_device, exit_code, write_json
 from setpred.commands.evaluate import open_validation_data
+from setpred.commands.outputs import check_outputs
 from setpred.inner import Implicit
 from setpred.inner.diagnostics import OWN, compare_gradients
 from setpred.model import inputs_of
@@ -142,6 +143,7 @@ def check(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     loaded.require_schema(options.checkpoint)
     loss = training_loss(content, options.allow)
     data = open_validation_data(loaded, options, set_size=getattr(loaded.model.decoder, "set_size", None))
+    check_outputs({"--json": options.json}, inputs=[options.checkpoint, options.data or loaded.data["path"]])
     device = choose_device(options.device)
     batch = data.__getitems__(range(len(data)))
     model = loaded.model.to(device)

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import Namespace
 
 from setpred.checkpoint.untrusted import read_yaml
 from setpred.data.datamodule import DataSizes, SetDataModule
-from setpred.data.hdf5 import InputSets, file_header
+from setpred.data.hdf5 import InputSets, file_header, open_set_file, read_sets
 from setpred.errors import InputError
 from setpred.schema import ElementSchema
 from setpred.training.task import SCHEMAS
@@ -24,8 +25,9 @@ BATCH = 32
 MOST_EPOCHS = 200
 WINDOWS = 32  # of a long vector, about
 VECTOR_TOKENS = 16  # of a short one
-SET_WEIGHT = 20  # of positions, which the inputs of sets state more precisely than an image does
+SET_WEIGHT = 20.0  # of positions, which the inputs of sets state more precisely than an image does
 SET_LEARNING_RATE = 1e-3  # transformer layers diverge at the quickstart's
+LEAST_WEIGHT = 8.0  # of positions in the energy: the quickstart's, for objects that are far apart or differ in class
 
 
 def fill_sizes(config: Namespace) -> None:
@@ -78,6 +80,23 @@ def precise(sizes: DataSizes) -> int:
     return count
 
 
+def spacing(path: str | os.PathLike[str], images: int = 500) -> float | None:
+    """Median distance from an object to the nearest other one in its image, in stored units; None without pairs.
+
+    Args:
+        images: how many images of the prepared file to read at most, evenly spread.
+    """
+    header = file_header(path)
+    with open_set_file(path) as file:
+        sets = read_sets(file, header, path).elements
+    nearest = []
+    for elements in sets[:: -(-len(sets) // images)]:
+        places = torch.from_numpy(elements[elements[:, -1] > 0.5][:, header.schema.slice("coords")])
+        if len(places) > 1:
+            nearest.append(torch.cdist(places, places).fill_diagonal_(math.inf).amin(1))
+    return float(torch.cat(nearest).median()) if nearest else None
+
+
 def _fill(value: Any, known: dict[str, Any]) -> None:
     if isinstance(value, list | tuple):
         for item in value:
@@ -99,31 +118,41 @@ def _fill(value: Any, known: dict[str, Any]) -> None:
 def expanded_data(arguments: Sequence[str], default: Path) -> list[str]:
     """Expand `--data FILE.h5 --val FILE.h5` to options of a data module and, without `--config`, to a default model.
 
+    Configurations come first, so that all other options override them, wherever they are.
+
     Raises:
         InputError: no `--val`; a file that cannot be read.
     """
-    arguments = list(arguments)
+    configs, arguments = _configs_and_rest(arguments)
     train, val = (_taken(arguments, name) for name in ("--data", "--val"))
     if train is None:
         if val is not None:
             raise InputError("--val: expected --data FILE.h5 with it, got none; give both")
-        return arguments
+        return [*configs, *arguments]
     if val is None:
         raise InputError(f"--data {train}: expected validation data with it; pass --val FILE.h5")
     for path in (train, val):
         file_header(os.path.expanduser(path))  # raises for a missing or damaged file
     module = {"class_path": "setpred.data.datamodule.SetDataModule", "init_args": {"train": train, "val": val}}
-    if ends := [
-        place + (1 if "=" in argument else 2)
-        for place, argument in enumerate(arguments)
-        if argument.partition("=")[0] in ("-c", "--config")
-    ]:  # after the last configuration, whose data would override these
+    if configs:
         given = [f"--data={module['class_path']}", f"--data.init_args.train={train}", f"--data.init_args.val={val}"]
         given += [f"--data.init_args.{name}=null" for name in ("image_size", "set_size")]  # those of the files
-        return [*arguments[: ends[-1]], *given, *arguments[ends[-1] :]]
+        return [*configs, *given, *arguments]
     if not any(argument.partition("=")[0] == "--name" for argument in arguments):
         arguments += ["--name", Path(train).stem]
     return ["--config", yaml.safe_dump(default_configuration(default, module), sort_keys=False), *arguments]
+
+
+def _configs_and_rest(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split the options `--config FILE` from the other arguments."""
+    configs: list[str] = []
+    rest: list[str] = []
+    waiting = False  # for the file of the option before
+    for argument in arguments:
+        named = argument.partition("=")[0] in ("-c", "--config")
+        (configs if named or waiting else rest).append(argument)
+        waiting = named and "=" not in argument
+    return configs, rest
 
 
 def _taken(arguments: list[str], name: str) -> str | None:
@@ -171,14 +200,19 @@ def default_configuration(path: Path, module: dict[str, Any]) -> dict[str, Any]:
         config["model"]["learning_rate"] = SET_LEARNING_RATE
     elif sizes.image_size > 64:
         trunk["widths"] = [16, 32, 48]  # one stage more: 16 x 16 tokens of 128 x 128 pixels
-        trunk["blocks"] = 1
     encoder["precise"] = decoder["objective"]["init_args"]["precise"] = head
-    weights = [8 if sizes.inputs is None else SET_WEIGHT] * head
-    decoder["objective"]["init_args"]["weights"] = decoder["start"]["init_args"]["weights"] = weights
     places = {"coords", "extent", *sizes.schema.in_pixels}
+    weight = LEAST_WEIGHT if sizes.inputs is None else SET_WEIGHT
     names = [field.name for field in sizes.schema.fields if field.name in places]
     loss = config["model"]["loss"]["init_args"]
-    loss["weights"], loss["beta"] = dict.fromkeys(names, 0.3), dict.fromkeys(names, 0.05)
+    in_image = sizes.schema.side is not None and sizes.schema.slice("coords").start == 0
+    if in_image:  # votes are offsets, and where nothing is they may point anywhere
+        encoder["anchored"], loss["only_present"] = True, names
+        if (apart := spacing(module["init_args"]["train"])) is not None:  # elements compete over half this distance
+            weight = max(weight, float(f"{4 / max(apart, 0.01) ** 2:.2g}"))
+    decoder["objective"]["init_args"]["weights"] = decoder["start"]["init_args"]["weights"] = [weight] * head
+    loss["weights"] = dict.fromkeys(names, 2.0 if in_image else 0.3)
+    loss["beta"] = dict.fromkeys(names, 0.05)
     batch = min(BATCH, sizes.images)
     epochs = math.ceil(DEFAULT_STEPS / max(1, sizes.images // batch))
     config["data"] = {**module, "init_args": {**module["init_args"], "batch_size": batch, "eval_batch_size": 64}}

@@ -8,6 +8,7 @@ from setpred.checkpoint.load import load_checkpoint
 from setpred.checkpoint.release import CONFIG, MEGABYTES, export
 from setpred.checkpoint.torch_export import export_program
 from setpred.commands.common import Parser, exit_code
+from setpred.commands.outputs import check_outputs
 from setpred.errors import InputError
 from setpred.files import write_atomically
 
@@ -46,6 +47,10 @@ def release(options: argparse.Namespace) -> None:
     """Write what the options ask for, and print the files; see `export` and `export_program`."""
     if options.out is None and options.export is None:
         raise InputError("nothing to write; give --out NAME.safetensors or --export NAME.pt2")
+    check_outputs(
+        {"--out": options.out, "--export": options.export},
+        inputs=[options.checkpoint, Path(options.checkpoint).with_name(CONFIG)],
+    )
     if options.export is not None and options.export.suffix != PROGRAM_SUFFIX:
         raise InputError(f"--export {options.export}: expected a name that ends in {PROGRAM_SUFFIX}")
     written = []

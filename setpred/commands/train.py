@@ -1,32 +1,13 @@
-"""Train a set predictor: `setpred train`, also `python train.py`.
+"""Train a set predictor: `setpred train`, also `python train.py`."""
 
-usage: setpred train [--config FILE] [--name NAME] [--resume last] [--KEY.KEY VALUE ...]
-
-  --config FILE          configuration, repeatable, later files override earlier ones (default: the quickstart)
-  --KEY.KEY VALUE        override any key of the configuration, such as --trainer.max_epochs 3, --model.learning_rate
-                         1e-3 or --data.init_args.batch_size 64
-  --data FILE.h5         prepared training data, with --val FILE.h5 as validation data: they give the schema, the sizes
-                         and, without --config, a default model
-  --name NAME            name of the run (default: that of the configuration)
-  --runs FOLDER          folder of all runs (default: checkpoints)
-  --resume last          continue the run NAME; or the path of a checkpoint; auto: last if it exists, else a new run
-  --init CHECKPOINT      start a new run from these weights (fine-tuning); the model must have the same parts
-  --save_minutes M       write last.ckpt at least every M minutes within an epoch (default: 10; 0: after every step)
-  --allow PACKAGE.CLASS  a class of your own that a configuration may name; repeatable
-  --print_config         print every key with its value, and exit
-  --data.help CLASS      describe the arguments of a class; so do --model.encoder.help, --model.decoder.help, ...
-  --help_all             describe every key (3,000 lines)
-
-The run's folder gets best.ckpt, last.ckpt, config.yaml and metrics.csv. Configurations are in configs/.
-"""
-
-import argparse
 import importlib.util
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -38,25 +19,71 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 
 from setpred.checkpoint import load as checkpoint
 from setpred.checkpoint.load import read_checkpoint
+from setpred.commands.common import Parser as OptionParser
 from setpred.commands.common import exit_code
-from setpred.commands.config import MODE, Parser, differences, guarded, plain, require_room, split_allow, without
-from setpred.commands.linking import expanded_data
-from setpred.errors import InputError, located, reason
+from setpred.commands.config import MODE, Parser, chain, differences, guarded, plain, require_room, split_allow, without
+from setpred.commands.linking import data_sizes, expanded_data
+from setpred.commands.mistyped import in_full
+from setpred.data.datamodule import BuiltInScenes, SetDataModule
+from setpred.data.hdf5 import stated_digest
+from setpred.errors import InputError, listed, located, reason
 from setpred.files import make_folder, remove_leftovers, write_atomically
 from setpred.training import distributed as processes
-from setpred.training.callbacks import DataWaiting, EpochLines, MetricsFile, ResidualGrowth, SkippedSteps, TrainLoss
+from setpred.training.callbacks import (
+    DataWaiting,
+    EpochLines,
+    FinalValidation,
+    MetricsFile,
+    ResidualGrowth,
+    SkippedSteps,
+    TrainLoss,
+)
 from setpred.training.checkpointing import AtomicCheckpointIO, BestCheckpoint, Interrupted, LastCheckpoint
 from setpred.training.mixed_precision import training_precision
 from setpred.training.run_folder import earlier_run_aside, newest_checkpoint, run_lock
 from setpred.training.statistics import HASTY_IMAGES, STATISTICS_IMAGES
 from setpred.training.task import SetPrediction
 
+HELP = """\
+usage: setpred train --data train.h5 --val val.h5 [options]
+       setpred train --config FILE.yaml [options]
+       setpred train --config FILE.yaml --resume last [options]
+
+Train a set predictor: a default model on your own data, made by `setpred data import`; or the model
+and the data of a configuration, such as those in configs/. The third form continues a run. Without
+data and configuration, the quickstart trains on built-in scenes.
+
+  --data FILE.h5         training data; they give the schema and all sizes
+  --val FILE.h5          validation data, of the same schema
+  --config FILE.yaml     configuration; repeatable, later files override earlier ones
+  --name NAME            name of the run (default: that of the data or the configuration)
+  --runs FOLDER          folder of all runs (default: checkpoints)
+  --resume last          continue the run NAME, or the checkpoint of a path; auto: only if there is one
+  --init CHECKPOINT      start from the weights of a checkpoint or release that fit (fine-tuning)
+  --epochs N             passes over the training data (--trainer.max_epochs)
+  --batch_size N         examples of a step (--data.init_args.batch_size)
+  --lr X                 largest learning rate (--model.learning_rate)
+  --seed N               seed of weights and order (--seed_everything)
+  --save_minutes M       save last.ckpt at least every M minutes (default: 10; 0: after every step)
+  --allow PACKAGE.CLASS  trust a class of your own that a configuration names; repeatable
+  --KEY.KEY VALUE        override a key of the configuration, such as --trainer.devices 2,
+                         --model.weight_decay 0.01 or --data.init_args.augment.flip true
+
+More: --print_config prints every key with its value and exits. `setpred parts` lists encoders,
+decoders, losses and other parts, `setpred parts NAME` describes one. --help_all describes every key
+of the trainer, too (3,000 lines).
+
+The run's folder gets best.ckpt, last.ckpt, config.yaml and metrics.csv; `setpred
+evaluate` and `setpred predict` take the checkpoints. docs/own_data.md and docs/training.md say more."""
+
 QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 CHECKPOINTS = Path("checkpoints")
+# begin of messages that the parser wraps around the error of a part
+OF_PARSER = re.compile("Does not validate|Problem with given class_path|Parser key")
 NEWEST = ("last", "auto")  # values of --resume that are no paths
 IGNORED_WARNINGS = (
     "LightningCLI's args parameter",
@@ -113,7 +140,10 @@ class TrainCLI(LightningCLI):
                 f"{found} is of another model than asked for: {'; '.join(changes[:5])}; "
                 "resume with the configuration it was trained with"
             )
-        if changes := differences(saved.get("settings") or {}, self.model.settings):
+        before, now = saved.get("settings") or {}, self.model.settings
+        if "content" not in before:  # of an earlier version
+            now = without(now, "content")
+        if changes := differences(before, now):
             self.say("resumed with other settings: " + "; ".join(changes))
         epochs = self.trainer.max_epochs
         if epochs not in (None, -1) and "loops" in content:
@@ -123,18 +153,22 @@ class TrainCLI(LightningCLI):
         return found
 
     def load_initial_weights(self) -> None:
-        """Load the weights of `--init`, if given; raise `InputError` if they do not fit the model."""
-        if self.config.init is None:
-            return
-        state, prefix = read_checkpoint(self.config.init)["state_dict"], "model."
-        weights = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
-        try:
-            self.model.model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise InputError(
-                f"--init {self.config.init}: its weights do not fit the model: {reason(error)[:300]}; use a "
-                "configuration with the same parts"
-            ) from error
+        """Load the weights of `--init` that fit the model, and those of pretrained trunks that it leaves.
+
+        Prints which weights keep their random start.
+
+        Raises:
+            InputError: none fit; pretrained weights that cannot be downloaded.
+        """
+        model, taken = self.model.model, set()
+        if self.config.init is not None:
+            state, prefix = read_checkpoint(self.config.init)["state_dict"], "model."
+            given = {name.removeprefix(prefix): state[name] for name in state if name.startswith(prefix)}
+            taken, sentence = load_fitting(model, given, str(self.config.init))
+            self.say(sentence)
+        for name, part in model.named_modules():
+            if hasattr(part, "load_pretrained") and not any(each.startswith(f"{name}.") for each in taken):
+                part.load_pretrained()
 
     def say(self, sentence: str) -> None:
         """Print a sentence, from the first process only."""
@@ -151,7 +185,8 @@ class TrainCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except Exception as error:  # a part can raise any exception for its arguments
-            raise InputError(f"the configuration cannot be built: {str(error) or type(error).__name__}") from error
+            of_part = next((each for each in chain(error) if not OF_PARSER.match(str(each))), error)
+            raise InputError(f"the configuration cannot be built: {str(of_part) or type(of_part).__name__}") from error
 
     def instantiate_trainer(self, **arguments: Any) -> pl.Trainer:
         options, given = self.config.trainer, self.config_init.trainer
@@ -174,6 +209,7 @@ class TrainCLI(LightningCLI):
             BestCheckpoint(self.folder, self.model.monitor, self.model.mode),
             LastCheckpoint(self.folder / "last.ckpt", minutes=self.config.save_minutes),
             EpochLines(),
+            FinalValidation(),
             *([TQDMProgressBar(leave=False)] if terminal else []),
         ]
         logger = given.logger
@@ -204,11 +240,47 @@ class TrainCLI(LightningCLI):
         module.seed = int(self.config.seed_everything or 0)
         if getattr(data, "seed", 0) is None:
             data.seed = module.seed
-        size = getattr(data, "image_size", None) or getattr(module.model.encoder, "image_size", None)
-        path, split = getattr(data, "val_path", None), getattr(data, "val_split", None)
-        module.data_description = {"path": path, "split": split, "image_size": size}
-        if (sets := getattr(data, "inputs", None)) is not None:
-            module.data_description["input_size"] = sets.most
+        module.describe_data(data)
+        if files := data_digests(data):
+            module.settings["content"] = files
+
+
+def data_digests(data: pl.LightningDataModule) -> dict[str, str]:
+    """SHA-256 of the content of the prepared files that a `SetDataModule` names; other data follow from settings."""
+    if not isinstance(data, SetDataModule):
+        return {}
+    paths = {"train": data.train_path, "val": data.val_path}
+    digests = {name: stated_digest(path) for name, path in paths.items() if path is not None}
+    return {name: digest for name, digest in digests.items() if digest is not None}
+
+
+def load_fitting(model: nn.Module, given: Mapping[str, Tensor], path: str) -> tuple[set[str], str]:
+    """Load the weights whose names and shapes fit a model; return their names, and a sentence about the others.
+
+    Raises:
+        InputError: no matrix or kernel fits.
+    """
+    own = model.state_dict()
+    taken = {name for name, value in given.items() if name in own and own[name].shape == value.shape}
+    if not any(own[name].ndim > 1 for name in taken):
+        raise InputError(
+            f"--init {path}: expected weights that fit the model, but none has the name and shape of one of its; use a "
+            "configuration with the same parts, such as the config.yaml in the checkpoint's folder"
+        )
+    model.load_state_dict({name: given[name] for name in taken}, strict=False)
+    rest = [
+        name + (f" ({_shape(given[name])} against {_shape(own[name])})" if name in given else "")
+        for name in own
+        if name not in taken
+    ]
+    unused = len(set(given) - set(own))
+    sentence = f"--init {path}: took {len(taken)} of the model's {len(own)} tensors"
+    sentence += f"; others keep their random start: {listed(rest)}" if rest else ""
+    return taken, sentence + (f"; {unused} of the checkpoint have no place in it" if unused else "")
+
+
+def _shape(value: Tensor) -> str:
+    return "x".join(map(str, value.shape)) or "a number"
 
 
 def check_fit(cli: TrainCLI) -> None:
@@ -218,6 +290,7 @@ def check_fit(cli: TrainCLI) -> None:
         InputError: they differ, or the model cannot predict.
     """
     encoder, data, train_data = cli.model.model.encoder, cli.datamodule, getattr(cli.datamodule, "train_data", None)
+    examples = data_sizes(cli.config.data) if train_data is None else train_data  # None before scenes are rendered
     sets, has = getattr(data, "inputs", None), getattr(data, "input_dim", None) is not None
     kinds, takes = ("images", "sets"), cli.model.model.takes_sets
     if takes != has:
@@ -225,18 +298,13 @@ def check_fit(cli: TrainCLI) -> None:
             f"the encoder {type(encoder).__name__} takes {kinds[takes]}, the data {type(data).__name__} has "
             f"{kinds[has]}; give both of one kind"
         )
-    ours, theirs = cli.model.schema, getattr(data, "schema", None)
-    if None not in (ours, theirs) and ours.fields != theirs.fields:  # also of the same length, in other units
-        raise InputError(
-            f"the model is of schema {ours.name!r}, the data of {theirs.name!r}: {ours.differences(theirs)}; give "
-            "model.schema the schema of the data"
-        )
-    sizes = (
+    cli.model.check_schema(data)
+    compared = (
         ("encoder takes elements of {} numbers", "elements of {}", "in_dim", getattr(data, "input_dim", None)),
         ("encoder takes images of {0}x{0}", "{0}x{0}", "image_size", getattr(data, "image_size", None)),
-        ("decoder predicts sets of {}", "sets of {}", "set_size", getattr(train_data, "set_size", None)),
+        ("decoder predicts sets of {}", "sets of {}", "set_size", getattr(examples, "set_size", None)),
     )
-    for of_model, of_data, name, size in sizes:
+    for of_model, of_data, name, size in compared:
         part = of_model.split()[0]
         if None not in (own := getattr(getattr(cli.model.model, part), name, None), size) and own != size:
             raise InputError(
@@ -302,7 +370,7 @@ def quiet() -> None:
 
 def default_config(arguments: list[str]) -> list[str]:
     """Return the `--config` to add: none if given, else that of a resumed checkpoint's folder, else the quickstart."""
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early = OptionParser("train", "", add_help=False)
     early.add_argument("-c", "--config")
     early.add_argument("--resume", default="last")
     found = early.parse_known_args(arguments)[0]
@@ -318,7 +386,7 @@ def build(arguments: list[str]) -> TrainCLI:
     Raises:
         InputError: a configuration that cannot be built, or that names classes outside the list, see `guarded`.
     """
-    allow, arguments = split_allow(arguments)
+    allow, arguments = split_allow(in_full(arguments))
     arguments = expanded_data(arguments, QUICKSTART)
     arguments = [*default_config(arguments), *arguments]
     quiet()
@@ -380,10 +448,14 @@ def train(arguments: list[str] | None = None) -> Path:
 
 
 def prepare_data(cli: TrainCLI) -> None:
-    """Render or read the data; raise `InputError` if they do not fit the model."""
+    """Render or read the data; raise `InputError` if they do not fit the model, before they are rendered."""
+    rendered = isinstance(cli.datamodule, BuiltInScenes)
+    if rendered:
+        check_fit(cli)
     cli.datamodule.prepare_data()
     cli.datamodule.setup("fit")
-    check_fit(cli)
+    if not rendered:
+        check_fit(cli)
 
 
 def fit(cli: TrainCLI, resume: Path | None) -> None:
@@ -407,9 +479,9 @@ def fit(cli: TrainCLI, resume: Path | None) -> None:
 def main() -> int:
     """Run `setpred train`; return the exit status."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(__doc__)
+        print(HELP)
         return 0
-    sys.argv = ["--help" if word == "--help_all" else word for word in sys.argv]
+    sys.argv = ["--help" if word in ("--help_all", "--help-all") else word for word in sys.argv]
     try:
         return exit_code(lambda: train() and None, interrupted="interrupted")
     except Interrupted as stopped:

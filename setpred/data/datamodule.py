@@ -16,7 +16,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 import setpred
-from setpred.data.dataset import ClevrImages, SetFile, as_batch, fitting_workers, open_data
+from setpred.data.augmentation import Augmentation
+from setpred.data.dataset import Batch, ClevrImages, SetFile, as_batch, fitting_workers, open_data
 from setpred.data.hdf5 import Header, InputSets, file_header
 from setpred.data.loading import EpochOrder, EpochPermutation, training_loader, validation_loader
 from setpred.data.scenes import render_records, rendered_header
@@ -29,6 +30,7 @@ InMemory = bool | Literal["device"] | None
 
 LONGEST_WAIT = 24 * 3600.0  # seconds, for another process that renders a file
 FOLDER_SIZE = 128  # side of the images of a CLEVR folder, by default
+AUGMENT = "augment"  # entry of a batch that is to be augmented
 VALIDATION_SEED = 1_000_000  # added to the seed of the training scenes: no training seed comes near
 
 
@@ -76,6 +78,11 @@ class SetData(LightningDataModule, ABC):
         return validation_loader(self.val_data, self.eval_batch_size, self.trainer, **self.reading(self.val_data))
 
 
+def to_augment(batch: Batch) -> dict[str, Any]:
+    """Mark a batch of the training loader, apart from the same examples for batch statistics."""
+    return batch | {AUGMENT: True}
+
+
 def _check_least(values: dict[str, tuple[int | None, int]]) -> None:
     for name, (value, least) in values.items():
         if value is not None and value < least:
@@ -91,7 +98,11 @@ class ImageData(SetData):
         num_workers: processes that read; 0 suits files in memory, and is what a set in a GPU's memory gets.
         in_memory: keep a file's images in memory; None does so under 2 GB. "device" keeps them as uint8 in the memory
             of the device that trains, to which only the numbers of a batch's images are sent.
+        augment: random changes of the training images, whose objects move with them; none by default.
         arguments: those of `SetData`.
+
+    Raises:
+        InputError: an argument out of range; on `setup`, objects that cannot follow the changes of `augment`.
     """
 
     schema = CLEVR
@@ -105,10 +116,12 @@ class ImageData(SetData):
         set_size: int | None = None,
         num_workers: int = 0,
         in_memory: InMemory = None,
+        augment: Augmentation | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         _check_least({"image_size": (image_size, 1), "num_workers": (num_workers, 0)})
+        self.augment = augment
         self.image_size, self.set_size = image_size, set_size
         self.num_workers, self.in_memory = num_workers, in_memory
 
@@ -120,7 +133,7 @@ class ImageData(SetData):
         if on_device and not isinstance(data, SetFile):
             raise InputError(
                 f'in_memory "device" is for prepared files, and {path} is a folder; make a file of it with '
-                "python -m setpred data prepare, or leave in_memory out"
+                "`setpred data prepare`, or leave in_memory out"
             )
         return data
 
@@ -131,12 +144,33 @@ class ImageData(SetData):
         there = isinstance(data, SetFile) and self.in_memory == "device" and device.type != "cpu"
         # workers cannot read a GPU's memory
         workers = 0 if there else fitting_workers(self.num_workers, data, max(self.batch_size, self.eval_batch_size))
-        return super().reading(data) | {
-            "num_workers": workers,
-            "persistent_workers": workers > 0,
-            "worker_init_fn": leave_signals_to_parent,
-            "pin_memory": device.type == "cuda" and not there,
-        }
+        augmented = data is self.train_data and self.augment is not None
+        return (
+            super().reading(data)
+            | ({"collate_fn": to_augment} if augmented else {})
+            | {
+                "num_workers": workers,
+                "persistent_workers": workers > 0,
+                "worker_init_fn": leave_signals_to_parent,
+                "pin_memory": device.type == "cuda" and not there,
+            }
+        )
+
+    def check_augment(self) -> None:
+        """Raise `InputError` if objects of the schema cannot follow `augment`."""
+        if self.augment is not None:
+            self.augment.check(self.schema)
+
+    def setup(self, stage: str | None = None) -> None:
+        self.check_augment()
+        super().setup(stage)
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int = 0) -> dict[str, Any]:
+        """Augment a batch of the training loader, on the device that trains."""
+        if AUGMENT not in batch:
+            return batch
+        batch = {name: value for name, value in batch.items() if name != AUGMENT}
+        return self.augment.apply(batch, self.schema, seed=self.seed or 0, epoch=self.trainer.current_epoch)
 
     def statistics_batches(self, images: int) -> Iterator[dict[str, Any]]:
         """Full batches of the first training examples, of at most `images` examples; the same in each call."""
@@ -345,6 +379,7 @@ class BuiltInScenes(ImageData):
     ) -> None:
         super().__init__(**arguments)
         _check_least({"scenes_seed": (scenes_seed, 0)})
+        self.check_augment()  # before scenes are rendered
         self.which = {"objects": tuple(objects), "condition": condition}
         self.scenes_seed, self.folder, self.workers = scenes_seed, folder, workers
         self.files = (self.rendered(val_images, scenes_seed + VALIDATION_SEED),)

@@ -17,7 +17,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from setpred.data.clevr import ClevrFolder
-from setpred.data.hdf5 import BLOCK, InputSets, file_header, open_set_file, read_header, read_inputs, read_sets
+from setpred.data.hdf5 import (
+    BLOCK,
+    InputSets,
+    file_header,
+    open_set_file,
+    read_header,
+    read_inputs,
+    read_names,
+    read_sets,
+)
 from setpred.errors import InputError
 from setpred.schema import CLEVR, PRESENCE, ElementSchema
 from setpred.sets import fill_absent, presence_mask
@@ -90,6 +99,10 @@ class SetImages(Dataset, ABC):
         if self.inputs is None:
             return {"image": inputs.permute(0, 3, 1, 2)}
         return set_inputs(inputs, padded=self.inputs.padded)
+
+    def name(self, index: int) -> str:
+        """Name of an example for the people who look at it: that of its file where it is known, else its number."""
+        return f"{'image' if self.inputs is None else 'example'} {self.image_index[index]}"
 
     @abstractmethod
     def camera(self, index: int) -> np.ndarray:
@@ -189,6 +202,7 @@ class SetFile(SetImages):
             shape, kind = next(iter(header.layout().values()))
             self._shape, self._type = shape[1:], np.dtype(kind)  # of an input
             rows = read_sets(file, header, path, images)
+            self._names = read_names(file, header.images, path)
             self.image_index, self._cameras = rows.index, rows.camera
             try:
                 elements = self.schema.converted(rows.elements, header.schema)
@@ -197,6 +211,9 @@ class SetFile(SetImages):
             self._keep(elements, set_size, path)
         size = len(self) * math.prod(self._shape) * self._type.itemsize
         self.in_memory = size < IN_MEMORY_BYTES if in_memory is None else in_memory
+
+    def name(self, index: int) -> str:
+        return super().name(index) if self._names is None else self._names[index]
 
     def camera(self, index: int) -> np.ndarray:
         return self._cameras[index]

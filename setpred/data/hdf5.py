@@ -7,6 +7,7 @@ An HDF5 file of n examples with their sets (N = schema.max_objects, D = schema.s
     elements  float32 [n, N, D]      as `ElementSchema.encode` writes them: present first, zero padded
     camera    float64 [n, 3]         location of the camera, NaN where unknown
     index     int64   [n]            number of the example in its source
+    names     uint8   [bytes]        optional: the names of the images, a JSON list
 
 and the attributes `format`, `version`, `schema` and `source` (JSON), `images` (n) and `objects` (counts), `image_size`
 or `inputs` (JSON of `InputSets`), `producer` (a fingerprint of what made the inputs) and `sha256` (of header and rows).
@@ -20,7 +21,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ from setpred.schema import LARGEST_SIZE, PRESENCE, ElementSchema
 FORMAT, VERSIONS = "setpred", (1, 2)  # of images; of sets as inputs
 BLOCK = 256  # images per read
 MOST_IMAGES = 10**8  # of a file, read or made: a slip of the finger should not fill a disk
+NAMES = "names"  # of an array that need not be there
 LONGEST_TEXT = 1_000_000  # characters of an attribute; schema and source of ours have a few hundred
 
 
@@ -164,7 +166,7 @@ def open_set_file(path: str | os.PathLike[str]) -> h5py.File:
         raise InputError(f"no permission to read {path}; change its permissions") from error
     except Exception as error:
         if not h5py.is_hdf5(path):
-            raise InputError(f"{path} is not an HDF5 file; make one with python -m setpred data") from error
+            raise InputError(f"{path} is not an HDF5 file; make one with `setpred data`") from error
         raise InputError(f"{path} is cut short or damaged ({reason(error)[:200]}); copy or make it again") from error
 
 
@@ -194,7 +196,7 @@ def read_header(file: h5py.File, path: str | os.PathLike[str]) -> Header:
     """
     with _reading(path):
         if "format" not in file.attrs or _attribute(file, "format", str) != FORMAT:
-            raise InputError(f"{path} is an HDF5 file, but not one of setpred's; make one with python -m setpred data")
+            raise InputError(f"{path} is an HDF5 file, but not one of setpred's; make one with `setpred data`")
         if (version := _attribute(file, "version", int)) not in VERSIONS:
             raise InputError(
                 f"{path} has format version {version}, this setpred reads {' and '.join(map(str, VERSIONS))}; prepare "
@@ -300,6 +302,25 @@ def read_sets(file: h5py.File, header: Header, path: str | os.PathLike[str], ima
     return rows
 
 
+def pack_names(names: Sequence[str] | None) -> np.ndarray:
+    """The array `names` of a file, empty without names."""
+    return np.frombuffer(b"" if names is None else plain_json(list(names)).encode(), np.uint8)
+
+
+def read_names(file: h5py.File, images: int, path: str | os.PathLike[str]) -> list[str] | None:
+    """Read the names of the images; None where a file does not have them. Raises `InputError` if they are damaged."""
+    if (link := file.get(NAMES, getlink=True)) is None:
+        return None
+    with _reading(path):
+        size = file[NAMES].size if isinstance(link, h5py.HardLink) else 0
+        if fault := _fault_of_storage(file, NAMES, (size,), np.dtype("|u1")):
+            raise InputError(f"{path}: {fault}; do not trust it, copy or make it again")
+        names = parse_json(file[NAMES][:].tobytes(), f"{path}: names")
+    if not isinstance(names, list) or len(names) != images or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path} is damaged: expected the names of {images} images, got {shown(names)}; make it again")
+    return names
+
+
 def read_inputs(file: h5py.File, index: np.ndarray) -> np.ndarray:
     """Read the images, or the input sets padded with NaN, of these numbers, in this order.
 
@@ -326,7 +347,7 @@ def read_inputs(file: h5py.File, index: np.ndarray) -> np.ndarray:
 
 
 class Checksum:
-    """SHA-256 over the header, then image or input set, elements, camera and index of every row in order."""
+    """SHA-256 over the header, then input, elements, camera and index of every row in order, and the names if any."""
 
     def __init__(self, header: Header) -> None:
         self._hash = hashlib.sha256(header.to_json().encode())
@@ -336,6 +357,9 @@ class Checksum:
         for row in zip(inputs, elements, camera, index, strict=True):
             for part, dtype in zip(row, self._types, strict=True):
                 self._hash.update(np.ascontiguousarray(part, dtype=dtype).data)
+
+    def update_names(self, packed: np.ndarray) -> None:
+        self._hash.update(packed.data)
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
@@ -354,11 +378,20 @@ def verify(path: str | os.PathLike[str]) -> Header:
             for start in range(0, header.images, BLOCK):
                 some = slice(start, min(start + BLOCK, header.images))
                 checksum.update(read_inputs(file, np.arange(some.start, some.stop)), *(part[some] for part in rows))
+            checksum.update_names(pack_names(read_names(file, header.images, path)))
             objects, digest = _attribute(file, "objects", int), _attribute(file, "sha256", str)
     present = int(header.schema.values(rows.elements, PRESENCE).sum())
     if checksum.hexdigest() != digest or present != objects:
         raise InputError(f"{path}: the content is not what was written (SHA-256 differs); copy or make it again")
     return header
+
+
+def stated_digest(path: str | os.PathLike[str]) -> str | None:
+    """The SHA-256 that a prepared file states of its content; None of a folder, or if there is no such file."""
+    if not os.path.isfile(path):
+        return None
+    with open_set_file(path) as file, _reading(path):
+        return _attribute(file, "sha256", str)
 
 
 def malformed(elements: np.ndarray, schema: ElementSchema) -> np.ndarray:

@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,8 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+EXIF_OF_PNG = (b"eXIf", b"Raw profile type exif")  # names of the parts of a PNG that hold one
+WIDTH, HEIGHT = ExifTags.Base.ImageWidth, ExifTags.Base.ImageLength
 SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 # what Pillow raises for files that are cut short, damaged or made to look so
 _DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
@@ -50,6 +53,8 @@ def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """
     require_regular(path, advice="give an image file")
     image = Image.open(path, formats=FORMATS)
+    if image.format == "TIFF":
+        image.filename = ""  # else Pillow 13 maps grey pixels with width and height exchanged where the EXIF turns them
     width, height = image.size
     if width * height > MOST_PIXELS:
         image.close()
@@ -81,18 +86,11 @@ def _eight_bits(image: Image.Image, path: str | os.PathLike[str]) -> Image.Image
     return Image.fromarray((values // 257).astype(np.uint8))
 
 
-def read_image(path: str | os.PathLike[str], *, advice: str = "unpack CLEVR again") -> Image.Image:
-    """Read an image, decoded and upright by EXIF.
-
-    Args:
-        advice: what to do about an image that cannot be read, for the message.
-
-    Raises:
-        InputError: the file is missing, not an image or cut short; pixels of more than 16 bits, or too many of them.
-    """
+@contextmanager
+def _readable(path: str | os.PathLike[str], advice: str) -> Iterator[None]:
+    """Raise `InputError` with `advice` for what opening or decoding an image within raises."""
     try:
-        with open_image(path) as image:
-            return _eight_bits(_upright(image), path)
+        yield
     except InputError:  # a ValueError, too
         raise
     except FileNotFoundError as error:
@@ -103,31 +101,63 @@ def read_image(path: str | os.PathLike[str], *, advice: str = "unpack CLEVR agai
         raise InputError(f"the image {path} is cut short or damaged ({error}); {advice}") from error
 
 
+def read_image(path: str | os.PathLike[str], *, advice: str = "unpack CLEVR again") -> Image.Image:
+    """Read an image, decoded and upright by EXIF.
+
+    Args:
+        advice: what to do about an image that cannot be read, for the message.
+
+    Raises:
+        InputError: the file is missing, not an image or cut short; pixels of more than 16 bits, or too many of them.
+    """
+    with _readable(path, advice), open_image(path) as image:
+        return _eight_bits(_upright(image), path)
+
+
 def load_image(
     path: str | os.PathLike[str], image_size: int, *, padded: bool = False, advice: str = "unpack CLEVR again"
 ) -> np.ndarray:
     """Read an image as uint8 `[image_size, image_size, 3]`: RGB, resized bilinearly without a crop.
 
+    Transparent pixels become black, whatever colour the file hides in them.
+
     Errors as in `read_image`. Source: the published iDSPN recipe (Zhang et al., ICLR 2022, code) resizes so.
 
     Args:
-        padded: pad it with black at right and bottom to a square first, which keeps its aspect ratio; transparent
-            pixels become black.
+        padded: pad it with black at right and bottom to a square first, which keeps its aspect ratio.
     """
     return fitted(read_image(path, advice=advice), image_size, padded=padded)
 
 
 def fitted(image: Image.Image, image_size: int, *, padded: bool = False) -> np.ndarray:
     """Resize an image to uint8 `[image_size, image_size, 3]`; see `load_image`."""
-    if padded and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+        if image.getextrema()[3][0] < 255:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     image = image.convert("RGB")
     if padded:
+        if (longer := max(image.size)) ** 2 > MOST_PIXELS:  # a strip, whose square takes gigabytes
+            image = image.resize([max(1, round(side * image_size / longer)) for side in image.size])
         square = Image.new("RGB", (max(image.size),) * 2)
         square.paste(image, (0, 0))
         image = square
     return np.asarray(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
+
+
+def stated_size(path: str | os.PathLike[str], *, advice: str) -> tuple[int, int]:
+    """Width and height of the upright image as its header states them, without decoding it.
+
+    Raises:
+        InputError: the file is missing or not an image; `advice` says what to do.
+    """
+    with _readable(path, advice), open_image(path) as image:
+        size, turned = image.size, True
+        if image.format == "TIFF":  # whose size some versions of Pillow have swapped by now
+            size = (image.tag_v2[WIDTH], image.tag_v2[HEIGHT])
+        if image.format == "PNG":  # Pillow decodes the pixels to see whether an EXIF follows them
+            turned = any(name in Path(path).read_bytes() for name in EXIF_OF_PNG)
+        return size[::-1] if turned and _orientation(image) in SIDEWAYS else size
 
 
 def pixel_size(path: Path) -> tuple[int, int]:
@@ -136,9 +166,8 @@ def pixel_size(path: Path) -> tuple[int, int]:
     Those of CLEVR for an image that cannot be read, which raises when its pixels are needed.
     """
     try:
-        with open_image(path) as image:
-            return image.size[::-1] if _orientation(image) in SIDEWAYS else image.size
-    except _DAMAGED:
+        return stated_size(path, advice="")
+    except InputError:
         return PIXEL_SIZE
 
 

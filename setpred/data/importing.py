@@ -23,18 +23,19 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import __version__ as pillow_version
 
 from setpred.data.hdf5 import Header, Record
 from setpred.data.hdf5_writer import write_set_file
-from setpred.data.images import REPAIR, find_images, load_image, read_image
+from setpred.data.images import REPAIR, find_images, load_image, stated_size
 from setpred.data.overrides import Overrides
 from setpred.errors import InputError, shown
 from setpred.files import LARGEST_IMAGE
@@ -46,7 +47,9 @@ SIDES = (("width", "height"), ("w", "h"))
 CENTRES = (("cx", "cy"), ("x_center", "y_center"), ("x_centre", "y_centre"))  # of points and boxes alike
 POSITION = {"x", "y", "z", *itertools.chain(*CORNERS, *SIDES, *CENTRES)}
 TAKEN = ("coords", "extent", "presence", "confidence")  # names of what is made of the columns
+CONFIDENCE = "confidence"  # a column of predictions, which annotations do not have
 CLASSES = ("label", "class", "category", "type", "species", "kind", "name", "color", "colour", "shape", "material")
+NUMBERS = ("id", "index", "row", "unnamed: 0", "annotation_id", "object_id")  # columns that number the rows
 ANGLE = re.compile(r"(?:angle|theta|orientation|heading|rotation|yaw|azimuth|bearing)(?:_?(deg|rad)\w*)?")
 TURNS = {"degrees": 360.0, "radians": 2 * math.pi}
 DELIMITERS = ",;\t|"
@@ -76,14 +79,17 @@ class Table:
     rows: list[Row] = field(default_factory=list)
     classes: dict[str, tuple[str, ...] | None] = field(default_factory=dict)  # None for a column of numbers
     images: list[str] | None = None
+    left_out: list[str] = field(default_factory=list)  # columns that number the rows, or of confidences
     skeleton: list[tuple[str, str]] = field(default_factory=list)  # pairs of keypoints
 
 
 def read_csv(path: str | os.PathLike[str], *, categorical: Sequence[str] = ()) -> Table:
     """Read one CSV file for all images, or a folder with one CSV file per image, of the same stem.
 
-    The first line names the columns. The delimiter is the one of comma, semicolon, tab and bar that the first line has
-    most often. UTF-8, UTF-16 with a byte order mark and Windows-1252 are read.
+    The first line names the columns. A column `id`, `index` or without a name (as of pandas) that numbers the rows, or
+    the rows of each image, is left out; so is one of confidences, as in tables of predictions. The delimiter is the one
+    of comma, semicolon, tab and bar that the first line has most often. UTF-8, UTF-16 with a byte order mark and
+    Windows-1252 are read.
 
     Args:
         categorical: columns of classes whose names are numbers.
@@ -106,9 +112,15 @@ def read_csv(path: str | os.PathLike[str], *, categorical: Sequence[str] = ()) -
     if unknown := [name for name in categorical if name.strip().lower() not in columns]:
         raise InputError(f"{path}: expected the columns {', '.join(columns)}, got no {', '.join(unknown)}")
     rows = [row for _, found in tables for row in found]
-    kept = [row for row in rows if any(row.values.values())]  # a row with nothing but an image: it is empty
-    table = Table(str(path), kept)
     named = {name.strip().lower() for name in categorical}
+    numbering = [name for name in columns if name in NUMBERS and _counts(rows, name)]
+    left_out = [name for name in columns if name in (*numbering, CONFIDENCE) and name not in named]
+    for row in rows:
+        for name in left_out:
+            row.values.pop(name, None)
+    columns = [name for name in columns if name not in left_out]
+    kept = [row for row in rows if any(row.values.values())]  # a row with nothing but an image: it is empty
+    table = Table(str(path), kept, left_out=left_out)
     for column in columns:
         table.classes[column] = _numbers_or_classes(kept, column, forced=column in named)
     _check_repeats(kept)
@@ -117,10 +129,17 @@ def read_csv(path: str | os.PathLike[str], *, categorical: Sequence[str] = ()) -
     return table
 
 
+def _counts(rows: Sequence[Row], column: str) -> bool:
+    """Whether a column has different whole numbers in the rows of each image."""
+    pairs = [(row.image, row.values[column]) for row in rows]
+    return all(number.isdecimal() for _, number in pairs) and len(set(pairs)) == len(pairs)
+
+
 def _read_rows(path: Path, *, image: str | None) -> tuple[list[str], list[Row]]:
     reader = csv.reader(io.StringIO(text := _decoded(path), newline=""), delimiter=_delimiter(text))
     try:
         header = [cell.strip().lower() for cell in next(reader, [])]
+        header[:1] = [name or "unnamed: 0" for name in header[:1]]  # of pandas, which numbers the rows so
         if len(set(header)) < len(header) or not all(header):
             got = ", ".join(map(repr, header))
             raise InputError(f"{path}, line 1: expected a different name for every column, got {got}")
@@ -234,16 +253,7 @@ def read_coco(path: str | os.PathLike[str]) -> Table:
         InputError: names the annotation that cannot be understood.
     """
     path = Path(path)
-    try:
-        document = json.loads(_decoded(path))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: expected JSON, got: {error}") from error
-    if not isinstance(document, dict) or not all(isinstance(document.get(k), list) for k in ("images", "annotations")):
-        raise InputError(f"{path}: expected COCO JSON with images and annotations, got {shown(document)}")
-    names = _by_id(document["images"], "file_name", f"{path}: images")
-    if not isinstance(document.get("categories") or [], list):
-        raise InputError(f"{path}: expected a list of categories, got {shown(document['categories'])}")
-    categories = _by_id(document.get("categories") or [], "name", f"{path}: categories")
+    document, names, categories = _read_document(path)
     parts, skeleton = _keypoints(document.get("categories") or [], path)
     table = Table(str(path), images=list(names.values()), skeleton=skeleton)
     every = dict.fromkeys(itertools.chain(*parts.values()))
@@ -295,6 +305,39 @@ def read_coco(path: str | os.PathLike[str]) -> Table:
             table.classes[name] = None
     _check_repeats(table.rows)
     return table
+
+
+def _read_document(path: Path) -> tuple[dict[str, Any], dict[Any, str], dict[Any, str]]:
+    """A COCO file, the file names of its images and the names of its categories by their ids."""
+    try:
+        document = json.loads(_decoded(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected JSON, got: {error}") from error
+    if not isinstance(document, dict) or not all(isinstance(document.get(k), list) for k in ("images", "annotations")):
+        raise InputError(f"{path}: expected COCO JSON with images and annotations, got {shown(document)}")
+    names = _by_id(document["images"], "file_name", f"{path}: images")
+    if not isinstance(document.get("categories") or [], list):
+        raise InputError(f"{path}: expected a list of categories, got {shown(document['categories'])}")
+    return document, names, _by_id(document.get("categories") or [], "name", f"{path}: categories")
+
+
+class CocoIds(NamedTuple):
+    """The ids that a COCO file gives to images, by file name without folders, and to categories, by name."""
+
+    path: str
+    images: dict[str, Any]
+    categories: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> CocoIds:
+        """Read the ids of a file; raise `InputError` if it is no COCO JSON, or two ids have one name."""
+        _, names, categories = _read_document(Path(path))
+        images = {id_: Path(name).name for id_, name in names.items()}
+        for found in (images, categories):
+            if len(set(found.values())) < len(found):
+                ((name, _),) = Counter(found.values()).most_common(1)
+                raise InputError(f"{path}: expected one id for each name, got several for {shown(name)}")
+        return cls(str(path), *({name: id_ for id_, name in found.items()} for found in (images, categories)))
 
 
 def _keypoints(categories: Sequence[Any], path: Path) -> tuple[dict[Any, list[str]], list[tuple[str, str]]]:
@@ -451,7 +494,7 @@ def import_images(
     """
     checked_image_size(image_size, SMALL)
     paths = _match(table, Path(images))
-    sizes = {name: read_image(path, advice=REPAIR).size for name, path in paths.items()}
+    sizes = {name: stated_size(path, advice=REPAIR) for name, path in paths.items()}
     layout = _Layout.of(table, xy)
     if taken := [name for name in table.classes if name in TAKEN]:
         raise InputError(f"{table.source}: a column cannot be named {taken[0]!r}, which has a meaning here; rename it")
@@ -493,6 +536,7 @@ def import_images(
         description=f"importing {size}x{size}",
         workers=workers,
         force=force,
+        names=[path.name for path in paths.values()],
     )
     return schema
 

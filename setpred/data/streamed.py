@@ -88,11 +88,11 @@ class StreamedScenes(BuiltInScenes):
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int = 0) -> dict[str, Any]:
         """Render the images of training scenes on the device that the batch is on: what a file would have given."""
-        if "scenes" not in batch:
-            return batch
-        images = render(batch["scenes"], width=self.image_size, height=self.image_size)
-        rest = {name: value for name, value in batch.items() if name != "scenes"}
-        return {"image": images.permute(0, 3, 1, 2), **rest}
+        if "scenes" in batch:
+            images = render(batch["scenes"], width=self.image_size, height=self.image_size)
+            rest = {name: value for name, value in batch.items() if name != "scenes"}
+            batch = {"image": images.permute(0, 3, 1, 2), **rest}
+        return super().on_after_batch_transfer(batch, dataloader_idx)
 
     def state_dict(self) -> dict[str, int]:
         return {"scenes_per_epoch": self.scenes_per_epoch}

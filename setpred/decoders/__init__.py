@@ -10,6 +10,7 @@ from setpred.decoders.sinkhorn_mesh import MESH, SinkhornAttention
 from setpred.decoders.slot_attention import SlotAttention, SlotSoftmax
 from setpred.decoders.slot_mixture import SlotMixture
 from setpred.decoders.starts import GaussianStart, GreedyVotes, LearnedStart, RandomStart
+from setpred.nn import record_parts
 
 __all__ = [
     "DETR",
@@ -35,3 +36,5 @@ __all__ = [
     "SlotSoftmax",
     "TransformerDecoder",
 ]
+
+record_parts(globals())

@@ -4,6 +4,7 @@ from setpred.encoders.cnn import ResidualTrunk, SlotTrunk, SmallCNN, SmallTrunk
 from setpred.encoders.elements import Elements, ElementTokens, Normalised, SetTokens, WindowTokens
 from setpred.encoders.resnet import ResNet, ResNetTrunk
 from setpred.encoders.tokens import PositionedTokens, Tokens, Votes, position_grid
+from setpred.nn import record_parts
 
 __all__ = [
     "ElementTokens",
@@ -22,3 +23,5 @@ __all__ = [
     "WindowTokens",
     "position_grid",
 ]
+
+record_parts(globals())

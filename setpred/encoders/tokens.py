@@ -1,7 +1,10 @@
 """Encoders from image to tokens, the positions of a map; and the votes of tokens."""
 
+import math
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from setpred.nn import MLP
 from setpred.sets import token_mask
@@ -79,16 +82,24 @@ class Votes(nn.Module):
     p starts at 1. `setpred.inner.VotingEnergy` and `setpred.decoders.GreedyVotes` read the result. Votes are
     computed in float32 also under autocast, because half precision would round coordinates.
 
+    Anchored votes are offsets from the token's own place, as in Hough voting: v ← v + (x, y, 0, ..., 0), where x and y
+    of the cell's centre run from -1 at the left and upper edge of the image to 1. So they differ from the first step
+    on, where elements look alike. Positions must be of the image plane, in this scale (`ElementSchema.side`).
+
     Args:
         tokens: image, or set, to tokens `[batch, tokens, token_dim]`; such as `PositionedTokens` or `Elements`.
         set_dim: numbers of an element.
         precise: how many of the first numbers of an element have precisions. Use the coordinates alone: with
             precisions of classes the start merges and splits objects.
         hidden_dim: width of the hidden layer.
+        anchored: whether the first two numbers of a vote are offsets; needs tokens of a square map, row by row.
     """
 
-    def __init__(self, tokens: nn.Module, *, set_dim: int, precise: int = 0, hidden_dim: int = 128) -> None:
+    def __init__(
+        self, tokens: nn.Module, *, set_dim: int, precise: int = 0, hidden_dim: int = 128, anchored: bool = False
+    ) -> None:
         super().__init__()
+        self.anchored = anchored
         self.tokens = tokens
         for name in ("image_size", "in_dim"):
             if getattr(tokens, name, None) is not None:
@@ -113,5 +124,16 @@ class Votes(nn.Module):
             outputs = self.network(self.norm(tokens.to(self.norm.weight.dtype)))
             votes, rest = outputs.split([self.set_dim, self.token_dim - self.set_dim], dim=-1)
             rest = rest.sigmoid()
+            if self.anchored:
+                votes = votes + functional.pad(self._places(tokens), (0, self.set_dim - 2))
             mass = rest[..., -1:] if mask is None else rest[..., -1:].masked_fill(~mask.unsqueeze(-1), 0.0)
             return torch.cat([votes, 2 * rest[..., :-1], mass], dim=-1)
+
+    @staticmethod
+    def _places(tokens: Tensor) -> Tensor:
+        """x and y of the cells of a square map, in [-1, 1]: `[tokens, 2]`."""
+        side = math.isqrt(tokens.shape[1])
+        if side**2 != tokens.shape[1]:
+            raise ValueError(f"expected tokens of a square map for anchored votes, got {tokens.shape[1]}")
+        line = (2 * torch.arange(side, device=tokens.device) + 1) / side - 1
+        return torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).flatten(0, 1)

@@ -6,6 +6,7 @@ from setpred.inner.linear_solvers import ConjugateGradient, Exact, Identity, Lin
 from setpred.inner.objectives import Conditioned, EquilibriumMatching, LatentMatching, OfTokens, Problem, Proximity, Sum
 from setpred.inner.projections import Projection, Simplex, simplex
 from setpred.inner.voting import VotingEnergy
+from setpred.nn import record_parts
 
 __all__ = [
     "Conditioned",
@@ -33,3 +34,5 @@ __all__ = [
     "minimise",
     "simplex",
 ]
+
+record_parts(globals())

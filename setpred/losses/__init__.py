@@ -9,6 +9,7 @@ from setpred.losses.numbering import NumberingLoss
 from setpred.losses.ot_seq2set import MatchingWithTransport
 from setpred.losses.sinkhorn import SinkhornDivergence
 from setpred.losses.sliced import DistributionalSlicedWasserstein, MaxSlicedWasserstein, SlicedWasserstein
+from setpred.nn import record_parts
 
 __all__ = [
     "ChamferLoss",
@@ -24,3 +25,5 @@ __all__ = [
     "SlicedWasserstein",
     "generalised_iou",
 ]
+
+record_parts(globals())

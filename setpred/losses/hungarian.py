@@ -1,9 +1,10 @@
 """Hungarian loss, of the best one-to-one matching."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -24,6 +25,8 @@ class HungarianLoss(SetLoss):
     Args:
         beta: error β at which the cost of a group turns from quadratic to linear, by its name in the schema:
             `{"coords": 0.05}`; 1, as published, by default. With a small β, coordinates become precise sooner.
+        only_present: groups that cost nothing where the target is padding (presence at most one half). Then
+            predictions of small confidence may be anywhere, as DETR's; otherwise their numbers are drawn to zero.
         common: `weights`, `schema` and `presence_threshold` of `SetLoss`.
 
     Raises:
@@ -32,10 +35,12 @@ class HungarianLoss(SetLoss):
         ValueError: sets of different sizes without masks.
     """
 
-    def __init__(self, *, beta: Mapping[str, float] | None = None, **common: Any) -> None:
+    def __init__(
+        self, *, beta: Mapping[str, float] | None = None, only_present: Sequence[str] = (), **common: Any
+    ) -> None:
         super().__init__(**common)
-        self.beta = dict(beta or {})
-        self.grouped |= bool(beta)
+        self.beta, self.only_present = dict(beta or {}), tuple(only_present)
+        self.grouped |= bool(beta) or bool(only_present)
         for name, error in self.beta.items():
             if not 0 < error < math.inf:
                 raise InputError(f"beta of {name!r}: expected a positive number, got {error}")
@@ -44,6 +49,7 @@ class HungarianLoss(SetLoss):
     def _place_groups(self) -> None:
         super()._place_groups()
         self.register_buffer("_beta", self.by_group(self.beta), persistent=False)
+        self.register_buffer("_padding", self.by_group(dict.fromkeys(self.only_present, 0.0)), persistent=False)
 
     def compare(self, predicted: Tensor, target: Tensor, predicted_mask: Mask, target_mask: Mask) -> Tensor:
         if predicted_mask is None and target_mask is None:
@@ -64,7 +70,15 @@ class HungarianLoss(SetLoss):
         weights = self.element_weights(predicted)
         beta = None if self._beta is None else self._beta.to(predicted.dtype)
         # without a graph for the pairs that are not matched, whose gradient is zero
-        assignment = hungarian(pairwise_smooth_l1(predicted.detach(), target.detach(), weights, beta), *masks)
+        costs = pairwise_smooth_l1(predicted.detach(), target.detach(), weights, beta)
+        if self._padding is not None:
+            of_padding = self._padding.to(predicted.dtype) * (1.0 if weights is None else weights)
+            padding = target[..., -1:] <= 0.5
+            target = target.masked_fill(padding, 0.0)
+            alone = smooth_l1(predicted.detach(), torch.zeros_like(predicted), of_padding, beta)
+            costs = torch.where(padding.mT, alone.unsqueeze(-1), costs)
+            weights = torch.where(padding, of_padding, torch.ones_like(of_padding) if weights is None else weights)
+        assignment = hungarian(costs, *masks)
         partner = assignment.clamp(min=0).unsqueeze(-1).expand(-1, -1, predicted.shape[-1])
         return smooth_l1(predicted.gather(1, partner), target, weights, beta)
 

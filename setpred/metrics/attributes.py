@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from setpred.matching import hungarian
-from setpred.metrics.average_precision import THRESHOLDS, check_scorable, pairwise_distance, threshold_name
-from setpred.schema import CLEVR, ElementSchema
+from setpred.metrics.average_precision import check_scorable, pairwise_distance, threshold_name
+from setpred.schema import ElementSchema
 from setpred.sets import presence_mask
 
 _FAR = 100.0  # larger distances count as this
 _SHY = 1e3  # cost of a slot that claims no object: more than a set of far ones
 
 
-def match_by_position(predicted: Tensor, target: Tensor, *, schema: ElementSchema = CLEVR) -> Tensor:
+def match_by_position(predicted: Tensor, target: Tensor, *, schema: ElementSchema) -> Tensor:
     """Match a predicted slot to each real object: one to one, by the least total distance, ignoring classes.
 
     Confident slots (presence over one half) come first; the others serve only where an image has too few of them.
@@ -38,8 +38,8 @@ def attribute_report(
     target: Tensor,
     assignment: Tensor,
     *,
-    thresholds: Sequence[float] = THRESHOLDS,
-    schema: ElementSchema = CLEVR,
+    thresholds: Sequence[float] | None = None,
+    schema: ElementSchema,
 ) -> dict[str, Any]:
     """Score each attribute, the distance and the presence separately, to explain an average precision.
 
@@ -59,6 +59,7 @@ def attribute_report(
         (confident exactly if matched). Over real objects: "found" (share whose match is confident). Over images:
         "count_error" (mean of |confident − real|), "count_exact" (share where it is 0).
     """
+    thresholds = schema.thresholds if thresholds is None else thresholds
     check_scorable(predicted, target, schema)
     real = presence_mask(target)
     if assignment.shape != real.shape or assignment.dtype != torch.long:

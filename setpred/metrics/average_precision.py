@@ -9,7 +9,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from setpred.errors import InputError
-from setpred.schema import CLEVR, ElementSchema, Field
+from setpred.schema import ElementSchema, Field
 from setpred.sets import presence_mask
 
 THRESHOLDS = (math.inf, 1.0, 0.5, 0.25, 0.125, 0.0625)
@@ -26,7 +26,7 @@ def threshold_name(threshold: float) -> str:
 
 
 def average_precision(
-    predicted: Tensor, target: Tensor, *, thresholds: Sequence[float] = THRESHOLDS, schema: ElementSchema = CLEVR
+    predicted: Tensor, target: Tensor, *, thresholds: Sequence[float] | None = None, schema: ElementSchema
 ) -> dict[float, float]:
     """Average precision over all images together.
 
@@ -41,8 +41,8 @@ def average_precision(
     Args:
         predicted: `[images, set_size, set_dim]`, finite or infinite, never NaN.
         target: `[images, target_size, set_dim]`; the real objects are those whose presence is over one half.
-        thresholds: in the units of the continuous fields (`Field.scale` is undone); `math.inf` asks only for the
-            classes and a finite distance.
+        thresholds: in the units of the continuous fields (`Field.scale` is undone), the schema's by default;
+            `math.inf` asks only for the classes and a finite distance.
 
     Returns:
         {threshold: AP as a fraction}; NaN if no image has a real object, since recall is undefined then.
@@ -50,13 +50,15 @@ def average_precision(
     Raises:
         ValueError: wrong shapes, a threshold that is not positive, NaN in a prediction or in a real object.
 
+    >>> from setpred import CLEVR
     >>> cube = CLEVR.encode([dict(coords=(3, 0, 0.7), material="metal", color="red", shape="cube", size="large")])
     >>> target = torch.from_numpy(cube)[None]
     >>> predicted = target.clone()
     >>> predicted[..., 0] += 0.1  # 0.3 in CLEVR's units
-    >>> average_precision(predicted, target, thresholds=(0.5, 0.25))
+    >>> average_precision(predicted, target, thresholds=(0.5, 0.25), schema=CLEVR)
     {0.5: 1.0, 0.25: 0.0}
     """
+    thresholds = schema.thresholds if thresholds is None else thresholds
     true_positives, objects = _true_positives(predicted, target, thresholds, schema)
 
     def area(ranks: Tensor) -> float:
@@ -69,7 +71,7 @@ def average_precision(
 
 
 def average_precision_per_image(
-    predicted: Tensor, target: Tensor, *, thresholds: Sequence[float] = THRESHOLDS, schema: ElementSchema = CLEVR
+    predicted: Tensor, target: Tensor, *, thresholds: Sequence[float] | None = None, schema: ElementSchema
 ) -> dict[float, float]:
     """Mean over images of the average precision of each image: the protocol of the published iDSPN code.
 
@@ -78,6 +80,7 @@ def average_precision_per_image(
     distance. So there is a second choice, and one claim for all thresholds. The mean omits images without real objects.
     Recall, precision, area, arguments, result and errors are those of `average_precision`.
     """
+    thresholds = schema.thresholds if thresholds is None else thresholds
     check_scorable(predicted, target, schema, thresholds)
     claimed = torch.cat([_claim_in_turn(*block, schema) for block in blocks(predicted, target)])
     objects = presence_mask(target).sum(1)
@@ -93,7 +96,7 @@ def average_precision_per_image(
 
 
 def precision_recall(
-    predicted: Tensor, target: Tensor, threshold: float, *, schema: ElementSchema = CLEVR
+    predicted: Tensor, target: Tensor, threshold: float, *, schema: ElementSchema
 ) -> tuple[Tensor, Tensor]:
     """Recall and precision after each ranked prediction: the curve whose area is `average_precision`.
 
@@ -106,7 +109,7 @@ def precision_recall(
     return right / objects, right / torch.arange(1, len(right) + 1, device=right.device)
 
 
-def true_positives(predicted: Tensor, target: Tensor, threshold: float, *, schema: ElementSchema = CLEVR) -> Tensor:
+def true_positives(predicted: Tensor, target: Tensor, threshold: float, *, schema: ElementSchema) -> Tensor:
     """Whether each prediction is a true positive of `average_precision` at a threshold: bool `[images, set_size]`."""
     (ranks,), _ = _true_positives(predicted, target, [threshold], schema)
     order = predicted[..., -1].flatten().argsort(descending=True, stable=True)
@@ -135,7 +138,7 @@ def _true_positives(
     return ranks, int(presence_mask(target).sum())
 
 
-def pairwise_distance(predicted: Tensor, target: Tensor, *, schema: ElementSchema = CLEVR) -> Tensor:
+def pairwise_distance(predicted: Tensor, target: Tensor, *, schema: ElementSchema) -> Tensor:
     """L2 distance over the schema's `position`, in its units: float64 `[images, set_size, target_size]`."""
     squared = predicted.new_zeros(*predicted.shape[:2], target.shape[1], dtype=torch.float64)
     for field in schema.position:
@@ -244,8 +247,13 @@ class GatheredSets(Metric):
         self.add_state("target", default=[], dist_reduce_fx="cat")
 
     def use_schema(self, schema: ElementSchema) -> None:
-        """Take this schema unless one was given."""
+        """Take this schema unless one was given; raise `InputError` if that has other fields."""
         self.schema = self.schema or schema
+        if self.schema.fields != schema.fields:  # perhaps of the same length, in other units
+            raise InputError(
+                f"metric {type(self).__name__} is of schema {self.schema.name!r}, the model of {schema.name!r}: "
+                f"{schema.differences(self.schema)}; give the metric no schema"
+            )
 
     def update(self, predicted: Tensor, target: Tensor) -> None:
         if self.schema is None:
@@ -267,6 +275,11 @@ class AveragePrecision(GatheredSets):
 
     Args:
         protocol: `average_precision` or `average_precision_per_image`.
+        thresholds: those of the schema by default.
+        schema: of the elements. A `setpred.training.SetPrediction` gives its own to a metric without one.
+
+    Raises:
+        InputError: sets without a schema.
     """
 
     monitor = "ap"
@@ -275,11 +288,11 @@ class AveragePrecision(GatheredSets):
         self,
         protocol: Callable[..., dict[float, float]] = average_precision,
         *,
-        thresholds: Sequence[float] = THRESHOLDS,
-        schema: ElementSchema = CLEVR,
+        thresholds: Sequence[float] | None = None,
+        schema: ElementSchema | None = None,
     ) -> None:
         super().__init__(schema)
-        self.protocol, self.thresholds = protocol, tuple(thresholds)
+        self.protocol, self.thresholds = protocol, None if thresholds is None else tuple(thresholds)
 
     def compute(self) -> dict[str, Tensor]:
         scores = self.protocol(*self.sets(), thresholds=self.thresholds, schema=self.schema)

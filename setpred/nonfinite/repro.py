@@ -61,7 +61,7 @@ def save(module: Any, step: Step, fault: Stage) -> str:
         save_checkpoint(content, path)
     except InputError as error:  # a full disk does not end a training that skips
         return f"The step could not be saved: {error}"
-    return f"Model, batch and seed are saved in {path}; repeat the step with python -m setpred replay"
+    return f"Model, batch and seed are saved in {path}; repeat the step with `setpred replay`"
 
 
 def read(path: str | os.PathLike[str], *, allow: Iterable[str] = (), device: torch.device | str = "cpu") -> Repro:

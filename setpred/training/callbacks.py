@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from setpred.files import write_atomically
 from setpred.inner import Unrolled
 from setpred.inner.diagnostics import Recorded, residual_growth, residual_norms
 from setpred.model import Step
+from setpred.training.schedules import planned_steps
 
 VALIDATED = "val_"  # prefix of the metrics of a validation
 STEP_LOSS = "loss"  # of the latest step, for the progress bar and loggers
 NOTABLE_WAITING = 0.05  # share of waiting from which the screen shows it; metrics.csv always has it
 LINE_SECONDS = 30.0  # between two lines within an epoch
+TIMED_STEPS = (5, 25)  # the steps that the estimate of a run's time is of
+NOTABLE_SECONDS = 60.0  # an estimate from which the screen shows it
 WATCHED = 4  # samples of the first validation batch
 RISING = 3.0  # settled descents end at most 1.8 times above their least residual, diverging ones 5 times and more
 
@@ -94,9 +98,15 @@ class EpochLines(EpochReport):
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         self.start = self.last = time.monotonic()
         self.first_step = trainer.global_step
+        self.timed: float | None = None  # when the first of the `TIMED_STEPS` ended
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        now = time.monotonic()
+        now, steps = time.monotonic(), trainer.global_step - self.first_step
+        if steps == TIMED_STEPS[0] and self.timed is None:
+            self.timed = now
+        if steps == TIMED_STEPS[1] and self.timed is not None and trainer.is_global_zero:
+            self._estimate(trainer, module, (now - self.timed) / (TIMED_STEPS[1] - TIMED_STEPS[0]))
+            self.timed = None
         if now - self.last >= LINE_SECONDS and trainer.is_global_zero and trainer.progress_bar_callback is None:
             self.last = now
             rate = (trainer.global_step - self.first_step) / (now - self.start)
@@ -104,6 +114,17 @@ class EpochLines(EpochReport):
                 f"epoch {trainer.current_epoch}: batch {batch_idx + 1} of {trainer.num_training_batches}, "
                 f"loss {float(outputs['loss']):.4f}, {rate:.1f} steps/s",
                 flush=True,
+            )
+
+    def _estimate(self, trainer: pl.Trainer, module: Any, seconds: float) -> None:
+        """Print how long the run will take, at so many seconds a step, unless that is short or it has no end."""
+        left = planned_steps(trainer) - trainer.global_step
+        if math.isfinite(left) and left * seconds >= NOTABLE_SECONDS:
+            minutes = left * seconds / 60
+            time_left = f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
+            module.say(
+                f"about {time_left}, besides validations, for the other {left:.0f} steps at {1 / seconds:.1f} steps/s; "
+                "--epochs N makes the run shorter"
             )
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
@@ -199,6 +220,14 @@ class DataWaiting(EpochMean):
     def _since_asked(self, trainer: pl.Trainer) -> float:
         asked = getattr(trainer.train_dataloader, "asked", None)
         return 0.0 if asked is None else time.perf_counter() - asked
+
+
+class FinalValidation(pl.Callback):
+    """Validates after the last epoch, whatever `check_val_every_n_epoch` is: the weights at the end have a score."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, module: Any) -> None:
+        if trainer.check_val_every_n_epoch is not None and trainer.current_epoch + 1 == trainer.max_epochs:
+            trainer.check_val_every_n_epoch = 1
 
 
 class SkippedSteps(pl.Callback):

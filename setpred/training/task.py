@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from setpred.checkpoint import load as checkpoint
+from setpred.checkpoint.describe import describe, describe_model
 from setpred.errors import InputError, NotFiniteError
 from setpred.losses import HungarianLoss, SetLoss
 from setpred.metrics import AveragePrecision, CalibrationFit, GatheredSets, Mean
@@ -63,16 +64,16 @@ class Scores:
 
     Args:
         metric: see `SetPrediction`.
-        schema: gives the default metric, and the calibration.
+        schema: gives the default metric, and the calibration; it is that of a metric without one.
 
     Raises:
-        InputError: a metric without the attributes `METRIC`.
+        InputError: a metric without the attributes `METRIC`, or of another schema.
     """
 
     def __init__(self, metric: nn.Module | None, schema: ElementSchema | None) -> None:
         if metric is None and schema is not None:
-            metric = AveragePrecision(schema=schema, thresholds=schema.thresholds)
-        elif isinstance(metric, GatheredSets) and schema is not None:
+            metric = AveragePrecision()
+        if isinstance(metric, GatheredSets) and schema is not None:
             metric.use_schema(schema)
         if lacking := [name for name in METRIC if metric is not None and not hasattr(metric, name)]:
             raise InputError(
@@ -184,8 +185,47 @@ class SetPrediction(pl.LightningModule):
         """Descent steps in this epoch of training; None leaves the number to the decoder."""
         return checkpoint.iterations_at(self.iterations_by_epoch, self.current_epoch)
 
+    def describe_data(self, data: Any) -> None:
+        """Note what checkpoints say of the validation data: path, split, and size of the images or input sets."""
+        size = getattr(data, "image_size", None) or getattr(self.model.encoder, "image_size", None)
+        path, split = getattr(data, "val_path", None), getattr(data, "val_split", None)
+        self.data_description = {"path": path, "split": split, "image_size": size}
+        if (sets := getattr(data, "inputs", None)) is not None:
+            self.data_description["input_size"] = sets.most
+
+    def check_schema(self, data: Any) -> None:
+        """Raise `InputError` if the data state another schema than the model's."""
+        ours, theirs = self.schema, getattr(data, "schema", None)
+        if None not in (ours, theirs) and ours.fields != theirs.fields:  # also of the same length, in other units
+            raise InputError(
+                f"the model is of schema {ours.name!r}, the data of {theirs.name!r}: {ours.differences(theirs)}; give "
+                "model.schema the schema of the data"
+            )
+
+    def describe_model(self) -> None:
+        """Describe a model that was built in Python for its checkpoints, or say why commands will not read them."""
+        size = self.data_description["image_size"]
+        try:
+            if size is None and not self.model.takes_sets:
+                raise InputError(f"{type(self.model.encoder).__name__} has no image_size; give it this attribute")
+            self.model_config = describe_model(self.model, image_size=size)
+        except InputError as error:
+            if self.trainer.is_global_zero:
+                self.say(f"the commands of setpred will not read the checkpoints of this training: {error}")
+        try:
+            loss = describe(self.loss, "loss")
+        except InputError:
+            loss = type(self.loss).__name__  # `setpred gradients`, which alone needs it, says that it is unknown
+        self.settings = {"model": {"loss": loss, "iterations_by_epoch": self.iterations_by_epoch}}
+
     def on_train_start(self) -> None:
         self._fitted = fitted(self.schedule, self.trainer)
+        if self.model_config is None:  # the command line has checked the data and described the model
+            loader = self.trainer.train_dataloader
+            data = getattr(self.trainer, "datamodule", None) or getattr(loader, "dataset", None)
+            self.check_schema(data)
+            self.describe_data(data)
+            self.describe_model()
         self.guard.steps = []
         self.statistics.note_trained(self.model.encoder)  # a run that is resumed at the end of an epoch validates first
         if self.iterations_by_epoch and self.trainer.is_global_zero:
@@ -286,6 +326,7 @@ class SetPrediction(pl.LightningModule):
         """Description that rebuilds the model, in plain types; `setpred.checkpoint.load` reads it."""
         return {
             "version": checkpoint.VERSION,
+            "revision": checkpoint.REVISION,
             "schema": None if self.schema is None else self.schema.to_dict(),
             "calibration": self.scores.calibration and self.scores.calibration.to_dict(),
             "model": self.model_config,

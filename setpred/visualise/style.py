@@ -67,7 +67,8 @@ class Sheet(Figure):
         return self.add_axes((left / self.width, bottom / self.height, width / self.width, height / self.height))
 
     def note(self, x: float, y: float, text: str, **style: Any) -> Text:
-        """Write text, centred vertically."""
+        """Write text, centred vertically; bytes of a file's name that are no text become question marks."""
+        text = text.encode(errors="replace").decode()
         return self.text(x / self.width, y / self.height, text, va="center", **style)
 
     def heading(self, title: str, subtitle: str, about: str) -> None:
@@ -80,6 +81,7 @@ class Sheet(Figure):
         start = name.get_window_extent(renderer).x1 / self.dpi + 0.3
         style = {"fontsize": 9, "color": "#555555", "ha": "right", "parse_math": False}
         aside = self.note(self.width - 0.2, self.height - 0.32, about, **style)
+        about = aside.get_text()
         with boxes_for_missing_glyphs():
             while len(about) > 1 and aside.get_window_extent(renderer).x0 / self.dpi < start:
                 about = about[1:]  # the end of a path is its most specific part
@@ -103,12 +105,3 @@ def in_english_order(schema: ElementSchema) -> list[Field]:
     """Categorical fields in the English order of adjectives: large red metal cube."""
     rank = {name: place for place, name in enumerate(ADJECTIVES)}
     return sorted(schema.categorical, key=lambda field: rank.get(field.name, len(rank)))
-
-
-def plural(count: int, noun: str) -> str:
-    """Format a count with its noun.
-
-    >>> plural(1, "object"), plural(2000, "object")
-    ('1 object', '2,000 objects')
-    """
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from setpred.errors import InputError
+from setpred.errors import InputError, plural
 from setpred.files import make_folder
 from setpred.metrics import AveragePrecision
-from setpred.visualise.style import Sheet, plural, styled
+from setpred.visualise.style import Sheet, styled
 
 Curve = Sequence[tuple[float, float]]  # (spent, score), ordered by what is spent
 
@@ -87,7 +87,7 @@ def draw_own_training(folder: Path, checkpoint: str | os.PathLike[str]) -> list[
             spent = [(float(row["seconds"]) / 60, 100 * float(row[name])) for row in rows if row[name]]
             curves[f"AP at {name.removeprefix(prefix)}"] = [spent]
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
-        raise InputError(f"{path} is not as train.py writes it ({error}); move or correct it") from error
+        raise InputError(f"{path} is not as `setpred train` writes it ({error}); move or correct it") from error
     if not curves:
         return []
     labels = {"spent": "minutes of training and validation", "score": "AP on the validation data (%)"}

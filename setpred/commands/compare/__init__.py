@@ -33,7 +33,8 @@ from setpred.checkpoint.untrusted import read_yaml
 from setpred.commands.common import Parser, at_least, exit_code
 from setpred.commands.compare.results import add_result, identity, read_results, write_report
 from setpred.commands.compare.training import build_configuration, naming, train_one
-from setpred.commands.train import prepare_data
+from setpred.commands.outputs import check_outputs
+from setpred.commands.train import data_digests, prepare_data
 from setpred.errors import InputError
 from setpred.files import make_folder
 from setpred.training.budget import Budget
@@ -73,6 +74,7 @@ def compare(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments[:split])
     options.train, options.budget = arguments[split + 1 :], Budget.parse(options.budget)
     check_options(options)
+    check_outputs({}, {"--out": options.out})
     results = make_folder(options.out) / "results.jsonl"
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -82,7 +84,8 @@ def compare(arguments: Sequence[str] | None = None) -> int:
         found = " and ".join(f"{monitor} ({mode}) of {path}" for (monitor, mode), path in scores.items())
         raise InputError(f"expected one score to rank by, got {found}; compare them apart")
     score = dict(zip(("monitor", "mode"), *scores, strict=True))
-    digests, command = {path: digest(path) for path in built}, command_line(arguments, options.configs)
+    digests = {path: digest(path, data_digests(cli.datamodule)) for path, cli in built.items()}
+    command = command_line(arguments, options.configs)
 
     def described(path: Path, seed: int) -> dict:
         run = {"config": str(path), "name": path.stem, "digest": digests[path], "seed": seed}
@@ -132,9 +135,10 @@ def check_options(options: argparse.Namespace) -> None:
             raise InputError(f"{first} and {second} have the same name in the table; rename one of them")
 
 
-def digest(path: Path) -> str:
-    """Hash the content of a configuration, without its comments."""
-    return hashlib.sha256(json.dumps(read_yaml(path), sort_keys=True, default=str).encode()).hexdigest()[:16]
+def digest(path: Path, files: dict[str, str] | None = None) -> str:
+    """Hash the content of a configuration, without its comments, and of its prepared files, which may be replaced."""
+    content = json.dumps(read_yaml(path), sort_keys=True, default=str)
+    return hashlib.sha256((content + (json.dumps(files) if files else "")).encode()).hexdigest()[:16]
 
 
 def command_line(arguments: Sequence[str], configs: Sequence[Path]) -> str:

@@ -58,6 +58,7 @@ def train_one(path: Path, seed: int, options: argparse.Namespace) -> dict[str, A
         make_folder(folder)
         own = ["--seed_everything", str(seed), "--runs", str(folder.parent), "--name", folder.name]
         cli = build_configuration(path, options, *own)
+        cli.load_initial_weights()
         trainer, device = cli.trainer, cli.trainer.strategy.root_device
         parameters = sum(parameter.numel() for parameter in cli.model.parameters())
         machine = torch.cuda.get_device_name(device) if device.type == "cuda" else machine
