@@ -1,4 +1,4 @@
-"""Errors that a user can correct, and helpers for their messages."""
+"""Errors that a user can correct, and helpers for messages."""
 
 import difflib
 import os
@@ -58,6 +58,15 @@ def shown(value: Any) -> str:
     (80, '[1, [2]]')
     """
     return _short.repr(value)
+
+
+def plural(count: int, noun: str) -> str:
+    """Format a count with its noun.
+
+    >>> plural(1, "object"), plural(2000, "object")
+    ('1 object', '2,000 objects')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 SHOWN = 8  # names or samples in a message

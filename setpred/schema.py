@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ from setpred.errors import InputError, shown
 
 PRESENCE = "presence"
 BOX = ("coords", "extent")  # fields of a box: its centre, its width and height
+ANGLE = re.compile(r"(?:angle|theta|orientation|rotation)(?:_?(?:deg|rad)\w*)?")  # of the field that turns boxes
 LABELS = ("category", "label", "class")
 # attributes of fields that records leave out where they are these
 _OPTIONS = {"offset": 0.0, "period": 0.0, "optional": False, "unit": "", "tolerance": math.inf}
@@ -421,6 +423,28 @@ class ElementSchema:
     def label(self) -> tuple[Field, ...]:
         """The field of classes that detectors score: category, label or class; else every categorical field."""
         return next(((f,) for name in LABELS for f in self.categorical if f.name == name), self.categorical)
+
+    @property
+    def angle(self) -> Field | None:
+        """The field that turns boxes, by its name (`ANGLE`); None where boxes are upright."""
+        fields = (f for f in self.continuous if ANGLE.fullmatch(f.name) and f.numbers == 1 and not f.optional)
+        return next(fields, None) if self.has_boxes else None
+
+    def corners(self, obj: Mapping[str, Any]) -> np.ndarray:
+        """The corners `[4, 2]` of the box of a decoded object, in the units of `coords`.
+
+        An `angle` turns the box about its centre, from the x axis towards the y axis: clockwise on an image. It is in
+        the unit of its field; without one in degrees if it reaches beyond 2π, else in radians. A negative extent, which
+        no real box has, counts as 0.
+        """
+        half = np.maximum(obj["extent"], 0.0) / 2
+        corners = half * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
+        if field := self.angle:
+            beyond = abs(field.offset) + field.scale > 2 * math.pi + 1e-6
+            degrees = field.unit == "degrees" or (beyond and field.unit != "radians")
+            turn = math.radians(obj[field.name][0]) if degrees else obj[field.name][0]
+            corners = corners @ np.array([(math.cos(turn), math.sin(turn)), (-math.sin(turn), math.cos(turn))])
+        return corners + np.asarray(obj["coords"])
 
     @property
     def position(self) -> tuple[Field, ...]:

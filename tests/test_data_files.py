@@ -124,6 +124,15 @@ def test_what_goes_in_comes_out(tmp_path):
     assert any(line.split()[:2] == ["red", str(red)] for line in text.splitlines())
 
 
+def test_images_keep_their_names(tmp_path):
+    names = [f"{number} \udcff,é.png" for number in range(7)]  # file names need not be UTF-8
+    for path, given in ((tmp_path / "a.h5", names), (tmp_path / "b.h5", None)):
+        write(path, names=given)
+        verify(path)
+        data = SetFile(path, images=5)
+        assert [data.name(number) for number in range(5)] == (given or [f"image {100 + n}" for n in range(7)])[:5]
+
+
 def test_rendering_depends_on_the_seed_and_the_number_only(tmp_path, folder, small_shards):
     arguments = {"image_size": 16, "objects": (0, 4)}
     alone = render_file(tmp_path / "a.h5", images=9, seed=5, workers=0, **arguments)

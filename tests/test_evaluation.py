@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_page import Page
 from tiny import untrained
 
 from setpred.checkpoint.load import KEY, load_checkpoint, save_checkpoint
@@ -50,6 +51,18 @@ def test_json_and_table_state_what_was_evaluated(checkpoint, tmp_path, capsys):
     assert written["data"].endswith(".h5")
     printed = capsys.readouterr().out
     assert [word for word in ("9 images", "per-image", "color") if word not in printed] == []
+
+
+def test_the_page_shows_the_worst_images_and_every_step(checkpoint, tmp_path):
+    evaluate([str(checkpoint), "--report", str(tmp_path / "new" / "a.html"), "--shown", "2", "--images", "9"])
+    found = Page((tmp_path / "new" / "a.html").read_text())
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.html"]
+    data = json.loads(found.scripts[0])
+    assert len(data["cases"]) == 2
+    assert data["numbers"] == [0, 1, 2, 3]
+    figures = [attributes["alt"] for tag, attributes in found.tags if tag == "img"]
+    assert figures == ["precision_recall", "reliability", "confusion", "distance_errors"]
+    assert any("The 2 worst of 9 images" in text for text in found.texts)
 
 
 def in_turn(sets):
@@ -135,7 +148,7 @@ def test_the_curve_of_a_training_is_drawn_where_its_metrics_lie_beside_it(tmp_pa
     (drawn,) = draw_own_training(tmp_path / "figures", checkpoint)
     assert drawn.read_bytes().startswith(b"\x89PNG")
     metrics.write_text(f"{head}0,10,soon,0.1,0.1,0.2,0.5\n")
-    with pytest.raises(InputError, match=r"metrics\.csv is not as train.py writes it"):
+    with pytest.raises(InputError, match=r"metrics\.csv is not as `setpred train` writes it"):
         draw_own_training(tmp_path / "figures", checkpoint)
 
 

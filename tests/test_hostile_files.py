@@ -375,6 +375,10 @@ def number(name: str, at: Any, value: Any) -> Callable[[h5py.File], Any]:
     return change
 
 
+def names(content: Any) -> Callable[[h5py.File], Any]:
+    return lambda file: file.__setitem__("names", content)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -402,6 +406,12 @@ def number(name: str, at: Any, value: Any) -> Callable[[h5py.File], Any]:
         (number("index", 1, 0), "number"),
         (number("elements", (2, 0, slice(5, 13)), 1.0), "image 2"),
         (replaced("camera", data=np.zeros((3, 2))), r"expected camera \[3, 3\] <f8, got \[3, 2\] float64"),
+        (names(h5py.ExternalLink("/etc/passwd", "/names")), "names is a link to elsewhere"),
+        (names(np.frombuffer(b'["a", "b"]', np.uint8)), "names of 3 images"),
+        (names(np.frombuffer(b'["a", "b", 1]', np.uint8)), "names of 3 images"),
+        (names(np.frombuffer(b'["a", ', np.uint8)), "names is not valid JSON"),
+        (names(np.zeros(4)), "names"),
+        (lambda file: file.create_group("names"), "damaged"),
         (attribute(version=99), "format version 99, this setpred reads 1"),
         (attribute(format="other"), "not one of setpred's"),
     ],
@@ -423,6 +433,7 @@ def test_prepared_files_with_a_fault_are_rejected(change, words, prepared, tmp_p
         *(number("images", (2, 0, 0, 0), 9), number("elements", (0, 0, 0), 0.3), number("camera", 1, 2.0)),
         *(number("index", 2, 9), attribute(source='{"kind": "tess"}'), attribute(sha256="0" * 64)),
         *(attribute(objects=2), schema(name="other")),
+        names(np.frombuffer(b'["a", "b", "c"]', np.uint8)),
     ],
 )
 def test_changed_content_is_noticed_by_verify(change, prepared, tmp_path):

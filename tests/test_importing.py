@@ -256,7 +256,7 @@ def test_an_image_that_cannot_be_read_is_named(images, tmp_path):
     ("text", "message"),
     [
         ("image,x,y\nx/a.png,3,4\ny/a.png,5,6", "one name of the image .*a.png, got x/a.png and y/a.png"),
-        ("image,x,y,confidence\na,3,4,1", "cannot be named 'confidence'"),
+        ("image,x,y,presence\na,3,4,1", "cannot be named 'presence'"),
         ("image,x\na,3", "expected columns x and y, got x alone"),
         ("image,xmin,ymin,xmax\na,1,2,3", "got no ymax"),
         ("image;x;y\na;3,5;4", "write decimals with a point"),

@@ -77,8 +77,10 @@ def test_from_a_table_and_images_to_scores_without_python_or_yaml(setpred, tmp_p
         setpred(*f"data import --csv {tmp_path}/points.csv --images {tmp_path}/images --out {name}".split())
     setpred("train", "--data", "train.h5", "--val", "val.h5", *SMALL)
     best = "checkpoints/train/best.ckpt"
-    printed = setpred("evaluate", best, "--data", "val.h5", "--thresholds", "10", "--json", "ap.json", "--figures", "p")
+    options = "--data val.h5 --thresholds 10 --json ap.json --figures p --report page.html"
+    printed = setpred("evaluate", best, *options.split())
     assert "predictions.png" in printed
+    assert "<figcaption>" in (setpred.folder / "page.html").read_text()
     assert '"10":' in (setpred.folder / "ap.json").read_text()
     setpred("predict", best, str(tmp_path / "images"), "--out", "out.json", "--figures", "drawn", "--shown", "1")
     assert (setpred.folder / "drawn" / "000-0.png").stat().st_size > 1000

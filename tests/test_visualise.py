@@ -177,7 +177,7 @@ SCHEMAS = {
     "numbers": ([continuous("at", 1)], ["pictures", "confusion"]),
     "classes": ([categorical("kind", "a", "b", "c")], ["pictures", "distance"]),
     "bare": ([continuous("coords", 3, scale=3.0)], ["confusion"]),
-    "other": ([categorical("shape", "cone", "cube"), continuous("coords", 3), categorical("color", "pink", "red")], []),
+    "other": ([categorical("shape", "cone", "cube"), CLEVR.field("coords"), categorical("color", "pink", "red")], []),
 }
 
 

@@ -68,7 +68,7 @@ def _import(
 ) -> None:
     from setpred.checkpoint.untrusted import read_yaml
     from setpred.data.hdf5 import describe, file_header
-    from setpred.data.importing import import_images, possible_classes, read_coco, read_csv
+    from setpred.data.importing import CONFIDENCE, import_images, possible_classes, read_coco, read_csv
     from setpred.data.overrides import Overrides
 
     if (csv is None) == (coco is None):
@@ -81,7 +81,8 @@ def _import(
     import_images(table, out=out, **options)
     print(describe(out))
     for name in table.left_out:
-        print(f"\nleft out the column {name!r}, which numbers the rows; --categorical {name!r} makes classes of it")
+        why = "is of predictions" if name == CONFIDENCE else "numbers the rows"
+        print(f"\nleft out the column {name!r}, which {why}; --categorical {name!r} makes classes of it")
     numbered = possible_classes(table) if csv is not None and schema is None else {}
     for column, count in numbered.items():
         print(f"\n{column} has {count} different whole numbers; pass --categorical {column} if they are classes")

@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +16,27 @@ from setpred.checkpoint.load import Checkpoint, load_checkpoint
 from setpred.commands.common import Parser, at_least, choose_device, exit_code, write_json
 from setpred.data.dataset import SetImages, open_data
 from setpred.decoders import IDSPN
-from setpred.errors import InputError
+from setpred.errors import InputError, plural
 from setpred.evaluation import PROTOCOLS, Predictions, encoder_autocast, format_report, pad_to_pass, predict, report
 from setpred.inner import Problem, Sum, VotingEnergy
 from setpred.inner.voting import Ballot
 from setpred.model import SetPredictor
-from setpred.visualise import Voting, draw_own_training, write_report
-from setpred.visualise.report import PICTURED
+from setpred.visualise import (
+    Case,
+    Voting,
+    draw_marks,
+    draw_own_training,
+    has_marks,
+    worst_first,
+    write_page,
+    write_report,
+    write_scores,
+)
+from setpred.visualise.page import has_places
+from setpred.visualise.report import MARKED, PICTURED
+from setpred.visualise.world import as_pictures, cameras_of, has_world
 
-MARKED = 256  # images of which the worst are drawn with marks
+MOST_SHOWN = 24  # images with marks, and on a page
 
 
 @torch.no_grad()
@@ -35,30 +49,87 @@ def figures(
     iterations: int | None,
     device: torch.device,
     title: str,
-    shown: int,
+    shown: int | None,
 ) -> list[Path]:
-    """Write the figures of an evaluation, with every iterate of the descent for the first `shown` images."""
-    first = data.__getitems__(range(min(shown, len(data))))
-    images = pad_to_pass(first["image"].to(device))  # the shape in which they were predicted
-    with encoder_autocast(device):
-        refined = loaded.model.refine(images, iterations=iterations)
-        iterates = torch.stack([elements[: len(first["image"])].float() for elements in refined])
-        voting = _voting(loaded.model, images, iterates)
-    seen = first["image"]
-    if loaded.schema.side:  # the worst of these are drawn
-        seen = data.__getitems__(range(min(MARKED, len(data))))["image"]
+    """Write the figures of an evaluation, with every iterate of the descent.
+
+    They show the first `shown` images of CLEVR's world, and otherwise the worst.
+    """
+    schema = loaded.schema
+    if has_world(schema):
+        numbers = list(range(min(shown or PICTURED, len(data))))
+    else:
+        numbers = worst_first(predictions.predicted, predictions.target, schema)[: shown or MARKED]
+    inputs, images, iterates = _refined(loaded, data, numbers, iterations=iterations, device=device)
     return write_report(
         folder,
-        images=seen,
+        images=images,
         predicted=predictions.predicted,
         target=predictions.target,
         iterates=iterates,
-        voting=voting,
-        camera=None if loaded.schema.side else np.stack([data.camera(index) for index in first["index"].tolist()]),
-        schema=loaded.schema,
+        voting=_voting(loaded.model, inputs, iterates),
+        camera=np.stack([data.camera(number) for number in numbers]),
+        schema=schema,
         calibration=loaded.calibration,
         title=title,
+        pictured=None if has_world(schema) else numbers,
+        names=[data.name(number) for number in numbers],
     )
+
+
+def _refined(
+    loaded: Checkpoint, data: SetImages, numbers: list[int], *, iterations: int | None, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A padded pass of images on the device, the images alone, and their iterates `[steps + 1, m, N, D]`."""
+    images = data.__getitems__(numbers)["image"]
+    inputs = pad_to_pass(images.to(device))  # the shape in which they were predicted
+    with encoder_autocast(device):
+        refined = loaded.model.refine(inputs, iterations=iterations)
+        return inputs, images, torch.stack([elements[: len(numbers)].float() for elements in refined])
+
+
+@torch.no_grad()
+def page(
+    path: Path,
+    loaded: Checkpoint,
+    data: SetImages,
+    predictions: Predictions,
+    result: dict[str, Any],
+    *,
+    iterations: int | None,
+    device: torch.device,
+    thresholds: Sequence[float],
+    shown: int | None,
+) -> Path:
+    """Write the evaluation as one page of HTML, with the worst images."""
+    schema, total = loaded.schema, len(predictions.target)
+    predicted, target = predictions.predicted.double(), predictions.target.double()
+    numbers = worst_first(predicted, target, schema)[: shown or MARKED]
+    _, images, iterates = _refined(loaded, data, numbers, iterations=iterations, device=device)
+    pictures = as_pictures(images)
+    sets = {"predicted": predicted, "target": target, "schema": schema}
+    cases = [Case(data.name(k), picture, predicted[k], target[k]) for k, picture in zip(numbers, pictures, strict=True)]
+    step = f"epoch {loaded.epoch}, step {loaded.step:,}"
+    about = f"{plural(total, 'image')} of {result['data']}; {step}; protocol {result['protocol']}"
+    with tempfile.TemporaryDirectory() as name:
+        rated = {"thresholds": thresholds, "calibration": loaded.calibration}
+        drawn = write_scores(Path(name), **sets, **rated, say=lambda sentence: None)
+        if has_marks(schema) and not has_places(schema):
+            few = f"The worst {len(cases)} of {plural(total, 'image')}."
+            drawn.insert(0, draw_marks(Path(name) / "predictions.png", cases, schema=schema, subtitle=few))
+        return write_page(
+            path,
+            title=f"Evaluation of {result['checkpoint']}",
+            about=about,
+            result=result,
+            cases=cases,
+            iterates=iterates.cpu(),
+            cameras=cameras_of(np.stack([data.camera(number) for number in numbers]), len(numbers)),
+            figures=drawn,
+            schema=schema,
+            calibration=loaded.calibration,
+            total=total,
+        )
 
 
 def _voting(model: SetPredictor, images: Tensor, iterates: Tensor) -> Voting | None:
@@ -105,6 +176,7 @@ def tolerance(text: str) -> tuple[str, float]:
 def parser() -> Parser:
     """Return the argument parser of the command."""
     options = Parser("evaluate", "Score a checkpoint by average precision, and draw the predicted sets.")
+    options.usage = "setpred evaluate CHECKPOINT [options]"  # the list below has them
     count, steps = at_least(1), at_least(0)
     options.add_argument("checkpoint", help="a .ckpt of `setpred train`, or a release file")
     options.add_shared("--data")
@@ -123,7 +195,10 @@ def parser() -> Parser:
         help="also ask for errors of fields under D",
     )
     options.add_argument("--figures", type=Path, metavar="DIR", help="write figures into DIR")
-    options.add_argument("--shown", type=count, default=PICTURED, help="images in the figures (default and most: 6)")
+    options.add_argument("--report", type=Path, metavar="FILE.html", help="write scores and the worst images as a page")
+    options.add_argument(
+        "--shown", type=count, help="images in figures and page (default: 6 of CLEVR's world, else 12)"
+    )
     options.add_argument("--images", type=count, help="evaluate only the first IMAGES images")
     options.add_argument("--seed", type=int, help="seed of the descent's random start (default: the model's)")
     options.add_argument(
@@ -165,10 +240,13 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
         InputError: wrong checkpoint, data or options.
     """
     options = parser().parse_args(arguments)
-    if options.shown > PICTURED:
-        raise InputError(f"--shown: expected at most {PICTURED}, got {options.shown}")
     loaded = load_checkpoint(options.checkpoint, allow=options.allow)
     loaded.require_images(options.checkpoint)
+    most = PICTURED if options.figures is not None and has_world(loaded.schema) else MOST_SHOWN
+    if options.shown is not None and options.shown > most:
+        raise InputError(f"--shown: expected at most {most}, got {options.shown}")
+    if options.report is not None and options.report.is_dir():
+        raise InputError(f"--report {options.report}: expected the name of a file, but it is a folder; add a name")
     schema = loaded.schema.with_tolerances(dict(options.within))
     decoder = loaded.model.decoder
     if options.seed is not None:
@@ -196,10 +274,14 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     }
     print(format_report(result))
     write_json(options.json, result)
+    drawn = {"iterations": steps, "device": device, "shown": options.shown}
+    if options.report is not None:
+        thresholds = sorted({*loaded.schema.thresholds, *options.thresholds}, reverse=True)
+        page(options.report, loaded, data, predictions, result, thresholds=thresholds, **drawn)
+        print(f"report: {options.report}")
     if options.figures is not None:
         title = f"{options.checkpoint} on {path}"
-        drawn = {"iterations": steps, "device": device, "title": title, "shown": options.shown}
-        written = figures(options.figures, loaded, data, predictions, **drawn)
+        written = figures(options.figures, loaded, data, predictions, title=title, **drawn)
         written += draw_own_training(options.figures, options.checkpoint)
         print("figures:", *written, sep="\n  ")
     return result

@@ -1,13 +1,13 @@
 """Predict the objects of images: `setpred predict CHECKPOINT IMAGES... --out predictions.json`."""
 
 import itertools
-import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +17,16 @@ from torch import Tensor
 
 from setpred.checkpoint.load import load_checkpoint
 from setpred.commands.common import Parser, at_least, choose_device, exit_code
+from setpred.data.exporting import FORMATS, Found, check_coco, csv_columns, to_coco, to_csv, to_json, to_jsonl
 from setpred.data.images import decoded, find_images, load_image, pixel_size
-from setpred.errors import InputError
+from setpred.data.importing import CocoIds
+from setpred.errors import InputError, plural
 from setpred.evaluation import for_evaluation, predict_in_passes
 from setpred.files import make_folder, replacing
 from setpred.model import SetPredictor
 from setpred.progress import progress
-from setpred.visualise import draw_marks, draw_outlined_image
+from setpred.schema import ElementSchema
+from setpred.visualise import Case, draw_marks, draw_outlined_image, has_marks
 from setpred.visualise.world import has_world
 
 RELEASED = Path(__file__).resolve().parents[1] / "released"  # a model and an image within the package
@@ -98,27 +101,55 @@ class Tally:
 
 
 def write_predictions(
-    out: Path, predictions: Iterable[Prediction], decode: Callable[[str, Tensor], list[dict[str, Any]]]
+    out: Path,
+    predictions: Iterable[Prediction],
+    decode: Callable[[str, Tensor], list[dict[str, Any]]],
+    write: Callable[[Found], Iterable[str]],
 ) -> Tally:
-    """Stream predictions into a JSON list, or into JSON Lines if the name ends in .jsonl.
+    """Stream predictions into a file, which appears only when complete.
 
-    Each is `{"image": path, "objects": [...]}`. The file appears only when complete. Skipped images are left out and
-    named on stderr.
+    Skipped images are left out and named on stderr.
+
+    Args:
+        write: one of the formats of `setpred.data.exporting`.
     """
     tally = Tally()
-    first, then, end = ("", "\n", "\n") if out.suffix == ".jsonl" else ("[\n", ",\n", "\n]\n")
-    with replacing(out) as partial, partial.open("w", encoding="ascii") as file:
+
+    def found() -> Found:
         for image, elements in predictions:
             if isinstance(elements, InputError):
                 tally.skipped += 1
                 print(f"skipped: {elements}", file=sys.stderr, flush=True)
                 continue
-            # escaped to ASCII: file names need not be UTF-8
-            text = json.dumps({"image": image, "objects": decode(image, elements)}, allow_nan=False)
-            file.write((then if tally.predicted else first) + text)
+            yield image, decode(image, elements)
             tally.predicted += 1
-        file.write(end if tally.predicted else (first + end).strip("\n"))
+
+    # names of files need not be UTF-8
+    with replacing(out) as unfinished, unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        for piece in write(found()):
+            file.write(piece)
     return tally
+
+
+def choose_format(
+    name: str | None, out: Path, schema: ElementSchema, paths: Sequence[str], ids: Path | None
+) -> Callable[[Found], Iterable[str]]:
+    """The writer of a format; by default the one that the suffix of the file names, or JSON.
+
+    Raises:
+        InputError: a schema that the format cannot hold; COCO ids that lack an image or a class, or another format.
+    """
+    name = name or (suffix if (suffix := out.suffix.lower()[1:]) in FORMATS else "json")
+    if ids is not None and name != "coco":
+        raise InputError(f"--coco-ids: expected --format coco, got {name}; leave one of them out")
+    if name == "coco":
+        known = None if ids is None else CocoIds.read(ids)
+        check_coco(schema, paths, known)
+        return partial(to_coco, schema=schema, paths=paths, ids=known)
+    if name == "csv":
+        csv_columns(schema)
+        return partial(to_csv, schema=schema)
+    return to_json if name == "json" else to_jsonl
 
 
 def parser() -> Parser:
@@ -134,7 +165,11 @@ def parser() -> Parser:
     options.add_argument("checkpoint", help="a .ckpt of `setpred train`, or a release file")
     options.add_argument("images", nargs="+", metavar="IMAGES", help="image files, or folders (without subfolders)")
     options.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="JSON file to write; JSON Lines if named .jsonl"
+        "--out", type=Path, required=True, metavar="FILE", help="file to write: JSON, or as named: .jsonl, .csv, .coco"
+    )
+    options.add_argument("--format", choices=FORMATS, help="format of the file, whatever its name")
+    options.add_argument(
+        "--coco-ids", type=Path, metavar="FILE", help="with --format coco: write a list of results with FILE's ids"
     )
     options.add_argument("--batch-size", type=count, default=64, help="images per batch; no effect on results")
     options.add_argument(
@@ -166,19 +201,20 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
     loaded = load_checkpoint(options.checkpoint, allow=options.allow)
     loaded.require_images(options.checkpoint)
     schema, folder = loaded.schema, options.figures
-    if folder is not None and not (has_world(schema) or schema.side):
+    if folder is not None and not (has_world(schema) or has_marks(schema)):
         raise InputError(f"--figures: schema {schema.name!r} has no 'coords' that can be drawn; leave it out")
     if os.path.isdir(options.out):
         raise InputError(f"--out {options.out}: expected the name of a file, but it is a folder; choose another name")
     if folder is not None and (folder == options.out or os.path.isfile(folder)):
         raise InputError(f"--figures {folder}: expected a folder, but it is a file; choose another name")
     paths = find_images(options.images, lambda sentence: print(sentence, file=sys.stderr, flush=True))
+    write = choose_format(options.format, options.out, schema, paths, options.coco_ids)
     names = ("batch_size", "iterations", "threads", "skip_broken")
     chosen = {name: getattr(options, name) for name in names} | {"device": choose_device(options.device)}
     drawn: list[Prediction] = []
 
     def predictions() -> Iterator[Prediction]:
-        found = predict(loaded.model, paths, image_size=loaded.image_size, padded=schema.side is not None, **chosen)
+        found = predict(loaded.model, paths, image_size=loaded.image_size, padded=not has_world(schema), **chosen)
         for prediction in progress(found, total=len(paths), description="predicting images"):
             if folder is not None and len(drawn) < options.shown and isinstance(prediction.elements, Tensor):
                 drawn.append(prediction)
@@ -194,18 +230,20 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
         return found
 
     start = time.perf_counter()
-    tally = write_predictions(options.out, predictions(), decode)
+    tally = write_predictions(options.out, predictions(), decode, write)
     rate = tally.predicted / (time.perf_counter() - start)
     try:
         for number, (image, elements) in enumerate(drawn):
             stem = os.fsencode(Path(image).stem)[:LONGEST_STEM].decode(errors="ignore")
-            picture = load_image(image, DRAWN_SIZE, padded=schema.side is not None, advice="it was there a moment ago")
+            picture = load_image(image, DRAWN_SIZE, padded=not has_world(schema), advice="it was there a moment ago")
             about = os.fsencode(image).decode(errors="replace")
             path = make_folder(folder) / f"{number:03d}-{stem}.png"
-            if schema.side:
+            if not has_world(schema):
                 kept, count = elements.clone(), len(decode(image, elements))
                 kept[:, -1] = (elements[:, -1].argsort(descending=True, stable=True).argsort() < count).float()
-                draw_marks(path, picture[None], kept[None], None, schema=schema, about=about)
+                least = "presence of one half" if options.threshold is None else f"confidence of {options.threshold:g}"
+                case = Case(os.path.basename(about), picture, kept, None)
+                draw_marks(path, [case], schema=schema, subtitle=f"Objects with a {least} or more.")
             else:
                 draw_outlined_image(path, picture, decode(image, elements), schema=schema, about=about)
     except InputError as error:
@@ -213,7 +251,7 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
     if example:
         print(options.out.read_text(), "The drawing is in ", folder, sep="")
     skipped = f", {tally.skipped:,} skipped" if options.skip_broken else ""
-    print(f"{options.out}: {tally.predicted:,} images, {rate:.4g} a second{skipped}")
+    print(f"{options.out}: {plural(tally.predicted, 'image')}, {rate:.4g} a second{skipped}")
     return tally
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from setpred.data.clevr import ClevrFolder
-from setpred.data.hdf5 import BLOCK, open_set_file, read_header, read_images, read_sets
+from setpred.data.hdf5 import BLOCK, open_set_file, read_header, read_images, read_names, read_sets
 from setpred.errors import InputError
 from setpred.schema import CLEVR, PRESENCE, ElementSchema
 from setpred.sets import presence_mask
@@ -80,6 +80,10 @@ class SetImages(Dataset, ABC):
 
     def __getitem__(self, index: int) -> Batch:
         return {name: value[0] for name, value in self.__getitems__([range(len(self))[index]]).items()}
+
+    def name(self, index: int) -> str:
+        """Name of an image for the people who look at it: that of its file where it is known, else its number."""
+        return f"image {self.image_index[index]}"
 
     @abstractmethod
     def camera(self, index: int) -> np.ndarray:
@@ -167,6 +171,7 @@ class SetFile(SetImages):
             self.schema = header.schema if schema is None else schema
             self.image_size, self.source = header.image_size, dict(header.source)
             rows = read_sets(file, header, path, images)
+            self._names = read_names(file, header.images, path)
             self.image_index, self._cameras = rows.index, rows.camera
             try:
                 elements = self.schema.converted(rows.elements, header.schema)
@@ -175,6 +180,9 @@ class SetFile(SetImages):
             self._keep(elements, set_size, path)
         size = len(self) * self.image_size**2 * 3
         self.in_memory = size < IN_MEMORY_BYTES if in_memory is None else in_memory
+
+    def name(self, index: int) -> str:
+        return super().name(index) if self._names is None else self._names[index]
 
     def camera(self, index: int) -> np.ndarray:
         return self._cameras[index]

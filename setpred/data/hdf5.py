@@ -6,6 +6,7 @@ An HDF5 file of n square images of side S with their sets (N = schema.max_object
     elements  float32 [n, N, D]      as `ElementSchema.encode` writes them: present first, zero padded
     camera    float64 [n, 3]         location of the camera, NaN where unknown
     index     int64   [n]            number of the image in its source
+    names     uint8   [bytes]        optional: the names of the images, a JSON list
 
 and the attributes `format`, `version`, `schema` and `source` (JSON), `images` and `objects` (counts), `image_size`,
 `producer` (a fingerprint of what made the images) and `sha256` (of header and rows).
@@ -18,7 +19,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +28,14 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from setpred.errors import InputError, reason, shown
+from setpred.errors import InputError, plural, reason, shown
 from setpred.files import LARGEST_IMAGE, parse_json
 from setpred.schema import PRESENCE, ElementSchema
 
 FORMAT, VERSION = "setpred", 1
 BLOCK = 256  # images per read
 MOST_IMAGES = 10**8  # of a file, read or made: a slip of the finger should not fill a disk
+NAMES = "names"  # of an array that need not be there
 LONGEST_TEXT = 1_000_000  # characters of an attribute; schema and source of ours have a few hundred
 
 
@@ -212,6 +214,25 @@ def read_sets(file: h5py.File, header: Header, path: str | os.PathLike[str], ima
     return rows
 
 
+def pack_names(names: Sequence[str] | None) -> np.ndarray:
+    """The array `names` of a file, empty without names."""
+    return np.frombuffer(b"" if names is None else plain_json(list(names)).encode(), np.uint8)
+
+
+def read_names(file: h5py.File, images: int, path: str | os.PathLike[str]) -> list[str] | None:
+    """Read the names of the images; None where a file does not have them. Raises `InputError` if they are damaged."""
+    if (link := file.get(NAMES, getlink=True)) is None:
+        return None
+    with _reading(path):
+        size = file[NAMES].size if isinstance(link, h5py.HardLink) else 0
+        if fault := _fault_of_storage(file, NAMES, (size,), np.dtype("|u1")):
+            raise InputError(f"{path}: {fault}; do not trust it, copy or make it again")
+        names = parse_json(file[NAMES][:].tobytes(), f"{path}: names")
+    if not isinstance(names, list) or len(names) != images or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path} is damaged: expected the names of {images} images, got {shown(names)}; make it again")
+    return names
+
+
 def read_images(file: h5py.File, index: np.ndarray) -> np.ndarray:
     """Read the images of these numbers, in this order.
 
@@ -225,7 +246,7 @@ def read_images(file: h5py.File, index: np.ndarray) -> np.ndarray:
 
 
 class Checksum:
-    """SHA-256 over the header, then image, elements, camera and index of every row in order."""
+    """SHA-256 over the header, then image, elements, camera and index of every row in order, and the names if any."""
 
     def __init__(self, header: Header) -> None:
         self._hash = hashlib.sha256(header.to_json().encode())
@@ -234,6 +255,9 @@ class Checksum:
         for row in zip(images, elements, camera, index, strict=True):
             for part, dtype in zip(row, ("|u1", "<f4", "<f8", "<i8"), strict=True):
                 self._hash.update(np.ascontiguousarray(part, dtype=dtype).data)
+
+    def update_names(self, packed: np.ndarray) -> None:
+        self._hash.update(packed.data)
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
@@ -252,6 +276,7 @@ def verify(path: str | os.PathLike[str]) -> Header:
             for start in range(0, header.images, BLOCK):
                 some = slice(start, min(start + BLOCK, header.images))
                 checksum.update(read_images(file, np.arange(some.start, some.stop)), *(part[some] for part in rows))
+            checksum.update_names(pack_names(read_names(file, header.images, path)))
             objects, digest = _attribute(file, "objects", int), _attribute(file, "sha256", str)
     present = int(header.schema.values(rows.elements, PRESENCE).sum())
     if checksum.hexdigest() != digest or present != objects:
@@ -287,12 +312,12 @@ def describe(path: str | os.PathLike[str]) -> str:
     objects = rows.elements[present]
     source = ((key, " to ".join(map(str, v)) if isinstance(v, list) else v) for key, v in header.source.items())
     lines = [
-        f"{path}: {header.images} images of {size}x{size}, {len(objects)} objects, "
+        f"{path}: {plural(header.images, 'image')} of {size}x{size}, {plural(len(objects), 'object')}, "
         f"{Path(path).stat().st_size / 1e6:.1f} MB",
-        f"schema    {schema.name}: {schema.set_dim} numbers, up to {schema.max_objects} objects; "
+        f"schema    {schema.name}: {schema.set_dim} numbers, up to {plural(schema.max_objects, 'object')}; "
         + ", ".join([*(f"{field.name} ({field.size})" for field in schema.fields), f"{PRESENCE} (1)"]),
         "source    " + ", ".join(f"{key} {value}" for key, value in source),
-        f"cameras   known for {np.isfinite(rows.camera).all(1).sum()} images",
+        f"cameras   known for {plural(np.isfinite(rows.camera).all(1).sum(), 'image')}",
         f"sha256    {checksum}",
     ]
     counts = np.bincount(present.sum(1))

@@ -11,7 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from setpred.data.hdf5 import FORMAT, VERSION, Checksum, Header, Record, plain_json, verify
+from setpred.data.hdf5 import FORMAT, NAMES, VERSION, Checksum, Header, Record, pack_names, plain_json, verify
 from setpred.data.shards import FINISHED, finished_shards
 from setpred.errors import InputError
 from setpred.files import make_folder, publish, writing
@@ -30,6 +30,7 @@ def write_set_file(
     description: str,
     workers: int = 0,
     force: bool = False,
+    names: Sequence[str] | None = None,
 ) -> str:
     """Write a row for each item to `path`, with progress.
 
@@ -42,6 +43,7 @@ def write_set_file(
         producer: fingerprint of the code that makes the rows: rows of two versions are not mixed.
         workers: processes that make rows; 0 works in this one.
         force: replace a finished file of this name, which stays until the new one is complete.
+        names: of the images, to be shown with them.
 
     Returns:
         The SHA-256 of the content.
@@ -56,6 +58,7 @@ def write_set_file(
         raise InputError(f"{path} exists already; choose another name, or replace it with --force")
     make_folder(path.parent)
     folder = path.with_name(path.name + ".partial")
+    packed = pack_names(names)
     _check_space(path, folder, header)
     job = plain_json({"producer": producer, "header": header.to_json()})
     options = {"pixels": header.image_size**2, "workers": workers, "description": description}
@@ -63,7 +66,7 @@ def write_set_file(
         writing(path, hint=f"; the complete shards stay in {folder.name}, run the same command again to resume"),
         finished_shards(folder, items, partial(_save_rows, make), _load_rows, job=job, **options) as shards,
     ):
-        digest = _assemble(folder / FINISHED, header, shards, producer)
+        digest = _assemble(folder / FINISHED, header, shards, producer, packed)
         verify(folder / FINISHED)
         publish(folder / FINISHED, path)
     return digest
@@ -109,14 +112,16 @@ def _load_rows(path: Path) -> Record:
         return Record(*(shard[name] for name in Record._fields))
 
 
-def _assemble(path: Path, header: Header, shards: list[Path], producer: str) -> str:
+def _assemble(path: Path, header: Header, shards: list[Path], producer: str, names: np.ndarray) -> str:
     """Write the file from its shards; return its checksum."""
     with h5py.File(path, "w") as file:
         create_arrays(file, header, producer)
+        if names.size:
+            file[NAMES] = names
     if hasattr(os, "posix_fallocate"):
         # HDF5 writes late, and then can only print that the disk is full: have the space before
         with open(path, "r+b") as stream:
-            os.posix_fallocate(stream.fileno(), 0, _bytes(header))
+            os.posix_fallocate(stream.fileno(), 0, _bytes(header) + names.nbytes)
     checksum, objects, start = Checksum(header), 0, 0
     with h5py.File(path, "r+") as file:
         for shard in shards:
@@ -127,5 +132,6 @@ def _assemble(path: Path, header: Header, shards: list[Path], producer: str) -> 
             for name, part in zip(header.layout(), rows, strict=True):
                 file[name][start:stop] = part
             start = stop
+        checksum.update_names(names)
         file.attrs.update(objects=objects, sha256=checksum.hexdigest())
     return checksum.hexdigest()

@@ -23,11 +23,12 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import __version__ as pillow_version
@@ -46,6 +47,7 @@ SIDES = (("width", "height"), ("w", "h"))
 CENTRES = (("cx", "cy"), ("x_center", "y_center"), ("x_centre", "y_centre"))  # of points and boxes alike
 POSITION = {"x", "y", "z", *itertools.chain(*CORNERS, *SIDES, *CENTRES)}
 TAKEN = ("coords", "extent", "presence", "confidence")  # names of what is made of the columns
+CONFIDENCE = "confidence"  # a column of predictions, which annotations do not have
 CLASSES = ("label", "class", "category", "type", "species", "kind", "name", "color", "colour", "shape", "material")
 NUMBERS = ("id", "index", "row", "unnamed: 0", "annotation_id", "object_id")  # columns that number the rows
 ANGLE = re.compile(r"(?:angle|theta|orientation|heading|rotation|yaw|azimuth|bearing)(?:_?(deg|rad)\w*)?")
@@ -77,7 +79,7 @@ class Table:
     rows: list[Row] = field(default_factory=list)
     classes: dict[str, tuple[str, ...] | None] = field(default_factory=dict)  # None for a column of numbers
     images: list[str] | None = None
-    left_out: list[str] = field(default_factory=list)  # columns that only number the rows
+    left_out: list[str] = field(default_factory=list)  # columns that number the rows, or of confidences
     skeleton: list[tuple[str, str]] = field(default_factory=list)  # pairs of keypoints
 
 
@@ -85,8 +87,9 @@ def read_csv(path: str | os.PathLike[str], *, categorical: Sequence[str] = ()) -
     """Read one CSV file for all images, or a folder with one CSV file per image, of the same stem.
 
     The first line names the columns. A column `id`, `index` or without a name (as of pandas) that numbers the rows, or
-    the rows of each image, is left out. The delimiter is the one of comma, semicolon, tab and bar that the first line
-    has most often. UTF-8, UTF-16 with a byte order mark and Windows-1252 are read.
+    the rows of each image, is left out; so is one of confidences, as in tables of predictions. The delimiter is the one
+    of comma, semicolon, tab and bar that the first line has most often. UTF-8, UTF-16 with a byte order mark and
+    Windows-1252 are read.
 
     Args:
         categorical: columns of classes whose names are numbers.
@@ -110,10 +113,11 @@ def read_csv(path: str | os.PathLike[str], *, categorical: Sequence[str] = ()) -
         raise InputError(f"{path}: expected the columns {', '.join(columns)}, got no {', '.join(unknown)}")
     rows = [row for _, found in tables for row in found]
     named = {name.strip().lower() for name in categorical}
-    left_out = [name for name in columns if name in NUMBERS and name not in named and _counts(rows, name)]
+    numbering = [name for name in columns if name in NUMBERS and _counts(rows, name)]
+    left_out = [name for name in columns if name in (*numbering, CONFIDENCE) and name not in named]
     for row in rows:
         for name in left_out:
-            del row.values[name]
+            row.values.pop(name, None)
     columns = [name for name in columns if name not in left_out]
     kept = [row for row in rows if any(row.values.values())]  # a row with nothing but an image: it is empty
     table = Table(str(path), kept, left_out=left_out)
@@ -249,16 +253,7 @@ def read_coco(path: str | os.PathLike[str]) -> Table:
         InputError: names the annotation that cannot be understood.
     """
     path = Path(path)
-    try:
-        document = json.loads(_decoded(path))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: expected JSON, got: {error}") from error
-    if not isinstance(document, dict) or not all(isinstance(document.get(k), list) for k in ("images", "annotations")):
-        raise InputError(f"{path}: expected COCO JSON with images and annotations, got {shown(document)}")
-    names = _by_id(document["images"], "file_name", f"{path}: images")
-    if not isinstance(document.get("categories") or [], list):
-        raise InputError(f"{path}: expected a list of categories, got {shown(document['categories'])}")
-    categories = _by_id(document.get("categories") or [], "name", f"{path}: categories")
+    document, names, categories = _read_document(path)
     parts, skeleton = _keypoints(document.get("categories") or [], path)
     table = Table(str(path), images=list(names.values()), skeleton=skeleton)
     every = dict.fromkeys(itertools.chain(*parts.values()))
@@ -310,6 +305,39 @@ def read_coco(path: str | os.PathLike[str]) -> Table:
             table.classes[name] = None
     _check_repeats(table.rows)
     return table
+
+
+def _read_document(path: Path) -> tuple[dict[str, Any], dict[Any, str], dict[Any, str]]:
+    """A COCO file, the file names of its images and the names of its categories by their ids."""
+    try:
+        document = json.loads(_decoded(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: expected JSON, got: {error}") from error
+    if not isinstance(document, dict) or not all(isinstance(document.get(k), list) for k in ("images", "annotations")):
+        raise InputError(f"{path}: expected COCO JSON with images and annotations, got {shown(document)}")
+    names = _by_id(document["images"], "file_name", f"{path}: images")
+    if not isinstance(document.get("categories") or [], list):
+        raise InputError(f"{path}: expected a list of categories, got {shown(document['categories'])}")
+    return document, names, _by_id(document.get("categories") or [], "name", f"{path}: categories")
+
+
+class CocoIds(NamedTuple):
+    """The ids that a COCO file gives to images, by file name without folders, and to categories, by name."""
+
+    path: str
+    images: dict[str, Any]
+    categories: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> CocoIds:
+        """Read the ids of a file; raise `InputError` if it is no COCO JSON, or two ids have one name."""
+        _, names, categories = _read_document(Path(path))
+        images = {id_: Path(name).name for id_, name in names.items()}
+        for found in (images, categories):
+            if len(set(found.values())) < len(found):
+                ((name, _),) = Counter(found.values()).most_common(1)
+                raise InputError(f"{path}: expected one id for each name, got several for {shown(name)}")
+        return cls(str(path), *({name: id_ for id_, name in found.items()} for found in (images, categories)))
 
 
 def _keypoints(categories: Sequence[Any], path: Path) -> tuple[dict[Any, list[str]], list[tuple[str, str]]]:
@@ -509,6 +537,7 @@ def import_images(
         description=f"importing {size}x{size}",
         workers=workers,
         force=force,
+        names=[path.name for path in paths.values()],
     )
     return schema
 

@@ -3,15 +3,17 @@
 from setpred.visualise.confusion import draw_confusion
 from setpred.visualise.curves import draw_precision_recall
 from setpred.visualise.distances import draw_distance_errors
-from setpred.visualise.marks import draw_marks
-from setpred.visualise.predictions import draw_outlined_image, draw_predictions
+from setpred.visualise.marks import Case, draw_marks, has_marks
+from setpred.visualise.page import write_page
+from setpred.visualise.predictions import draw_outlined_image, draw_predictions, worst_first
 from setpred.visualise.refinement import Descent, draw_refinement_film, draw_refinement_strip
 from setpred.visualise.reliability import draw_reliability
-from setpred.visualise.report import write_report
+from setpred.visualise.report import write_report, write_scores
 from setpred.visualise.supports import Voting, draw_supports
 from setpred.visualise.training_curves import draw_own_training, draw_training_curves
 
 __all__ = [
+    "Case",
     "Descent",
     "Voting",
     "draw_confusion",
@@ -26,5 +28,9 @@ __all__ = [
     "draw_reliability",
     "draw_supports",
     "draw_training_curves",
+    "has_marks",
+    "worst_first",
+    "write_page",
     "write_report",
+    "write_scores",
 ]

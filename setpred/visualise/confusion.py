@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from setpred.errors import plural
 from setpred.schema import ElementSchema
-from setpred.visualise.style import INK, Sheet, in_english_order, plural, styled, word
+from setpred.visualise.style import INK, Sheet, in_english_order, styled, word
 
 CELL, NAMES, ABOVE, GAP, HEAD = 0.62, 1.0, 1.15, 0.35, 0.8  # inches
 _FAINT = "#b5b5b5"

@@ -8,10 +8,11 @@ import numpy as np
 from matplotlib import colormaps
 from torch import Tensor
 
+from setpred.errors import plural
 from setpred.metrics import average_precision, precision_recall, threshold_name
 from setpred.schema import ElementSchema
 from setpred.sets import presence_mask
-from setpred.visualise.style import Sheet, plural, styled
+from setpred.visualise.style import Sheet, styled
 
 MOST_POINTS = 2_000  # of a curve, more than can be distinguished
 _DASHES = ("-", "--", "-.", ":")

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from setpred.errors import plural
 from setpred.metrics import pairwise_distance, threshold_name
 from setpred.schema import ElementSchema
 from setpred.sets import presence_mask
-from setpred.visualise.style import INK, PLAIN, Sheet, plural, styled
+from setpred.visualise.style import INK, PLAIN, Sheet, styled
 
 
 @styled()

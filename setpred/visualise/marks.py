@@ -1,109 +1,196 @@
-"""Draw predicted and real objects on their images: points and boxes of any schema with positions in pixels."""
+"""Draw predicted and real objects where they are: points and boxes on images, other positions in plain axes."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Polygon
 from matplotlib.patheffects import withStroke
 from torch import Tensor
 
+from setpred.errors import plural
 from setpred.schema import ElementSchema
 from setpred.visualise.predictions import Comparison, compare
-from setpred.visualise.style import INK, Sheet, plural, styled
+from setpred.visualise.refinement import STRIP
+from setpred.visualise.style import GROUND, INK, Sheet, styled, word
 
 REAL, FOUND, EXTRA = "#2fe05b", "#ffd23e", "#ff4b33"  # of the three kinds of marks; they differ in form, too
-PANEL, GAP, COLUMNS = 2.6, 0.25, 4  # inches
+PANEL, SMALLER, GAP = 2.6, 1.9, 0.25  # inches, of one panel for each set, and of several
+COLUMNS = {1: 4, 2: 3, 3: 2}  # sets in a row, by their panels
 ALONE = 4.8  # inches, of a single image
+HEAD, FOOT, SCALE = 0.95, 0.62, 0.3  # inches: title, lines under an image, numbers at plain axes
 EDGE = [withStroke(linewidth=2.6, foreground="#111111")]  # so that marks are seen on every colour
-BELOW = 0.42  # for the two lines under an image
+BEHIND = {"facecolor": "#222222", "alpha": 0.65, "linewidth": 0, "pad": 1.5}  # the text at a mark
+LONGEST_NAME = 36  # characters
+MOST_STEPS = 6  # in a refinement
+
+
+class Case(NamedTuple):
+    """An input with its predicted set and, if known, its real set; `name` is written under it.
+
+    The picture is an image `[S, S, 3]`, an input set of points `[m, 2]` in the units of `coords`, or nothing.
+    """
+
+    name: str
+    picture: np.ndarray | None
+    predicted: Tensor
+    target: Tensor | None
+
+
+def has_marks(schema: ElementSchema) -> bool:
+    """Whether elements have a position that can be marked: a field "coords" of two or three numbers."""
+    return any(field.name == "coords" and field.size in (2, 3) for field in schema.continuous)
 
 
 @styled()
-def draw_marks(
-    path: Path,
-    images: np.ndarray,
-    predicted: Tensor,
-    target: Tensor | None,
-    *,
-    schema: ElementSchema,
-    about: str = "",
-    shown: int = 12,
-) -> Path:
-    """Draw the images with the worst predictions: rings or boxes where objects are, crosses or boxes where predicted.
+def draw_marks(path: Path, cases: Sequence[Case], *, schema: ElementSchema, subtitle: str, about: str = "") -> Path:
+    """Draw sets: rings or boxes where objects are, crosses or boxes where they are predicted.
 
-    A line leads from each prediction to its object. Images are ordered by missed and extra objects and wrong classes,
-    then by distance. Without targets, class names are written at the predictions.
+    A line leads from each prediction to its object, and wrong classes are named. Without targets, class names are
+    written at the predictions. Positions that are not pixels of the image are drawn next to it, in their units: two
+    numbers in a plane, three from above and from the front.
 
     Args:
-        images: uint8 `[n, S, S, 3]`.
-        predicted, target: `[n, set_size, set_dim]` of the same images; without a target the predictions alone.
-        schema: a schema with a `side`.
+        cases: all with a real set, or none.
+        schema: a schema that `has_marks`.
     """
-    known = target is not None
-    target = torch.zeros_like(predicted) if target is None else target
-    compared = [compare(*pair, schema) for pair in zip(predicted, target, strict=True)]
-    worst = sorted(range(len(images)), key=lambda k: (_faults(compared[k]), _error(compared[k])), reverse=True)[:shown]
-    columns = min(COLUMNS, len(worst))
-    rows = -(-len(worst) // columns)
-    top, panel = 0.95, PANEL if len(worst) > 1 else ALONE
-    width = max(5.4, 2 * GAP + columns * panel + (columns - 1) * GAP)
-    height = top + rows * (panel + BELOW) + 0.35
-    sheet = Sheet(width, height)
-    count = plural(len(images), "image")
-    sheet.heading("Predictions on images", f"The worst {len(worst)} of {count}." if known else f"{count}.", about)
-    for place, number in enumerate(worst):
-        row, column = divmod(place, columns)
-        left, bottom = GAP + column * (panel + GAP), height - top - panel - row * (panel + BELOW)
-        axes = sheet.panel(left, bottom, panel, panel)
-        _show(axes, images[number], compared[number], schema, known)
-        text = _summary(compared[number]) if known else plural(len(compared[number].predicted), "object")
-        axes.text(0, -0.03, text, transform=axes.transAxes, fontsize=8, va="top", color=INK)
+    known = cases[0].target is not None
+    sheet, cells = _cells(len(cases), cases[0], schema)
+    sheet.heading("Predictions", subtitle, about)
+    for case, cell in zip(cases, cells, strict=True):
+        compared = _show(cell, case, case.predicted, schema)
+        lines = _summary(compared, schema) if known else [plural(len(compared.predicted), "object")]
+        _caption(cell, [case.name, *lines], schema)
     if known:
-        handles = [
-            Line2D([], [], marker="o", mfc="none", mec=REAL, ls="", label="real object"),
-            Line2D([], [], marker="x", mec=FOUND, ls="", label="prediction with its object"),
-            Line2D([], [], marker="x", mec=EXTRA, ls="", label="prediction without one, or of another class"),
-        ]
-        style = {"frameon": True, "facecolor": "#555555", "labelcolor": "white", "bbox_to_anchor": (0.01, 0.0)}
-        sheet.legend(handles=handles, loc="lower left", ncols=3, fontsize=8, **style)
+        _draw_legend(sheet, schema)
     return sheet.save(path)
 
 
-def _show(axes: Axes, image: np.ndarray, compared: Comparison, schema: ElementSchema, known: bool) -> None:
-    side = schema.side
-    axes.imshow(image, extent=(0, side, side, 0), interpolation="nearest")
-    axes.set(xlim=(0, side), ylim=(side, 0), xticks=[], yticks=[])
+@styled()
+def draw_marked_refinement(
+    path: Path, cases: Sequence[Case], iterates: Tensor, *, schema: ElementSchema, about: str = ""
+) -> Path:
+    """Draw a row for each set: its iterates `[steps + 1, cases, set_size, set_dim]` at a few steps and the last one."""
+    if not schema.side:  # the image, if any, is no part of the way
+        cases = [case._replace(picture=None) if _has_image_apart(case, schema) else case for case in cases]
+    last = len(iterates) - 1
+    steps = [*[step for step in STRIP if step < last][: MOST_STEPS - 1], last]
+    sheet, cells = _cells(len(steps) * len(cases), cases[0], schema, columns=len(steps))
+    sheet.heading("Refinement of the set", "Elements with a confidence over 50 %, matched again at each step.", about)
+    for row, case in enumerate(cases):
+        for step, cell in zip(steps, cells[row * len(steps) :], strict=False):
+            compared = _show(cell, case, iterates[step, row], schema)
+            text = f"after {plural(step, 'step')}" if step else f"{case.name}, start"
+            _caption(cell, [text, *_summary(compared, schema)], schema)
+    _draw_legend(sheet, schema)
+    return sheet.save(path)
+
+
+def _cells(
+    count: int, example: Case, schema: ElementSchema, *, columns: int | None = None
+) -> tuple[Sheet, list[list[Axes]]]:
+    """A sheet with the panels of each set, row by row."""
+    panels = _has_image_apart(example, schema) + len(_views(schema))
+    columns = min(COLUMNS[panels], count) if columns is None else columns
+    gap, foot = (GAP, FOOT) if schema.side else (GAP + SCALE, FOOT + SCALE)
+    panel = (PANEL if panels == 1 else SMALLER) if count > 1 else ALONE
+    rows, step = -(-count // columns), panel + gap
+    sheet = Sheet(max(5.6, gap + columns * panels * step), HEAD + rows * (panel + foot) + 0.35)
+    corners = (
+        (gap + column * panels * step, sheet.height - HEAD - row * (panel + foot) - panel)
+        for row, column in (divmod(number, columns) for number in range(count))
+    )
+    return sheet, [[sheet.panel(x + k * step, y, panel, panel) for k in range(panels)] for x, y in corners]
+
+
+def _has_image_apart(case: Case, schema: ElementSchema) -> bool:
+    """Whether an image has a panel for itself: positions are not its pixels."""
+    return schema.side is None and case.picture is not None and case.picture.ndim == 3
+
+
+def _views(schema: ElementSchema) -> list[tuple[int, int]]:
+    """The pairs of axes that positions are drawn in: the image or plane; from above and from the front."""
+    return [(0, 1), (0, 2)] if schema.field("coords").size == 3 else [(0, 1)]
+
+
+def _show(cell: Sequence[Axes], case: Case, elements: Tensor, schema: ElementSchema) -> Comparison:
+    """Show a set in the panels of its cell; return its comparison with the real one."""
+    known, side = case.target is not None, schema.side
+    compared = compare(elements, case.target if known else torch.zeros_like(elements), schema)
+    points = case.picture if case.picture is not None and case.picture.ndim == 2 else None
+    if case.picture is not None and points is None:
+        extent = (0, side, side, 0) if side else None
+        cell[0].imshow(case.picture, extent=extent, interpolation="nearest")
+        cell[0].set(xticks=[], yticks=[])
+    for axes in cell:
+        axes.spines[:].set_visible(False)
+    for axes, view in zip(cell[-len(_views(schema)) :], _views(schema), strict=True):
+        if side and points is None:
+            axes.set(xlim=(0, side), ylim=(side, 0))
+        else:
+            _plain(axes, view, schema, points)
+        _mark_all(axes, view, compared, schema, known)
+    return compared
+
+
+def _plain(axes: Axes, view: tuple[int, int], schema: ElementSchema, points: np.ndarray | None) -> None:
+    field = schema.field("coords")
+    reach = 1.15 * field.scale
+    if points is not None:
+        axes.plot(*points.T, ".", ms=3.5, mec="none", mfc="#8f9aad")
+        reach = max(reach, 1.05 * float(np.abs(points - field.offset).max(initial=0)))
+    limits = (field.offset - reach, field.offset + reach)
+    axes.set(xlim=limits, ylim=limits, facecolor=GROUND, aspect="equal")
+    axes.locator_params(nbins=5)
+    axes.tick_params(labelsize=7, length=2, colors="#555555")
+    for text, x, y in (("xyz"[view[0]], 0.97, 0.02), ("xyz"[view[1]], 0.02, 0.97)):
+        style = {"va": "top" if y > 0.5 else "bottom", "ha": "right" if x > 0.5 else "left", "color": "#555555"}
+        axes.text(x, y, text, transform=axes.transAxes, **style)
+
+
+def _mark_all(axes: Axes, view: tuple[int, int], compared: Comparison, schema: ElementSchema, known: bool) -> None:
     for real in compared.real:
-        _mark(axes, real, REAL, "o")
+        _mark(axes, view, real, REAL, "o", schema)
         _draw_keypoints(axes, real, REAL, "-", schema)
     for found, partner, wrong in zip(compared.predicted, compared.partner, compared.wrong, strict=True):
         colour = EXTRA if known and (partner is None or wrong) else FOUND
         if partner is not None:
-            ends = zip(found["coords"], compared.real[partner]["coords"], strict=True)
-            axes.plot(*(list(pair) for pair in ends), color=colour, lw=0.9, solid_capstyle="round")
-        _mark(axes, found, colour, "x")
+            ends = [found["coords"], compared.real[partner]["coords"]]
+            axes.plot(*([end[axis] for end in ends] for axis in view), color=colour, lw=0.9, solid_capstyle="round")
+        _mark(axes, view, found, colour, "x", schema)
         _draw_keypoints(axes, found, colour, ":", schema)
-        if not known and schema.categorical:
-            text = " ".join(found[field.name] for field in schema.categorical)
-            style = {"fontsize": 7.5, "color": colour, "path_effects": EDGE, "clip_on": True, "parse_math": False}
-            axes.annotate(text, found["coords"], (5, 4), textcoords="offset points", **style)
+        names = [found[field.name] for field in schema.categorical]
+        if known:
+            names = [f"{word(name)} {found[name]} ({compared.real[partner][name]})" for name in wrong]
+        if names:
+            at, text = [found["coords"][axis] for axis in view], ("\n" if known else " ").join(names)
+            style = {"fontsize": 8, "color": colour, "bbox": BEHIND, "clip_on": True, "parse_math": False}
+            axes.annotate(text, at, (5, 4), textcoords="offset points", **style)
 
 
-def _mark(axes: Axes, obj: Mapping[str, Any], colour: str, marker: str) -> None:
-    x, y = obj["coords"]
-    if "extent" in obj:
-        width, height = obj["extent"]
-        style = "-" if marker == "o" else "--"
-        corner = (x - width / 2, y - height / 2)
-        axes.add_patch(Rectangle(corner, width, height, fill=False, ec=colour, lw=1.3, ls=style, path_effects=EDGE))
+def _mark(
+    axes: Axes, view: tuple[int, int], obj: Mapping[str, Any], colour: str, marker: str, schema: ElementSchema
+) -> None:
+    if schema.has_boxes:
+        style = {"lw": 1.3, "ls": "-" if marker == "o" else "--", "path_effects": EDGE}
+        axes.add_patch(Polygon(schema.corners(obj), fill=False, ec=colour, joinstyle="miter", **style))
     else:
+        place = ([obj["coords"][axis]] for axis in view)
         size = 8 if marker == "o" else 5
-        axes.plot([x], [y], marker, ms=size, mfc="none", mec=colour, mew=1.3, path_effects=EDGE)
+        axes.plot(*place, marker, ms=size, mfc="none", mec=colour, mew=1.3, path_effects=EDGE)
+
+
+def _caption(cell: Sequence[Axes], lines: Sequence[str], schema: ElementSchema) -> None:
+    name, *others = lines
+    name = name if len(name) <= LONGEST_NAME else "…" + name[1 - LONGEST_NAME :]  # the end is its most specific part
+    down = -6 if schema.side else -6 - 72 * SCALE * 0.7
+    style = {"fontsize": 8, "va": "top", "color": INK, "xycoords": "axes fraction", "textcoords": "offset points"}
+    text = "\n".join([name, *others])
+    cell[0].annotate(text, (0, 0), (0, down), annotation_clip=False, parse_math=False, **style)
 
 
 def _draw_keypoints(axes: Axes, obj: Mapping[str, Any], colour: str, line: str, schema: ElementSchema) -> None:
@@ -116,26 +203,24 @@ def _draw_keypoints(axes: Axes, obj: Mapping[str, Any], colour: str, line: str, 
         axes.plot(*zip(*places.values(), strict=True), "o", ms=3.2, mfc=colour, mec="#111111", mew=0.6)
 
 
-def _faults(compared: Comparison) -> int:
-    return len(compared.missed) + compared.partner.count(None) + sum(map(bool, compared.wrong))
-
-
-def _error(compared: Comparison) -> float:
-    return max((distance for distance in compared.distance if distance is not None), default=0.0)
-
-
-def _summary(compared: Comparison) -> str:
+def _summary(compared: Comparison, schema: ElementSchema) -> list[str]:
+    """One line of what is found, and one of what is not."""
     found = [distance for distance in compared.distance if distance is not None]
-    lines = [f"{len(found)} of {plural(len(compared.real), 'object')} found"]
-    if found:
-        lines[0] += f", {np.mean(found):.2g} away in the mean"
-    faults: Sequence[str] = [
-        f"{count} {name}"
-        for count, name in (
-            (len(compared.missed), "missed"),
-            (compared.partner.count(None), "extra"),
-            (sum(map(bool, compared.wrong)), "of another class"),
-        )
-        if count
+    away = f", {np.mean(found):.2g}{' pixels' if schema.side else ''} away" if found else ""
+    wrong = sum(map(bool, compared.wrong))
+    counts = ((len(compared.missed), "missed"), (compared.partner.count(None), "extra"), (wrong, "of another class"))
+    faults = ", ".join(f"{count} {name}" for count, name in counts if count)
+    return [f"{len(found)} of {plural(len(compared.real), 'object')} found{away}", faults]
+
+
+def _draw_legend(sheet: Sheet, schema: ElementSchema) -> None:
+    texts = ("real object", "prediction with its object", "prediction without one, or of another class")
+    handles = [
+        Patch(fill=False, ec=colour, ls="-" if colour == REAL else "--", label=text)
+        if schema.has_boxes
+        else Line2D([], [], marker="o" if colour == REAL else "x", mfc="none", mec=colour, ls="", label=text)
+        for colour, text in zip((REAL, FOUND, EXTRA), texts, strict=True)
     ]
-    return "\n".join([*lines, ", ".join(faults)])
+    style = {"frameon": True, "facecolor": "#555555", "labelcolor": "white", "bbox_to_anchor": (GAP / sheet.width, 0.0)}
+    style |= {"borderaxespad": 0.4}
+    sheet.legend(handles=handles, loc="lower left", ncols=3, fontsize=8, **style)

@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from setpred.errors import plural
 from setpred.metrics import match_by_position, pairwise_distance
 from setpred.rendering.camera import NOMINAL_CAMERA, Camera
 from setpred.schema import UNCALIBRATED, Calibration, ElementSchema
 from setpred.sets import presence_mask
 from setpred.visualise import world
 from setpred.visualise.refinement import Descent
-from setpred.visualise.style import FAINT, INK, WRONG, Sheet, in_english_order, plural, styled, word
+from setpred.visualise.style import FAINT, INK, WRONG, Sheet, in_english_order, styled, word
 
 # in inches
 IMAGE, MAP, LIST, GAP = (6.0, 4.0), 4.0, 6.5, 0.25
@@ -74,6 +76,29 @@ def compare(
         ],
         missed=[j for j, i in enumerate(assignment) if i < 0],
     )
+
+
+def worst_first(predicted: Tensor, target: Tensor, schema: ElementSchema) -> list[int]:
+    """Order images by missed and extra objects and wrong classes together, then by the largest distance, worst first.
+
+    Args:
+        predicted, target: `[images, set_size, set_dim]` and `[images, target_size, set_dim]`.
+    """
+    real, confident = presence_mask(target), presence_mask(predicted)
+    away = torch.cat([predicted[..., :-1].masked_fill(~confident[..., None], torch.inf), predicted[..., -1:]], -1)
+    slot = match_by_position(away, target, schema=schema)  # as `compare` does, among confident predictions
+    partner = predicted.gather(1, slot.clamp(min=0)[..., None].expand(-1, -1, predicted.shape[-1]))
+    found = real & (slot >= 0) & presence_mask(partner)
+    wrong = torch.zeros_like(found)
+    for field in schema.categorical:
+        wrong |= schema.values(partner, field.name) != schema.values(target, field.name)
+    distance = torch.zeros_like(target[..., 0])
+    for field in schema.position:
+        distance += (schema.values(partner, field.name) - schema.values(target, field.name)).square().sum(-1)
+    extra = confident.sum(1) - found.sum(1)
+    faults = ((real & ~found) | (found & wrong)).sum(1) + extra
+    error = torch.where(found, distance, 0.0).amax(1).nan_to_num()
+    return sorted(range(len(target)), key=lambda k: (int(faults[k]), float(error[k])), reverse=True)
 
 
 @styled()

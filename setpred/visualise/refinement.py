@@ -12,12 +12,13 @@ from matplotlib.axes import Axes
 from PIL import Image
 from torch import Tensor
 
+from setpred.errors import plural
 from setpred.files import write_atomically
 from setpred.matching import hungarian, pairwise_smooth_l1
 from setpred.rendering.camera import Camera
 from setpred.schema import UNCALIBRATED, Calibration, ElementSchema
 from setpred.sets import presence_mask
-from setpred.visualise.style import FAINT, INK, WRONG, Sheet, boxes_for_missing_glyphs, plural, styled
+from setpred.visualise.style import FAINT, INK, WRONG, Sheet, boxes_for_missing_glyphs, styled
 from setpred.visualise.world import draw_filled, draw_outlined, on_map, outline_on_image, show_image, show_map
 
 STRIP = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500)  # iterations in the strip, before the last one

@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from setpred.errors import plural
 from setpred.metrics import reliability, right_predictions
 from setpred.metrics.calibration import BINS, FAINTEST
 from setpred.schema import Calibration, ElementSchema
-from setpred.visualise.style import FAINT, INK, PLAIN, WRONG, Sheet, plural, styled
+from setpred.visualise.style import FAINT, INK, PLAIN, WRONG, Sheet, styled
 
 FEW = 10  # predictions in a bin whose share is mostly noise
 

@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from setpred.errors import plural
 from setpred.files import make_folder
 from setpred.metrics import attribute_report, match_by_position
 from setpred.schema import CLEVR, UNCALIBRATED, Calibration, ElementSchema
 from setpred.visualise.confusion import draw_confusion
 from setpred.visualise.curves import draw_precision_recall
 from setpred.visualise.distances import draw_distance_errors
-from setpred.visualise.marks import draw_marks
-from setpred.visualise.predictions import draw_predictions
+from setpred.visualise.marks import Case, draw_marked_refinement, draw_marks, has_marks
+from setpred.visualise.predictions import draw_predictions, worst_first
 from setpred.visualise.refinement import Descent, draw_refinement_film, draw_refinement_strip
 from setpred.visualise.reliability import draw_reliability
 from setpred.visualise.supports import Voting, check_voting, draw_supports
@@ -23,15 +24,17 @@ from setpred.visualise.world import as_pictures, cameras_of, has_world
 
 PICTURED = 6  # images in predictions.png
 FILMED, SUPPORTED = 2, 3  # of these in the refinement, and in supports.png
+MARKED, TRACED = 12, 4  # images with marks in predictions.png, and in refinement.png
 _FAR = 1e4  # position of infinite predictions: off every map
 
 
 def write_report(
     folder: Path,
     *,
-    images: np.ndarray | Tensor,
+    images: np.ndarray | Tensor | None,
     predicted: Tensor,
     target: Tensor,
+    points: Sequence[np.ndarray] = (),
     iterates: Tensor | None = None,
     voting: Voting | None = None,
     camera: np.ndarray | Tensor | None = None,
@@ -39,27 +42,32 @@ def write_report(
     schema: ElementSchema = CLEVR,
     calibration: Calibration = UNCALIBRATED,
     title: str = "",
+    pictured: Sequence[int] | None = None,
+    names: Sequence[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Path]:
     """Write the figures of an evaluation as PNG and GIF, each file atomically.
 
     predictions.png, refinement.gif and refinement.png (with `iterates`), supports.png (with `iterates` and `voting`),
     precision_recall.png, reliability.png, confusion.png and distance_errors.png. The first four show CLEVR's world and
-    need a continuous field "coords" of three numbers; with a schema of places on the image (`side`), predictions.png
-    shows marks on the images. `say` gets a sentence for each figure that the schema rules out.
+    need a field "coords" as CLEVR has it. With other "coords" of two or three numbers, predictions.png and
+    refinement.png show marks on the images or in plain axes. `say` gets a sentence for each figure that is ruled out.
 
     Args:
         folder: folder of the figures, created if missing.
-        images: uint8 `[k, 3, H, W]` or `[k, H, W, 3]`, 1 <= k <= n, of the first k predictions. Any shape shows
-            CLEVR's 3:2 view stretched.
+        images: uint8 `[k, 3, H, W]` or `[k, H, W, 3]`, 1 <= k <= n, of the first k predictions, or of those of
+            `pictured`. Any shape shows CLEVR's 3:2 view stretched. None where the inputs are sets.
         predicted: `[n, set_size, set_dim]`.
         target: `[n, target_size, set_dim]`.
-        iterates: `[steps + 1, m, set_size, set_dim]`, the descents of the first m predictions from their starts.
+        points: input sets `[m, 2]` in place of the images, in the units of `coords`.
+        iterates: `[steps + 1, m, set_size, set_dim]`, the descents of the first m images from their starts.
         voting: votes of the tokens of the first m images.
         camera: locations `[k, 3]` or `[n, 3]` in world units; CLEVR's nominal camera replaces NaN.
         thresholds: distances of the average precision; the schema's by default.
         calibration: from presence to confidence.
         title: small text right of the title of each figure.
+        pictured: numbers of the predictions that the images show, the worst ones first.
+        names: of the images, for the text under them.
 
     Returns:
         The paths written, in the order above.
@@ -69,8 +77,8 @@ def write_report(
         InputError: a file that cannot be written.
     """
     thresholds = schema.thresholds if thresholds is None else thresholds
-    pictures = as_pictures(images)
-    if not 1 <= len(pictures) <= len(predicted):
+    pictures = points if images is None else as_pictures(images)
+    if not (images is not None) <= len(pictures) <= len(predicted):
         raise ValueError(f"expected 1 to {len(predicted)} images, at most one per prediction, got {len(pictures)}")
     if iterates is not None:
         if iterates.ndim != 4 or iterates.shape[2:] != predicted.shape[1:] or not iterates.numel():
@@ -86,23 +94,36 @@ def write_report(
         voting = Voting(*(part.detach().cpu().double() for part in voting))
         voting = voting._replace(votes=voting.votes.clamp(-_FAR, _FAR))
     predicted, target = predicted.detach().cpu().double(), target.detach().cpu().double()
-    assignment = match_by_position(predicted, target, schema=schema)
     folder = make_folder(folder)
-    cameras = cameras_of(camera, min(PICTURED, len(pictures)))
     written: list[Path] = []
 
-    if has_world(schema):
+    numbers = list(range(len(pictures)) if pictured is None else pictured)
+    names = [f"image {number}" for number in numbers] if names is None else names
+    world = images is not None and has_world(schema)
+    if world:
+        cameras = cameras_of(camera, min(PICTURED, len(pictures)))
         ends = predicted.clamp(-_FAR, _FAR)
+        shown = list(zip(numbers, pictures, cameras, strict=False))
         examples = [
-            Descent(pictures[k], ends[k][None], target[k], cameras[k], schema, calibration) for k in range(len(cameras))
+            Descent(picture, ends[k][None], target[k], camera, schema, calibration) for k, picture, camera in shown
         ]
         written.append(draw_predictions(folder / "predictions.png", examples, about=title))
-    elif schema.side:
-        sets = predicted[: len(pictures)], target[: len(pictures)]
-        written.append(draw_marks(folder / "predictions.png", pictures, *sets, schema=schema, about=title))
+    elif has_marks(schema) and len(pictures):
+        ends = predicted.clamp(-_FAR, _FAR)
+        cases = [Case(*case, ends[k], target[k]) for k, *case in zip(numbers, names, pictures, strict=True)]
+        marked = worst_first(predicted[numbers], target[numbers], schema)[:MARKED]
+        total = len(pictures if pictured is None else predicted)
+        few = f"The worst {len(marked)} of " if len(marked) < total else ""
+        of_all = {"schema": schema, "about": title}
+        subtitle = f"{few}{plural(total, 'image')}."
+        path = folder / "predictions.png"
+        written.append(draw_marks(path, [cases[k] for k in marked], subtitle=subtitle, **of_all))
+        if iterates is not None:
+            path, traced = folder / "refinement.png", min(TRACED, iterates.shape[1])
+            written.append(draw_marked_refinement(path, cases[:traced], iterates, **of_all))
     else:
         say(f"No pictures of the sets: schema {schema.name!r} has no 'coords' that can be drawn.")
-    if has_world(schema) and iterates is not None:
+    if world and iterates is not None:
         descents = [replace(example, iterates=way) for example, way in zip(examples, iterates.unbind(1), strict=False)]
         written.append(draw_refinement_film(folder / "refinement.gif", descents[:FILMED], about=title))
         written.append(draw_refinement_strip(folder / "refinement.png", descents[:FILMED], about=title))
@@ -110,7 +131,27 @@ def write_report(
             written.append(draw_supports(folder / "supports.png", descents[:SUPPORTED], voting, about=title))
         elif voting is not None:
             say(f"No picture of the supports: {tokens} tokens are not a square grid.")
+    of_all = {"thresholds": thresholds, "schema": schema, "calibration": calibration, "title": title}
+    return written + write_scores(folder, predicted, target, **of_all, say=say)
 
+
+def write_scores(
+    folder: Path,
+    predicted: Tensor,
+    target: Tensor,
+    *,
+    thresholds: Sequence[float],
+    schema: ElementSchema,
+    calibration: Calibration = UNCALIBRATED,
+    title: str = "",
+    say: Callable[[str], None] = print,
+) -> list[Path]:
+    """Draw what is of all images together: precision_recall, reliability, confusion and distance_errors.png.
+
+    Args as of `write_report`; `folder` exists.
+    """
+    assignment = match_by_position(predicted, target, schema=schema)
+    written: list[Path] = []
     of_all = {"thresholds": thresholds, "schema": schema, "about": title}
     written.append(draw_precision_recall(folder / "precision_recall.png", predicted, target, **of_all))
     rated = {"calibration": calibration, "schema": schema, "about": title}

@@ -103,12 +103,3 @@ def in_english_order(schema: ElementSchema) -> list[Field]:
     """Categorical fields in the English order of adjectives: large red metal cube."""
     rank = {name: place for place, name in enumerate(ADJECTIVES)}
     return sorted(schema.categorical, key=lambda field: rank.get(field.name, len(rank)))
-
-
-def plural(count: int, noun: str) -> str:
-    """Format a count with its noun.
-
-    >>> plural(1, "object"), plural(2000, "object")
-    ('1 object', '2,000 objects')
-    """
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

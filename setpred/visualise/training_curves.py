@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from setpred.errors import InputError
+from setpred.errors import InputError, plural
 from setpred.files import make_folder
 from setpred.metrics import AveragePrecision
-from setpred.visualise.style import Sheet, plural, styled
+from setpred.visualise.style import Sheet, styled
 
 Curve = Sequence[tuple[float, float]]  # (spent, score), ordered by what is spent
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from setpred.rendering.camera import NOMINAL_CAMERA, Camera
 from setpred.rendering.scenes import HALF_SIZE
-from setpred.schema import ElementSchema
+from setpred.schema import CLEVR, ElementSchema
 from setpred.visualise.style import CLASS_COLOURS, FAINT, GROUND, INK, PLAIN, WRONG, Sheet
 
 VIEW = (480, 320)  # pixels of CLEVR's images; other sizes show the same view stretched
@@ -27,8 +27,9 @@ _ANNOTATION |= {"annotation_clip": True}
 
 
 def has_world(schema: ElementSchema) -> bool:
-    """Whether elements have a place in CLEVR's world: a continuous field "coords" of three numbers around 0."""
-    return any(field.name == "coords" and field.size == 3 and not field.offset for field in schema.continuous)
+    """Whether elements have a place in CLEVR's world: a field "coords" of three numbers with CLEVR's scale."""
+    same = [field for field in schema.continuous if (field.name, field.size) == ("coords", 3)]
+    return any((field.scale, field.offset) == (CLEVR.field("coords").scale, 0.0) for field in same)
 
 
 def half_size(obj: Mapping[str, Any]) -> float:

@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from setpred.errors import InputError
+from setpred.errors import InputError, plural
 from setpred.files import write_atomically, writing
 from setpred.training.budget import FIRST_STEPS, Budget
 from setpred.visualise import draw_training_curves
-from setpred.visualise.style import plural
 
 Run = dict[str, Any]
 AP = "val_ap"
