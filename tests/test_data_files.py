@@ -490,7 +490,7 @@ def test_commands_answer_with_one_sentence(tmp_path, file, capsys):
         (["render", "--images", "1", "--image-size", "4", *output], "at least 8x8 pixels"),
         (["render", "--images", "3", "--workers", "-1", *output], "--workers"),
         (["render", "--images", "3", "--image-size", "8", "--out", str(file)], "exists already"),
-        (["render", "--images", "3", "--image-size", "8", "--out", str(file / "b.h5")], "a part of the path is a file"),
+        (["render", "--images", "3", "--image-size", "8", "--out", str(file / "b.h5")], "is a file, not a folder"),
         (["prepare", str(tmp_path / "none"), *output], "is no folder"),
         (["prepare", str(tmp_path), "--split", "test", *output], "'test'"),
         ([*folder, "--width", "4"], "got 1 of 4x320"),

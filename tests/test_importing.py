@@ -408,7 +408,7 @@ def test_the_schema_of_the_data_reaches_every_part(trained):
     cli, path = trained
     schema = cli.model.schema
     assert (schema.max_objects, cli.model.model.decoder.set_size) == (3, 3)  # room for the sets of both files
-    assert cli.model.metric.thresholds == schema.thresholds
+    assert cli.model.metric.schema == schema  # whose thresholds it takes
     weights = torch.ones(schema.set_dim)
     weights[schema.slice("coords")] = 2.0
     assert torch.equal(cli.model.loss.element_weights(weights), weights)

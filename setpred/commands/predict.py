@@ -198,6 +198,7 @@ def parser() -> Parser:
         "in training; crop images of another aspect ratio to 3:2 first. Grey and transparent images become RGB; "
         "photos are rotated by their EXIF orientation. Without arguments an example runs.",
     )
+    options.usage = "setpred predict CHECKPOINT INPUTS... --out FILE [options]"  # the list below has them
     count = at_least(1)
     options.add_argument("checkpoint", help="a .ckpt of `setpred train`, or a release file")
     options.add_argument(
