@@ -24,6 +24,7 @@ from setpred.checkpoint.allowlist import allowed_classes
 from setpred.checkpoint.load import build, read_checkpoint
 from setpred.commands import predict
 from setpred.commands.replay import main as replay
+from setpred.data.exporting import to_json
 from setpred.decoders.starts import RandomStart
 from setpred.errors import InputError
 from setpred.inner import GradientDescent
@@ -568,7 +569,7 @@ def test_gradients_are_clipped_and_descents_take_the_steps_of_the_epoch(tmp_path
 def test_non_finite_predictions_are_named_and_reach_no_file(tmp_path, monkeypatch, capsys):
     """By evaluation and by predict; that of the second image is not finite."""
 
-    def predicted(model, images, *, iterations=None):
+    def predicted(model, images, *, mask=None, iterations=None):
         found = torch.zeros(len(images), 4, CLEVR.set_dim)
         found[1, 2, 3] = torch.nan
         return found
@@ -585,7 +586,7 @@ def test_non_finite_predictions_are_named_and_reach_no_file(tmp_path, monkeypatc
     with pytest.raises(InputError, match=r"b\.png: .* not finite"):
         list(predict.predict(nn.Identity(), paths, image_size=16))
     found = predict.predict(nn.Identity(), paths, image_size=16, skip_broken=True)
-    tally = predict.write_predictions(tmp_path / "out.json", found, lambda _, elements: elements.tolist())
+    tally = predict.write_predictions(tmp_path / "out.json", found, lambda _, elements: elements.tolist(), to_json)
     assert (tally.predicted, tally.skipped) == (2, 1)
     assert [each["image"] for each in json.loads((tmp_path / "out.json").read_text())] == [paths[0], paths[2]]
     assert "skipped: " in capsys.readouterr().err

@@ -28,8 +28,8 @@ class Aggregator(nn.Module):
     def forward(self, elements: Tensor, mask: Tensor | None = None) -> Tensor:
         check_set(elements, mask, set_dim=self.in_dim)
         vectors = self.aggregate(elements, mask)
-        if vectors.shape != (len(elements), self.out_dim):  # others could broadcast in silence
-            expected, got = [len(elements), self.out_dim], list(vectors.shape)
+        if vectors.shape != (elements.shape[0], self.out_dim):  # others could broadcast in silence
+            expected, got = [elements.shape[0], self.out_dim], list(vectors.shape)
             raise ValueError(f"expected {type(self).__name__}.aggregate to return {expected}, got {got}")
         return vectors
 

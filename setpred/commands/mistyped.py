@@ -83,7 +83,9 @@ def explained(message: str, keys: Sequence[str], classes: Mapping[str, Any]) -> 
         key = f"{found[1]}.{found[2].partition('.')[0]}"
         return f"there is no key {key}{similar(key, keys)}"
     if found := re.search(r"Option '([\w.]+)' is not accepted", message):
-        path, name = PART.findall(message[: found.start()])[-1], found[1].partition(".")[0]
+        if not (parts := PART.findall(message[: found.start()])):  # a key of the whole configuration
+            return f"there is no key {found[1]}{similar(found[1], keys)}"
+        path, name = parts[-1], found[1].partition(".")[0]
         if not isinstance(part := classes.get(path), type):  # a user's own class
             return f"{path} has no argument {name!r}"
         names = list(parameters(part))

@@ -314,7 +314,7 @@ def check_fit(cli: TrainCLI) -> None:
     size = cli.model.data_description["image_size"]
     if sets is not None:
         zeros = torch.zeros(2, sets.most, sets.dim)
-        check_prediction(cli.model, zeros, set_size=getattr(train_data, "set_size", None))
+        check_prediction(cli.model, zeros, set_size=getattr(examples, "set_size", None))
     elif size is None and not has:
         cli.say(
             "`setpred evaluate` and `setpred predict` will not read the checkpoints of this run: neither "
@@ -322,7 +322,7 @@ def check_fit(cli: TrainCLI) -> None:
         )
     elif not has:
         black = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-        check_prediction(cli.model, black, set_size=getattr(train_data, "set_size", None))
+        check_prediction(cli.model, black, set_size=getattr(examples, "set_size", None))
 
 
 def check_prediction(module: SetPrediction, inputs: Tensor, *, set_size: int | None = None) -> None:
