@@ -1,6 +1,7 @@
 """The data sets of docs/results.md's proofs: what is annotated is what is drawn, and no split knows another."""
 
 import csv
+import importlib
 import io
 import zipfile
 from pathlib import Path
@@ -60,10 +61,24 @@ def test_no_digit_is_in_two_splits():
 
 def test_the_baseline_of_digits_finds_digits(scenes):
     for split in SCENES:
-        table = ["--csv", str(scenes / split / TABLE), "--images", str(scenes / split)]
-        assert data.main(["import", *table, *digits.IMPORT, "--out", str(scenes / f"{split}.h5")]) == 0
+        source = map(str, digits.source(scenes, split))
+        assert data.main(["import", *source, "--out", str(scenes / f"{split}.h5")]) == 0
     (found,) = digits.baselines(scenes).values()
     assert scores(scenes, "test", found["test"])["ap"]["inf"] > 0.1  # a guess has a tenth of the classes right
+
+
+@pytest.mark.parametrize("name", ["CLUSTERS", "SPECTRA"])
+def test_the_baselines_of_simulated_data_find_what_was_simulated(name, tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    simulated = importlib.import_module("benchmarks.own_data.simulated")
+    monkeypatch.setattr(simulated, "SPLITS", {"train": 20, "val": 5, "test": 20})
+    proof = getattr(simulated, name)
+    proof.make(tmp_path)
+    for split in simulated.SPLITS:
+        source = map(str, proof.source(tmp_path, split))
+        assert data.main(["import", *source, "--out", str(tmp_path / f"{split}.h5")]) == 0
+    (found,) = proof.baselines(tmp_path).values()
+    assert 0.5 < scores(tmp_path, "test", found["test"])["ap"]["inf"] <= 1
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
-"""Prove "your own data" on real pictures: make a data set, run the commands of the README on it, score a baseline.
+"""Prove "your own data": make a data set, run the commands of the README on it, score a plain baseline.
 
     python -m benchmarks.own_data digits FOLDER
     python -m benchmarks.own_data trees FOLDER --wheel deepforest-2.1.0-py3-none-any.whl
+    python -m benchmarks.own_data clusters FOLDER    # sets of points -> centres of clusters and their kind
+    python -m benchmarks.own_data spectra FOLDER     # vectors -> positions and heights of peaks
 
-FOLDER gets the images and tables, the prepared files, the run, the scores and the figures. The commands are printed as
-they run; each is one that a user types. docs/results.md has the tables.
+FOLDER gets the images and tables or the arrays, the prepared files, the run, the scores and the figures. The commands
+are printed as they run; each is one that a user types. docs/results.md has the tables.
 """
 
 from __future__ import annotations
@@ -15,15 +17,15 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from benchmarks.own_data import digits, trees
-from benchmarks.own_data.splits import TABLE, scores
+from benchmarks.own_data.simulated import CLUSTERS, SPECTRA
+from benchmarks.own_data.splits import scores
 from benchmarks.tables import markdown
 from setpred.errors import InputError
 
-PROOFS = {"digits": digits, "trees": trees}
+PROOFS: dict[str, Any] = {"digits": digits, "trees": trees, "clusters": CLUSTERS, "spectra": SPECTRA}
 TRAINING = ("train", "val")  # splits of which the training reads
 
 
@@ -39,24 +41,23 @@ def command(*arguments: str | Path) -> None:
         raise InputError(f"`setpred {shlex.join(words)}` failed")
 
 
-def learn(proof: ModuleType, folder: Path, name: str) -> dict[str, dict[str, Any]]:
+def learn(proof: Any, folder: Path, name: str) -> dict[str, dict[str, Any]]:
     """Import every split, train on the first two and evaluate on the others; return the report of each."""
     for split in (*TRAINING, *proof.TESTS):
-        table = ("--csv", folder / split / TABLE, "--images", folder / split)
-        command("data", "import", *table, *proof.IMPORT, "--out", folder / f"{split}.h5")
+        command("data", "import", *proof.source(folder, split), "--out", folder / f"{split}.h5")
     data = ("--data", folder / "train.h5", "--val", folder / "val.h5")
     command("train", *data, "--runs", folder, "--name", name)
     found = {}
     for split in proof.TESTS:
         report = folder / f"{split}.json"
-        distances = ("--thresholds", *map(str, proof.THRESHOLDS))
+        distances = ("--thresholds", *map(str, proof.THRESHOLDS)) if proof.THRESHOLDS else ()
         shown = ("--json", report, "--figures", folder / "figures" / split)
         command("evaluate", folder / name / "best.ckpt", "--data", folder / f"{split}.h5", *distances, *shown)
         found[split] = json.loads(report.read_text())
     return found
 
 
-def table(proof: ModuleType, folder: Path, learned: dict[str, dict[str, Any]]) -> str:
+def table(proof: Any, folder: Path, learned: dict[str, dict[str, Any]]) -> str:
     """AP in % of the model and of the baselines: at each distance, and of boxes where the objects have some."""
     reports = {"setpred, default model": learned}
     for name, found in proof.baselines(folder).items():

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from benchmarks.own_data.splits import Objects, images_of, objects_of, scores, write_split
+from benchmarks.own_data.splits import Objects, images_of, objects_of, scores, table_of, write_split
 from setpred.data.toy.digits import Digits, bundled_digits
 
 SIDE = 64  # of a scene, in pixels
@@ -23,7 +23,6 @@ OVERLAP = 0.15  # of the smaller one's area, at most
 TRAINING = 1097  # digits
 SCENES = {"train": 6000, "val": 500, "test": 1000}
 TESTS = ("test",)
-IMPORT = ("--categorical", "digit")
 THRESHOLDS = (2.0,)  # pixels
 
 
@@ -73,6 +72,11 @@ def _places(count: int, rng: np.random.Generator) -> list[tuple[int, int, int]]:
 def _overlap(a: tuple[int, int, int], b: tuple[int, int, int]) -> float:
     width, height = (max(min(a[i] + a[2], b[i] + b[2]) - max(a[i], b[i]), 0) for i in (0, 1))
     return width * height / min(a[2], b[2]) ** 2
+
+
+def source(folder: Path, split: str) -> tuple[str | Path, ...]:
+    """The options of `setpred data import` for a split."""
+    return *table_of(folder, split), "--categorical", "digit"
 
 
 def baselines(folder: Path) -> dict[str, dict[str, list[Objects]]]:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from setpred.data.dataset import SetFile
+from setpred.data.hdf5 import file_header
 from setpred.evaluation import Predictions, report
 
 Objects = list[dict[str, Any]]  # of an image: values by column, or by field and with a "confidence"
@@ -32,6 +33,11 @@ def write_split(folder: Path, pictures: Iterable[tuple[Image.Image, Objects]]) -
         writer.writerows(rows)
 
 
+def table_of(folder: Path, split: str) -> tuple[str | Path, ...]:
+    """The options of `setpred data import` for the images and the table of a split."""
+    return "--csv", folder / split / TABLE, "--images", folder / split
+
+
 def images_of(folder: Path, split: str) -> list[np.ndarray]:
     """The images of a split, in the order of its prepared file."""
     return [np.asarray(Image.open(path)) for path in sorted((folder / split).glob("*.png"))]
@@ -43,9 +49,11 @@ def objects_of(folder: Path, split: str) -> list[Objects]:
     return [data.schema.decode(elements) for elements in data.__getitems__(range(len(data)))["elements"]]
 
 
-def scores(folder: Path, split: str, found: Sequence[Objects], thresholds: Sequence[float] = ()) -> dict[str, Any]:
-    """Score objects found without the library, by the report of `setpred evaluate`."""
-    data = SetFile(folder / f"{split}.h5")
+def scores(
+    folder: Path, split: str, found: Sequence[Objects], thresholds: Sequence[float] = (), images: int | None = None
+) -> dict[str, Any]:
+    """Score objects found without the library in the first `images` examples, by the report of `setpred evaluate`."""
+    data = SetFile(folder / f"{split}.h5", schema=file_header(folder / "train.h5").schema, images=images)
     target = data.__getitems__(range(len(data)))["elements"]
     most = max(1, *map(len, found))
     predicted = np.stack([data.schema.encode(objects, most) for objects in found])

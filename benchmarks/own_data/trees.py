@@ -24,7 +24,7 @@ from PIL import Image
 from scipy import ndimage
 from torchvision.ops import nms
 
-from benchmarks.own_data.splits import Objects, images_of, objects_of, scores, write_split
+from benchmarks.own_data.splits import Objects, images_of, objects_of, scores, table_of, write_split
 
 WHEEL = "deepforest-2.1.0-py3-none-any.whl"
 TILE = 128
@@ -36,7 +36,6 @@ PARTS = {
     "SOAP_061": {"california": (0, 400)},
 }
 TESTS = ("strips", "florida", "california")
-IMPORT = ()
 THRESHOLDS = (8.0,)  # pixels
 # of the blobs: scales in pixels, and channels as weights of red, green and blue
 SCALES = (5.7, 8.0, 11.3, 16.0, 22.6)
@@ -98,6 +97,11 @@ def objects(boxes: np.ndarray) -> Objects:
     """Boxes as rows of the table."""
     sides = ("xmin", "ymin", "xmax", "ymax")
     return [dict(zip(sides, map(float, box), strict=True)) | {"label": "Tree"} for box in boxes]
+
+
+def source(folder: Path, split: str) -> tuple[str | Path, ...]:
+    """The options of `setpred data import` for a split."""
+    return table_of(folder, split)
 
 
 def baselines(folder: Path) -> dict[str, dict[str, list[Objects]]]:
