@@ -13,7 +13,8 @@ from setpred.checkpoint import build as build_part
 from setpred.checkpoint.load import KEY
 from setpred.commands.config import plain
 from setpred.commands.train import build, check_fit
-from setpred.data.importing import import_images, read_csv
+from setpred.data.annotations import read_csv
+from setpred.data.importing import import_images
 from setpred.decoders import IDSPN
 from setpred.encoders import ResidualTrunk
 from setpred.inner import Unrolled

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from setpred.commands.predict import choose_format
+from setpred.data.annotations import CocoIds, read_coco, read_csv
 from setpred.data.dataset import SetFile
 from setpred.data.exporting import FORMATS, csv_columns, to_coco, to_csv, to_fiftyone, to_json, to_supervision
-from setpred.data.importing import CocoIds, import_images, read_coco, read_csv
+from setpred.data.importing import import_images
 from setpred.errors import InputError
 from setpred.schema import CLEVR, ElementSchema, categorical, continuous
 

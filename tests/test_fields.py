@@ -18,9 +18,9 @@ from setpred.commands.data import main as data_command
 from setpred.commands.evaluate import parser
 from setpred.commands.linking import default_configuration
 from setpred.commands.train import QUICKSTART, build
+from setpred.data.annotations import read_coco, read_csv
 from setpred.data.dataset import SetFile
 from setpred.data.hdf5 import describe
-from setpred.data.importing import read_coco, read_csv
 from setpred.data.overrides import Overrides
 from setpred.errors import InputError
 from setpred.losses import HungarianLoss

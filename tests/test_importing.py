@@ -12,9 +12,10 @@ from setpred.commands import predict
 from setpred.commands.data import main
 from setpred.commands.linking import default_configuration
 from setpred.commands.train import QUICKSTART, build, check_fit
+from setpred.data.annotations import possible_classes, read_coco, read_csv
 from setpred.data.dataset import SetFile
 from setpred.data.images import load_image, pixel_size, read_image
-from setpred.data.importing import import_images, possible_classes, read_coco, read_csv
+from setpred.data.importing import import_images
 from setpred.errors import InputError
 from setpred.metrics import attribute_report, pairwise_distance
 from setpred.schema import UNCALIBRATED, ElementSchema, continuous

@@ -101,7 +101,8 @@ def _import(
         print(describe(out))
         return
 
-    from setpred.data.importing import CONFIDENCE, import_images, possible_classes, read_coco, read_csv
+    from setpred.data.annotations import CONFIDENCE, possible_classes, read_coco, read_csv
+    from setpred.data.importing import import_images
     from setpred.data.overrides import Overrides
 
     if images is None:

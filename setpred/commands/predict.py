@@ -18,11 +18,11 @@ from torch import Tensor
 from setpred.checkpoint.load import load_checkpoint
 from setpred.commands.common import Parser, at_least, choose_device, exit_code
 from setpred.commands.outputs import check_outputs
+from setpred.data.annotations import CocoIds
 from setpred.data.arrays import INPUTS, input_sets, read_arrays
 from setpred.data.dataset import set_inputs
 from setpred.data.exporting import FORMATS, Found, check_coco, csv_columns, to_coco, to_csv, to_json, to_jsonl
 from setpred.data.images import decoded, find_images, load_image, pixel_size
-from setpred.data.importing import CocoIds
 from setpred.errors import InputError, plural
 from setpred.evaluation import for_evaluation, predict_in_passes
 from setpred.files import make_folder, replacing

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from setpred.data.annotations import CocoIds
 from setpred.data.images import pixel_size
-from setpred.data.importing import CocoIds
 from setpred.errors import InputError
 from setpred.schema import BOX, ElementSchema, Field
 
