@@ -115,12 +115,15 @@ def _case(
         return {"at": _place(obj, camera, schema), "dots": dots, "values": values} | kept
 
     real = case.target[case.target[:, -1] > 0.5]
-    rows = iterates[-1]
-    partner = match_by_position(rows[None], real[None], schema=schema)[0].tolist()
+    rows, partner = iterates[-1], [-1] * iterates.shape[1]
+    present = (rows[:, -1] > 0.5).nonzero().flatten().tolist()  # absent ones would take objects from these
+    for number, place in enumerate(match_by_position(rows[None, present], real[None], schema=schema)[0].tolist()):
+        if place >= 0:
+            partner[present[place]] = number
     return {
         "real": [item(element) for element in real],
         "steps": [[item(element) for element in elements] for elements in iterates],
-        "partner": [partner.index(k) if k in partner else -1 for k in range(len(rows))],
+        "partner": partner,
     }
 
 
