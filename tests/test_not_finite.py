@@ -578,7 +578,7 @@ def test_non_finite_predictions_are_named_and_reach_no_file(tmp_path, monkeypatc
     monkeypatch.setattr("setpred.commands.predict.predict_in_passes", predicted)
     monkeypatch.setattr("setpred.evaluation.as_batch", torch.utils.data.default_collate)
     examples = [example | {"index": torch.tensor(i)} for i, example in enumerate(Images().examples)]
-    with pytest.raises(InputError, match="not finite for images 1 of the data"):
+    with pytest.raises(InputError, match="not finite for inputs 1 of the data"):
         evaluation.predict(nn.Identity(), examples)
     paths = [str(tmp_path / f"{name}.png") for name in ("a", "b", "c")]
     for path in paths:

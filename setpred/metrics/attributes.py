@@ -12,8 +12,7 @@ from setpred.metrics.average_precision import check_scorable, pairwise_distance,
 from setpred.schema import ElementSchema
 from setpred.sets import presence_mask
 
-_FAR = 100.0  # larger distances count as this
-_SHY = 1e3  # cost of a slot that claims no object: more than a set of far ones
+_FAR = 100.0  # larger distances count as this, in thirds of the scale of the positions: CLEVR's units
 
 
 def match_by_position(predicted: Tensor, target: Tensor, *, schema: ElementSchema) -> Tensor:
@@ -25,10 +24,12 @@ def match_by_position(predicted: Tensor, target: Tensor, *, schema: ElementSchem
     """
     check_scorable(predicted, target, schema)
     real = presence_mask(target)
-    cost = pairwise_distance(predicted, torch.where(real[..., None], target, 0.0), schema=schema).clamp(max=_FAR)
-    cost = cost + _SHY * ~presence_mask(predicted)[..., None]
+    unit = max((field.scale for field in schema.position), default=3.0) / 3
+    distance = pairwise_distance(predicted, torch.where(real[..., None], target, 0.0), schema=schema) / unit
+    shy = _FAR * (target.shape[1] + 1)  # of a slot that claims no object: more than a set of far ones
+    cost = distance.clamp(max=_FAR) + shy * ~presence_mask(predicted)[..., None]
     lacking = max(target.shape[1] - predicted.shape[1], 0)
-    cost = torch.cat([cost, cost.new_full((len(cost), lacking, cost.shape[2]), 10 * _SHY)], 1)
+    cost = torch.cat([cost, cost.new_full((len(cost), lacking, cost.shape[2]), 10 * shy)], 1)
     assignment = hungarian(torch.where(real[:, None], cost, 0.0))
     return torch.where(real & (assignment < predicted.shape[1]), assignment, -1)
 
