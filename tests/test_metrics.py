@@ -239,6 +239,15 @@ def test_report_of_perfect_and_of_no_objects(schema):
     assert math.isnan(nothing["found"])
 
 
+def test_matches_by_position_do_not_depend_on_the_unit():
+    """In pixels of a large image, with predictions that are hundreds of pixels off."""
+    large = ElementSchema("large", [continuous("coords", 2, scale=2000.0, offset=2000.0)], max_objects=40)
+    places = [{"coords": (100.0 * k, 3000.0)} for k in range(40)]
+    target = torch.from_numpy(large.encode(places))[None]
+    predicted = torch.from_numpy(large.encode([{"coords": (x["coords"][0] + 10, 2700.0)} for x in places]))[None]
+    assert match_by_position(predicted.flip(1), target, schema=large).tolist() == [list(range(39, -1, -1))]
+
+
 def test_match_by_position_is_the_best_of_all_and_prefers_confident_slots():
     generator = torch.Generator().manual_seed(8)
     target = torch.randn(20, 3, TOY.set_dim, generator=generator)
@@ -267,12 +276,6 @@ def test_a_predicted_set_too_small_leaves_objects_without_partner():
     assert (report["objects"], report["found"], report["count_error"]) == (3, pytest.approx(1 / 3), 2.0)
     assert report["accuracy"] == {"kind": 0.5}  # over the two that have a partner
     assert match_by_position(predicted[:, :0], target, schema=TOY).tolist() == [[-1, -1, -1]]
-    # in other units: pixels of a large image, with predictions that are hundreds of pixels off
-    large = ElementSchema("large", [continuous("coords", 2, scale=2000.0, offset=2000.0)], max_objects=40)
-    places = [{"coords": (100.0 * k, 3000.0)} for k in range(40)]
-    target = torch.from_numpy(large.encode(places))[None]
-    predicted = torch.from_numpy(large.encode([{"coords": (x["coords"][0] + 10, 2700.0)} for x in places]))[None]
-    assert match_by_position(predicted.flip(1), target, schema=large).tolist() == [list(range(39, -1, -1))]
     assert match_by_position(predicted, target[:, :0], schema=TOY).shape == (1, 0)
 
 
