@@ -9,7 +9,9 @@ from setpred.sets import fill_absent
 
 
 class AttSets(Aggregator):
-    """out_k = Σ_n s_nk x_nk,   s_nk = softmax over n of c_nk,   c_n = W x_n (Yang, Wang, Markham, Trigoni, IJCV 2020).
+    """Attention pooling with a weight for each feature (AttSets).
+
+    out_k = Σ_n s_nk x_nk,   s_nk = softmax over n of c_nk,   c_n = W x_n (Yang, Wang, Markham, Trigoni, IJCV 2020).
 
     Each feature is a weighted mean with its own weights; W = 0 gives the plain mean. Differentiable any number of
     times. Equal elements get equal gradients. The weight of the only element of a set is 1 for every W, so such sets

@@ -14,7 +14,9 @@ from setpred.sets import check_set, fill_absent, mean_present
 
 
 class EquilibriumAggregation(Aggregator):
-    """φ*(X) = argmin_φ E(X, φ),   E(X, φ) = λ/2 |φ - r(X)|² + γ/n Σ_i F(x_i, φ).
+    """Aggregator whose vector minimises a learned energy (equilibrium aggregation).
+
+    φ*(X) = argmin_φ E(X, φ),   E(X, φ) = λ/2 |φ - r(X)|² + γ/n Σ_i F(x_i, φ).
 
     Bartunov, Fuchs, Lillicrap (UAI 2022); there r = 0, γ = 1, and log₂(n+1) γ/n in place of γ/n. The prior r is another
     aggregator, which the result equals for γ = 0; γ is learned and may start there. With a bounded potential (such as
@@ -98,7 +100,9 @@ class EquilibriumAggregation(Aggregator):
 
 
 class ResidualPotential(nn.Module):
-    """F(x, φ) = mean_c h_c([x, φ])² >= 0, with h a residual MLP (Bartunov et al., UAI 2022).
+    """Potential of an equilibrium aggregation: a residual MLP.
+
+    F(x, φ) = mean_c h_c([x, φ])² >= 0, with h a residual MLP (Bartunov et al., UAI 2022).
 
     Each stage is a linear layer plus a skip connection: the identity, or a linear map where the width changes.
     LayerNorm and tanh precede each stage, so h and F are bounded.

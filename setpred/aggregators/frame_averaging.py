@@ -13,7 +13,9 @@ from setpred.sets import fill_absent, mean_present
 
 
 class FrameAverage(Aggregator):
-    """out(X) = mean over frames R of φ([(P - t) R, F]), for elements X = [P, F] with positions P and features F.
+    """Average of an aggregator over frames of the positions (frame averaging).
+
+    out(X) = mean over frames R of φ([(P - t) R, F]), for elements X = [P, F] with positions P and features F.
 
     The frames are the principal axes of the positions, with every choice of signs: t is the centroid, and R holds the
     eigenvectors of C = Σ_i (p_i - t)(p_i - t)ᵀ, smallest eigenvalue first (Puny et al., ICLR 2022). They turn with the

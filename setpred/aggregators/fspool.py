@@ -10,7 +10,9 @@ COUNTED = 16  # up to this size, and up to about twice of it, counting is faster
 
 
 class FSPool(Aggregator):
-    """out_k = Σ_j w_k(t_j) x_(j)k, with x_(j)k the j-th largest value of feature k (Zhang et al., ICLR 2020).
+    """Featurewise sort pooling (FSPool).
+
+    out_k = Σ_j w_k(t_j) x_(j)k, with x_(j)k the j-th largest value of feature k (Zhang et al., ICLR 2020).
 
     The weight of rank j = 0..n-1 in a set of n is read at t_j = j/(n-1) from a piecewise-linear function with
     `set_size` knots. For a full set of `set_size` elements these are the knots: a sum over ranks with a free weight

@@ -8,7 +8,9 @@ from setpred.sets import mean_present, present_first
 
 
 class LearnableMonoid(Aggregator):
-    """out = ((x_1 ⊕ x_2) ⊕ (x_3 ⊕ x_4)) ⊕ …, a balanced tree of depth ⌈log₂ n⌉ (Ong, Veličković, LoG 2022).
+    """Balanced tree of a learned binary operation (LearnableMonoid).
+
+    out = ((x_1 ⊕ x_2) ⊕ (x_3 ⊕ x_4)) ⊕ …, a balanced tree of depth ⌈log₂ n⌉ (Ong, Veličković, LoG 2022).
 
         a ⊕ b = ½ (f(a, b) + f(b, a)),    f a GRU cell: input a, state b
 

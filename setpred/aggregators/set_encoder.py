@@ -10,7 +10,9 @@ from setpred.sets import check_set, fill_absent
 
 
 class SetEncoder(Aggregator):
-    """g(Y) = aggregate_i [k_i, MLP(f_i)] for elements y_i = [k_i, f_i], with an MLP of one hidden layer.
+    """Set encoder: an MLP for each element, then an aggregator.
+
+    g(Y) = aggregate_i [k_i, MLP(f_i)] for elements y_i = [k_i, f_i], with an MLP of one hidden layer.
 
     k_i is empty, unless the aggregator itself reads numbers of an element, such as positions or a membership.
 
@@ -48,7 +50,9 @@ class SetEncoder(Aggregator):
 
 
 class PairwiseSetEncoder(Aggregator):
-    """g(Y) = g'({[y_i, y_j]}_ij): a set encoder over all ordered pairs of elements.
+    """Set encoder over all ordered pairs of elements.
+
+    g(Y) = g'({[y_i, y_j]}_ij): a set encoder over all ordered pairs of elements.
 
     With FSPool of `set_size²` knots inside, this is the relational encoder (RNFS) of DSPN and iDSPN.
 

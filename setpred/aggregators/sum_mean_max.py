@@ -8,21 +8,30 @@ from setpred.sets import fill_absent, mean_present
 
 
 class SumPool(Aggregator):
-    """out = Σ_i x_i (DeepSets; Zaheer et al., NeurIPS 2017)."""
+    """Sum of each feature.
+
+    out = Σ_i x_i (DeepSets; Zaheer et al., NeurIPS 2017).
+    """
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
         return fill_absent(elements, mask).sum(1)
 
 
 class MeanPool(Aggregator):
-    """out = (1/n) Σ_i x_i over the n present elements."""
+    """Mean of each feature.
+
+    out = (1/n) Σ_i x_i over the n present elements.
+    """
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
         return mean_present(elements, mask)
 
 
 class MaxPool(Aggregator):
-    """out_k = max_i x_ik (PointNet; Qi et al., CVPR 2017)."""
+    """Maximum of each feature.
+
+    out_k = max_i x_ik (PointNet; Qi et al., CVPR 2017).
+    """
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
         return zeros_where_empty(fill_absent(elements, mask, -torch.inf).amax(1), mask)

@@ -10,7 +10,9 @@ from setpred.nn import MLP, EncoderLayer
 
 
 class MLPDecoder(SetDecoder):
-    """Y = MLP(z), reshaped to set_size elements: the MLP baseline of DSPN (Zhang, Hare, Prügel-Bennett, NeurIPS 2019).
+    """Decoder from a vector to a set by an MLP.
+
+    Y = MLP(z), reshaped to set_size elements: the MLP baseline of DSPN (Zhang, Hare, Prügel-Bennett, NeurIPS 2019).
 
     The output has a fixed order, which jumps where the set moves continuously (the responsibility problem): two
     elements that swap places have to swap rows.
@@ -30,7 +32,9 @@ class MLPDecoder(SetDecoder):
 
 
 class BiLSTMDecoder(SetDecoder):
-    """Y_i = W h_i, with h a bidirectional LSTM of set_size steps, whose input is the vector z at every step.
+    """Decoder from a vector to a set by a bidirectional LSTM.
+
+    Y_i = W h_i, with h a bidirectional LSTM of set_size steps, whose input is the vector z at every step.
 
     The recurrent baseline of the iDSPN paper (Zhang et al., ICLR 2022), between linear layers. Each step knows its
     position from both ends, so the elements have an order. (DSPN's has one direction, and z as its first cell state.)
@@ -56,7 +60,9 @@ class BiLSTMDecoder(SetDecoder):
 
 
 class TransformerDecoder(SetDecoder):
-    """Y = head(layers of self-attention over {W z + e_i}): each element from the vector z and its own code e_i.
+    """Decoder from a vector to a set by self-attention over codes of the elements.
+
+    Y = head(layers of self-attention over {W z + e_i}): each element from the vector z and its own code e_i.
 
     The layout of the Transformer Set Prediction Network (Kosiorek, Kim, Rezende, 2020). Only the codes, learned or of
     `RandomStart`, distinguish the elements: permuting them permutes the elements, and equal codes give equal elements.

@@ -14,7 +14,9 @@ from setpred.inner.objectives import Energy
 
 
 class IDSPN(SetDecoder):
-    """Y*(z) = argmin_Y L(Y; z, θ) by gradient descent from Y₀.
+    """Decoder that finds a set by descent on an objective (iDSPN, DSPN).
+
+    Y*(z) = argmin_Y L(Y; z, θ) by gradient descent from Y₀.
 
     `Implicit` differentiation with the identity solver is iDSPN (Zhang et al., ICLR 2022); `Unrolled` is DSPN (Zhang,
     Hare, Prügel-Bennett, NeurIPS 2019). Features are z, or tokens for objectives that read them. `mask` is of the

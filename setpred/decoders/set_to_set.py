@@ -28,7 +28,9 @@ class DeepSetsLayer(nn.Module):
 
 
 class DeepSets(SetDecoder):
-    """Y = f_L(… ReLU(f_1(X))), one element for each token: the DeepSets baseline of numbering in the iDSPN paper.
+    """Decoder from tokens to one element each by DeepSets layers.
+
+    Y = f_L(… ReLU(f_1(X))), one element for each token: the DeepSets baseline of numbering in the iDSPN paper.
 
     It is set-equivariant: equal tokens give equal elements, whatever it learns.
 
@@ -57,7 +59,9 @@ class DeepSets(SetDecoder):
 
 
 class ElementBiLSTM(SetDecoder):
-    """Y = W LSTM(V X + b) + c, one element for each token, in their order.
+    """Decoder from tokens to one element each by a bidirectional LSTM.
+
+    Y = W LSTM(V X + b) + c, one element for each token, in their order.
 
     The BiLSTM of numbering in the iDSPN paper, between linear layers. It depends on the order, so it can separate equal
     tokens.
@@ -133,7 +137,9 @@ class RandomPositions(nn.Module):
 
 
 class ElementTransformer(SetDecoder):
-    """Y = W LN(decoder(P(W_y X), LN(encoder(W_x X)))), one element for each token (Vaswani et al., NeurIPS 2017).
+    """Decoder from tokens to one element each by a transformer.
+
+    Y = W LN(decoder(P(W_y X), LN(encoder(W_x X)))), one element for each token (Vaswani et al., NeurIPS 2017).
 
     The transformers of numbering in the iDSPN paper, which differ in the positions P: `SequencePositions` are its "PE",
     `RandomPositions` its "random PE", and None its "no PE", which is set-equivariant.

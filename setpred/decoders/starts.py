@@ -36,7 +36,9 @@ def checked_shape(set_size: int, set_dim: int) -> tuple[int, int]:
 
 
 class RandomStart(nn.Module):
-    """Y₀ = scale · N(0, 1), `[batch, set_size, set_dim]` for any features.
+    """Random start, the same for all images in evaluation.
+
+    Y₀ = scale · N(0, 1), `[batch, set_size, set_dim]` for any features.
 
     In training each example gets a fresh draw from torch's generator. In evaluation there is one draw for all, a
     function of `seed` alone, so that a prediction depends on the image and the model alone.
@@ -52,7 +54,9 @@ class RandomStart(nn.Module):
 
 
 class LearnedStart(nn.Module):
-    """Y₀ a parameter, the same for every example; it starts at scale · N(0, 1).
+    """Learned start, the same for every example.
+
+    Y₀ a parameter, the same for every example; it starts at scale · N(0, 1).
 
     It learns through `Unrolled` differentiation, or through a `Proximity` term of the objective. An optimum does not
     depend on the start of the descent, so `Implicit` gives it no other gradient.
@@ -67,7 +71,9 @@ class LearnedStart(nn.Module):
 
 
 class GaussianStart(nn.Module):
-    """Y₀ = μ + σ · N(0, 1), with μ and σ learned and shared by all elements (Locatello et al., NeurIPS 2020).
+    """Random start with a learned mean and deviation, as of Slot Attention's slots.
+
+    Y₀ = μ + σ · N(0, 1), with μ and σ learned and shared by all elements (Locatello et al., NeurIPS 2020).
 
     The start of Slot Attention's slots. Draws are those of `RandomStart`. Only the draw distinguishes the elements.
     """
@@ -85,7 +91,9 @@ class GaussianStart(nn.Module):
 
 
 class GreedyVotes(nn.Module):
-    """r(X): successive picks, each near the heaviest vote that no earlier pick explains.
+    """Start from the votes of tokens: greedy suppression of those that a pick explains.
+
+    r(X): successive picks, each near the heaviest vote that no earlier pick explains.
 
     With k_n = exp(-½ |v_n - v_j|²_B) around the vote v_j of the heaviest token j,
 

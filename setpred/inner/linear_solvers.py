@@ -34,7 +34,10 @@ def dense(operator: Operator, like: Tensor) -> Tensor:
 
 
 class Identity(LinearSolver):
-    """v = u: the identity replaces the Hessian (iDSPN; Zhang et al., ICLR 2022). Makes no operator call."""
+    """Solver that takes the identity for the Hessian.
+
+    v = u: the identity replaces the Hessian (iDSPN; Zhang et al., ICLR 2022). Makes no operator call.
+    """
 
     def __call__(self, operator: Operator, vector: Tensor) -> Tensor:
         return vector

@@ -57,7 +57,9 @@ class Energy:
 
 
 class LatentMatching(nn.Module):
-    """L(Y) = ½ mean_k (g(Y; θ)_k - z_k)²: the set whose encoding is the latent vector.
+    """Objective that compares the encoding of a set with the latent vector (DSPN, iDSPN).
+
+    L(Y) = ½ mean_k (g(Y; θ)_k - z_k)²: the set whose encoding is the latent vector.
 
     The mean is over latent features, so a learning rate of 1 suits any latent size (Zhang et al., ICLR 2022).
 
@@ -74,7 +76,9 @@ class LatentMatching(nn.Module):
 
 
 class EquilibriumMatching(nn.Module):
-    """L(Y) = ½ mean_k ρ_k(Y, z)²: the set whose energy has the latent vector as its equilibrium.
+    """Objective that compares the equilibrium of a set with the latent vector.
+
+    L(Y) = ½ mean_k ρ_k(Y, z)²: the set whose energy has the latent vector as its equilibrium.
 
     ρ(Y, z) = (1/λ) ∇_φ E(Y, φ) at φ = z is zero if z = φ*(Y), see
     `setpred.aggregators.EquilibriumAggregation.residual`. It takes one gradient per step, where `LatentMatching` of an
@@ -99,7 +103,9 @@ class EquilibriumMatching(nn.Module):
 
 
 class Proximity(nn.Module):
-    """L(Y) = weight · ½ mean_id (Y_id - Y₀_id)²: stay near the start, so that the optimum is unique.
+    """Objective that keeps the set near the start.
+
+    L(Y) = weight · ½ mean_id (Y_id - Y₀_id)²: stay near the start, so that the optimum is unique.
 
     The mean is over present elements; an empty set has L = 0. The regulariser of the released iDSPN (Zhang et al., ICLR
     2022).
@@ -117,7 +123,10 @@ class Proximity(nn.Module):
 
 
 class Sum(nn.Module):
-    """L(Y) = Σ_j L_j(Y)."""
+    """Sum of objectives.
+
+    L(Y) = Σ_j L_j(Y).
+    """
 
     def __init__(self, objectives: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -134,7 +143,9 @@ class Sum(nn.Module):
 
 
 class OfTokens(nn.Module):
-    """L(Y; X) = L'(Y; z) with z = aggregator(X): an objective of a vector, for features that are tokens.
+    """Objective of a vector, for features that are tokens.
+
+    L(Y; X) = L'(Y; z) with z = aggregator(X): an objective of a vector, for features that are tokens.
 
     Args:
         objective: L', such as `LatentMatching`.
@@ -151,7 +162,9 @@ class OfTokens(nn.Module):
 
 
 class Conditioned(nn.Module):
-    """L(Y) = L'([Y, X]): L' sees each element, of `set_dim + condition_dim` numbers, with its element of the input X.
+    """Objective of a set together with the input set.
+
+    L(Y) = L'([Y, X]): L' sees each element, of `set_dim + condition_dim` numbers, with its element of the input X.
 
     For set-to-set tasks such as numbering, where output i belongs to input i.
     """

@@ -40,7 +40,9 @@ class Ballot(NamedTuple):
 
 
 class VotingEnergy(nn.Module):
-    """E(Y; X) = λ/2 Σ_i |y_i - r_i|²_B - Σ_n m_n log Σ_i exp(-½ |y_i - v_n|²_{B p_n}).
+    """Objective in which elements compete for the votes of tokens.
+
+    E(Y; X) = λ/2 Σ_i |y_i - r_i|²_B - Σ_n m_n log Σ_i exp(-½ |y_i - v_n|²_{B p_n}).
 
     Each token n has a vote v_n, precisions p_n and a mass m_n (`setpred.encoders.Votes`); the predicted elements y_i
     compete for the votes. B = diag(b) is fixed and |a|²_W = Σ_d W_d a_d². The gradient is

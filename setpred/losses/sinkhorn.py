@@ -11,7 +11,9 @@ from setpred.matching import log_mass, pairwise_squared, soft_minimum
 
 
 class SinkhornDivergence(SetLoss):
-    """S(α, β) = OT(α, β) - ½ OT(α, α) - ½ OT(β, β), between sets as uniform measures over their present elements.
+    """Sinkhorn divergence between two sets.
+
+    S(α, β) = OT(α, β) - ½ OT(α, α) - ½ OT(β, β), between sets as uniform measures over their present elements.
 
         OT(α, β) = min_P Σ_ij P_ij C_ij + ε KL(P | a bᵀ),    C_ij = ½ mean_d w_d (x_id - y_jd)²
 

@@ -11,7 +11,9 @@ from setpred.sets import mean_present, set_sizes
 
 
 class SlicedWasserstein(SetLoss):
-    """SW_p^p = mean over L directions θ, uniform on the sphere, of W_p^p(θᵀX, θᵀY) (Bonneel et al., JMIV 2015).
+    """Sliced Wasserstein distance between two sets.
+
+    SW_p^p = mean over L directions θ, uniform on the sphere, of W_p^p(θᵀX, θᵀY) (Bonneel et al., JMIV 2015).
 
     In one dimension W_p^p = ∫₀¹ |F_X⁻¹(t) - F_Y⁻¹(t)|^p dt: the sorted numbers side by side, O(n log n). Sets are
     uniform measures over their present elements; sizes may differ. With many directions, zero only for equal multisets;
@@ -52,7 +54,9 @@ class SlicedWasserstein(SetLoss):
 
 
 class MaxSlicedWasserstein(SlicedWasserstein):
-    """max-SW_p^p = max over directions θ of W_p^p(θᵀX, θᵀY) (Deshpande et al., CVPR 2019).
+    """Sliced Wasserstein distance along the worst direction.
+
+    max-SW_p^p = max over directions θ of W_p^p(θᵀX, θᵀY) (Deshpande et al., CVPR 2019).
 
     Each example climbs from the best of L random directions by θ ← (θ + η ∇W / |∇W|) / |·|. η starts at 1 and halves
     whenever a step would lead down. W is not concave, so the value is a lower bound of the maximum, but at least that
@@ -88,7 +92,9 @@ class MaxSlicedWasserstein(SlicedWasserstein):
 
 
 class DistributionalSlicedWasserstein(SlicedWasserstein):
-    """v-DSW_p^p = mean over L directions θ ~ vMF(e(X, Y), κ) of W_p^p(θᵀX, θᵀY), e from self-attention.
+    """Sliced Wasserstein distance with directions that self-attention concentrates.
+
+    v-DSW_p^p = mean over L directions θ ~ vMF(e(X, Y), κ) of W_p^p(θᵀX, θᵀY), e from self-attention.
 
         e = unit vector of ½ [mean_i att(X)_i + mean_j att(Y)_j]
 
