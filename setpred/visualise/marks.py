@@ -173,8 +173,11 @@ def _mark_all(axes: Axes, view: tuple[int, int], compared: Comparison, schema: E
             names = [f"{word(name)} {found[name]} ({compared.real[partner][name]})" for name in wrong]
         if names:
             at, text = [found["coords"][axis] for axis in view], ("\n" if known else " ").join(names)
+            low, high = axes.get_xlim()
+            right = at[0] > (low + high) / 2  # there the text is left of the mark, inside the panel
             style = {"fontsize": 8, "color": colour, "bbox": BEHIND, "clip_on": True, "parse_math": False}
-            axes.annotate(text, at, (5, 4), textcoords="offset points", **style)
+            style |= {"ha": "right" if right else "left", "textcoords": "offset points"}
+            axes.annotate(text, at, (-5 if right else 5, 4), **style)
 
 
 def _mark(

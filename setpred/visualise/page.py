@@ -193,13 +193,14 @@ _BAR = """<div class="bar"><label>Refinement <input type="range" id="slider" min
 
 
 def _cards(cases: Sequence[Case], data: Mapping[str, Any], schema: ElementSchema, total: int) -> str:
-    few = f"The {len(cases)} worst of {plural(total, 'image')}" if len(cases) < total else plural(total, "image")
+    noun = "image" if any(case.picture is not None for case in cases) else "example"
+    few = f"The {len(cases)} worst of {plural(total, noun)}" if len(cases) < total else plural(total, noun)
     about = f"{few}, by missed, extra and wrong objects, then by distance."
     if data["cases"]:
         about += " Point at a mark for its attributes."
     cards = "".join(_card(case, data, schema) for case in cases)
     bar = _BAR.format(len(data["numbers"]) - 1) if data["cases"] else ""
-    return f'<h2>Worst images</h2><p class="about">{about}</p>{bar}<div class="cases">{cards}</div>'
+    return f'<h2>Worst {noun}s</h2><p class="about">{about}</p>{bar}<div class="cases">{cards}</div>'
 
 
 def _card(case: Case, data: Mapping[str, Any], schema: ElementSchema) -> str:
