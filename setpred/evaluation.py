@@ -35,7 +35,7 @@ from setpred.sets import presence_mask, present_first, set_sizes
 PASS = 64  # images; a pass of 128 takes 0.8 of the time per image, a pass of 1 ten times as much
 PROTOCOLS = {"dataset": average_precision, "per-image": average_precision_per_image}
 PROTOCOL_MEANING = {
-    "dataset": "all predictions of all images ranked together (Slot Attention, DSPN)",
+    "dataset": "all predictions of all inputs ranked together (Slot Attention, DSPN)",
     "per-image": "AP of each image, averaged over all images (the published iDSPN code, which scored 118 images)",
 }
 

@@ -83,7 +83,7 @@ def test_the_baselines_of_simulated_data_find_what_was_simulated(name, tmp_path,
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch):
-    """A wheel with one picture: trees are rectangles, each of its own colour."""
+    """A wheel with one picture: trees are rectangles of different colours."""
     rng, boxes = np.random.default_rng(0), []
     picture = np.zeros((400, 300, 3), np.uint8)
     for row in range(7):

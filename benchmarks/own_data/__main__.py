@@ -30,7 +30,7 @@ TRAINING = ("train", "val")  # splits of which the training reads
 
 
 def command(*arguments: str | Path) -> None:
-    """Run a `setpred` command in a process of its own, as a user would.
+    """Run a `setpred` command in a new process, as a user would.
 
     Raises:
         InputError: it failed.
