@@ -195,6 +195,20 @@ def test_the_slider_shows_the_iterates_where_they_are(name, tmp_path):
         assert case["partner"] == [partners.get(k, -1) for k in range(len(presence))]  # absent ones have none
 
 
+def test_class_names_stay_inside_their_panel(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Sheet, "save", lambda sheet, path: drawn.append(sheet))
+    schema = ElementSchema("places", [continuous("coords", 2), categorical("kind", "square", "disc")], max_objects=2)
+    real = [{"coords": (x, 0.0), "kind": "disc"} for x in (-1.0, 1.0)]
+    target = torch.from_numpy(schema.encode(real))
+    predicted = torch.from_numpy(schema.encode([obj | {"kind": "square"} for obj in real]))
+    draw_marks(tmp_path / "a.png", [Case("a", None, predicted, target)], schema=schema, subtitle="")
+    axes, renderer = drawn[0].axes[0], drawn[0].canvas.get_renderer()
+    named = [text.get_window_extent(renderer) for text in axes.texts if "square" in text.get_text()]
+    assert len(named) == 2
+    assert all(axes.bbox.x0 <= extent.x0 and extent.x1 <= axes.bbox.x1 for extent in named)
+
+
 def test_a_page_is_small_whatever_it_shows(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "MOST_VALUES", 5_000)
     schema = SCHEMAS["boxes"].with_room(10)
