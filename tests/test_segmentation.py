@@ -66,6 +66,7 @@ def test_the_rand_index_equals_that_of_scikit_learn():
     """In images of so many pixels that 32 bits do not hold their pairs."""
     rand = pytest.importorskip("sklearn.metrics").adjusted_rand_score
     predicted, instances = label_maps(4, 256, 250, objects=6, masks=7)
+    predicted[0, 50:] = instances[0, 50:] = 0
     pairs = list(zip(predicted, instances, strict=True))
     everywhere = [rand(t.flatten(), p.flatten()) for p, t in pairs]
     close(adjusted_rand_index(predicted, instances, foreground=False).tolist(), everywhere)
@@ -162,10 +163,16 @@ def test_each_pixel_takes_its_largest_mask():
 def test_smaller_masks_are_interpolated_between_the_centres_of_their_pixels():
     falling, constant = [1.0, 0.4], [0.5, 0.5]  # 1, 1, 0.925, 0.775, 0.625, 0.475, 0.4, 0.4
     masks = torch.tensor([[[falling], [constant]]])
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        assert masks_to_labels(masks.to(dtype), (1, 8)).tolist() == [[[0, 0, 0, 0, 0, 1, 1, 1]]]
+    assert masks_to_labels(masks, (1, 8)).tolist() == [[[0, 0, 0, 0, 0, 1, 1, 1]]]
     down = masks_to_labels(masks.mT, (8, 3))
     assert down.tolist() == [[[label] * 3 for label in (0, 0, 0, 0, 0, 1, 1, 1)]]
+
+
+def test_precision_does_not_make_masks_equal():
+    masks = torch.rand(2, 6, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.equal(masks_to_labels(1 + 1e-8 * masks, (32, 32)), masks_to_labels(masks, (32, 32)))
+    half = masks.bfloat16()
+    assert torch.equal(masks_to_labels(half, (32, 32)), masks_to_labels(half.double(), (32, 32)))
 
 
 def test_supports_of_tokens_are_scored_at_the_size_of_the_image():

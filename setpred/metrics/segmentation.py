@@ -37,7 +37,8 @@ def masks_to_labels(masks: Tensor, size: tuple[int, int]) -> Tensor:
     if not finite.all():
         raise NotFiniteError("stack of masks", (~finite).nonzero().flatten().tolist())
     if masks.shape[2:] != tuple(size):
-        masks = functional.interpolate(masks.float(), tuple(size), mode="bilinear", align_corners=False)
+        masks = masks.to(torch.promote_types(masks.dtype, torch.float32))  # half precision would make masks equal
+        masks = functional.interpolate(masks, tuple(size), mode="bilinear", align_corners=False)
     return masks.argmax(1)
 
 
@@ -145,19 +146,19 @@ def mean_iou(predicted: Tensor, instances: Tensor) -> Tensor:
     return _matched(*_overlaps(contingency(predicted, instances)))
 
 
-def _overlaps(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """IoU of each object and mask, float64 `[batch, objects, masks]`; which objects and which masks have pixels."""
+def _overlaps(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU of each object and mask, float64 `[batch, objects, masks]`, and which objects have pixels."""
     true, guess, shared = counts.sum(2)[:, 1:], counts.sum(1), counts[:, 1:]
     union = true.unsqueeze(2) + guess.unsqueeze(1) - shared
-    return shared.double() / union.clamp(min=1), true > 0, guess > 0
+    return shared.double() / union.clamp(min=1), true > 0
 
 
-def _best(overlap: Tensor, objects: Tensor, masks: Tensor) -> Tensor:
+def _best(overlap: Tensor, objects: Tensor) -> Tensor:
     return mean_present(overlap.amax(2), objects).masked_fill(~objects.any(1), torch.nan)
 
 
-def _matched(overlap: Tensor, objects: Tensor, masks: Tensor) -> Tensor:
-    chosen = hungarian(-overlap.mT, masks, objects).unsqueeze(2)
+def _matched(overlap: Tensor, objects: Tensor) -> Tensor:
+    chosen = hungarian(-overlap.mT, target_mask=objects).unsqueeze(2)
     matched = overlap.gather(2, chosen.clamp(min=0)).masked_fill(chosen < 0, 0.0).squeeze(2)
     return mean_present(matched, objects).masked_fill(~objects.any(1), torch.nan)
 
