@@ -39,7 +39,7 @@ def masks_to_labels(masks: Tensor, size: tuple[int, int]) -> Tensor:
     if masks.shape[2:] != tuple(size):
         masks = masks.to(torch.promote_types(masks.dtype, torch.float32))  # half precision would make masks equal
         masks = functional.interpolate(masks, tuple(size), mode="bilinear", align_corners=False)
-    return masks.argmax(1)
+    return masks.max(1).indices  # several times as fast as `argmax` here
 
 
 def contingency(predicted: Tensor, instances: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def adjusted_rand_index(predicted: Tensor, instances: Tensor, *, foreground: boo
 def _rand(counts: Tensor, foreground: bool) -> Tensor:
     """`adjusted_rand_index` from the counts of `contingency`."""
     counts = counts[:, 1:] if foreground else counts
-    # pairs are whole numbers, exact in int64; their products are not
+    # int64 holds the numbers of pairs exactly, but not their products
     both, true, guess, every = (
         (k * (k - 1)).flatten(1).sum(1) for k in (counts, counts.sum(2), counts.sum(1), counts.sum((1, 2)).unsqueeze(1))
     )
@@ -166,9 +166,9 @@ def _matched(overlap: Tensor, objects: Tensor) -> Tensor:
 class Segmentation(MeanMetric):
     """Scores of the masks of predicted layers against instances: "ari", "fg_ari", "mbo" and "miou".
 
-    Means over images of `adjusted_rand_index` of all pixels and of objects, `mean_best_overlap` and `mean_iou`, each
-    from 0 or less to 1. Images without objects count in "ari" alone; without any other image the rest is NaN. The masks
-    are those of the decoder: each pixel belongs to the slot of its largest alpha logit.
+    Means over images of `adjusted_rand_index` of all pixels and of objects alone, `mean_best_overlap` and `mean_iou`;
+    1 is perfect. Images without objects count in "ari" alone; without any other image the rest is NaN. The masks are
+    those of the decoder: each pixel belongs to the slot of its largest alpha logit.
 
     `update(predicted, instances)` takes layers `[batch, slots, 4 * H * W]` of a
     `setpred.decoders.SpatialBroadcast` (colour, then alpha logits) and integer instances `[batch, H, W]`. For label
