@@ -9,6 +9,7 @@ from setpred.decoders.set_to_set import DeepSets, ElementBiLSTM, ElementTransfor
 from setpred.decoders.sinkhorn_mesh import MESH, SinkhornAttention
 from setpred.decoders.slot_attention import SlotAttention, SlotSoftmax
 from setpred.decoders.slot_mixture import SlotMixture
+from setpred.decoders.spatial_broadcast import SpatialBroadcast
 from setpred.decoders.starts import GaussianStart, GreedyVotes, LearnedStart, RandomStart
 from setpred.nn import record_parts
 
@@ -34,6 +35,7 @@ __all__ = [
     "SlotAttention",
     "SlotMixture",
     "SlotSoftmax",
+    "SpatialBroadcast",
     "TransformerDecoder",
 ]
 

@@ -14,7 +14,7 @@ from setpred.checkpoint.describe import describe, describe_model
 from setpred.errors import InputError, NotFiniteError
 from setpred.losses import HungarianLoss, SetLoss
 from setpred.metrics import AveragePrecision, CalibrationFit, GatheredSets, Mean
-from setpred.model import SetPredictor, Step
+from setpred.model import SetPredictor, Step, target_name
 from setpred.nn import evaluating
 from setpred.nonfinite.locate import Stage, finite_norm, not_finite, trained
 from setpred.nonfinite.policy import Guard, poison
@@ -47,11 +47,12 @@ def schema_of(schema: str | dict[str, Any] | None, decoder: nn.Module) -> Elemen
 
 def finite_losses(step: Step, weights: Iterable[Tensor], *, set_dim: int | None) -> tuple[Tensor, Tensor]:
     """Loss of each example and predicted sets; `NotFiniteError` unless they, weights and batch are finite."""
-    elements = step.batch["elements"]
-    check_set(elements, set_dim=set_dim)
+    target = step.target
+    if target_name(step.loss) == "elements":
+        check_set(target, set_dim=set_dim)
     predicted = step.predict()
-    losses = step.loss(predicted.float(), elements)
-    finite = [each.detach().isfinite().all() for each in (losses, predicted, elements, step.inputs())]
+    losses = step.loss(predicted.float(), target)
+    finite = [each.detach().isfinite().all() for each in (losses, predicted, target, step.inputs())]
     finite.append(finite_norm(weights, largest=True))
     # one number to the host in each step, against hours of training on nothing
     if not torch.stack(finite).all():
@@ -91,11 +92,11 @@ class Scores:
         """The modules that gather examples: mean loss, metric and calibration."""
         return self.mean_loss, self.metric, self.calibration_fit
 
-    def update(self, losses: Tensor, predicted: Tensor, target: Tensor) -> None:
+    def update(self, losses: Tensor, predicted: Tensor, batch: dict[str, Tensor]) -> None:
         self.mean_loss.update(losses)
         for part in self.parts[1:]:
             if part is not None:
-                part.update(predicted.float(), target)
+                part.update(predicted.float(), batch[target_name(part)])
 
     def compute(self) -> dict[str, Tensor]:
         """Return the scores of all examples since the last call."""
@@ -273,7 +274,7 @@ class SetPrediction(pl.LightningModule):
             losses, predicted = self.losses(step)
         except NotFiniteError as error:
             raise InputError(report(self, [step], Stage(error.place, error.samples))[1]) from error
-        self.scores.update(losses, predicted, batch["elements"])
+        self.scores.update(losses, predicted, batch)
 
     def on_validation_epoch_end(self) -> None:
         # every process has the scores of all images; of equal numbers the largest is exact, a mean is not
