@@ -113,7 +113,8 @@ def inputs_of(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
 
 def target_name(part: nn.Module | None) -> str:
     """The entry of a batch that a loss or metric compares predictions with: its `target`; "elements" without one."""
-    return getattr(part, "target", "elements")
+    name = getattr(part, "target", None)
+    return name if isinstance(name, str) else "elements"  # metrics have states of that name, such as lists of sets
 
 
 @dataclass(frozen=True)
