@@ -71,8 +71,8 @@ def glimpses(seed=0, **options):
 
 def drawn(model, slots):
     """Layers `[n + 1, 4, 32, 32]` of slots `[n, 7]` over a background of zeros."""
-    ground = torch.zeros(1, 3 * 64, dtype=torch.float64)
-    rows = nn.functional.pad(slots, (0, ground.shape[1] - slots.shape[1]))
+    ground = torch.zeros(1, 9, dtype=torch.float64)
+    rows = nn.functional.pad(slots, (0, 2))
     return model.finish(torch.cat([rows, ground]).unsqueeze(0))[0].view(-1, 4, 32, 32)
 
 
@@ -113,12 +113,16 @@ def test_glimpses_permute_with_their_slots_and_the_background_is_last():
     model, slots = glimpses(), normal(SLOTS, 7)
     layers, order = drawn(model, slots), [2, 0, 1]
     close(drawn(model, slots[order]), layers[[*order, SLOTS]])
-    assert not layers[-1].any()
+    assert (layers[-1, :3] == 0.5).all()
+    with torch.no_grad():
+        model.background.copy_(normal(3, 32, 32))
+        model.plane.weight.copy_(normal(9, 5))
     tokens = normal(2, 6, 5)
     out = model.eval()(tokens).view(2, SLOTS + 1, 4, 32, 32)
     assert not out[:, -1, 3].any()  # the logit of the background
-    expected = nn.functional.interpolate(model.background(tokens.mean(1)).view(2, 3, 8, 8), (32, 32), mode="bilinear")
-    close(out[:, -1, :3], expected)
+    planes = model.plane(tokens.mean(1)).view(2, 3, 3)
+    x, y = (20 + 0.5) / 16 - 1, (7 + 0.5) / 16 - 1
+    close(out[:, -1, :3, 7, 20], model.background[:, 7, 20] + planes[..., 0] + planes[..., 1] * x + planes[..., 2] * y)
     close(out[:1], model(tokens[:1]).view(1, SLOTS + 1, 4, 32, 32))  # of its image alone
 
 

@@ -4,18 +4,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from setpred.decoders.base import SetDecoder
 from setpred.decoders.readout import SlotReader
 from setpred.decoders.spatial_broadcast import Broadcast
 from setpred.errors import InputError
-from setpred.nn import LAYER, MLP
+from setpred.nn import LAYER
 
 OUTSIDE = -20.0  # logit of a mask outside of its glimpse
 LEAST_PRESENCE = 1e-3
-BACKGROUND = 8  # side of the map of the background
+PLANE = 3  # numbers of a plane over the image: a constant and slopes along x and y
 
 
 class Glimpses(SlotReader):
@@ -24,10 +24,10 @@ class Glimpses(SlotReader):
         layer_i(p) = CNN(s_i) at u = (p - (x_i, y_i)) / extent,    α_i ← α_i - 2 |u|² + log o_i - prior
 
     A slot s_i = (x, y, ..., o) begins with the place of its object, -1 at the left and upper edge of the image and 1 at
-    the right and lower one, and ends with its presence o. So an object is drawn alike wherever it is, and a layer ends
-    at the border of its glimpse. The last layer is the background: a smooth map from the mean of the features, with the
-    logit 0. Places and glimpses are those of AIR (Eslami et al., NeurIPS 2016) and SPACE (Lin et al., ICLR 2020), here
-    without a distribution over them.
+    the right and lower one, and ends with its presence o. So an object is drawn alike wherever it is, and its layer
+    ends at the border of the glimpse. The last layer is the background, with the logit 0: a learned image, plus a plane
+    over it for each colour, linear in the mean of the features. It is too simple to draw objects. Places and glimpses
+    are those of AIR (Eslami et al., NeurIPS 2016) and SPACE (Lin et al., ICLR 2020), without a distribution over them.
 
     With `setpred.inner.VotingEnergy` the slots are clusters of the tokens' votes, and `Votes(anchored=True,
     massive=True)` gives places and presences from the first step on.
@@ -62,19 +62,20 @@ class Glimpses(SlotReader):
         super().__init__(slots, set_dim=LAYER * canvas**2, more=1)
         self.canvas, self.extent, self.prior = canvas, extent, prior
         self.glimpse = Broadcast(slots.set_dim - 3, side=side, widths=widths, subpixel=True, smoothing=0)
-        self.background = MLP(dim, 2 * slots.set_dim, (LAYER - 1) * BACKGROUND**2)
+        self.background = nn.Parameter(torch.full((LAYER - 1, canvas, canvas), 0.5))
+        self.plane = nn.Linear(dim, (LAYER - 1) * PLANE)
+        nn.init.zeros_(self.plane.weight)
 
     def predictions(self, features: Tensor, *arguments: Any, **options: Any) -> Iterator[Tensor]:
-        """Yield slots and the background's map of each iteration, in rows of one length."""
-        mean = features if features.ndim == 2 else features.mean(1)
-        background = self.background(mean).unsqueeze(1)
+        """Yield slots and the planes of the background, in rows of one length, of each iteration."""
+        planes = self.plane(features if features.ndim == 2 else features.mean(1)).unsqueeze(1)
         for slots in super().predictions(features, *arguments, **options):
-            rows = functional.pad(slots, (0, background.shape[-1] - slots.shape[-1]))
-            yield torch.cat([rows, background], dim=1)
+            length = max(slots.shape[-1], planes.shape[-1])
+            yield torch.cat([functional.pad(rows, (0, length - rows.shape[-1])) for rows in (slots, planes)], dim=1)
 
     def finish(self, state: Tensor) -> Tensor:
         """Draw the layers `[batch, set_size + 1, 4 · canvas²]` of what `predictions` yields."""
-        batch, size = (self.canvas, self.canvas), len(state)
+        size = len(state)
         slots = state[:, :-1, : self.slots.set_dim].flatten(0, 1)
         line = (2 * torch.arange(self.canvas, device=state.device, dtype=state.dtype) + 1) / self.canvas - 1
         pixels = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
@@ -85,7 +86,8 @@ class Glimpses(SlotReader):
         logits = layers[:, -1] - 2 * inside.square().sum(-1) + presence
         logits = torch.where((inside.abs() < 1).all(-1), logits, OUTSIDE)
         layers = torch.cat([layers[:, :-1], logits.unsqueeze(1)], dim=1).unflatten(0, (size, -1))
-        ground = state[:, -1].unflatten(-1, (LAYER - 1, BACKGROUND, BACKGROUND))
-        ground = functional.interpolate(ground, batch, mode="bilinear", align_corners=False)
+        planes = state[:, -1, : self.plane.out_features].unflatten(-1, (LAYER - 1, PLANE))
+        ground = planes @ functional.pad(pixels, (1, 0), value=1.0).flatten(0, 1).T
+        ground = self.background + ground.unflatten(-1, (self.canvas, self.canvas))
         ground = functional.pad(ground, (0, 0, 0, 0, 0, 1)).unsqueeze(1)  # logit 0
         return torch.cat([layers, ground], dim=1).flatten(2)
