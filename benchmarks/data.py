@@ -38,7 +38,7 @@ from setpred.data.hdf5 import Header, Record
 from setpred.data.hdf5_writer import write_set_file
 from setpred.data.loading import EpochPermutation, ResumableLoader
 from setpred.data.streamed import SceneStream
-from setpred.model import unit_images
+from setpred.nn import unit_images
 from setpred.rendering.renderer import render
 from setpred.rendering.sampling import SceneRules
 from setpred.schema import CLEVR

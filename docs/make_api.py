@@ -18,8 +18,9 @@ shapes, units, errors and source. `python docs/make_api.py` writes this page.
 MODULES = ("setpred", "setpred.schema", "setpred.model")
 MODULES += ("setpred.encoders", "setpred.decoders", "setpred.aggregators", "setpred.inner", "setpred.losses")
 MODULES += ("setpred.matching", "setpred.metrics", "setpred.sets", "setpred.nn")
-MODULES += tuple(f"setpred.data.{name}" for name in ("datamodule", "dataset", "importing", "images", "clevr", "clevr_with_masks"))
-MODULES += tuple(f"setpred.data.{name}" for name in ("hdf5", "hdf5_writer", "scenes", "streamed", "toy"))
+MODULES += tuple(f"setpred.data.{name}" for name in ("datamodule", "dataset", "importing", "images", "clevr"))
+MODULES += tuple(f"setpred.data.{name}" for name in ("clevr_with_masks", "hdf5", "hdf5_writer", "scenes", "streamed"))
+MODULES += ("setpred.data.toy",)
 MODULES += tuple(f"setpred.rendering.{name}" for name in ("renderer", "sampling", "scenes", "camera", "records"))
 MODULES += ("setpred.training", "setpred.checkpoint", "setpred.evaluation", "setpred.visualise", "setpred.errors")
 

@@ -4,18 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from setpred.errors import InputError
 from setpred.inner import OfTokens
+from setpred.nn import unit_images
 from setpred.sets import fill_absent, token_mask
-
-
-def unit_images(images: Tensor) -> Tensor:
-    """Convert uint8 images to float in [0, 1]; leave float images."""
-    # in place, because memory traffic takes most of the time of a large batch
-    return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
 def check_parts(encoder: nn.Module, decoder: nn.Module) -> None:
@@ -117,6 +111,11 @@ def inputs_of(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     return batch["image" if "image" in batch else "input"], batch.get("input_mask")
 
 
+def target_name(part: nn.Module | None) -> str:
+    """The entry of a batch that a loss or metric compares predictions with: its `truth`; "elements" without one."""
+    return getattr(part, "truth", "elements")
+
+
 @dataclass(frozen=True)
 class Step:
     """Inputs of a training step, or of a validation batch: its result depends on these alone.
@@ -133,6 +132,11 @@ class Step:
     batch: dict[str, Tensor]
     seed: int | None = None
     iterations: int | None = None
+
+    @property
+    def target(self) -> Tensor:
+        """The truth that the loss compares with: the sets, or another entry of the batch that the loss names."""
+        return self.batch[target_name(self.loss)]
 
     @property
     def input_name(self) -> str:

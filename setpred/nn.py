@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,40 @@ def record_parts(module: dict[str, Any]) -> None:
     for part in (module[name] for name in module["__all__"]):
         if isinstance(part, type) and "__init__" in vars(part) and not dataclasses.is_dataclass(part):
             recorded(part)
+
+
+def unit_images(images: Tensor) -> Tensor:
+    """Convert uint8 images to float in [0, 1]; leave float images."""
+    # in place, because memory traffic takes most of the time of a large batch
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+LAYER = 4  # numbers of a layer at each pixel: red, green, blue, and the logit of its mask
+
+
+class Composite(NamedTuple):
+    """Image that layers draw together, with the mask and the colours of each layer.
+
+    image: `[batch, 3, S, S]`; masks: `[batch, n, S, S]`, of sum 1 at every pixel; colours: `[batch, n, 3, S, S]`.
+    """
+
+    image: Tensor
+    masks: Tensor
+    colours: Tensor
+
+
+def composite(layers: Tensor) -> Composite:
+    """Draw layers `[batch, n, 4 · S²]` over each other: image = Σ_i softmax_i(α_i) · colour_i.
+
+    Raises:
+        ValueError: layers of another shape.
+    """
+    side = math.isqrt(layers.shape[-1] // LAYER)
+    if layers.ndim != 3 or LAYER * side**2 != layers.shape[-1]:
+        raise ValueError(f"expected layers [batch, n, {LAYER} · side²], got {list(layers.shape)}")
+    colours, logits = layers.unflatten(-1, (LAYER, side, side)).split([LAYER - 1, 1], dim=2)
+    masks = logits.squeeze(2).softmax(1)
+    return Composite((masks.unsqueeze(2) * colours).sum(1), masks, colours)
 
 
 class MLP(nn.Sequential):

@@ -29,6 +29,7 @@ from setpred.decoders import (
     SlotAttention,
     SlotMixture,
     SlotSoftmax,
+    SpatialBroadcast,
     TransformerDecoder,
 )
 from setpred.decoders.seq2set import AdditiveAttention
@@ -65,6 +66,10 @@ def detr(position, **numbers):
     return DETR(position, token_dim=DIM, dim=8, heads=2, hidden_dim=7, **layers, **SETS)
 
 
+def broadcast(slots, **options):
+    return SpatialBroadcast(slots, side=2, widths=[3], **options)
+
+
 def transformer(start):
     return TransformerDecoder(latent_dim=DIM, dim=8, heads=2, layers=2, hidden_dim=7, start=start, **SETS)
 
@@ -95,6 +100,8 @@ TOKEN_DECODERS = {
     "detr": lambda: detr(Nowhere()),
     "seq2set": lambda: Seq2Set(token_dim=DIM, hidden_dim=7, embedding_dim=4, **SETS),
     "slots by transport, two heads": lambda: SlotAttention(SinkhornAttention(dim=4), heads=2, **SLOTS),
+    "broadcast slots": lambda: broadcast(SlotAttention(**SLOTS)),
+    "broadcast slots, relative": lambda: broadcast(SlotAttention(**SLOTS), relative=True, subpixel=True, smoothing=0),
     "slots by sharp transport": lambda: sharp(Unrolled()),
     "slots by sharp transport, constant steps": lambda: sharp(None),
 }
@@ -139,7 +146,7 @@ def test_refine_yields_every_prediction_and_forward_the_last(name):
     iterates = list(decoder.refine(given))
     size = TOKENS if decoder.set_size is None else SIZE
     assert (size == TOKENS) == (name in ELEMENT_DECODERS)
-    assert all(iterate.shape == (BATCH, size, OUT) for iterate in iterates)
+    assert all(iterate.shape == (BATCH, size, decoder.set_dim) for iterate in iterates)
     close(decoder(given), iterates[-1])
     if name == "detr":
         assert len(iterates) == len(decoder.decoder)
@@ -311,7 +318,8 @@ def restarted(decoder, change, given):
         with torch.no_grad():
             decoder.queries.copy_(change(decoder.queries.unsqueeze(0))[0])
     else:
-        decoder.start = Given(change(decoder.start(given)))
+        of = getattr(decoder, "slots", decoder)  # whose start it is
+        of.start = Given(change(of.start(given)))
     return decoder
 
 

@@ -1,5 +1,6 @@
 """Slow and obvious twins: the same result as the fast code, in loops that cannot hide a mistake."""
 
+import itertools
 import math
 
 # --- average precision --------------------------------------------------------------------------------------
@@ -139,3 +140,50 @@ def _overlap(row, box, schema):
     height = min(ay + ah / 2, by + bh / 2) - max(ay - ah / 2, by - bh / 2)
     shared = max(width, 0.0) * max(height, 0.0)
     return shared / (aw * ah + bw * bh - shared)
+
+
+# --- segmentations ------------------------------------------------------------------------------------------
+
+
+def adjusted_rand_twin(predicted, instances, foreground):
+    """ARI of one image by looking at every pair of its pixels; the formula of scikit-learn."""
+    kept = [(t, p) for t, p in _pixels(predicted, instances) if t > 0 or not foreground]
+    together = {(a, b): 0 for a in (True, False) for b in (True, False)}  # in the truth, in the prediction
+    for i, (t, p) in enumerate(kept):
+        for other_t, other_p in kept[:i]:
+            together[t == other_t, p == other_p] += 1
+    tp, fn, fp, tn = (together[key] for key in [(True, True), (True, False), (False, True), (False, False)])
+    if not kept:
+        return math.nan
+    if fn == fp == 0:
+        return 1.0
+    return 2 * (tp * tn - fn * fp) / ((tp + fn) * (fn + tn) + (tp + fp) * (fp + tn))
+
+
+def mean_best_overlap_twin(predicted, instances):
+    """mBO of one image, from sets of pixels."""
+    objects, masks = _regions(predicted, instances)
+    return _mean([max(len(t & p) / len(t | p) for p in masks) for t in objects])
+
+
+def mean_iou_twin(predicted, instances):
+    """Mean IoU of one image, by trying every matching."""
+    objects, masks = _regions(predicted, instances)
+    masks += [set()] * len(objects)  # no mask
+    matchings = itertools.permutations(masks, len(objects))
+    return max(_mean([len(t & p) / len(t | p) for t, p in zip(objects, m, strict=True)]) for m in matchings)
+
+
+def _pixels(predicted, instances):
+    return list(zip(instances.flatten().tolist(), predicted.flatten().tolist(), strict=True))
+
+
+def _regions(predicted, instances):
+    """Sets of pixels of each object and of each mask."""
+    true, guess = zip(*_pixels(predicted, instances), strict=True)
+    objects = [{place for place, t in enumerate(true) if t == label} for label in sorted(set(true) - {0})]
+    return objects, [{place for place, p in enumerate(guess) if p == label} for label in sorted(set(guess))]
+
+
+def _mean(values):
+    return sum(values) / len(values) if values else math.nan

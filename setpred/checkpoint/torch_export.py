@@ -24,7 +24,8 @@ from setpred.inner import Problem
 from setpred.inner.descent import State
 from setpred.inner.differentiation import plain_step
 from setpred.inner.objectives import Energy
-from setpred.model import SetPredictor, unit_images
+from setpred.model import SetPredictor
+from setpred.nn import unit_images
 from setpred.sets import fill_absent
 
 SCHEMA_FILE = "schema.json"  # extra file of the program: the meaning of an element's numbers
@@ -36,7 +37,7 @@ ALIKE = 0.75  # least share of images within that error
 def unit(images: Tensor) -> Tensor:
     """Convert uint8 images to float in [0, 1]; return float images, and input sets, unchanged.
 
-    As `setpred.model.unit_images`, but without an `if`, which the tracer would decide.
+    As `setpred.nn.unit_images`, but without an `if`, which the tracer would decide.
     """
     if images.ndim == 3:
         return images

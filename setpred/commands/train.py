@@ -32,6 +32,7 @@ from setpred.data.datamodule import BuiltInScenes, SetDataModule
 from setpred.data.hdf5 import stated_digest
 from setpred.errors import InputError, listed, located, reason
 from setpred.files import make_folder, remove_leftovers, write_atomically
+from setpred.model import target_name
 from setpred.training import distributed as processes
 from setpred.training.callbacks import (
     DataWaiting,
@@ -299,10 +300,18 @@ def check_fit(cli: TrainCLI) -> None:
             f"{kinds[has]}; give both of one kind"
         )
     cli.model.check_schema(data)
+    if target_name(cli.model.metric) == "instances" and not getattr(data, "masks", True):
+        raise InputError(
+            f"the metric {type(cli.model.metric).__name__} compares with masks, expected them in the validation data; "
+            "pass --data.masks true"
+        )
+    wanted = None  # of images, when these are what the model learns to draw
+    if target_name(cli.model.loss) == "elements":
+        wanted = getattr(examples, "set_size", None)
     compared = (
         ("encoder takes elements of {} numbers", "elements of {}", "in_dim", getattr(data, "input_dim", None)),
         ("encoder takes images of {0}x{0}", "{0}x{0}", "image_size", getattr(data, "image_size", None)),
-        ("decoder predicts sets of {}", "sets of {}", "set_size", getattr(examples, "set_size", None)),
+        ("decoder predicts sets of {}", "sets of {}", "set_size", wanted),
     )
     for of_model, of_data, name, size in compared:
         part = of_model.split()[0]
@@ -314,7 +323,7 @@ def check_fit(cli: TrainCLI) -> None:
     size = cli.model.data_description["image_size"]
     if sets is not None:
         zeros = torch.zeros(2, sets.most, sets.dim)
-        check_prediction(cli.model, zeros, set_size=getattr(examples, "set_size", None))
+        check_prediction(cli.model, zeros, set_size=wanted)
     elif size is None and not has:
         cli.say(
             "`setpred evaluate` and `setpred predict` will not read the checkpoints of this run: neither "
@@ -322,7 +331,7 @@ def check_fit(cli: TrainCLI) -> None:
         )
     elif not has:
         black = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-        check_prediction(cli.model, black, set_size=getattr(examples, "set_size", None))
+        check_prediction(cli.model, black, set_size=wanted)
 
 
 def check_prediction(module: SetPrediction, inputs: Tensor, *, set_size: int | None = None) -> None:

@@ -38,6 +38,10 @@ class SetDecoder(nn.Module):
         """Yield successive predictions from validated arguments; a conditional decoder gets `condition` as well."""
         raise NotImplementedError(f"{type(self).__name__} has no method predictions(features, mask, iterations)")
 
+    def finish(self, state: Tensor) -> Tensor:
+        """Turn what `predictions` yields into a prediction; a costly last layer belongs here, for it runs once."""
+        return state
+
     def refine(
         self,
         features: Tensor,
@@ -47,6 +51,15 @@ class SetDecoder(nn.Module):
         condition: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Yield every intermediate prediction; the last one is that of `forward`, with the same arguments."""
+        for state in self._states(features, iterations, mask, condition):
+            with torch.autocast(features.device.type, enabled=False):
+                prediction = self.finish(state)
+            yield prediction
+
+    def _states(
+        self, features: Tensor, iterations: int | None, mask: Tensor | None, condition: Tensor | None
+    ) -> Iterator[Tensor]:
+        """Validate the arguments, and yield what `predictions` does."""
         features = self._checked(features, iterations, mask)
         steps = self.iterations if self.iterative and iterations is None else iterations
         more = {"condition": condition} if self.conditional else {}
@@ -83,12 +96,13 @@ class SetDecoder(nn.Module):
             InputError: `iterations` for a decoder without iterations.
             ValueError: features or a mask of another shape.
         """
-        elements = None
-        for elements in self.refine(features, iterations=iterations, mask=mask, condition=condition):  # noqa: B007
+        state = None
+        for state in self._states(features, iterations, mask, condition):  # noqa: B007
             pass
-        if elements is None:
+        if state is None:
             raise ValueError(f"expected {type(self).__name__}.predictions to yield at least one tensor, got none")
-        return elements
+        with torch.autocast(features.device.type, enabled=False):
+            return self.finish(state)
 
     def _checked(self, features: Tensor, iterations: int | None, mask: Tensor | None) -> Tensor:
         """Features in at least single precision, zero where padding."""

@@ -7,6 +7,7 @@ from setpred.losses.detr import DETRCriterion, generalised_iou
 from setpred.losses.hungarian import HungarianLoss
 from setpred.losses.numbering import NumberingLoss
 from setpred.losses.ot_seq2set import MatchingWithTransport
+from setpred.losses.reconstruction import Reconstruction
 from setpred.losses.sinkhorn import SinkhornDivergence
 from setpred.losses.sliced import DistributionalSlicedWasserstein, MaxSlicedWasserstein, SlicedWasserstein
 from setpred.nn import record_parts
@@ -20,6 +21,7 @@ __all__ = [
     "MatchingWithTransport",
     "MaxSlicedWasserstein",
     "NumberingLoss",
+    "Reconstruction",
     "SetLoss",
     "SinkhornDivergence",
     "SlicedWasserstein",

@@ -1,4 +1,4 @@
-"""Metrics: average precision by distance and by overlap of boxes, its parts, accuracies, errors and distances."""
+"""Metrics: average precision by distance and of boxes, segmentations, accuracies, errors and distances."""
 
 from setpred.metrics.attributes import attribute_report, match_by_position
 from setpred.metrics.average_precision import (
@@ -16,6 +16,14 @@ from setpred.metrics.averages import AbsoluteError, Accuracy, Mean, MeanMetric
 from setpred.metrics.box_precision import BoxAveragePrecision, box_average_precision, match_boxes
 from setpred.metrics.calibration import CalibrationFit, fit_calibration, reliability, right_predictions
 from setpred.metrics.numbering import NumberingAccuracy, right_numbers
+from setpred.metrics.segmentation import (
+    Segmentation,
+    adjusted_rand_index,
+    contingency,
+    masks_to_labels,
+    mean_best_overlap,
+    mean_iou,
+)
 from setpred.metrics.set_distances import SetDistances
 
 __all__ = [
@@ -29,14 +37,20 @@ __all__ = [
     "Mean",
     "MeanMetric",
     "NumberingAccuracy",
+    "Segmentation",
     "SetDistances",
+    "adjusted_rand_index",
     "attribute_report",
     "average_precision",
     "average_precision_per_image",
     "box_average_precision",
+    "contingency",
     "fit_calibration",
+    "masks_to_labels",
     "match_boxes",
     "match_by_position",
+    "mean_best_overlap",
+    "mean_iou",
     "pairwise_distance",
     "precision_recall",
     "reliability",

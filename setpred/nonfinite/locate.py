@@ -83,7 +83,7 @@ def diagnose(step: Step) -> list[Stage]:
     training steps. Buffers and torch's generators stay as they were. No other process takes part.
     """
     buffers = [*step.model.buffers(), *step.loss.buffers()]
-    before, stages, device = [buffer.clone() for buffer in buffers], [], step.batch["elements"].device
+    before, stages, device = [buffer.clone() for buffer in buffers], [], step.inputs().device
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.set_grad_enabled(step.seed is not None),
@@ -105,8 +105,8 @@ def _stages(step: Step) -> Iterator[Stage]:
     parts = nn.ModuleDict({"model": step.model, "loss": step.loss})
     yield _of_names("weights", trained(parts))
     yield _of_samples(step.input_name, step.inputs())
-    elements, features = step.batch["elements"], []
-    yield _of_samples("target", elements)
+    target, features = step.target, []
+    yield _of_samples("target", target)
     hook = step.model.encoder.register_forward_hook(lambda module, given, output: features.append(output))
     try:
         options = {"mask": step.batch.get("input_mask"), "iterations": step.iterations}
@@ -120,7 +120,7 @@ def _stages(step: Step) -> Iterator[Stage]:
     predicted = iterates[-1]
     yield _of_samples("prediction", predicted)
     try:
-        losses = step.loss(predicted.float(), elements)
+        losses = step.loss(predicted.float(), target)
     except NotFiniteError as error:
         yield Stage(error.place, error.samples)
         return

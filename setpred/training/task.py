@@ -1,9 +1,9 @@
 """LightningModule that trains any set predictor."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import lightning.pytorch as pl
 import torch
@@ -14,7 +14,7 @@ from setpred.checkpoint.describe import describe, describe_model
 from setpred.errors import InputError, NotFiniteError
 from setpred.losses import HungarianLoss, SetLoss
 from setpred.metrics import AveragePrecision, CalibrationFit, GatheredSets, Mean
-from setpred.model import SetPredictor, Step
+from setpred.model import SetPredictor, Step, target_name
 from setpred.nn import evaluating
 from setpred.nonfinite.locate import Stage, finite_norm, not_finite, trained
 from setpred.nonfinite.policy import Guard, poison
@@ -47,11 +47,12 @@ def schema_of(schema: str | dict[str, Any] | None, decoder: nn.Module) -> Elemen
 
 def finite_losses(step: Step, weights: Iterable[Tensor], *, set_dim: int | None) -> tuple[Tensor, Tensor]:
     """Loss of each example and predicted sets; `NotFiniteError` unless they, weights and batch are finite."""
-    elements = step.batch["elements"]
-    check_set(elements, set_dim=set_dim)
+    target = step.target
+    if target_name(step.loss) == "elements":
+        check_set(target, set_dim=set_dim)
     predicted = step.predict()
-    losses = step.loss(predicted.float(), elements)
-    finite = [each.detach().isfinite().all() for each in (losses, predicted, elements, step.inputs())]
+    losses = step.loss(predicted.float(), target)
+    finite = [each.detach().isfinite().all() for each in (losses, predicted, target, step.inputs())]
     finite.append(finite_norm(weights, largest=True))
     # one number to the host in each step, against hours of training on nothing
     if not torch.stack(finite).all():
@@ -91,11 +92,17 @@ class Scores:
         """The modules that gather examples: mean loss, metric and calibration."""
         return self.mean_loss, self.metric, self.calibration_fit
 
-    def update(self, losses: Tensor, predicted: Tensor, target: Tensor) -> None:
+    def update(self, losses: Tensor, predicted: Tensor, batch: dict[str, Tensor]) -> None:
         self.mean_loss.update(losses)
         for part in self.parts[1:]:
-            if part is not None:
-                part.update(predicted.float(), target)
+            if part is None:
+                continue
+            if (name := target_name(part)) not in batch:
+                raise InputError(
+                    f"the metric {type(part).__name__} compares with {name!r}, expected it in the validation batches, "
+                    f"got {', '.join(batch)}" + "; pass --data.masks true" * (name == "instances")
+                )
+            part.update(predicted.float(), batch[name])
 
     def compute(self) -> dict[str, Tensor]:
         """Return the scores of all examples since the last call."""
@@ -108,6 +115,16 @@ class Scores:
             self.calibration = Calibration(**{name: float(v) for name, v in self.calibration_fit.compute().items()})
             self.calibration_fit.reset()
         return {f"val_{name}": value.float() for name, value in scores.items()}
+
+
+def frozen_part(model: nn.Module, name: str) -> nn.Module:
+    """Freeze the weights of a part; return it. Raises `InputError` if there is none of this name."""
+    try:
+        part = model.get_submodule(name)
+    except AttributeError as error:
+        names = [each for each, _ in model.named_modules() if len(each) > 0 and each.count(".") < 2]
+        raise InputError(f"frozen: expected parts of the model, such as {', '.join(names)}, got {name!r}") from error
+    return part.requires_grad_(False)
 
 
 class SetPrediction(pl.LightningModule):
@@ -135,9 +152,11 @@ class SetPrediction(pl.LightningModule):
         iterations_by_epoch: descent steps from given epochs on, e.g. `{0: 20, 50: 40}`; training only.
         on_not_finite: "stop" or "skip" a training step with NaN or infinity, see `setpred.nonfinite.policy.Guard`. A
             validation always stops.
+        frozen: parts whose weights stay as they are, such as "encoder" and "decoder.slots"; they also stay in
+            evaluation mode.
 
     Raises:
-        InputError: an unknown schema or policy, numbers out of range, or parts that do not fit together.
+        InputError: an unknown schema, policy or part, numbers out of range, or parts that do not fit together.
     """
 
     def __init__(
@@ -154,6 +173,7 @@ class SetPrediction(pl.LightningModule):
         schedule: Schedule | None = None,
         iterations_by_epoch: dict[int, int] | None = None,
         on_not_finite: str = "stop",
+        frozen: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if not (0 < learning_rate < math.inf and weight_decay >= 0):
@@ -162,6 +182,7 @@ class SetPrediction(pl.LightningModule):
         # channels-last is the faster layout for convolutions on GPUs and CPUs alike
         self.model = SetPredictor(encoder, decoder).to(memory_format=torch.channels_last)
         self.loss = HungarianLoss() if loss is None else loss
+        self.frozen = [frozen_part(self.model, name) for name in frozen]
         if isinstance(self.loss, SetLoss) and self.schema is not None:
             self.loss.use_schema(self.schema)
         self.scores = Scores(metric, self.schema)
@@ -177,6 +198,13 @@ class SetPrediction(pl.LightningModule):
         self.model_config: dict[str, Any] | None = None  # encoder and decoder as plain types, for checkpoints
         self.data_description: dict[str, Any] = {}  # path, split and image size of the validation data
         self.settings: dict[str, Any] = {}  # the other settings of the run; a resumed run is compared with them
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all parts but the frozen ones."""
+        super().train(mode)
+        for part in self.frozen:
+            part.eval()
+        return self
 
     def forward(self, inputs: Tensor, **arguments: Any) -> Tensor:
         return self.model(inputs, **arguments)
@@ -273,7 +301,7 @@ class SetPrediction(pl.LightningModule):
             losses, predicted = self.losses(step)
         except NotFiniteError as error:
             raise InputError(report(self, [step], Stage(error.place, error.samples))[1]) from error
-        self.scores.update(losses, predicted, batch["elements"])
+        self.scores.update(losses, predicted, batch)
 
     def on_validation_epoch_end(self) -> None:
         # every process has the scores of all images; of equal numbers the largest is exact, a mean is not
