@@ -125,8 +125,7 @@ def diagonal(first: Sequence[float], size: int, rest: float = 1.0) -> Tensor:
     numbers = [float(number) for number in first]  # no tensor, which cannot be compared on the meta device
     if len(numbers) > size or not all(0 < number < math.inf for number in (*numbers, rest)):
         raise InputError(
-            f"expected at most {size} positive numbers, got {list(first)} and {rest:g} for the rest; shorten or correct "
-            "the list"
+            f"expected at most {size} positive numbers, got {list(first)} and {rest:g} for the rest; correct them"
         )
     return torch.cat([torch.tensor(numbers), torch.full((size - len(numbers),), float(rest))])
 
