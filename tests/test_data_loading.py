@@ -63,7 +63,8 @@ def prepare(data) -> None:
     """`prepare_data`, but rendering in this process: starting another one takes longer than the rest."""
     for file in data.files:
         which = {name: value for name, value in file.header.source.items() if name != "kind"}
-        render_file(file.path, images=file.header.images, image_size=file.header.image_size, **which)
+        size = {"images": file.header.images, "image_size": file.header.image_size, "masks": file.header.instances}
+        render_file(file.path, **size, **which)
     data.prepare_data()
 
 

@@ -203,6 +203,7 @@ def _parser() -> Parser:
         add("--objects", **objects, help="in a scene (default: 3 10)")
         add("--seed", type=int, default=0, metavar="K", help="seed of the scenes (default: 0)")
         add("--condition", default="clevr", help=f"clevr: {colours}, as in CLEVR-CoGenT (default: clevr)")
+    render("--masks", action="store_true", help="keep the visible pixels of each object (array instances)")
     for add in (prepare, render):
         side = "side of the square images (default: 128)"
         add("--image-size", type=int, default=128, metavar="S", help=side)

@@ -99,6 +99,8 @@ class ImageData(SetData):
         in_memory: keep a file's images in memory; None does so under 2 GB. "device" keeps them as uint8 in the memory
             of the device that trains, to which only the numbers of a batch's images are sent.
         augment: random changes of the training images, whose objects move with them; none by default.
+        masks: batches of the validation data have `instances`, the visible pixels of each object. Those of the training
+            data do not: no loss compares with masks.
         arguments: those of `SetData`.
 
     Raises:
@@ -117,19 +119,23 @@ class ImageData(SetData):
         num_workers: int = 0,
         in_memory: InMemory = None,
         augment: Augmentation | None = None,
+        masks: bool = False,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
         _check_least({"image_size": (image_size, 1), "num_workers": (num_workers, 0)})
-        self.augment = augment
+        self.augment, self.masks = augment, masks
         self.image_size, self.set_size = image_size, set_size
         self.num_workers, self.in_memory = num_workers, in_memory
 
-    def open_images(self, path: str, split: str = "val", images: int | None = None) -> SetFile | ClevrImages:
+    def open_images(
+        self, path: str, split: str = "val", images: int | None = None, *, masks: bool = False
+    ) -> SetFile | ClevrImages:
         """Open a file, or a split of a folder, of this module's image size, set size and schema."""
         size = {"image_size": self.image_size, "set_size": self.set_size, "schema": self.schema, "images": images}
         on_device = self.in_memory == "device"
-        data = open_data(path, split=split, in_memory=False if on_device else self.in_memory, **size)
+        in_memory = False if on_device else self.in_memory
+        data = open_data(path, split=split, in_memory=in_memory, instances=masks, **size)
         if on_device and not isinstance(data, SetFile):
             raise InputError(
                 f'in_memory "device" is for prepared files, and {path} is a folder; make a file of it with '
@@ -272,7 +278,7 @@ class SetDataModule(ImageData):
 
     def open_split(self, split: str) -> SetFile | ClevrImages:
         if split == "val":
-            return self.open_images(self.val_path, self.val_split, self.val_images)
+            return self.open_images(self.val_path, self.val_split, self.val_images, masks=self.masks)
         if self.train_path is None:
             raise InputError("this data has no training part; give `train` a file or a CLEVR folder")
         return self.open_images(self.train_path, self.train_split, self.train_images)
@@ -299,7 +305,8 @@ class RenderedFile:
     def path(self) -> str:
         source = self.header.source
         scenes = "{}to{}".format(*source["objects"]) + (f"-{source['condition']}" if "condition" in source else "")
-        name = f"rendered-{self.header.image_size}-{scenes}-seed{source['seed']}-{self.header.images}.h5"
+        masks = "-masks" if self.header.instances else ""
+        name = f"rendered-{self.header.image_size}-{scenes}-seed{source['seed']}-{self.header.images}{masks}.h5"
         return str(Path(self.folder).expanduser() / name)
 
     def prepare(self) -> None:
@@ -311,7 +318,7 @@ class RenderedFile:
         if not os.path.exists(self.path):
             self._render_once()
         images, size, source = self.header.images, self.header.image_size, self.header.source
-        data = SetFile(self.path, image_size=size, schema=CLEVR, in_memory=False)
+        data = SetFile(self.path, image_size=size, schema=CLEVR, in_memory=False, instances=self.header.instances)
         if data.source != source or len(data) != images:
             raise InputError(
                 f"expected {images} images of {source} in {self.path}, got {len(data)} of {data.source}; move it away "
@@ -343,7 +350,8 @@ class RenderedFile:
         # Another process, for its workers import the main program, which here would be torch and Lightning.
         options = {"images": self.header.images, "image-size": self.header.image_size, "out": self.path} | self._which
         options |= {} if self.workers is None else {"workers": self.workers}
-        words = ([f"--{name}", *(value if name == "objects" else [value])] for name, value in options.items())
+        options |= {"masks": []} if self.header.instances else {}
+        words = ([f"--{name}", *(value if isinstance(value, list) else [value])] for name, value in options.items())
         command = [sys.executable, "-m", "setpred.data", "render", *(str(word) for each in words for word in each)]
         paths = filter(None, (str(Path(setpred.__file__).parents[1]), os.environ.get("PYTHONPATH")))
         if subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}).returncode != 0:
@@ -382,7 +390,7 @@ class BuiltInScenes(ImageData):
         self.check_augment()  # before scenes are rendered
         self.which = {"objects": tuple(objects), "condition": condition}
         self.scenes_seed, self.folder, self.workers = scenes_seed, folder, workers
-        self.files = (self.rendered(val_images, scenes_seed + VALIDATION_SEED),)
+        self.files = (self.rendered(val_images, scenes_seed + VALIDATION_SEED, masks=self.masks),)
         self.train_path, self.val_path = None, self.files[0].path
 
     @classmethod
@@ -390,9 +398,9 @@ class BuiltInScenes(ImageData):
         """The sizes of scenes with these arguments."""
         return DataSizes(cls.schema, arguments.get("set_size") or cls.schema.max_objects, arguments["image_size"])
 
-    def rendered(self, images: int, seed: int) -> RenderedFile:
+    def rendered(self, images: int, seed: int, *, masks: bool = False) -> RenderedFile:
         """A file of these scenes, after checking the arguments."""
-        header = rendered_header(images=images, image_size=self.image_size, seed=seed, **self.which)
+        header = rendered_header(images=images, image_size=self.image_size, masks=masks, seed=seed, **self.which)
         return RenderedFile(header, self.folder, self.workers)
 
     def prepare_data(self) -> None:
@@ -401,7 +409,8 @@ class BuiltInScenes(ImageData):
             file.prepare()
 
     def open_split(self, split: str) -> Dataset:
-        return self.open_images(self.train_path if split == "train" else self.val_path)
+        path = self.train_path if split == "train" else self.val_path
+        return self.open_images(path, masks=self.masks and split == "val")
 
 
 class RenderedScenes(BuiltInScenes):

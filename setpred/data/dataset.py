@@ -19,16 +19,19 @@ from torch.utils.data import Dataset
 from setpred.data.clevr import ClevrFolder
 from setpred.data.hdf5 import (
     BLOCK,
+    INSTANCES,
     InputSets,
     file_header,
     open_set_file,
     read_header,
     read_inputs,
+    read_instances,
     read_names,
     read_sets,
+    set_sizes,
 )
 from setpred.errors import InputError
-from setpred.schema import CLEVR, PRESENCE, ElementSchema
+from setpred.schema import CLEVR, ElementSchema
 from setpred.sets import fill_absent, presence_mask
 
 if TYPE_CHECKING:
@@ -49,6 +52,7 @@ class SetImages(Dataset, ABC):
         input_mask  bool    [M]              True where an element is present; only where sizes differ
         elements    float32 [set_size, D]    zero padded
         mask        bool    [set_size]       True where an element is present
+        instances   uint8   [S, S]           0: background, k: the object of row k - 1 of elements; only if asked for
         index       int64   []               position in this data set
 
     Give a `DataLoader` `collate_fn=as_batch`.
@@ -67,7 +71,7 @@ class SetImages(Dataset, ABC):
     def _keep(self, elements: np.ndarray, set_size: int | None, name: object) -> None:
         """Keep `elements [n, N, D]`, trimmed or padded to `set_size`."""
         self.set_size = elements.shape[1] if set_size is None else set_size
-        counts = (self.schema.values(elements, PRESENCE) > 0.5).sum(1)
+        counts = set_sizes(elements, self.schema)
         if counts.max(initial=0) > self.set_size:
             first = int((counts > self.set_size).argmax())
             raise InputError(
@@ -95,9 +99,9 @@ class SetImages(Dataset, ABC):
 
     def _batch_inputs(self, index: np.ndarray) -> Batch:
         """The inputs of a batch by name."""
-        inputs = self._read(index)
+        inputs, *instances = self._read(index)
         if self.inputs is None:
-            return {"image": inputs.permute(0, 3, 1, 2)}
+            return {"image": inputs.permute(0, 3, 1, 2)} | dict(zip([INSTANCES], instances, strict=False))
         return set_inputs(inputs, padded=self.inputs.padded)
 
     def name(self, index: int) -> str:
@@ -109,8 +113,11 @@ class SetImages(Dataset, ABC):
         """Location of the camera of an image, float64 `[3]`, NaN where unknown."""
 
     @abstractmethod
-    def _read(self, index: np.ndarray) -> Tensor:
-        """Images uint8 `[batch, S, S, 3]`, or input sets float32 `[batch, M, K]` padded with NaN, as a copy."""
+    def _read(self, index: np.ndarray) -> tuple[Tensor, ...]:
+        """Images uint8 `[batch, S, S, 3]`, or input sets float32 `[batch, M, K]` padded with NaN; perhaps instances.
+
+        As copies.
+        """
 
 
 def set_inputs(rows: Tensor, *, padded: bool) -> Batch:
@@ -165,9 +172,11 @@ class SetFile(SetImages):
         images: only the first so many.
         in_memory: read all images at first use and keep them; None does so under 2 GB. A process that this data set
             was sent to reads from the file.
+        instances: batches have `instances`, the visible pixels of each object.
 
     Raises:
-        InputError: a missing, damaged or foreign file; another image size or schema; sets too large.
+        InputError: a missing, damaged or foreign file; another image size or schema; sets too large; a file without
+            masks where `instances` are asked for; later, a damaged mask.
     """
 
     def __init__(
@@ -179,10 +188,11 @@ class SetFile(SetImages):
         schema: ElementSchema | None = None,
         images: int | None = None,
         in_memory: bool | None = None,
+        instances: bool = False,
     ) -> None:
         self.path = Path(path).resolve()
         self._handle: h5py.File | None = None
-        self._images: Tensor | None = None
+        self._kept: list[Tensor] | None = None
         self._owner: int | None = os.getpid()  # the process that may fill its memory with images
         if images is not None and images < 1:
             raise InputError(f"expected at least 1 image, got {images}")
@@ -197,10 +207,13 @@ class SetFile(SetImages):
                     f"expected images of {image_size}x{image_size}, but {path} has {header.image_size}x"
                     f"{header.image_size}; make it again with --image-size {image_size}, or set the image size to it"
                 )
+            if instances and not header.instances:
+                raise InputError(f"expected masks of the objects in {path}, got {header}; make it again with --masks")
             self.schema = header.schema if schema is None else schema
             self.image_size, self.inputs, self.source = header.image_size, header.inputs, dict(header.source)
-            shape, kind = next(iter(header.layout().values()))
-            self._shape, self._type = shape[1:], np.dtype(kind)  # of an input
+            layout = header.layout()
+            read = (next(iter(layout)), *([INSTANCES] if instances else []))
+            self._layout = [(layout[name][0][1:], np.dtype(layout[name][1])) for name in read]  # of what is read later
             rows = read_sets(file, header, path, images)
             self._names = read_names(file, header.images, path)
             self.image_index, self._cameras = rows.index, rows.camera
@@ -209,8 +222,12 @@ class SetFile(SetImages):
             except InputError as error:
                 raise InputError(f"{path} holds elements of another schema than the model: {error}") from error
             self._keep(elements, set_size, path)
-        size = len(self) * math.prod(self._shape) * self._type.itemsize
-        self.in_memory = size < IN_MEMORY_BYTES if in_memory is None else in_memory
+            self._counts = set_sizes(elements, self.schema)
+        self.in_memory = self._bytes < IN_MEMORY_BYTES if in_memory is None else in_memory
+
+    @property
+    def _bytes(self) -> int:
+        return len(self) * sum(math.prod(shape) * kind.itemsize for shape, kind in self._layout)
 
     def name(self, index: int) -> str:
         return super().name(index) if self._names is None else self._names[index]
@@ -229,46 +246,52 @@ class SetFile(SetImages):
         """
         if device is None and not self.in_memory:
             return
-        if self._images is not None and device in (None, self._images.device):
+        if self._kept is not None and device in (None, self._kept[0].device):
             return
         device = torch.device("cpu" if device is None else device)
-        shape = (len(self), *self._shape)
-        size = math.prod(shape) * self._type.itemsize
-        if device.type == "cuda" and size > (free := torch.cuda.mem_get_info(device)[0]):
+        if device.type == "cuda" and self._bytes > (free := torch.cuda.mem_get_info(device)[0]):
             raise InputError(
                 f"the {len(self)} {'images' if self.inputs is None else 'inputs'} of {self.path} take "
-                f"{size / 1e9:.1f} GB, but {device} has {free / 1e9:.1f} GB "
+                f"{self._bytes / 1e9:.1f} GB, but {device} has {free / 1e9:.1f} GB "
                 'free; keep them in the host\'s memory (in_memory: true instead of "device"), or use fewer images'
             )
-        images = torch.empty(shape, dtype=torch.from_numpy(np.empty(0, self._type)).dtype, device=device)
+        kinds = [torch.from_numpy(np.empty(0, kind)).dtype for _, kind in self._layout]
+        kept = [
+            torch.empty((len(self), *shape), dtype=kind, device=device)
+            for (shape, _), kind in zip(self._layout, kinds, strict=True)
+        ]
         for start in range(0, len(self), BLOCK):  # the host's memory never has all of them at once
             rows = np.arange(start, min(start + BLOCK, len(self)))
-            images[start : start + BLOCK] = torch.from_numpy(self._stored(rows))
-        self._images = images  # only now: a block may have been damaged
+            for tensor, part in zip(kept, self._stored(rows), strict=True):
+                tensor[start : start + BLOCK] = torch.from_numpy(part)
+        self._kept = kept  # only now: a block may have been damaged
 
-    def _read(self, index: np.ndarray) -> Tensor:
+    def _read(self, index: np.ndarray) -> tuple[Tensor, ...]:
         if os.getpid() == self._owner:
             self.load()
-        if self._images is None:
-            return torch.from_numpy(self._stored(index))
-        if self._images.device.type == "cpu":  # NumPy takes two thirds of torch's time
-            return torch.from_numpy(self._images.numpy()[index])
+        if self._kept is None:
+            return tuple(map(torch.from_numpy, self._stored(index)))
+        if (device := self._kept[0].device).type == "cpu":  # NumPy takes two thirds of torch's time
+            return tuple(torch.from_numpy(tensor.numpy()[index]) for tensor in self._kept)
         # only the numbers cross, without waiting for the device
-        return self._images.index_select(0, torch.from_numpy(index).to(self._images.device, non_blocking=True))
+        numbers = torch.from_numpy(index).to(device, non_blocking=True)
+        return tuple(tensor.index_select(0, numbers) for tensor in self._kept)
 
-    def _stored(self, index: np.ndarray) -> np.ndarray:
+    def _stored(self, index: np.ndarray) -> list[np.ndarray]:
+        """The inputs of a batch and, if asked for, its instances."""
         if self._handle is None:
             self._handle = open_set_file(self.path)
             _opened.add(self)
         try:
-            return read_inputs(self._handle, index)
+            instances = [read_instances(self._handle, index, self._counts[index])] if len(self._layout) > 1 else []
+            return [read_inputs(self._handle, index), *instances]
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from error
         except (OSError, RuntimeError) as error:
             raise InputError(f"{self.path} is damaged ({error}); copy or make it again") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_handle": None, "_images": None, "_owner": None}
+        return self.__dict__ | {"_handle": None, "_kept": None, "_owner": None}
 
 
 _opened: weakref.WeakSet[SetFile] = weakref.WeakSet()
@@ -311,8 +334,8 @@ class ClevrImages(SetImages):
     def camera(self, index: int) -> np.ndarray:
         return self.folder.camera(index)
 
-    def _read(self, index: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.stack([self.folder.image(number, self.image_size) for number in index]))
+    def _read(self, index: np.ndarray) -> tuple[Tensor, ...]:
+        return (torch.from_numpy(np.stack([self.folder.image(number, self.image_size) for number in index])),)
 
 
 def open_data(
@@ -322,21 +345,25 @@ def open_data(
     split: str = "val",
     schema: ElementSchema = CLEVR,
     in_memory: bool | None = None,
+    instances: bool = False,
     **size: int | None,
 ) -> SetFile | ClevrImages:
     """Open the data set at `path`: a prepared file, or a split of a CLEVR_v1.0 folder.
 
     Args:
         image_size: side of the images; None for input sets.
+        instances: batches have `instances`; of a prepared file.
         size: `set_size` and `images`, as of `SetFile`.
 
     Raises:
-        InputError: neither; images where sets are expected, or the other way round; or what `SetFile` and
-            `ClevrImages` raise.
+        InputError: neither; images where sets are expected, or the other way round; `instances` of a folder; or what
+            `SetFile` and `ClevrImages` raise.
     """
     folder = Path(path).is_dir()
+    if folder and instances:
+        raise InputError(f"expected a prepared file with masks, got the folder {path}; prepare it with --masks")
     if folder and image_size is not None:
         return ClevrImages(path, split=split, image_size=image_size, schema=schema, **size)
     if image_size is None and (folder or file_header(path).inputs is None):
         raise InputError(f"expected a file of sets as inputs, but {path} has images; give other data or another model")
-    return SetFile(path, image_size=image_size, schema=schema, in_memory=in_memory, **size)
+    return SetFile(path, image_size=image_size, schema=schema, in_memory=in_memory, instances=instances, **size)

@@ -11,12 +11,13 @@ from typing import Any
 import h5py
 import numpy as np
 
-from setpred.data.hdf5 import FORMAT, NAMES, Checksum, Header, Record, pack_names, plain_json, verify
+from setpred.data.hdf5 import FORMAT, INSTANCES, NAMES, Checksum, Header, Record, pack_names, plain_json, verify
 from setpred.data.shards import FINISHED, finished_shards
 from setpred.errors import InputError
 from setpred.files import make_folder, publish, writing
 from setpred.schema import PRESENCE
 
+GZIP_LEVEL = 4
 SPARE = 2**16  # bytes of a file beyond its arrays, more than the description takes
 
 
@@ -79,10 +80,13 @@ def create_arrays(file: h5py.File, header: Header, producer: str) -> None:
     file.attrs.update(content | {"format": FORMAT} | header.sizes() | {"producer": producer})
     for name, (shape, dtype) in header.layout().items():
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-        properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+        if name != INSTANCES:
+            properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
         properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-        if name == "images":
+        if name in ("images", INSTANCES):
             properties.set_chunk((1, *shape[1:]))
+        if name == INSTANCES:  # takes its place as it is written: nobody knows how much
+            properties.set_deflate(GZIP_LEVEL)
         space = h5py.h5s.create_simple(shape)
         h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(np.dtype(dtype)), space, properties)
 
@@ -102,14 +106,14 @@ def _check_space(path: Path, folder: Path, header: Header) -> None:
 
 
 def _save_rows(make: Callable[[Sequence[Any]], list[Record]], items: Sequence[Any], path: Path) -> None:
-    columns = zip(*make(items), strict=True)
+    columns = zip(*(record.parts() for record in make(items)), strict=True)
     with open(path, "wb") as file:
-        np.savez(file, **{name: np.stack(column) for name, column in zip(Record._fields, columns, strict=True)})
+        np.savez(file, **{name: np.stack(column) for name, column in zip(Record._fields, columns, strict=False)})
 
 
 def _load_rows(path: Path) -> Record:
     with open(path, "rb") as file, np.load(file) as shard:
-        return Record(*(shard[name] for name in Record._fields))
+        return Record(**shard)
 
 
 def _assemble(path: Path, header: Header, shards: list[Path], producer: str, names: np.ndarray) -> str:
@@ -126,10 +130,10 @@ def _assemble(path: Path, header: Header, shards: list[Path], producer: str, nam
     with h5py.File(path, "r+") as file:
         for shard in shards:
             rows = _load_rows(shard)
-            checksum.update(*rows)
+            checksum.update(*rows.parts())
             objects += int(header.schema.values(rows.elements, PRESENCE).sum())
             stop = start + len(rows.index)
-            for name, part in zip(header.layout(), rows, strict=True):
+            for name, part in zip(header.layout(), rows.parts(), strict=True):
                 file[name][start:stop] = part
             start = stop
         checksum.update_names(names)

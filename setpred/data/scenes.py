@@ -21,7 +21,7 @@ from setpred.data.shards import FINISHED, finished_shards
 from setpred.errors import InputError
 from setpred.files import LARGEST_IMAGE, locked, make_folder, publish, writing
 from setpred.rendering.records import camera_record, image_name, scene_record
-from setpred.rendering.renderer import render
+from setpred.rendering.renderer import annotate, render
 from setpred.rendering.sampling import CONDITIONS, SceneRules, sample_scenes
 from setpred.rendering.scenes import Scene
 from setpred.schema import CLEVR
@@ -45,12 +45,21 @@ def _pictures(scenes: Sequence[Scene], width: int, height: int) -> Iterator[np.n
         yield from render(scenes[first : first + size], width=width, height=height).numpy()
 
 
-def render_records(numbers: Sequence[int], *, image_size: int, **which: Any) -> list[Record]:
+def _instances(scenes: Sequence[Scene], width: int, height: int) -> Iterator[np.ndarray]:
+    """The instances uint8 `[height, width]` of each scene: 0 is the ground, k is object k - 1."""
+    size = max(1, BATCH_PIXELS // (width * height))
+    for first in range(0, len(scenes), size):
+        seen = annotate(scenes[first : first + size], width=width, height=height).instances
+        yield from (seen + 1).numpy().astype(np.uint8)
+
+
+def render_records(numbers: Sequence[int], *, image_size: int, masks: bool = False, **which: Any) -> list[Record]:
     """The rows of these numbers of a rendering; `which` are the arguments of `built_in_scenes`."""
     scenes = built_in_scenes(numbers, **which)
     sets = (CLEVR.encode([obj.as_dict() for obj in scene.objects]) for scene in scenes)
     cameras = (np.array(scene.camera.location, dtype=np.float64) for scene in scenes)
-    return list(map(Record, _pictures(scenes, image_size, image_size), sets, cameras, numbers))
+    masks = [_instances(scenes, image_size, image_size)] if masks else []
+    return list(map(Record, _pictures(scenes, image_size, image_size), sets, cameras, numbers, *masks))
 
 
 def _source(
@@ -72,13 +81,14 @@ def _source(
     return source if condition == "clevr" else source | {"condition": condition}
 
 
-def rendered_header(*, images: int, image_size: int, **which: Any) -> Header:
+def rendered_header(*, images: int, image_size: int, masks: bool = False, **which: Any) -> Header:
     """The header of what `render_file` writes with these arguments; `which` are those of `built_in_scenes`.
 
     Raises:
         InputError: an argument out of range.
     """
-    return Header(images, image_size, CLEVR, _source(images, image_size, image_size, **which))
+    source = _source(images, image_size, image_size, **which)
+    return Header(images, image_size, CLEVR, source, instances=masks)
 
 
 def render_file(
@@ -89,6 +99,7 @@ def render_file(
     objects: tuple[int, int] = (3, 10),
     seed: int = 0,
     condition: str = "clevr",
+    masks: bool = False,
     workers: int = 0,
     force: bool = False,
 ) -> str:
@@ -97,6 +108,7 @@ def render_file(
     Args:
         objects: least and most objects of a scene.
         condition: colours that each shape may have, out of `setpred.rendering.sampling.CONDITIONS`.
+        masks: keep the visible pixels of each object, as `instances`.
         workers: processes that render; 0 renders in this one. The content does not depend on them.
         force: replace the file if it exists.
 
@@ -109,9 +121,9 @@ def render_file(
     which = {"objects": objects, "seed": seed, "condition": condition}
     return write_set_file(
         path,
-        rendered_header(images=images, image_size=image_size, **which),
+        rendered_header(images=images, image_size=image_size, masks=masks, **which),
         range(images),
-        partial(render_records, image_size=image_size, **which),
+        partial(render_records, image_size=image_size, masks=masks, **which),
         producer=renderer_fingerprint(),
         description=f"rendering {image_size}x{image_size}",
         workers=workers,
