@@ -27,9 +27,9 @@ from setpred.decoders import (
     SinePosition,
     SinkhornAttention,
     SlotAttention,
-    SpatialBroadcast,
     SlotMixture,
     SlotSoftmax,
+    SpatialBroadcast,
     TransformerDecoder,
 )
 from setpred.decoders.seq2set import AdditiveAttention

@@ -16,8 +16,7 @@ from setpred.checkpoint.load import TRAINED, load_checkpoint, read_checkpoint
 from setpred.checkpoint.release import export
 from setpred.commands.train import build
 from setpred.errors import InputError
-from setpred.nn import unit_images
-from setpred.nn import batch_norms, estimating_statistics
+from setpred.nn import batch_norms, estimating_statistics, unit_images
 from setpred.training.run_folder import run_lock
 
 STREAMED = CONFIG.replace("datamodule.RenderedScenes", "streamed.StreamedScenes").replace(

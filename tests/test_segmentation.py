@@ -211,7 +211,7 @@ def test_masks_that_are_not_finite_are_named(value):
 
 
 def layers_of(labels, slots, seed=0):
-    """Layers `[batch, slots, 4 * H * W]` whose alpha logits give these labels, under louder colours."""
+    """Layers `[batch, slots, 4 · S²]` whose masks give these labels, under louder colours."""
     generator = torch.Generator().manual_seed(seed)
     alpha = torch.rand(len(labels), slots, *labels.shape[1:], generator=generator)
     alpha.scatter_add_(1, labels.unsqueeze(1), torch.ones(len(labels), 1, *labels.shape[1:]))
@@ -243,24 +243,51 @@ def test_the_metric_is_the_mean_of_the_functions_for_any_batches_and_processes()
 
 def test_images_without_objects_leave_the_mean_over_objects_unknown():
     metric = Segmentation()
-    metric.update(layers_of(of([0, 0], [0, 1]), 3), of([0, 0], [0, 0]))
+    metric.update(layers_of(torch.tensor([[[0, 0], [0, 0]], [[0, 1], [0, 1]]]), 3), torch.zeros(2, 2, 2).long())
     found = metric.compute()
     assert float(found["ari"]) == 0.5
     assert all(found[name].isnan() for name in ("fg_ari", "mbo", "miou"))
 
 
+def test_layers_smaller_than_the_instances_are_enlarged():
+    instances = torch.tensor([[[1, 1, 0, 0], [1, 1, 0, 0], [2, 2, 3, 3], [2, 2, 3, 3]]])
+    metric = Segmentation()
+    metric.update(layers_of(instances[:, ::2, ::2], 4), instances)
+    assert [float(value) for value in metric.compute().values()] == [1.0] * 4
+
+
 def test_a_training_can_validate_by_the_metric():
     metric = Segmentation()
     scores = Scores(metric, None)
-    assert (scores.monitor, scores.mode, metric.target) == ("val_fg_ari", "max", "instances")
-    labels = of([0, 1, 2, 2], [2, 2, 1, 0])
-    scores.update(torch.zeros(2), layers_of(labels, 3), labels)
+    assert (scores.monitor, scores.mode) == ("val_fg_ari", "max")
+    labels = torch.tensor([[[0, 1], [2, 2]], [[2, 2], [1, 0]]])
+    scores.update(torch.zeros(2), layers_of(labels, 3), {"instances": labels, "image": torch.zeros(2, 3, 2, 2)})
     assert {name: float(value) for name, value in scores.compute().items()} == {
         **{"val_loss": 0.0, "val_ari": 1.0, "val_fg_ari": 1.0, "val_mbo": 1.0, "val_miou": 1.0}
     }
 
 
-@pytest.mark.parametrize("layers", [torch.zeros(2, 3, 4 * 5), torch.zeros(1, 3, 4 * 6), torch.zeros(2, 4 * 6)])
-def test_layers_of_another_size_are_named(layers):
-    with pytest.raises(ValueError, match=r"expected layers \[batch, slots, 4 \* H \* W\] and instances .* got \["):
-        Segmentation().update(layers, torch.zeros(2, 2, 3, dtype=torch.uint8))
+@pytest.mark.parametrize(
+    ("layers", "instances", "message"),
+    [
+        (torch.zeros(2, 3, 4 * 5), (2, 3, 3), r"expected layers \[batch, n, 4 · side²\], got \[2, 3, 20\]"),
+        (torch.zeros(2, 3, 4 * 16), (2, 3, 3), r"expected masks of at most \[3, 3\] pixels, got \[4, 4\]"),
+        (torch.zeros(2, 3, 4 * 9), (2, 3, 4), r"expected instances \[batch, S, S\], got \[2, 3, 4\]"),
+        (torch.zeros(2, 3, 4 * 9), (2, 9), r"expected instances \[batch, S, S\], got \[2, 9\]"),
+        (
+            torch.zeros(1, 3, 4 * 9),
+            (2, 3, 3),
+            r"expected predicted labels \[2, 3, 3\] as the instances, got \[1, 3, 3\]",
+        ),
+    ],
+)
+def test_layers_and_instances_of_other_sizes_are_named(layers, instances, message):
+    with pytest.raises(ValueError, match=message):
+        Segmentation().update(layers, torch.zeros(instances, dtype=torch.uint8))
+
+
+def test_layers_that_are_not_finite_are_named():
+    layers = torch.zeros(3, 2, 16)
+    layers[2, 1, 15] = math.nan
+    with pytest.raises(NotFiniteError, match="samples 2 of the batch"):
+        Segmentation().update(layers, torch.zeros(3, 2, 2, dtype=torch.uint8))

@@ -28,8 +28,7 @@ from setpred.commands.train import check_fit, train
 from setpred.data.dataset import open_data
 from setpred.encoders import ResNetTrunk
 from setpred.errors import InputError
-from setpred.nn import unit_images
-from setpred.nn import batch_norms
+from setpred.nn import batch_norms, unit_images
 from setpred.schema import ElementSchema, categorical, continuous
 from setpred.training import callbacks
 from setpred.training.checkpointing import BestCheckpoint, Interrupted

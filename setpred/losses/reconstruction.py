@@ -23,8 +23,8 @@ class Reconstruction(nn.Module):
 
         Args:
             predicted: layers `[batch, n, 4 · S²]`, as of `setpred.decoders.SpatialBroadcast`.
-            target: images `[batch, 3, T, T]`, uint8 or float in [0, 1], with T a multiple of S; larger ones are compared
-                at the size of the layers, as means over squares of pixels.
+            target: images `[batch, 3, T, T]`, uint8 or float in [0, 1], with T a multiple of S; larger ones are
+                compared at the size of the layers, as means over squares of pixels.
 
         Raises:
             ValueError: images of another size.

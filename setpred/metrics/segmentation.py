@@ -7,9 +7,8 @@ from torch.nn import functional
 from setpred.errors import NotFiniteError
 from setpred.matching import hungarian
 from setpred.metrics.averages import MeanMetric
+from setpred.nn import composite
 from setpred.sets import mean_present
-
-COLOURS = 3  # channels of a layer before its alpha logits
 
 
 def masks_to_labels(masks: Tensor, size: tuple[int, int]) -> Tensor:
@@ -167,12 +166,11 @@ class Segmentation(MeanMetric):
     """Scores of the masks of predicted layers against instances: "ari", "fg_ari", "mbo" and "miou".
 
     Means over images of `adjusted_rand_index` of all pixels and of objects alone, `mean_best_overlap` and `mean_iou`;
-    1 is perfect. Images without objects count in "ari" alone; without any other image the rest is NaN. The masks are
-    those of the decoder: each pixel belongs to the slot of its largest alpha logit.
+    1 is perfect. Images without objects count in "ari" alone; without any other image the rest is NaN. Each pixel
+    belongs to the layer of the largest mask (`setpred.nn.composite`), see `masks_to_labels`.
 
-    `update(predicted, instances)` takes layers `[batch, slots, 4 * H * W]` of a
-    `setpred.decoders.SpatialBroadcast` (colour, then alpha logits) and integer instances `[batch, H, W]`. For label
-    maps of other masks, use the functions.
+    `update(predicted, instances)` takes layers `[batch, n, 4 · T²]`, as of `setpred.decoders.SpatialBroadcast`, and
+    integer instances `[batch, S, S]` with S >= T. For attention or supports, use the functions.
     """
 
     target = "instances"  # the entry of the batch to compare with
@@ -184,14 +182,9 @@ class Segmentation(MeanMetric):
         self.add_state("count", default=torch.zeros(len(self.keys), dtype=torch.long), dist_reduce_fx="sum")
 
     def values(self, predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
-        size = target.shape[1:]
-        pixels = size.numel()
-        if target.ndim != 3 or predicted.ndim != 3 or predicted.shape[::2] != (len(target), (COLOURS + 1) * pixels):
-            raise ValueError(
-                f"expected layers [batch, slots, {COLOURS + 1} * H * W] and instances [batch, H, W], "
-                f"got {list(predicted.shape)} and {list(target.shape)}"
-            )
-        counts = contingency(masks_to_labels(predicted[..., COLOURS * pixels :].unflatten(-1, size), size), target)
+        if target.ndim != 3 or target.shape[1] != target.shape[2]:
+            raise ValueError(f"expected instances [batch, S, S], got {list(target.shape)}")
+        counts = contingency(masks_to_labels(composite(predicted).masks, target.shape[1:]), target)
         overlaps = _overlaps(counts)
         scores = _rand(counts, False), _rand(counts, True), _best(*overlaps), _matched(*overlaps)
         return dict(zip(self.keys, scores, strict=True))
