@@ -1,0 +1,231 @@
+"""Segment images by the masks of discovered slots or the supports of a voting model; score, draw and encode them."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from setpred.data.dataset import SetImages, as_batch, fitting_workers
+from setpred.data.hdf5 import INSTANCES
+from setpred.decoders import IDSPN, SpatialBroadcast
+from setpred.errors import InputError, plural
+from setpred.evaluation import PASS, check_finite, encoder_autocast, for_evaluation, pad_to_pass
+from setpred.inner import Problem, Sum, VotingEnergy
+from setpred.losses import Reconstruction
+from setpred.metrics import masks_to_labels, segmentation_scores
+from setpred.model import SetPredictor
+from setpred.nn import composite, unit_images
+from setpred.progress import progress
+from setpred.sets import presence_mask
+from setpred.visualise import SegmentedImage
+from setpred.visualise.world import as_pictures
+
+NUMBERS_AT_ONCE = 2**22  # of masks that are enlarged to an image
+NAMES = {"ari": "ARI", "fg_ari": "FG-ARI", "mbo": "mBO", "miou": "mIoU"}
+
+
+class Segments(NamedTuple):
+    """Elements `[batch, set_size, set_dim]` of images and their masks `[batch, set_size, h, w]`, or those of one image.
+
+    Masks of slots sum to 1 at every pixel. Supports sum to the mass of the token at that place, at most 1.
+    """
+
+    elements: Tensor
+    masks: Tensor
+
+
+def discovers(model: SetPredictor) -> bool:
+    """Whether the elements of a model are layers of the image, as of object discovery."""
+    return isinstance(model.decoder, SpatialBroadcast)
+
+
+def voting_energy(model: SetPredictor) -> VotingEnergy | None:
+    """The `VotingEnergy` in the objective of a model, if any."""
+    return _energy_in(model.decoder.objective) if isinstance(model.decoder, IDSPN) else None
+
+
+def _energy_in(objective: nn.Module) -> VotingEnergy | None:
+    if isinstance(objective, Sum):
+        return next(filter(None, map(_energy_in, objective.objectives)), None)
+    return objective if isinstance(objective, VotingEnergy) else None
+
+
+def require_masks(model: SetPredictor, option: str) -> None:
+    """Raise `InputError` unless a model of images has masks or supports; the message begins with the option."""
+    if model.takes_sets or not (discovers(model) or voting_energy(model)):
+        got = "a model of sets" if model.takes_sets else f"the decoder {type(model.decoder).__name__}"
+        raise InputError(
+            f"{option}: expected a model of images with masks, of discovery (SpatialBroadcast) or with support maps (IDSPN "
+            f"with a VotingEnergy), got {got}; leave the option out"
+        )
+
+
+@torch.no_grad()
+def segment(model: SetPredictor, images: Tensor, *, iterations: int | None = None) -> Iterator[Segments]:
+    """Yield the elements and masks of images, `setpred.evaluation.PASS` of them at a time.
+
+    The elements are those of `setpred.evaluation.predict_in_passes`, so they depend on the image and the model alone.
+
+    Args:
+        model: a model in evaluation mode that passes `require_masks`.
+        images: `[batch, 3, H, W]`, on the model's device.
+        iterations: descent steps; the decoder's own number by default.
+    """
+    for some in images.split(PASS):
+        with encoder_autocast(images.device):
+            features = model.encode(pad_to_pass(some))
+            elements = model.decoder(features, iterations=iterations)[: len(some)].float()
+        yield Segments(elements, masks_of(model, features[: len(some)], elements))
+
+
+def masks_of(model: SetPredictor, features: Tensor, elements: Tensor) -> Tensor:
+    """Masks `[batch, set_size, h, w]` of elements that a model predicts from features."""
+    if discovers(model):
+        return composite(elements).masks
+    with torch.autocast(features.device.type, enabled=False):
+        supports = voting_energy(model).supports(elements, Problem(features.float(), elements))
+    side = math.isqrt(supports.shape[-1])
+    if side**2 != supports.shape[-1]:
+        raise InputError(f"expected tokens on a square grid for masks, got {supports.shape[-1]}; use another model")
+    return supports.unflatten(-1, (side, side))
+
+
+def with_background(supports: Tensor, present: Tensor) -> Tensor:
+    """Masks `[batch, 1 + set_size, h, w]`: the background, then the supports of each element.
+
+    The background has all mass that supports no present element: that of absent elements, and what a token's mass lacks
+    of 1. Masks of absent elements are 0.
+
+    Args:
+        supports: `[batch, set_size, h, w]`, of sum at most 1.
+        present: bool `[batch, set_size]`.
+    """
+    kept = supports * present[..., None, None]
+    return torch.cat([1 - kept.sum(1, keepdim=True), kept], dim=1)
+
+
+def scored_masks(model: SetPredictor, segments: Segments) -> Tensor:
+    """The masks that compete for each pixel: those of all slots, or the background and supports of present elements."""
+    return segments.masks if discovers(model) else with_background(segments.masks, presence_mask(segments.elements))
+
+
+def segmentation_report(
+    model: SetPredictor,
+    data: SetImages,
+    *,
+    iterations: int | None,
+    batch_size: int,
+    device: torch.device,
+    workers: int,
+) -> dict[str, Any]:
+    """Score the segmentations of a data set with instances, in memory for a few batches.
+
+    "scores" has the means over images of `setpred.metrics.segmentation_scores`; images without objects count in "ari"
+    alone. "reconstruction" is the mean squared error of a model of discovery.
+
+    Raises:
+        InputError: non-finite predictions; the message names the images.
+    """
+    model, discovery = for_evaluation(model, device), discovers(model)
+    loader = DataLoader(
+        data, batch_size=batch_size, num_workers=fitting_workers(workers, data, batch_size), collate_fn=as_batch
+    )
+    rows, errors = [], []
+    for batch in progress(loader, total=len(loader), description=f"segmenting {len(data)} images, batches"):
+        images, instances = batch["image"].to(device, non_blocking=True), batch[INSTANCES]
+        parts = zip(
+            segment(model, images, iterations=iterations), images.split(PASS), instances.split(PASS), strict=True
+        )
+        for number, (segments, inputs, truth) in enumerate(parts):
+            check_finite(segments.elements, batch["index"][number * PASS :])
+            labels = masks_to_labels(scored_masks(model, segments), truth.shape[1:]).cpu()
+            rows.append(torch.stack([*segmentation_scores(labels, truth).values()]))
+            if discovery:
+                errors.append(Reconstruction()(segments.elements, inputs).cpu())
+    scores = torch.cat(rows, dim=1)
+    return {
+        "masks": "decoder" if discovery else "supports",
+        "segments": model.decoder.set_size,
+        "images": len(data),
+        "images_with_objects": int((~scores[1].isnan()).sum()),
+        "scores": dict(zip(NAMES, scores.nanmean(1).tolist(), strict=True)),
+    } | ({"reconstruction": torch.cat(errors).double().mean().item()} if discovery else {})
+
+
+def format_segmentation(result: dict[str, Any]) -> str:
+    """Format what `segmentation_report` returns, with the name of its "data", as text."""
+    images, known = result["images"], result["images_with_objects"]
+    meaning = {
+        "decoder": f"the decoder's: each pixel belongs to the largest of {plural(result['segments'], 'mask')}",
+        "supports": "supports: each pixel belongs to the object that its token supports most, or to the background",
+    }
+    lines = [
+        f"Segmentation of {plural(images, 'image')} of {result['data']}",
+        f"masks: {meaning[result['masks']]}",
+        "background: one more true segment in ARI, left out of FG-ARI, mBO and mIoU",
+        "",
+        "         " + "".join(f"{name:>8}" for name in NAMES.values()),
+        "  in %   " + "".join(f"{100 * result['scores'][name]:8.1f}" for name in NAMES),
+    ]
+    if "reconstruction" in result:
+        lines += ["", f"Reconstruction: mean squared error {result['reconstruction']:.5f}, of colours from 0 to 1"]
+    if known < images:
+        lines += ["", f"note: {plural(images - known, 'image')} without visible objects count in ARI alone"]
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def segmented_images(
+    model: SetPredictor, data: SetImages, numbers: Sequence[int], *, iterations: int | None, device: torch.device
+) -> list[SegmentedImage]:
+    """Segment images of a data set with instances for figures, at every iterate of the refinement."""
+    batch = data.__getitems__(numbers)
+    images, count, discovery = batch["image"], len(numbers), discovers(model)
+    with encoder_autocast(device):
+        features = model.encode(pad_to_pass(images.to(device)))  # the shape in which they were predicted
+        iterates = [found[:count].float() for found in model.decoder.refine(features, iterations=iterations)]
+    found = [Segments(each, masks_of(model, features[:count], each)) for each in iterates]
+    size = images.shape[2:]
+    labels = torch.stack([masks_to_labels(scored_masks(model, each), size) for each in found], dim=1).cpu().numpy()
+    pictures = unit_images(images)
+    if discovery:
+        drawn = composite(iterates[-1])
+        masks, colours = drawn.masks.unsqueeze(2).cpu(), drawn.colours.cpu()
+        reconstructions = drawn.image.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
+    else:
+        masks = functional.interpolate(scored_masks(model, found[-1]), size, mode="bilinear").unsqueeze(2).cpu()
+        colours, reconstructions = pictures.unsqueeze(1), [None] * count
+    parts = (masks * colours + 1 - masks).clamp(0, 1).permute(0, 1, 3, 4, 2).numpy()  # on white
+    kept = [_kept(model, elements) for elements in iterates[-1]]
+    return [
+        SegmentedImage(
+            name=data.name(number),
+            picture=picture,
+            instances=instances,
+            labels=of_image,
+            parts={name: (k, part[k]) for name, k in shown.items()},
+            reconstruction=reconstruction,
+        )
+        for number, picture, instances, of_image, part, shown, reconstruction in zip(
+            numbers, as_pictures(images), batch[INSTANCES].numpy(), labels, parts, kept, reconstructions, strict=True
+        )
+    ]
+
+
+def _kept(model: SetPredictor, elements: Tensor) -> dict[str, int]:
+    """The labels of an image by their names: of all slots, or of the background and the present elements in order."""
+    if discovers(model):
+        last = model.decoder.set_size - 1
+        own = model.decoder.background is not None
+        return {"background" if own and k == last else f"slot {k + 1}": k for k in range(last + 1)}
+    order = confident_first(elements)[: int(presence_mask(elements).sum())].tolist()
+    return {"background": 0} | {f"object {k + 1}": number + 1 for k, number in enumerate(order)}
+
+
+def confident_first(elements: Tensor) -> Tensor:
+    """The order in which `ElementSchema.decode` lists the elements of a set `[set_size, set_dim]`."""
+    return elements[:, -1].argsort(descending=True, stable=True)
