@@ -59,8 +59,8 @@ def require_masks(model: SetPredictor, option: str) -> None:
     if model.takes_sets or not (discovers(model) or voting_energy(model)):
         got = "a model of sets" if model.takes_sets else f"the decoder {type(model.decoder).__name__}"
         raise InputError(
-            f"{option}: expected a model of images with masks, of discovery (SpatialBroadcast) or with support maps (IDSPN "
-            f"with a VotingEnergy), got {got}; leave the option out"
+            f"{option}: expected a model of images with masks, of discovery (SpatialBroadcast) or with support maps "
+            f"(IDSPN with a VotingEnergy), got {got}; leave the option out"
         )
 
 
