@@ -12,6 +12,7 @@ import time
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -251,13 +252,16 @@ def quick_folder(monkeypatch, small_shards):
     pictures = torch.arange(5 * 16 * 24 * 3, dtype=torch.uint8).reshape(5, 16, 24, 3)
     monkeypatch.setattr(scenes, "built_in_scenes", lambda numbers, **_: [made[number] for number in numbers])
     monkeypatch.setattr(scenes, "render", lambda some, **_: torch.stack([pictures[made.index(one)] for one in some]))
+    empty = torch.full((16, 24), -1, dtype=torch.int8)
+    masks = lambda some, **_: SimpleNamespace(instances=torch.stack([empty + made.index(one) for one in some]))  # noqa: E731
+    monkeypatch.setattr(scenes, "annotate", masks)
 
 
 JOBS = {
     "file": (lambda root, **options: write(root / "a.h5", **options), ["a.h5"]),
     "folder": (
-        lambda root, **options: render_folder(root, **FOLDER, **options),
-        ["images/val", "scenes/CLEVR_val_scenes.json", "cameras.jsonl"],
+        lambda root, **options: render_folder(root, **FOLDER, masks=True, **options),
+        ["images/val", "masks/val", "scenes/CLEVR_val_scenes.json", "cameras.jsonl"],
     ),
 }
 every_job = pytest.mark.parametrize("job", JOBS)

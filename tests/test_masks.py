@@ -1,6 +1,8 @@
 """Instance masks: those of rendered scenes are right, every way to read them gives the same, and faults are errors."""
 
 import pickle
+import re
+import shutil
 import zlib
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from setpred import CLEVR, InputError
 from setpred.commands.data import main
@@ -15,7 +18,7 @@ from setpred.data.datamodule import RenderedScenes, SetDataModule
 from setpred.data.dataset import SetFile, open_data
 from setpred.data.hdf5 import Header, Record, describe, open_set_file, verify
 from setpred.data.hdf5_writer import write_set_file
-from setpred.data.scenes import built_in_scenes, render_file
+from setpred.data.scenes import built_in_scenes, render_file, render_folder
 from setpred.data.streamed import StreamedScenes
 from setpred.rendering.renderer import annotate
 from setpred.rendering.scenes import Scene
@@ -205,3 +208,65 @@ def test_a_changed_mask_is_noticed_by_verify(rendered, tmp_path):
     SetFile(path, instances=True).__getitems__(range(9))
     with pytest.raises(InputError, match="SHA-256 differs"):
         verify(path)
+
+
+# --- folders in the layout of CLEVR ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clevr(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("clevr")
+    render_folder(root, split="val", images=4, seed=3, objects=(1, 6), width=48, height=32, masks=True)
+    return root
+
+
+def test_a_folder_keeps_masks_through_prepare(clevr, tmp_path):
+    scenes = built_in_scenes(range(4), seed=3, objects=(1, 6))
+    expected = annotate(scenes, width=48, height=32).instances.numpy() + 1
+    for number in range(4):
+        with Image.open(clevr / "masks" / "val" / f"CLEVR_val_{number:06d}.png") as image:
+            assert image.mode == "P"
+            assert image.getpalette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]
+            np.testing.assert_array_equal(np.asarray(image), expected[number])
+    command = ["prepare", str(clevr), "--image-size", "16", "--workers", "0", "--out"]
+    assert main([*command, str(tmp_path / "a.h5"), "--masks"]) == 0
+    # the nearest of 48x32 pixels to the centres of 16x16
+    np.testing.assert_array_equal(stored(tmp_path / "a.h5"), expected[:, 1::2, 1::3])
+    assert main([*command, str(tmp_path / "b.h5")]) == 0
+    for one, other in zip(SetFile(tmp_path / "a.h5"), SetFile(tmp_path / "b.h5"), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_masks_of_earlier_pictures_are_removed(clevr, tmp_path):
+    shutil.copytree(clevr, tmp_path, dirs_exist_ok=True)
+    options = {"split": "val", "images": 1, "width": 24, "height": 16}
+    with pytest.raises(InputError, match="exists already"):
+        render_folder(tmp_path, **options)
+    render_folder(tmp_path, **options, force=True)
+    assert not (tmp_path / "masks" / "val").exists()
+    (tmp_path / "masks" / "train").mkdir()
+    with pytest.raises(InputError, match="masks/train exists already"):
+        render_folder(tmp_path, **options | {"split": "train"})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda path: shutil.rmtree(path.parent), r"cannot read the folder .*masks/val .*leave out --masks"),
+        (lambda path: path.unlink(), r"1 of 4 masks are missing .* the first is CLEVR_val_000002\.png; .*--masks"),
+        (lambda path: path.write_bytes(path.read_bytes()[:60]), r"CLEVR_val_000002\.png is cut short or damaged"),
+        (lambda path: Image.new("P", (32, 48)).save(path), "expected a mask of 48x32 pixels, as its image, got 32x48"),
+        (lambda path: Image.new("L", (48, 32), 7).save(path), r"expected objects 1 to \d of its scene .*, got 7"),
+        (lambda path: Image.new("RGB", (48, 32)).save(path), "expected a mask of indexed colours or grey of 8 bits"),
+        (lambda path: Image.new("I;16", (48, 32)).save(path), "expected a mask of indexed colours or grey of 8 bits"),
+    ],
+)
+def test_folders_with_a_fault_in_the_masks_are_rejected(change, words, clevr, tmp_path, capsys):
+    root = tmp_path / "clevr"
+    shutil.copytree(clevr, root)
+    change(root / "masks" / "val" / "CLEVR_val_000002.png")
+    command = ["prepare", str(root), "--image-size", "16", "--workers", "0", "--out", str(tmp_path / "a.h5")]
+    assert main([*command, "--masks"]) == 2
+    assert re.search(words, capsys.readouterr().err)
+    assert not (tmp_path / "a.h5").exists()
+    assert main(command) == 0

@@ -166,7 +166,8 @@ def _parser() -> Parser:
         _render_folder,
         "render random scenes into a folder of pictures and JSON as CLEVR's",
         "The scenes are those of `render`, in the CLEVR_v1.0 layout, for other programs and for `prepare`: "
-        "images/SPLIT/*.png, scenes/CLEVR_SPLIT_scenes.json and, beyond CLEVR, cameras.jsonl.",
+        "images/SPLIT/*.png, scenes/CLEVR_SPLIT_scenes.json and, beyond CLEVR, cameras.jsonl and perhaps "
+        "masks/SPLIT/*.png.",
     )
     compare = command(
         "compare",
@@ -203,7 +204,8 @@ def _parser() -> Parser:
         add("--objects", **objects, help="in a scene (default: 3 10)")
         add("--seed", type=int, default=0, metavar="K", help="seed of the scenes (default: 0)")
         add("--condition", default="clevr", help=f"clevr: {colours}, as in CLEVR-CoGenT (default: clevr)")
-    render("--masks", action="store_true", help="keep the visible pixels of each object (array instances)")
+    for add, what in ((prepare, "those of masks/SPLIT/*.png"), (render, "array instances"), (folder, "masks/SPLIT")):
+        add("--masks", action="store_true", help=f"keep the visible pixels of each object ({what})")
     for add in (prepare, render):
         side = "side of the square images (default: 128)"
         add("--image-size", type=int, default=128, metavar="S", help=side)

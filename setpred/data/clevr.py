@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import __version__ as pillow_version
 
-from setpred.data.hdf5 import Header, Record
+from setpred.data.hdf5 import Header, Record, set_sizes
 from setpred.data.hdf5_writer import write_set_file
-from setpred.data.images import PIXEL_SIZE, load_image, pixel_size
+from setpred.data.images import PIXEL_SIZE, fitted, load_image, load_mask, pixel_size, read_image
 from setpred.errors import InputError, shown
 from setpred.files import LARGEST_NUMBER, require_regular, unique_keys
 from setpred.rendering.camera import fit_camera
@@ -62,15 +62,7 @@ class ClevrFolder:
         self.elements, self.centres, self.pixels = map(np.stack, arrays)
         self.source = {"kind": "clevr", "folder": self.root.resolve().name, "split": split}
         self.source["scenes_sha256"] = sha256(content).hexdigest()
-        try:
-            missing = sorted(set(self.file_names).difference(os.listdir(self.folder)))
-        except OSError as error:
-            raise InputError(f"cannot read the folder {self.folder} ({error.strerror}); unpack CLEVR again") from error
-        if missing:
-            raise InputError(
-                f"{len(missing)} of {len(self)} images are missing in {self.folder}, the first is {missing[0][:80]}; "
-                "unpack CLEVR again"
-            )
+        _check_files(self.folder, self.file_names, "images", "unpack CLEVR again")
         self.pixel_size = pixel_size(self.path(0))
 
     def __len__(self) -> int:
@@ -82,6 +74,17 @@ class ClevrFolder:
     def image(self, number: int, image_size: int) -> np.ndarray:
         """uint8 `[image_size, image_size, 3]`."""
         return load_image(self.path(number), image_size)
+
+    def mask_paths(self) -> list[Path]:
+        """The file of the mask of each image: masks/SPLIT/*.png, named as the images.
+
+        Raises:
+            InputError: a mask is missing.
+        """
+        folder = self.root / "masks" / self.folder.relative_to(self.root / "images")
+        names = [f"{Path(name).stem}.png" for name in self.file_names]
+        _check_files(folder, names, "masks", "leave out --masks, or render the folder with it")
+        return [folder / name for name in names]
 
     def camera(self, number: int) -> np.ndarray:
         """Location `[3]` of the camera, from `pixel_coords`; NaN where these do not determine it."""
@@ -153,6 +156,18 @@ class ClevrFolder:
         return _Scene(name, index, elements, centres, pixels)
 
 
+def _check_files(folder: Path, names: Sequence[str], what: str, advice: str) -> None:
+    """Raise `InputError` unless all files of these names are in the folder."""
+    try:
+        missing = sorted(set(names).difference(os.listdir(folder)))
+    except OSError as error:
+        raise InputError(f"cannot read the folder {folder} ({error.strerror}); {advice}") from error
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(names)} {what} are missing in {folder}, the first is {missing[0][:80]}; {advice}"
+        )
+
+
 def locate_camera(centres: np.ndarray, pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Location `[3]` of the camera that saw `centres` at `pixels` of images of `size`, NaN if undetermined.
 
@@ -205,6 +220,7 @@ def prepare_file(
     image_size: int,
     images: int | None = None,
     schema: ElementSchema = CLEVR,
+    masks: bool = False,
     workers: int = 0,
     force: bool = False,
 ) -> str:
@@ -212,6 +228,7 @@ def prepare_file(
 
     Args:
         images: only the first so many.
+        masks: keep the masks of the folder, masks/SPLIT/*.png, as `instances`: 0 is the background, k object k - 1.
         workers: processes that decode; 0 decodes in this one.
         force: replace the file if it exists.
 
@@ -219,17 +236,18 @@ def prepare_file(
         The SHA-256 of the content.
 
     Raises:
-        InputError: something is wrong with the folder or an image, and what `write_set_file` raises.
+        InputError: something is wrong with the folder, an image or a mask, and what `write_set_file` raises.
     """
     if image_size < 8:
         raise InputError(f"expected images of at least 8x8 pixels, got {image_size}x{image_size}")
     folder = ClevrFolder(root, split, schema=schema, images=images)
     paths = [folder.path(number) for number in range(len(folder))]
+    mask_paths = folder.mask_paths() if masks else [None] * len(folder)
     return write_set_file(
         path,
-        Header(len(folder), image_size, schema, folder.source),
-        list(zip(paths, folder.elements, folder.centres, folder.pixels, folder.index, strict=True)),
-        partial(_prepared, image_size=image_size, pixel_size=folder.pixel_size),
+        Header(len(folder), image_size, schema, folder.source, instances=masks),
+        list(zip(paths, folder.elements, folder.centres, folder.pixels, folder.index, mask_paths, strict=True)),
+        partial(_prepared, image_size=image_size, pixel_size=folder.pixel_size, schema=schema),
         producer=f"pillow {pillow_version}",
         description=f"preparing {image_size}x{image_size}",
         workers=workers,
@@ -237,8 +255,16 @@ def prepare_file(
     )
 
 
-def _prepared(items: Sequence[tuple[Any, ...]], *, image_size: int, pixel_size: tuple[int, int]) -> list[Record]:
-    return [
-        Record(load_image(path, image_size), elements, locate_camera(centres, pixels, pixel_size), int(index))
-        for path, elements, centres, pixels, index in items
-    ]
+def _prepared(
+    items: Sequence[tuple[Any, ...]], *, image_size: int, pixel_size: tuple[int, int], schema: ElementSchema
+) -> list[Record]:
+    records = []
+    for path, elements, centres, pixels, index, mask_path in items:
+        image, mask = read_image(path), None
+        if mask_path is not None:
+            objects = int(set_sizes(elements[None], schema)[0])
+            advice = "make the masks again, or leave out --masks"
+            mask = load_mask(mask_path, image_size, size=image.size, objects=objects, advice=advice)
+        camera = locate_camera(centres, pixels, pixel_size)
+        records.append(Record(fitted(image, image_size), elements, camera, int(index), mask))
+    return records

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -143,6 +144,42 @@ def fitted(image: Image.Image, image_size: int, *, padded: bool = False) -> np.n
         square.paste(image, (0, 0))
         image = square
     return np.asarray(image.resize((image_size, image_size), Image.Resampling.BILINEAR))
+
+
+def load_mask(
+    path: str | os.PathLike[str], image_size: int, *, size: tuple[int, int], objects: int, advice: str
+) -> np.ndarray:
+    """Read instances, an indexed or grey image of 8 bits, as uint8 `[image_size, image_size]`, resized to the nearest.
+
+    Args:
+        size: width and height of the image that the mask belongs to.
+        objects: number of objects in the image, the largest label that a pixel may have.
+        advice: what to do about a mask that cannot be used, for the message.
+
+    Raises:
+        InputError: the file cannot be read, or has colours, another size or a larger label.
+    """
+    with _readable(path, advice), open_image(path) as image:
+        mask = _upright(image)
+    if mask.mode not in ("P", "L", "1"):
+        raise InputError(f"{path}: expected a mask of indexed colours or grey of 8 bits, got {mask.mode}; {advice}")
+    if mask.size != size:
+        expected, got = ("{}x{}".format(*each) for each in (size, mask.size))
+        raise InputError(f"{path}: expected a mask of {expected} pixels, as its image, got {got}; {advice}")
+    if (most := np.asarray(mask).max()) > objects:
+        raise InputError(f"{path}: expected objects 1 to {objects} of its scene in the mask, got {most}; {advice}")
+    return np.asarray(mask.resize((image_size, image_size), Image.Resampling.NEAREST)).astype(np.uint8)
+
+
+def save_mask(file: BinaryIO, labels: np.ndarray) -> None:
+    """Write labels uint8 `[height, width]` as a PNG of indexed colours, those of PASCAL VOC: 0 is black."""
+    colours, numbers = np.zeros((256, 3), np.uint8), np.arange(256)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= (numbers >> (3 * bit + channel) & 1).astype(np.uint8) << (7 - bit)
+    image = Image.fromarray(labels)
+    image.putpalette(colours.tobytes())
+    image.save(file, "png")
 
 
 def stated_size(path: str | os.PathLike[str], *, advice: str) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from PIL import __version__ as pillow_version
 from setpred import rendering
 from setpred.data.hdf5 import MOST_IMAGES, Header, Record, plain_json
 from setpred.data.hdf5_writer import write_set_file
+from setpred.data.images import save_mask
 from setpred.data.shards import FINISHED, finished_shards
 from setpred.errors import InputError
 from setpred.files import LARGEST_IMAGE, locked, make_folder, publish, writing
@@ -147,6 +148,7 @@ def render_folder(
     condition: str = "clevr",
     width: int = 480,
     height: int = 320,
+    masks: bool = False,
     workers: int = 0,
     force: bool = False,
 ) -> None:
@@ -159,6 +161,7 @@ def render_folder(
         split: name of the split; give each split of a folder another seed.
         width, height: size of the pictures in pixels, in which `pixel_coords` count. They show CLEVR's view of 3:2,
             stretched to this size.
+        masks: also write masks/SPLIT/*.png, indexed colours: 0 is the ground, k the visible pixels of object k - 1.
         workers: processes that render; 0 renders in this one. The bytes do not depend on them.
         force: replace the split if it exists; it stays until the new one is complete.
 
@@ -170,28 +173,34 @@ def render_folder(
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", split, re.ASCII):
         raise InputError(f"expected a split's name of letters, digits, - and _, got {split!r}")
     settings = {"source": source, "images": images, "width": width, "height": height}
+    settings |= {"masks": True} if masks else {}
     root = Path(root)
     scenes, pictures, cameras = root / "scenes" / f"CLEVR_{split}_scenes.json", root / "images" / split, root / CAMERAS
     folder = scenes.with_name(scenes.name + ".partial")
-    waiting, publishing = folder / "pictures", folder / "publishing"
-    for path in (scenes, pictures):
+    publishing = folder / "publishing"
+    finals = {folder / "pictures": pictures, folder / "masks": root / "masks" / split}  # by where they wait
+    waiting = list(finals)[: 1 + masks]
+    for path in (scenes, *finals.values()):
         if path.exists() and not force and not publishing.exists():
             raise InputError(f"{path} exists already; choose another folder or split, or replace it with --force")
     job = plain_json(settings | {"producer": f"{renderer_fingerprint()}, pillow {pillow_version}"})
-    make = partial(_save_pictures, folder=waiting, split=split, width=width, height=height, which=which)
-    load = partial(_load_records, folder=waiting)
+    make = partial(_save_pictures, folders=waiting, split=split, width=width, height=height, which=which)
+    load = partial(_load_records, folders=waiting)
     options = {"pixels": width * height, "workers": workers, "description": f"rendering {width}x{height}"}
     with (
         writing(scenes, hint="; the complete shards stay there, run the same command again to resume"),
         finished_shards(folder, range(images), make, load, job=job, **options) as shards,
     ):
-        if waiting.exists():  # else an interruption came later
-            if len(os.listdir(waiting)) != images:
-                raise InputError(f"expected {images} pictures in {waiting}; remove {folder} and run the command again")
+        if waiting[0].exists():  # else an interruption came later
+            for path in waiting:
+                if not path.exists() or len(os.listdir(path)) != images:
+                    raise InputError(f"expected {images} pictures in {path}; remove {folder} and run the command again")
             publishing.touch()
             scenes.unlink(missing_ok=True)
-            shutil.rmtree(pictures, ignore_errors=True)
-            publish(waiting, make_folder(pictures.parent) / split)
+            for path in finals.values():  # masks of earlier pictures, too
+                shutil.rmtree(path, ignore_errors=True)
+        for path in filter(Path.exists, waiting):  # the pictures first: they tell whether the earlier ones are removed
+            publish(path, make_folder(finals[path].parent) / split)
         info = {"date": "", "version": "1.0", "split": split, "license": ""} | settings
         with locked(root / f"{CAMERAS}.lock", passing=True, patience=60):  # against other splits
             _publish_lines(folder / FINISHED, cameras, _camera_lines(cameras, split, shards))
@@ -199,26 +208,39 @@ def render_folder(
 
 
 def _save_pictures(
-    numbers: Sequence[int], path: Path, *, folder: Path, split: str, width: int, height: int, which: Mapping[str, Any]
+    numbers: Sequence[int],
+    path: Path,
+    *,
+    folders: Sequence[Path],
+    split: str,
+    width: int,
+    height: int,
+    which: Mapping[str, Any],
 ) -> None:
-    """Render the pictures of these numbers into `folder`; write two lines for each to `path`, scene and camera."""
-    make_folder(folder)
+    """Write the pictures of these numbers into the first folder, their masks into the second, if there is one.
+
+    Two lines for each go to `path`: scene and camera.
+    """
     lines = []
     scenes = built_in_scenes(numbers, **which)
-    for number, scene, picture in zip(numbers, scenes, _pictures(scenes, width, height), strict=True):
-        with open(folder / image_name(split, number), "wb") as file:
-            Image.fromarray(picture).save(file, "png")
-            file.flush()
-            os.fsync(file.fileno())
+    kinds = ((_pictures, lambda file, picture: Image.fromarray(picture).save(file, "png")), (_instances, save_mask))
+    for folder, (draw, save) in zip(folders, kinds, strict=False):
+        make_folder(folder)
+        for number, picture in zip(numbers, draw(scenes, width, height), strict=True):
+            with open(folder / image_name(split, number), "wb") as file:
+                save(file, picture)
+                file.flush()
+                os.fsync(file.fileno())
+    for number, scene in zip(numbers, scenes, strict=True):
         record = scene_record(scene, index=number, split=split, width=width, height=height)
         lines += [json.dumps(record), json.dumps(camera_record(scene, index=number, split=split))]
     path.write_text("\n".join(lines))
 
 
-def _load_records(path: Path, folder: Path | None = None) -> list[str]:
-    """The lines of a shard, after checking that its pictures are in `folder`, if that exists."""
+def _load_records(path: Path, folders: Sequence[Path] = ()) -> list[str]:
+    """The lines of a shard, after checking that its pictures are in those `folders` that exist."""
     lines = path.read_text().splitlines()
-    if folder is not None and folder.exists():
+    for folder in filter(Path.exists, folders):
         for line in lines[::2]:
             (folder / json.loads(line)["image_filename"]).stat()
     return lines
