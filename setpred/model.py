@@ -112,8 +112,8 @@ def inputs_of(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
 
 
 def target_name(part: nn.Module | None) -> str:
-    """The entry of a batch that a loss or metric compares predictions with: its `target`; "elements" without one."""
-    return getattr(part, "target", "elements")
+    """The entry of a batch that a loss or metric compares predictions with: its `truth`; "elements" without one."""
+    return getattr(part, "truth", "elements")
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,18 @@ import math
 import pytest
 import torch
 from problems import close, normal
+from tiny import metrics
 from torch import nn
 
-from setpred.decoders import IDSPN, MLPDecoder, SlotAttention, SpatialBroadcast
+from setpred.checkpoint.load import load_checkpoint, read_checkpoint
+from setpred.commands.train import train
+from setpred.decoders import IDSPN, MLPDecoder, Readout, SlotAttention, SpatialBroadcast
+from setpred.encoders import PositionedTokens, SmallTrunk
 from setpred.errors import InputError
 from setpred.inner import GradientDescent
 from setpred.losses import Reconstruction
 from setpred.nn import composite
+from setpred.training.task import SetPrediction
 
 BATCH, SLOTS, SIDE = 2, 3, 4
 
@@ -110,3 +115,69 @@ def test_slots_that_do_not_fit_are_an_error():
     ):
         with pytest.raises(InputError, match="expected"):
             SpatialBroadcast(slots, **options)
+
+
+# --- probes of frozen slots -------------------------------------------------------------------------------------------
+
+MODEL = """
+model:
+  encoder:
+    class_path: setpred.encoders.PositionedTokens
+    init_args:
+      trunk: {{class_path: setpred.encoders.SmallTrunk, init_args: {{image_size: 16, width: 4}}}}
+      token_dim: 8
+  decoder:
+    class_path: setpred.decoders.{decoder}
+    init_args:
+      slots:
+        class_path: setpred.decoders.SlotAttention
+        init_args: {{set_size: 4, set_dim: 6, token_dim: 8, slot_dim: 8, hidden_dim: 8}}
+      {options}
+data:
+  class_path: setpred.data.datamodule.RenderedScenes
+  init_args:
+    {{train_images: 40, val_images: 12, image_size: 16, objects: [3, 4], set_size: 4, batch_size: 8, workers: 0}}
+trainer: {{max_epochs: 1, accelerator: cpu, precision: 32-true}}
+"""
+LABELS_FREE = ["--model.schema", "null", "--model.loss", "setpred.losses.Reconstruction"]
+
+
+def test_a_discovery_model_trains_without_labels_and_a_probe_reads_its_frozen_slots(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, decoder, options in (
+        ("autoencoder", "SpatialBroadcast", "side: 4\n      widths: [4, 4]"),
+        ("probe", "Readout", "hidden_dim: 8"),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(MODEL.format(decoder=decoder, options=options))
+    first = train(["--config", "autoencoder.yaml", "--runs", "runs", *LABELS_FREE])
+    before = read_checkpoint(first / "last.ckpt")["state_dict"]
+    losses = [float(row["val_loss"]) for row in metrics(first)]
+    assert all(0 < loss < 1 for loss in losses)
+    frozen = ["--model.frozen", "[encoder, decoder.slots]"]
+    second = train(["--config", "probe.yaml", "--runs", "runs", "--init", str(first / "last.ckpt"), *frozen])
+    after = read_checkpoint(second / "last.ckpt")["state_dict"]
+    kept = {name for name in after if name.startswith(("model.encoder", "model.decoder.slots"))}
+    statistics = {name for name in kept if "running" in name or "tracked" in name}
+    assert kept
+    assert all(torch.equal(before[name], after[name]) for name in kept - statistics)
+    assert "val_ap@inf" in metrics(second)[-1] or any(name.startswith("val_ap") for name in metrics(second)[-1])
+    loaded = load_checkpoint(second / "last.ckpt")
+    assert loaded.model(torch.zeros(2, 3, 16, 16)).shape == (2, 4, 19)
+
+
+def test_a_frozen_part_that_is_not_there_is_an_error():
+    with pytest.raises(InputError, match=r"expected parts of the model, such as encoder, .*got 'decoder.slot'"):
+        SetPrediction(*probe(), frozen=["decoder.slot"])
+
+
+def test_frozen_parts_stay_in_evaluation_mode():
+    module = SetPrediction(*probe(), frozen=["encoder", "decoder.slots"]).train()
+    assert not any(part.training for part in [*module.model.encoder.modules(), *module.model.decoder.slots.modules()])
+    assert module.model.decoder.head.training
+    learned = {name for name, value in module.model.named_parameters() if value.requires_grad}
+    assert learned == {name for name, _ in module.model.named_parameters() if name.startswith("decoder.head")}
+
+
+def probe():
+    slots = SlotAttention(token_dim=8, slot_dim=8, set_size=SLOTS, set_dim=6)
+    return PositionedTokens(SmallTrunk(image_size=16, width=4), token_dim=8), Readout(slots, set_dim=19)

@@ -9,6 +9,8 @@ from twins import adjusted_rand_twin, mean_best_overlap_twin, mean_iou_twin
 
 from setpred.errors import NotFiniteError
 from setpred.metrics import (
+    AbsoluteError,
+    AveragePrecision,
     Segmentation,
     adjusted_rand_index,
     contingency,
@@ -16,6 +18,8 @@ from setpred.metrics import (
     mean_best_overlap,
     mean_iou,
 )
+from setpred.model import target_name
+from setpred.schema import CLEVR
 from setpred.training.task import Scores
 
 SCORES = {
@@ -265,6 +269,13 @@ def test_a_training_can_validate_by_the_metric():
     assert {name: float(value) for name, value in scores.compute().items()} == {
         **{"val_loss": 0.0, "val_ari": 1.0, "val_fg_ari": 1.0, "val_mbo": 1.0, "val_miou": 1.0}
     }
+
+
+def test_a_metric_that_keeps_its_targets_is_given_elements():
+    metric = AveragePrecision(schema=CLEVR)
+    metric.update(torch.zeros(2, 3, CLEVR.set_dim), torch.zeros(2, 4, CLEVR.set_dim))
+    assert [target_name(part) for part in (metric, AbsoluteError(), None)] == ["elements"] * 3
+    assert target_name(Segmentation()) == "instances"
 
 
 @pytest.mark.parametrize(

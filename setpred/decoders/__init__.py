@@ -4,6 +4,7 @@ from setpred.decoders.base import SetDecoder
 from setpred.decoders.baselines import BiLSTMDecoder, MLPDecoder, TransformerDecoder
 from setpred.decoders.detr import DETR, SinePosition
 from setpred.decoders.idspn import IDSPN
+from setpred.decoders.readout import Readout, SlotReader
 from setpred.decoders.seq2set import Seq2Set
 from setpred.decoders.set_to_set import DeepSets, ElementBiLSTM, ElementTransformer, RandomPositions, SequencePositions
 from setpred.decoders.sinkhorn_mesh import MESH, SinkhornAttention
@@ -27,6 +28,7 @@ __all__ = [
     "MLPDecoder",
     "RandomPositions",
     "RandomStart",
+    "Readout",
     "Seq2Set",
     "SequencePositions",
     "SetDecoder",
@@ -34,6 +36,7 @@ __all__ = [
     "SinkhornAttention",
     "SlotAttention",
     "SlotMixture",
+    "SlotReader",
     "SlotSoftmax",
     "SpatialBroadcast",
     "TransformerDecoder",

@@ -2,16 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from setpred.decoders.base import SetDecoder
+from setpred.decoders.readout import SlotReader
 from setpred.errors import InputError
 from setpred.nn import LAYER, MLP
 
 
-class SpatialBroadcast(SetDecoder):
+class SpatialBroadcast(SlotReader):
     """Set of image layers: slots from a set decoder, each drawn by one network (Watters et al., 2019).
 
         layer_i = CNN(W s_i + P),    image = Σ_i softmax_i(α_i) · colour_i
@@ -56,19 +58,13 @@ class SpatialBroadcast(SetDecoder):
                 f"expected side >= 1, smoothing >= 0 and positive widths, got {side}, {smoothing} and {list(widths)}"
             )
         dim = slots.latent_dim if slots.token_dim is None else slots.token_dim
-        if slots.conditional or (background and dim is None) or (relative and slots.set_dim < 3):
+        if (background and dim is None) or (relative and slots.set_dim < 3):
             raise InputError(
-                f"expected slots of at least 3 numbers for relative places, with token_dim or latent_dim for a "
-                f"background, and not conditional, got {type(slots).__name__} of {slots.set_dim}; give others"
+                "expected slots of at least 3 numbers for relative places, with token_dim or latent_dim for a "
+                f"background, got {type(slots).__name__} of {slots.set_dim}; give others"
             )
-        super().__init__(
-            set_size=slots.set_size + background,
-            set_dim=LAYER * (side * 2 ** len(widths)) ** 2,
-            token_dim=slots.token_dim,
-            latent_dim=slots.latent_dim,
-        )
-        self.slots, self.side, self.relative = slots, side, relative
-        self.iterative, self.masks_elements = slots.iterative, slots.masks_elements
+        super().__init__(slots, set_dim=LAYER * (side * 2 ** len(widths)) ** 2, more=int(background))
+        self.side, self.relative = side, relative
         self.spread, self.position = nn.Linear(slots.set_dim, widths[0]), nn.Linear(4, widths[0])
         layers: list[nn.Module] = []
         for narrow, wide in pairwise([widths[0], *widths]):
@@ -78,14 +74,9 @@ class SpatialBroadcast(SetDecoder):
         self.network = nn.Sequential(*layers, nn.Conv2d(widths[-1], LAYER, 3, padding=1))
         self.background = MLP(dim, slots.set_dim, slots.set_dim) if background else None
 
-    @property
-    def iterations(self) -> int:
-        """Default number of iterations of the slots."""
-        return self.slots.iterations
-
-    def predictions(self, features: Tensor, mask: Tensor | None, iterations: int | None) -> Iterator[Tensor]:
-        """Yield the slots of each iteration, `[batch, set_size, set_dim of the slots]`."""
-        for slots in self.slots.refine(features, mask=mask, iterations=iterations):
+    def predictions(self, features: Tensor, *arguments: Any, **options: Any) -> Iterator[Tensor]:
+        """Yield the slots of each iteration, `[batch, n, set_dim of the slots]`, the background last."""
+        for slots in super().predictions(features, *arguments, **options):
             if self.background is not None:
                 mean = features if features.ndim == 2 else features.mean(1)
                 slots = torch.cat([slots, self.background(mean).unsqueeze(1)], dim=1)

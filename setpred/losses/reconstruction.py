@@ -16,7 +16,7 @@ class Reconstruction(nn.Module):
     NeurIPS 2020) are in [-1, 1], so its values are 4 times as large.
     """
 
-    target = "image"  # the entry of a batch that predictions are compared with
+    truth = "image"  # the entry of a batch that predictions are compared with
 
     def forward(self, predicted: Tensor, target: Tensor) -> Tensor:
         """Loss of each example, `[batch]`.

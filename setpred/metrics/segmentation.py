@@ -190,7 +190,7 @@ class Segmentation(MeanMetric):
     integer instances `[batch, S, S]` with S >= T. For attention or supports, use the functions.
     """
 
-    target = "instances"  # the entry of the batch to compare with
+    truth = "instances"  # the entry of the batch to compare with
     keys = SCORES
     monitor, mode, higher_is_better = "fg_ari", "max", True
 

@@ -1,9 +1,9 @@
 """LightningModule that trains any set predictor."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import lightning.pytorch as pl
 import torch
@@ -111,6 +111,16 @@ class Scores:
         return {f"val_{name}": value.float() for name, value in scores.items()}
 
 
+def frozen_part(model: nn.Module, name: str) -> nn.Module:
+    """Freeze the weights of a part; return it. Raises `InputError` if there is none of this name."""
+    try:
+        part = model.get_submodule(name)
+    except AttributeError as error:
+        names = [each for each, _ in model.named_modules() if len(each) > 0 and each.count(".") < 2]
+        raise InputError(f"frozen: expected parts of the model, such as {', '.join(names)}, got {name!r}") from error
+    return part.requires_grad_(False)
+
+
 class SetPrediction(pl.LightningModule):
     """Trains a `SetPredictor` by a set loss, and validates it by average precision or another metric.
 
@@ -136,9 +146,11 @@ class SetPrediction(pl.LightningModule):
         iterations_by_epoch: descent steps from given epochs on, e.g. `{0: 20, 50: 40}`; training only.
         on_not_finite: "stop" or "skip" a training step with NaN or infinity, see `setpred.nonfinite.policy.Guard`. A
             validation always stops.
+        frozen: parts whose weights stay as they are, such as "encoder" and "decoder.slots"; they also stay in
+            evaluation mode.
 
     Raises:
-        InputError: an unknown schema or policy, numbers out of range, or parts that do not fit together.
+        InputError: an unknown schema, policy or part, numbers out of range, or parts that do not fit together.
     """
 
     def __init__(
@@ -155,6 +167,7 @@ class SetPrediction(pl.LightningModule):
         schedule: Schedule | None = None,
         iterations_by_epoch: dict[int, int] | None = None,
         on_not_finite: str = "stop",
+        frozen: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if not (0 < learning_rate < math.inf and weight_decay >= 0):
@@ -163,6 +176,7 @@ class SetPrediction(pl.LightningModule):
         # channels-last is the faster layout for convolutions on GPUs and CPUs alike
         self.model = SetPredictor(encoder, decoder).to(memory_format=torch.channels_last)
         self.loss = HungarianLoss() if loss is None else loss
+        self.frozen = [frozen_part(self.model, name) for name in frozen]
         if isinstance(self.loss, SetLoss) and self.schema is not None:
             self.loss.use_schema(self.schema)
         self.scores = Scores(metric, self.schema)
@@ -178,6 +192,13 @@ class SetPrediction(pl.LightningModule):
         self.model_config: dict[str, Any] | None = None  # encoder and decoder as plain types, for checkpoints
         self.data_description: dict[str, Any] = {}  # path, split and image size of the validation data
         self.settings: dict[str, Any] = {}  # the other settings of the run; a resumed run is compared with them
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of all parts but the frozen ones."""
+        super().train(mode)
+        for part in self.frozen:
+            part.eval()
+        return self
 
     def forward(self, inputs: Tensor, **arguments: Any) -> Tensor:
         return self.model(inputs, **arguments)
