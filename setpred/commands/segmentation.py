@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -94,23 +95,20 @@ def masks_of(model: SetPredictor, features: Tensor, elements: Tensor) -> Tensor:
     return supports.unflatten(-1, (side, side))
 
 
-def with_background(supports: Tensor, present: Tensor) -> Tensor:
-    """Masks `[batch, 1 + set_size, h, w]`: the background, then the supports of each element.
-
-    The background has all mass that supports no present element: that of absent elements, and what a token's mass lacks
-    of 1. Masks of absent elements are 0.
-
-    Args:
-        supports: `[batch, set_size, h, w]`, of sum at most 1.
-        present: bool `[batch, set_size]`.
-    """
-    kept = supports * present[..., None, None]
-    return torch.cat([1 - kept.sum(1, keepdim=True), kept], dim=1)
+def with_background(supports: Tensor) -> Tensor:
+    """Masks `[batch, 1 + n, h, w]`: the background, what supports `[batch, n, h, w]` of present elements lack of 1."""
+    return torch.cat([1 - supports.sum(1, keepdim=True), supports], dim=1)
 
 
 def scored_masks(model: SetPredictor, segments: Segments) -> Tensor:
-    """The masks that compete for each pixel: those of all slots, or the background and supports of present elements."""
-    return segments.masks if discovers(model) else with_background(segments.masks, presence_mask(segments.elements))
+    """The masks that compete for each pixel: of all slots, or of the background and each element.
+
+    The background has all mass that supports no present element: that of elements with a presence of at most one half,
+    whose masks are 0, and what a token's mass lacks of 1.
+    """
+    if discovers(model):
+        return segments.masks
+    return with_background(segments.masks * presence_mask(segments.elements)[..., None, None])
 
 
 def segmentation_report(
@@ -229,3 +227,41 @@ def _kept(model: SetPredictor, elements: Tensor) -> dict[str, int]:
 def confident_first(elements: Tensor) -> Tensor:
     """The order in which `ElementSchema.decode` lists the elements of a set `[set_size, set_dim]`."""
     return elements[:, -1].argsort(descending=True, stable=True)
+
+
+def image_labels(masks: Tensor, size: tuple[int, int], *, padded: bool) -> np.ndarray:
+    """Label each pixel of an image with the index of its largest mask: uint8 `[height, width]`.
+
+    The masks are interpolated as in `setpred.metrics.masks_to_labels`, some rows of the image at a time.
+
+    Args:
+        masks: `[n, h, w]` of the square that an image was resized to, n <= 256.
+        size: height and width of the image.
+        padded: whether it was padded at right and bottom to a square before.
+    """
+    extent = (max(size), max(size)) if padded else size
+    (upper, lower, down), (left, right, across) = map(_neighbours, size, extent, masks.shape[1:])
+    labels, rows = np.empty(size, np.uint8), max(1, NUMBERS_AT_ONCE // (len(masks) * size[1]))
+    for start in range(0, size[0], rows):
+        some = slice(start, start + rows)
+        lines = masks[:, upper[some]].lerp(masks[:, lower[some]], down[some, None])
+        labels[some] = lines[..., left].lerp(lines[..., right], across).max(0).indices
+    return labels
+
+
+def _neighbours(count: int, extent: int, cells: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The two cells around each of the first `count` of `extent` pixels, and the weight of the second cell."""
+    places = ((torch.arange(count, dtype=torch.float64) + 0.5) * cells / extent - 0.5).clamp(0, cells - 1)
+    first = places.long()
+    return first, (first + 1).clamp(max=cells - 1), (places - first).float()
+
+
+def slot_labels(model: SetPredictor, masks: Tensor, size: tuple[int, int], *, padded: bool) -> np.ndarray:
+    """Label the pixels of an image with 1 + the number of their slot, those of the background with 0.
+
+    The background is the decoder's own layer for it, the last one, or else the slot with most pixels.
+    """
+    labels = image_labels(masks, size, padded=padded)
+    own = model.decoder.background is not None
+    background = len(masks) - 1 if own else np.bincount(labels.ravel(), minlength=len(masks)).argmax()
+    return np.where(labels == background, 0, labels + np.uint8(1))
