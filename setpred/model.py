@@ -135,7 +135,7 @@ class Step:
 
     @property
     def target(self) -> Tensor:
-        """What the loss compares predictions with: the sets, or another entry of the batch that the loss names."""
+        """The truth that the loss compares with: the sets, or another entry of the batch that the loss names."""
         return self.batch[target_name(self.loss)]
 
     @property

@@ -77,8 +77,10 @@ LAYER = 4  # numbers of a layer at each pixel: red, green, blue, and the logit o
 
 
 class Composite(NamedTuple):
-    """What layers draw together: image `[batch, 3, S, S]`; each layer's mask `[batch, n, S, S]` and colours `[batch, n,
-    3, S, S]`. The masks sum to 1 at every pixel."""
+    """Image that layers draw together, with the mask and the colours of each layer.
+
+    image: `[batch, 3, S, S]`; masks: `[batch, n, S, S]`, of sum 1 at every pixel; colours: `[batch, n, 3, S, S]`.
+    """
 
     image: Tensor
     masks: Tensor

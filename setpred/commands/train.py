@@ -300,6 +300,11 @@ def check_fit(cli: TrainCLI) -> None:
             f"{kinds[has]}; give both of one kind"
         )
     cli.model.check_schema(data)
+    if target_name(cli.model.metric) == "instances" and not getattr(data, "masks", True):
+        raise InputError(
+            f"the metric {type(cli.model.metric).__name__} compares with masks, expected them in the validation data; "
+            "pass --data.masks true"
+        )
     wanted = None  # of images, when these are what the model learns to draw
     if target_name(cli.model.loss) == "elements":
         wanted = getattr(examples, "set_size", None)

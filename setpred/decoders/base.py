@@ -59,7 +59,7 @@ class SetDecoder(nn.Module):
     def _states(
         self, features: Tensor, iterations: int | None, mask: Tensor | None, condition: Tensor | None
     ) -> Iterator[Tensor]:
-        """What `predictions` yields for arguments that are not validated yet."""
+        """Validate the arguments, and yield what `predictions` does."""
         features = self._checked(features, iterations, mask)
         steps = self.iterations if self.iterative and iterations is None else iterations
         more = {"condition": condition} if self.conditional else {}

@@ -9,7 +9,7 @@ from setpred.nn import MLP
 
 
 class SlotReader(SetDecoder):
-    """Base class of decoders that turn each slot, an element of another set decoder, into an element of their own.
+    """Base class of decoders that turn each slot, an element of another set decoder, into an element.
 
     Subclasses write `finish`. Features, masks, conditions and iterations are those of the slots.
 

@@ -95,8 +95,14 @@ class Scores:
     def update(self, losses: Tensor, predicted: Tensor, batch: dict[str, Tensor]) -> None:
         self.mean_loss.update(losses)
         for part in self.parts[1:]:
-            if part is not None:
-                part.update(predicted.float(), batch[target_name(part)])
+            if part is None:
+                continue
+            if (name := target_name(part)) not in batch:
+                raise InputError(
+                    f"the metric {type(part).__name__} compares with {name!r}, expected it in the validation batches, "
+                    f"got {', '.join(batch)}" + "; pass --data.masks true" * (name == "instances")
+                )
+            part.update(predicted.float(), batch[name])
 
     def compute(self) -> dict[str, Tensor]:
         """Return the scores of all examples since the last call."""
