@@ -290,7 +290,7 @@ def test_files_of_images_keep_their_version_and_checksum():
         (["--xy", "centre"], "--xy: expected --csv or --coco with it, got --npz"),
         (["--images", "a"], "--images: expected --csv or --coco"),
         (["--image-size", "64"], "no --image-size for inputs that are sets"),
-        (["--csv", "a.csv"], "one of --csv, --coco and --npz, got --csv and --npz"),
+        (["--csv", "a.csv"], "one of --csv, --coco, --npz, --clevr-with-masks, got --csv and --npz"),
     ],
 )
 def test_options_without_effect_are_rejected(tmp_path, capsys, options, message):

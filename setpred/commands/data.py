@@ -74,27 +74,51 @@ def _import(
     csv: Path | None,
     coco: Path | None,
     npz: Path | None,
+    clevr_with_masks: Path | None,
     schema: Path | None,
     categorical: list[str],
     images: Path | None,
     xy: str | None,
     workers: int,
+    max_objects: int | None,
+    records: list[int] | None,
+    group: str | None,
     **options: Any,
 ) -> None:
     from setpred.checkpoint.untrusted import read_yaml
     from setpred.data.hdf5 import describe, file_header
+    from setpred.data.overrides import Overrides
 
-    given = [name for name, source in (("--csv", csv), ("--coco", coco), ("--npz", npz)) if source is not None]
+    sources = {"--csv": csv, "--coco": coco, "--npz": npz, "--clevr-with-masks": clevr_with_masks}
+    given = [name for name, source in sources.items() if source is not None]
     if len(given) != 1:
-        raise InputError(f"expected one of --csv, --coco and --npz, got {' and '.join(given) or 'none'}")
-    check_outputs({"--out": out}, inputs=[csv, coco, npz, schema], streams=False)
+        raise InputError(f"expected one of {', '.join(sources)}, got {' and '.join(given) or 'none'}")
+    check_outputs({"--out": out}, inputs=[*sources.values(), schema], streams=False)
     described = schema is not None and schema.suffix.lower() in (".yaml", ".yml")
     header = None if schema is None or described else file_header(schema)
     options["schema"] = None if header is None else header.schema
+    of_tables = {"--images": images, "--xy": xy, "--categorical": categorical}
+    if clevr_with_masks is not None:
+        from setpred.data.clevr_with_masks import import_masks
+
+        unused = of_tables | {"--units": options.pop("units") != "pixels", f"--schema {schema}": options.pop("schema")}
+        if unused := [name for name, value in unused.items() if value]:
+            raise InputError(f"{unused[0]}: expected another source with it, got {given[0]}; leave it out")
+        if described:
+            options["overrides"] = Overrides.of(
+                read_yaml(schema, "a schema with name, max_objects or fields"), str(schema)
+            )
+        options |= {"max_objects": max_objects, "records": records, "group": group, "workers": workers}
+        import_masks(clevr_with_masks, out, **options)
+        print(describe(out))
+        return
+    unused = {"--max-objects": max_objects, "--records": records, "--group": group}
+    if unused := [name for name, value in unused.items() if value is not None]:
+        raise InputError(f"{unused[0]}: expected --clevr-with-masks with it, got {given[0]}; leave it out")
     if npz is not None:
         from setpred.data.arrays import import_arrays
 
-        unused = {"--images": images, "--xy": xy, "--categorical": categorical, f"--schema {schema}": described}
+        unused = of_tables | {f"--schema {schema}": described}
         if unused := [name for name, value in unused.items() if value]:
             raise InputError(f"{unused[0]}: expected --csv or --coco with it, got --npz; leave it out")
         import_arrays(npz, out, inputs=None if header is None else header.inputs, **options)
@@ -103,7 +127,6 @@ def _import(
 
     from setpred.data.annotations import CONFIDENCE, possible_classes, read_coco, read_csv
     from setpred.data.importing import import_images
-    from setpred.data.overrides import Overrides
 
     if images is None:
         raise InputError(f"{given[0]}: expected the folder of the images with it; pass --images FOLDER")
@@ -180,13 +203,18 @@ def _parser() -> Parser:
     imported = command(
         "import",
         _import,
-        "import annotated images, or arrays: CSV tables, COCO JSON, .npz files",
+        "import annotated images, or arrays: CSV tables, COCO JSON, .npz files, CLEVR with masks",
         "The columns of a table, or the arrays of a file, become the fields of a schema, which is printed: "
         "docs/own_data.md. Images keep their aspect ratio: they are padded to squares and resized.",
     )
     imported("--csv", type=Path, metavar="FILE", help="table of all images, or a folder with one table per image")
     imported("--coco", type=Path, metavar="FILE", help="COCO JSON, instead of --csv")
     imported("--npz", type=Path, metavar="FILE", help="arrays of sets, vectors or images, .npz or HDF5, instead")
+    imported("--clevr-with-masks", type=Path, metavar="FILE", help="the published .tfrecords, or an HDF5 copy, instead")
+    imported("--max-objects", type=int, metavar="N", help="of --clevr-with-masks: keep images of at most N objects")
+    ends = {"type": int, "nargs": 2, "metavar": ("FIRST", "END")}
+    imported("--records", **ends, help="of --clevr-with-masks: the examples FIRST to END - 1 (default: all)")
+    imported("--group", metavar="NAME", help="of --clevr-with-masks: the group of an HDF5 copy, such as train")
     imported("--images", type=Path, metavar="FOLDER", help="folder of the images of --csv or --coco")
     imported("--image-size", type=int, metavar="S", help="side of the stored images (default: 64, or 128 if larger)")
     imported("--schema", type=Path, metavar="FILE", help="FILE.h5: take its schema; FILE.yaml: override the inferred")

@@ -52,7 +52,7 @@ def finished_shards(
     with writing(folder), locked(folder / "lock"):
         _remove_other_job(folder, job)
         missing = [(n * size, path) for n, path in enumerate(paths) if not _intact(path, read)]
-        done = len(items) - sum(len(items[first : first + size]) for first, _ in missing)
+        done = len(items) - sum(min(size, len(items) - first) for first, _ in missing)
         if done:
             print(f"resuming {folder} after {done} of {len(items)} images", file=sys.stderr)
         tasks = ((items[first : first + size], path) for first, path in missing)
