@@ -277,7 +277,7 @@ def test_masks_leave_the_objects_as_they_were(folder, tmp_path):
 
 
 def test_coco_files_have_the_masks():
-    boxes = ElementSchema("b", [continuous("coords", 2), continuous("extent", 2), categorical("kind", ("a", "b"))], max_objects=2)
+    boxes = ElementSchema("b", [continuous("coords", 2), continuous("extent", 2), categorical("kind", "a", "b")], max_objects=2)
     obj = {"coords": [1.0, 1.0], "extent": [2.0, 2.0], "kind": "b", "confidence": 0.9}
     segment = to_segment(np.eye(2, dtype=int), 1)
     text = "".join(to_coco([("a.png", [obj | {"segment": segment}])], boxes, ["a.png"]))
