@@ -234,9 +234,12 @@ def test_runs_boxes_and_areas_are_those_of_coco():
 def test_masks_of_images_and_their_runs_agree(checkpoint, folder, tmp_path):
     source, out, masks = str(folder / "images"), tmp_path / "p.json", tmp_path / "masks"
     arguments = [str(folder / f"{checkpoint}.ckpt"), source, "--out", str(out)]
-    run([*arguments, "--masks", str(masks), "--batch-size", "2"])
+    run(
+        [*arguments, "--masks", str(masks), "--batch-size", "2", "--figures", str(tmp_path / "figures"), "--shown", "2"]
+    )
     records = json.loads(out.read_text())
     assert sorted(path.name for path in masks.iterdir()) == ["a.png", "b.png", "c.png"]
+    assert [path.name for path in sorted((tmp_path / "figures").iterdir())] == ["000-a.png", "001-b.png"]
     seen = 0
     for record, name in zip(records, "abc", strict=True):
         with Image.open(masks / f"{name}.png") as image, Image.open(folder / "images" / f"{name}.png") as original:
@@ -267,8 +270,7 @@ def test_masks_leave_the_objects_as_they_were(folder, tmp_path):
     arguments = [str(folder / "voting.ckpt"), source, "--out", str(out)]
     run(arguments)
     plain = json.loads(out.read_text())
-    run([*arguments, "--masks", str(tmp_path / "masks"), "--figures", str(tmp_path / "figures"), "--shown", "1"])
-    assert len([*(tmp_path / "figures").iterdir()]) == 1
+    run([*arguments, "--masks", str(tmp_path / "masks")])
     found = json.loads(out.read_text())
     for record in found:
         for obj in record["objects"]:
@@ -277,7 +279,9 @@ def test_masks_leave_the_objects_as_they_were(folder, tmp_path):
 
 
 def test_coco_files_have_the_masks():
-    boxes = ElementSchema("b", [continuous("coords", 2), continuous("extent", 2), categorical("kind", "a", "b")], max_objects=2)
+    boxes = ElementSchema(
+        "b", [continuous("coords", 2), continuous("extent", 2), categorical("kind", "a", "b")], max_objects=2
+    )
     obj = {"coords": [1.0, 1.0], "extent": [2.0, 2.0], "kind": "b", "confidence": 0.9}
     segment = to_segment(np.eye(2, dtype=int), 1)
     text = "".join(to_coco([("a.png", [obj | {"segment": segment}])], boxes, ["a.png"]))
@@ -292,7 +296,6 @@ def test_coco_files_have_the_masks():
         ("slots", "--out p.csv", "--format: expected json or jsonl .* got csv"),
         ("slots", "--out p.json --format coco", "--format: expected json or jsonl .* got coco"),
         ("slots", "--out p.json --threshold 0.5", "--threshold: expected no option of objects"),
-        ("slots", "--out p.json --figures f", "--figures: expected no option of objects"),
         ("slots", "--out p.json --coco-ids a.json", "--coco-ids: expected no option of objects"),
         ("voting", "--out p.csv --masks m", "--masks: expected --format json, jsonl or coco"),
         ("voting", "--out p.json --masks images", "--masks images: the images to read are in this folder"),

@@ -26,6 +26,7 @@ from setpred.commands.segmentation import (
     image_labels,
     require_masks,
     segment,
+    segmented_image,
     slot_labels,
     with_background,
 )
@@ -51,7 +52,7 @@ from setpred.files import make_folder, replacing
 from setpred.model import SetPredictor, inputs_of
 from setpred.progress import progress
 from setpred.schema import ElementSchema
-from setpred.visualise import Case, draw_marks, draw_outlined_image, has_marks
+from setpred.visualise import Case, draw_marks, draw_outlined_image, draw_segmentation, has_marks
 from setpred.visualise.marks import in_plane
 from setpred.visualise.world import has_world
 
@@ -314,11 +315,9 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
     def predictions() -> Iterator[Prediction]:
         found = (predict_sets if sets else predict)(loaded.model, inputs, **chosen)
         for prediction in progress(found, total=len(inputs), description=f"predicting {'sets' if sets else 'images'}"):
-            if folder is not None and len(drawn) < options.shown:
-                elements = prediction.elements
-                elements = elements.elements if isinstance(elements, Segments) else elements
-                if isinstance(elements, Tensor):
-                    drawn.append(Prediction(prediction.image, elements))
+            skipped = isinstance(prediction.elements, InputError)
+            if folder is not None and len(drawn) < options.shown and not skipped:
+                drawn.append(prediction)
             yield prediction
 
     def decode(image: str | int, elements: Tensor | Segments) -> list[dict[str, Any]]:
@@ -352,16 +351,23 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
     tally = write_predictions(options.out, predictions(), decode, write)
     rate = tally.predicted / (time.perf_counter() - start)
     try:
-        for number, (image, elements) in enumerate(drawn):
+        for number, (image, found) in enumerate(drawn):
+            elements = found.elements if isinstance(found, Segments) else found
             if sets:
                 stem, about, points = "set", f"set {image} of {os.path.basename(options.images[0])}", inputs[image]
                 picture = points[~np.isnan(points[:, 0])]
             else:
                 stem = os.fsencode(Path(image).stem)[:LONGEST_STEM].decode(errors="ignore")
                 about = os.fsencode(image).decode(errors="replace")
-                picture = load_image(image, DRAWN_SIZE, padded=padded, advice="it was there a moment ago")
+                side = loaded.image_size if discovery else DRAWN_SIZE
+                picture = load_image(image, side, padded=padded, advice="it was there a moment ago")
             path = make_folder(folder) / f"{number:03d}-{stem}.png"
-            if sets or not has_world(schema):
+            if discovery:
+                width, height = pixel_size(Path(image))
+                of_one = Segments(*(part.unsqueeze(0) for part in found))
+                segmented = segmented_image(loaded.model, os.path.basename(about), picture, of_one)
+                draw_segmentation(path, [segmented], aspect=1.0 if padded else min(max(width / height, 0.5), 2.0))
+            elif sets or not has_world(schema):
                 kept, count = elements.clone(), len(decode(image, elements))
                 kept[:, -1] = (elements[:, -1].argsort(descending=True, stable=True).argsort() < count).float()
                 least = "presence of one half" if options.threshold is None else f"confidence of {options.threshold:g}"
@@ -385,7 +391,7 @@ def mask_path(folder: Path, image: str) -> Path:
 
 def _check_discovery(options: argparse.Namespace) -> None:
     """Raise `InputError` for options of objects with a schema, which a model of discovery does not predict."""
-    for name in ("threshold", "figures", "coco_ids"):
+    for name in ("threshold", "coco_ids"):
         if getattr(options, name) is not None:
             option = f"--{name.replace('_', '-')}"
             raise InputError(f"{option}: expected no option of objects for a model of discovery; leave it out")
@@ -396,7 +402,7 @@ def _check_discovery(options: argparse.Namespace) -> None:
 def _check_masks(loaded: Checkpoint, options: argparse.Namespace, paths: Sequence[str]) -> None:
     """Raise `InputError` if a model has no masks, or they cannot be written."""
     require_masks(loaded.model, "--masks")
-    if (size := loaded.model.decoder.set_size) > MOST_SEGMENTS:
+    if (size := loaded.model.decoder.set_size) is None or size > MOST_SEGMENTS:
         raise InputError(f"--masks: expected sets of at most {MOST_SEGMENTS} elements, got {size}; leave it out")
     if format_name(options.format, options.out) == "csv":
         raise InputError("--masks: expected --format json, jsonl or coco, which hold masks, got csv; choose another")

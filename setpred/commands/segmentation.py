@@ -19,7 +19,7 @@ from setpred.inner import Problem, Sum, VotingEnergy
 from setpred.losses import Reconstruction
 from setpred.metrics import masks_to_labels, segmentation_scores
 from setpred.model import SetPredictor
-from setpred.nn import composite, unit_images
+from setpred.nn import composite
 from setpred.progress import progress
 from setpred.sets import presence_mask
 from setpred.visualise import SegmentedImage
@@ -182,39 +182,49 @@ def segmented_images(
 ) -> list[SegmentedImage]:
     """Segment images of a data set with instances for figures, at every iterate of the refinement."""
     batch = data.__getitems__(numbers)
-    images, count, discovery = batch["image"], len(numbers), discovers(model)
+    images, instances = batch["image"], batch[INSTANCES].numpy()
     with encoder_autocast(device):
         features = model.encode(pad_to_pass(images.to(device)))  # the shape in which they were predicted
-        iterates = [found[:count].float() for found in model.decoder.refine(features, iterations=iterations)]
-    found = [Segments(each, masks_of(model, features[:count], each)) for each in iterates]
-    size = images.shape[2:]
-    labels = torch.stack([masks_to_labels(scored_masks(model, each), size) for each in found], dim=1).cpu().numpy()
-    pictures = unit_images(images)
-    if discovery:
-        drawn = composite(iterates[-1])
-        masks, colours = drawn.masks.unsqueeze(2).cpu(), drawn.colours.cpu()
-        reconstructions = drawn.image.clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-    else:
-        masks = functional.interpolate(scored_masks(model, found[-1]), size, mode="bilinear").unsqueeze(2).cpu()
-        colours, reconstructions = pictures.unsqueeze(1), [None] * count
-    parts = (masks * colours + 1 - masks).clamp(0, 1).permute(0, 1, 3, 4, 2).numpy()  # on white
-    kept = [_kept(model, elements) for elements in iterates[-1]]
+        iterates = [found[: len(numbers)].float() for found in model.decoder.refine(features, iterations=iterations)]
+    masks = [masks_of(model, features[: len(numbers)], elements).cpu() for elements in iterates]
+    of_images = [torch.stack(parts, dim=1) for parts in ([elements.cpu() for elements in iterates], masks)]
     return [
-        SegmentedImage(
-            name=data.name(number),
-            picture=picture,
-            instances=instances,
-            labels=of_image,
-            parts={name: (k, part[k]) for name, k in shown.items()},
-            reconstruction=reconstruction,
-        )
-        for number, picture, instances, of_image, part, shown, reconstruction in zip(
-            numbers, as_pictures(images), batch[INSTANCES].numpy(), labels, parts, kept, reconstructions, strict=True
-        )
+        segmented_image(model, data.name(number), picture, Segments(*segments), truth)
+        for number, picture, truth, *segments in zip(numbers, as_pictures(images), instances, *of_images, strict=True)
     ]
 
 
-def _kept(model: SetPredictor, elements: Tensor) -> dict[str, int]:
+def segmented_image(
+    model: SetPredictor, name: str, picture: np.ndarray, iterates: Segments, instances: np.ndarray | None = None
+) -> SegmentedImage:
+    """Segment one image, for figures.
+
+    Args:
+        picture: uint8 `[S, S, 3]`.
+        iterates: elements and masks of the iterates in place of a batch, on the CPU; the last ones are the prediction.
+        instances: the true ones, if known.
+    """
+    size = picture.shape[:2]
+    scored = scored_masks(model, iterates)
+    if discovers(model):
+        drawn = composite(iterates.elements[-1:])
+        weights, colours, reconstruction = drawn.masks[0], drawn.colours[0], drawn.image[0].clamp(0, 1)
+    else:
+        weights = functional.interpolate(scored[-1:], size, mode="bilinear")[0]
+        colours, reconstruction = torch.from_numpy(picture).float().permute(2, 0, 1).unsqueeze(0) / 255, None
+    weights = weights.unsqueeze(1)
+    parts = (weights * colours + 1 - weights).clamp(0, 1).permute(0, 2, 3, 1).numpy()  # on white
+    return SegmentedImage(
+        name=name,
+        picture=picture,
+        instances=instances,
+        labels=masks_to_labels(scored, size).numpy(),
+        parts={name: (label, parts[label]) for name, label in _labels(model, iterates.elements[-1]).items()},
+        reconstruction=None if reconstruction is None else reconstruction.permute(1, 2, 0).numpy(),
+    )
+
+
+def _labels(model: SetPredictor, elements: Tensor) -> dict[str, int]:
     """The labels of an image by their names: of all slots, or of the background and the present elements in order."""
     if discovers(model):
         last = model.decoder.set_size - 1
