@@ -26,7 +26,7 @@ from setpred.metrics import Segmentation, segmentation_scores
 from setpred.model import SetPredictor
 from setpred.schema import CLEVR, ElementSchema, categorical, continuous
 from setpred.training import SetPrediction
-from setpred.visualise import SegmentedImage
+from setpred.visualise import SegmentedImage, draw_own_training
 
 SIDE, SLOTS = 16, 5
 
@@ -169,6 +169,24 @@ def test_figures_are_drawn(checkpoint, options, folder, tmp_path):
         "segmentation.png",
         "segmentation_refinement.png",
     ]
+
+
+def test_the_scores_of_a_discovery_training_are_drawn(tmp_path):
+    head = "epoch,step,seconds,train_loss,val_ari,val_fg_ari,val_loss,val_mbo,val_miou\n"
+    (tmp_path / "metrics.csv").write_text(f"{head}0,2,60,0.2,0.1,0.2,0.3,0.4,0.5\n1,4,120,0.1,0.2,0.3,0.3,nan,0.6\n")
+    (drawn,) = draw_own_training(tmp_path / "figures", tmp_path / "best.ckpt")
+    assert drawn.name == "training.png"
+    (tmp_path / "metrics.csv").write_text(f"{head}0,2,60,0.2,soon,0.2,0.3,0.4,0.5\n")
+    with pytest.raises(InputError, match="not as `setpred train` writes it"):
+        draw_own_training(tmp_path / "figures", tmp_path / "best.ckpt")
+
+
+def test_non_finite_predictions_are_an_error_that_names_the_images(folder, monkeypatch):
+    layers = torch.zeros(64, SLOTS, 4 * SIDE**2)
+    layers[10, 2, 3] = torch.nan
+    monkeypatch.setattr(SpatialBroadcast, "forward", lambda self, features, iterations: layers)
+    with pytest.raises(InputError, match=r"not finite for inputs 10 of the data"):
+        evaluate([str(folder / "slots.ckpt"), "--data", str(folder / "scenes.h5")])
 
 
 def test_a_segment_has_the_colour_of_the_object_that_it_is_matched_with():

@@ -18,6 +18,7 @@ from setpred.evaluation import PASS, check_finite, encoder_autocast, for_evaluat
 from setpred.inner import Problem, Sum, VotingEnergy
 from setpred.losses import Reconstruction
 from setpred.metrics import masks_to_labels, segmentation_scores
+from setpred.metrics.segmentation import SCORES
 from setpred.model import SetPredictor
 from setpred.nn import composite
 from setpred.progress import progress
@@ -26,7 +27,6 @@ from setpred.visualise import SegmentedImage
 from setpred.visualise.world import as_pictures
 
 NUMBERS_AT_ONCE = 2**22  # of masks that are enlarged to an image
-NAMES = {"ari": "ARI", "fg_ari": "FG-ARI", "mbo": "mBO", "miou": "mIoU"}
 
 
 class Segments(NamedTuple):
@@ -150,7 +150,7 @@ def segmentation_report(
         "segments": model.decoder.set_size,
         "images": len(data),
         "images_with_objects": int((~scores[1].isnan()).sum()),
-        "scores": dict(zip(NAMES, scores.nanmean(1).tolist(), strict=True)),
+        "scores": dict(zip(SCORES, scores.nanmean(1).tolist(), strict=True)),
     } | ({"reconstruction": torch.cat(errors).double().mean().item()} if discovery else {})
 
 
@@ -166,8 +166,8 @@ def format_segmentation(result: dict[str, Any]) -> str:
         f"masks: {meaning[result['masks']]}",
         "background: one more true segment in ARI, left out of FG-ARI, mBO and mIoU",
         "",
-        "         " + "".join(f"{name:>8}" for name in NAMES.values()),
-        "  in %   " + "".join(f"{100 * result['scores'][name]:8.1f}" for name in NAMES),
+        "         " + "".join(f"{name:>8}" for name in SCORES.values()),
+        "  in %   " + "".join(f"{100 * result['scores'][name]:8.1f}" for name in SCORES),
     ]
     if "reconstruction" in result:
         lines += ["", f"Reconstruction: mean squared error {result['reconstruction']:.5f}, of colours from 0 to 1"]
