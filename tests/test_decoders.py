@@ -101,7 +101,7 @@ TOKEN_DECODERS = {
     "seq2set": lambda: Seq2Set(token_dim=DIM, hidden_dim=7, embedding_dim=4, **SETS),
     "slots by transport, two heads": lambda: SlotAttention(SinkhornAttention(dim=4), heads=2, **SLOTS),
     "broadcast slots": lambda: broadcast(SlotAttention(**SLOTS)),
-    "broadcast slots, relative": lambda: broadcast(SlotAttention(**SLOTS), relative=True, subpixel=True, smoothing=0),
+    "broadcast slots, subpixel": lambda: broadcast(SlotAttention(**SLOTS), subpixel=True, smoothing=0),
     "slots by sharp transport": lambda: sharp(Unrolled()),
     "slots by sharp transport, constant steps": lambda: sharp(None),
 }

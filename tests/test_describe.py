@@ -106,8 +106,10 @@ MODELS = {
     ),
     "SpatialBroadcast": lambda: (
         tokens(),
-        decoders.SpatialBroadcast(SlotAttention(**SLOTS), side=2, widths=[4], background=True, smoothing=0),
+        decoders.SpatialBroadcast(SlotAttention(**SLOTS), side=2, widths=[4], smoothing=0),
     ),
+    "Glimpses": lambda: (tokens(), decoders.Glimpses(SlotAttention(**SLOTS), canvas=8, side=2, widths=[4])),
+    "Readout": lambda: (tokens(), decoders.Readout(SlotAttention(**SLOTS), set_dim=CLEVR.set_dim)),
     "OwnDecoder": lambda: (image(), OwnDecoder(0.5, **SIZES)),
 }  # fmt: skip
 OF_SETS = {"DeepSets", "ElementBiLSTM", "ElementTransformer"}
@@ -115,7 +117,7 @@ OF_SETS = {"DeepSets", "ElementBiLSTM", "ElementTransformer"}
 
 def test_every_family_of_decoders_is_among_the_models():
     families = {name for name in decoders.__all__ if issubclass(getattr(decoders, name), SetDecoder)}
-    assert families - {"SetDecoder"} - OF_SETS <= {name.split()[0] for name in MODELS}
+    assert families - {"SetDecoder", "SlotReader"} - OF_SETS <= {name.split()[0] for name in MODELS}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -126,7 +128,7 @@ def test_a_saved_model_predicts_the_same_bit_by_bit(name, tmp_path):
         for value in filter(torch.is_floating_point, model.state_dict().values()):
             value.add_(0.01 * torch.rand_like(value))
     before = torch.get_rng_state()
-    schema = None if name == "SpatialBroadcast" else CLEVR  # whose elements are layers
+    schema = None if name in ("SpatialBroadcast", "Glimpses") else CLEVR  # whose elements are layers
     save_model(path, model, schema)
     assert torch.equal(before, torch.get_rng_state())
     assert model.training

@@ -10,20 +10,14 @@ from torch import nn
 
 from setpred.checkpoint.load import load_checkpoint, read_checkpoint
 from setpred.commands.train import train
-from setpred.decoders import IDSPN, MLPDecoder, Readout, SlotAttention, SpatialBroadcast
-from setpred.encoders import PositionedTokens, SmallTrunk
+from setpred.decoders import Glimpses, MLPDecoder, Readout, SlotAttention, SpatialBroadcast
+from setpred.encoders import PositionedTokens, SmallTrunk, Votes
 from setpred.errors import InputError
-from setpred.inner import GradientDescent
 from setpred.losses import Reconstruction
 from setpred.nn import composite
 from setpred.training.task import SetPrediction
 
 BATCH, SLOTS, SIDE = 2, 3, 4
-
-
-class Quadratic(nn.Module):
-    def forward(self, elements, problem):
-        return elements.square().sum((1, 2))
 
 
 def layers(seed=1):
@@ -69,28 +63,83 @@ def test_the_reconstruction_loss_is_the_mean_squared_error_of_each_image():
             loss(rows, torch.zeros(shape))
 
 
-def test_relative_layers_move_with_their_place():
-    """Moving a slot's place by whole cells moves its layer by as many, away from the borders."""
+def glimpses(seed=0, **options):
+    torch.manual_seed(seed)
+    slots = SlotAttention(token_dim=5, slot_dim=8, set_size=SLOTS, set_dim=7)
+    return Glimpses(slots, **{"canvas": 32, "side": 2, "widths": [4, 3], "extent": 0.25, **options}).double()
+
+
+def drawn(model, slots):
+    """Layers `[n + 1, 4, 32, 32]` of slots `[n, 7]` over a background of zeros."""
+    ground = torch.zeros(1, 9, dtype=torch.float64)
+    rows = nn.functional.pad(slots, (0, 2))
+    return model.finish(torch.cat([rows, ground]).unsqueeze(0))[0].view(-1, 4, 32, 32)
+
+
+def test_glimpses_are_drawn_alike_wherever_they_are_and_end_at_their_border():
+    model, slot = glimpses(), normal(1, 7)
+    slot[:, 0], slot[:, 1], slot[:, -1] = -0.25, 0.0, 1.0  # x, y, presence
+    moved = slot.clone()
+    moved[:, 0] += 2 * 7 / 32  # by 7 pixels to the right
+    first, second = drawn(model, slot)[0], drawn(model, moved)[0]
+    close(second[..., 7:], first[..., :-7])
+    inside = first[3] > -20
+    rows, columns = inside.nonzero().unbind(1)
+    # half the side of a glimpse is 0.25 * 16 = 4 pixels, about pixel 16 of the rows and 12 of the columns
+    assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (12, 20, 8, 16)
+    assert inside.sum() == 64
+    assert first[:3, inside].std() > 0
+
+
+def test_the_logit_of_a_glimpse_falls_with_the_distance_and_with_the_presence():
+    model, slot = glimpses(prior=1.5), torch.zeros(1, 7, dtype=torch.float64)
+    slot[:, -1] = 1
+    with torch.no_grad():
+        for name, parameter in model.glimpse.named_parameters():
+            parameter.zero_() if name.startswith("network") else None
+    logits = drawn(model, slot)[0, 3]
+    away = (torch.arange(32).double() + 0.5) / 16 - 1
+    squared = (away[:, None] ** 2 + away**2) / 0.25**2
+    near = (away[:, None].abs() < 0.25) & (away.abs() < 0.25)
+    close(logits[near], (-2 * squared - 1.5)[near])
+    slot[:, -1] = 0.3
+    close(drawn(model, slot)[0, 3][near], logits[near] + math.log(0.3))
+    slot[:, -1] = -5
+    assert (drawn(model, slot)[0, 3][near] < -6).all()
+    assert drawn(model, slot).isfinite().all()
+
+
+def test_glimpses_permute_with_their_slots_and_the_background_is_last():
+    model, slots = glimpses(), normal(SLOTS, 7)
+    layers, order = drawn(model, slots), [2, 0, 1]
+    close(drawn(model, slots[order]), layers[[*order, SLOTS]])
+    assert (layers[-1, :3] == 0.5).all()
+    with torch.no_grad():
+        model.background.copy_(normal(3, 32, 32))
+        model.plane.weight.copy_(normal(9, 5))
+    tokens = normal(2, 6, 5)
+    out = model.eval()(tokens).view(2, SLOTS + 1, 4, 32, 32)
+    assert not out[:, -1, 3].any()  # the logit of the background
+    planes = model.plane(tokens.mean(1)).view(2, 3, 3)
+    x, y = (20 + 0.5) / 16 - 1, (7 + 0.5) / 16 - 1
+    close(out[:, -1, :3, 7, 20], model.background[:, 7, 20] + planes[..., 0] + planes[..., 1] * x + planes[..., 2] * y)
+    close(out[:1], model(tokens[:1]).view(1, SLOTS + 1, 4, 32, 32))  # of its image alone
+
+
+def test_votes_may_have_their_mass_as_presence():
     torch.manual_seed(0)
-    slots = SlotAttention(token_dim=5, slot_dim=8, set_size=SLOTS, set_dim=6)
-    broadcast = SpatialBroadcast(slots, side=16, widths=[4], smoothing=0, relative=True).double()
-    with torch.no_grad():  # the first two numbers speak as places alone
-        broadcast.spread.weight[:, :2] = 0
-    before = normal(1, 1, 6)
-    before[..., :2] = 0
-    after = before.clone()
-    after[..., 0] += 3 * 2 / 16
-    first, second = (broadcast.finish(state).view(4, 32, 32)[:, 12:20] for state in (before, after))
-    close(second[..., 12:20], first[..., 6:14])
-    assert (first[..., 6:14] - first[..., 12:20]).abs().max() > 1e-3
-    still = SpatialBroadcast(slots, side=16, widths=[4], smoothing=0).double()
-    still.load_state_dict(broadcast.state_dict())
-    close(still.finish(before), still.finish(after))
+    tokens = PositionedTokens(SmallTrunk(image_size=16, width=4), token_dim=8)
+    votes = Votes(tokens, set_dim=5, precise=2, massive=True).eval()
+    out = votes(torch.rand(2, 3, 16, 16))
+    assert torch.equal(out[..., 4], out[..., -1])
+    plain = Votes(tokens, set_dim=5, precise=2).eval()
+    plain.load_state_dict(votes.state_dict())
+    assert torch.equal(plain(torch.zeros(1, 3, 16, 16))[..., :4], votes(torch.zeros(1, 3, 16, 16))[..., :4])
 
 
 def test_only_the_last_iterate_is_drawn_in_a_forward_pass():
     slots = SlotAttention(token_dim=5, slot_dim=8, iterations=4, set_size=SLOTS, set_dim=6)
-    broadcast = SpatialBroadcast(slots, side=2, widths=[3], background=True).eval()
+    broadcast = SpatialBroadcast(slots, side=2, widths=[3]).eval()
     calls = []
     broadcast.network.register_forward_hook(lambda *_: calls.append(1))
     tokens = torch.randn(2, 7, 5)
@@ -98,23 +147,24 @@ def test_only_the_last_iterate_is_drawn_in_a_forward_pass():
     assert len(calls) == 1
     iterates = list(broadcast.refine(tokens))
     assert len(calls) == 1 + 5
-    assert last.shape == (2, SLOTS + 1, 64)
+    assert last.shape == (2, SLOTS, 64)
     assert torch.equal(iterates[-1], last)
     assert not torch.equal(iterates[0], last)
 
 
-def test_slots_that_do_not_fit_are_an_error():
-    vector = IDSPN(Quadratic(), GradientDescent(iterations=1), set_size=2, set_dim=5)  # takes vectors of any length
-    flat = MLPDecoder(latent_dim=6, hidden_dim=4, set_size=2, set_dim=2)
-    for slots, options in (
-        (vector, {"background": True}),
-        (flat, {"relative": True}),
-        (flat, {"widths": []}),
-        (flat, {"side": 0}),
-        (flat, {"smoothing": -1}),
+def test_numbers_out_of_range_are_an_error():
+    slots = MLPDecoder(latent_dim=6, hidden_dim=4, set_size=2, set_dim=3)
+    for part, options in (
+        (SpatialBroadcast, {"widths": []}),
+        (SpatialBroadcast, {"side": 0}),
+        (SpatialBroadcast, {"smoothing": -1}),
+        (Glimpses, {"canvas": 8}),  # slots of 3 numbers
     ):
         with pytest.raises(InputError, match="expected"):
-            SpatialBroadcast(slots, **options)
+            part(slots, **options)
+    for options in ({"canvas": 0}, {"extent": 0.0}, {"widths": [0]}):
+        with pytest.raises(InputError, match="expected"):
+            glimpses(**options)
 
 
 # --- probes of frozen slots -------------------------------------------------------------------------------------------

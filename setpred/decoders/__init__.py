@@ -3,6 +3,7 @@
 from setpred.decoders.base import SetDecoder
 from setpred.decoders.baselines import BiLSTMDecoder, MLPDecoder, TransformerDecoder
 from setpred.decoders.detr import DETR, SinePosition
+from setpred.decoders.glimpses import Glimpses
 from setpred.decoders.idspn import IDSPN
 from setpred.decoders.readout import Readout, SlotReader
 from setpred.decoders.seq2set import Seq2Set
@@ -23,6 +24,7 @@ __all__ = [
     "ElementBiLSTM",
     "ElementTransformer",
     "GaussianStart",
+    "Glimpses",
     "GreedyVotes",
     "LearnedStart",
     "MLPDecoder",

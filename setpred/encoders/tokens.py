@@ -93,13 +93,22 @@ class Votes(nn.Module):
             precisions of classes the start merges and splits objects.
         hidden_dim: width of the hidden layer.
         anchored: whether the first two numbers of a vote are offsets; needs tokens of a square map, row by row.
+        massive: whether the last number of a vote, its presence, is its mass; then the start learns from what presence
+            learns.
     """
 
     def __init__(
-        self, tokens: nn.Module, *, set_dim: int, precise: int = 0, hidden_dim: int = 128, anchored: bool = False
+        self,
+        tokens: nn.Module,
+        *,
+        set_dim: int,
+        precise: int = 0,
+        hidden_dim: int = 128,
+        anchored: bool = False,
+        massive: bool = False,
     ) -> None:
         super().__init__()
-        self.anchored = anchored
+        self.anchored, self.massive = anchored, massive
         self.tokens = tokens
         for name in ("image_size", "in_dim"):
             if getattr(tokens, name, None) is not None:
@@ -127,6 +136,8 @@ class Votes(nn.Module):
             if self.anchored:
                 votes = votes + functional.pad(self._places(tokens), (0, self.set_dim - 2))
             mass = rest[..., -1:] if mask is None else rest[..., -1:].masked_fill(~mask.unsqueeze(-1), 0.0)
+            if self.massive:
+                votes = torch.cat([votes[..., :-1], mass], dim=-1)
             return torch.cat([votes, 2 * rest[..., :-1], mass], dim=-1)
 
     @staticmethod
