@@ -18,7 +18,7 @@ from setpred.commands.segmentation import Segments, image_labels, scored_masks, 
 from setpred.data.dataset import open_data
 from setpred.data.exporting import to_coco, to_segment
 from setpred.data.scenes import render_file
-from setpred.decoders import SlotAttention, SpatialBroadcast
+from setpred.decoders import Glimpses, SlotAttention, SpatialBroadcast
 from setpred.encoders import PositionedTokens, ResidualTrunk
 from setpred.errors import InputError
 from setpred.inner import Problem, VotingEnergy
@@ -31,12 +31,15 @@ from setpred.visualise import SegmentedImage, draw_own_training
 SIDE, SLOTS = 16, 5
 
 
-def discovery_model(*, background=False, doublings=1):
-    """A model of `SLOTS` layers, untrained; with one doubling they have half the side of the image."""
+def discovery_model(*, background=False):
+    """A model of `SLOTS` layers, untrained: half the side of the image, or the last one of the background."""
     torch.manual_seed(0)
     slots = SLOTS - background
     attention = SlotAttention(token_dim=8, slot_dim=8, hidden_dim=8, iterations=3, set_size=slots, set_dim=6)
-    decoder = SpatialBroadcast(attention, side=4, widths=[4] * doublings, smoothing=0, background=background)
+    if background:
+        decoder = Glimpses(attention, canvas=SIDE, side=2, widths=[4], extent=0.7, prior=-12.0)
+    else:
+        decoder = SpatialBroadcast(attention, side=4, widths=[4], smoothing=0)
     return SetPredictor(PositionedTokens(ResidualTrunk(image_size=SIDE, widths=[4], blocks=0), token_dim=8), decoder)
 
 

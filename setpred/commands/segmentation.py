@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from setpred.data.dataset import SetImages, as_batch, fitting_workers
 from setpred.data.hdf5 import INSTANCES
-from setpred.decoders import IDSPN, SpatialBroadcast
+from setpred.decoders import IDSPN
 from setpred.errors import InputError, plural
 from setpred.evaluation import PASS, check_finite, encoder_autocast, for_evaluation, pad_to_pass
 from setpred.inner import Problem, Sum, VotingEnergy
@@ -41,7 +41,7 @@ class Segments(NamedTuple):
 
 def discovers(model: SetPredictor) -> bool:
     """Whether the elements of a model are layers of the image, as of object discovery."""
-    return isinstance(model.decoder, SpatialBroadcast)
+    return getattr(model.decoder, "draws_layers", False)
 
 
 def voting_energy(model: SetPredictor) -> VotingEnergy | None:
@@ -60,8 +60,8 @@ def require_masks(model: SetPredictor, option: str) -> None:
     if model.takes_sets or not (discovers(model) or voting_energy(model)):
         got = "a model of sets" if model.takes_sets else f"the decoder {type(model.decoder).__name__}"
         raise InputError(
-            f"{option}: expected a model of images with masks, of discovery (SpatialBroadcast) or with support maps "
-            f"(IDSPN with a VotingEnergy), got {got}; leave the option out"
+            f"{option}: expected a model of images with masks, of discovery (such as SpatialBroadcast) or with support "
+            f"maps (IDSPN with a VotingEnergy), got {got}; leave the option out"
         )
 
 
@@ -228,7 +228,7 @@ def _labels(model: SetPredictor, elements: Tensor) -> dict[str, int]:
     """The labels of an image by their names: of all slots, or of the background and the present elements in order."""
     if discovers(model):
         last = model.decoder.set_size - 1
-        own = model.decoder.background is not None
+        own = model.decoder.draws_background
         return {"background" if own and k == last else f"slot {k + 1}": k for k in range(last + 1)}
     order = confident_first(elements)[: int(presence_mask(elements).sum())].tolist()
     return {"background": 0} | {f"object {k + 1}": number + 1 for k, number in enumerate(order)}
@@ -272,6 +272,6 @@ def slot_labels(model: SetPredictor, masks: Tensor, size: tuple[int, int], *, pa
     The background is the decoder's own layer for it, the last one, or else the slot with most pixels.
     """
     labels = image_labels(masks, size, padded=padded)
-    own = model.decoder.background is not None
+    own = model.decoder.draws_background
     background = len(masks) - 1 if own else np.bincount(labels.ravel(), minlength=len(masks)).argmax()
     return np.where(labels == background, 0, labels + np.uint8(1))
