@@ -205,6 +205,10 @@ def test_a_segment_has_the_colour_of_the_object_that_it_is_matched_with():
     same = (image.painted() == image.truth).all(-1)
     np.testing.assert_array_equal(same, split != 5)
     assert not {tuple(c) for c in image.painted()[0, 4:]} & {tuple(c) for c in image.truth.reshape(-1, 3)}
+    unknown = SegmentedImage("a", image.picture, None, split[None] % 7, {})  # 0 has most pixels, with 7
+    assert unknown.painted()[0, 0].tolist() == image.truth[0, 0].tolist()
+    assert len({tuple(c) for c in unknown.painted().reshape(-1, 3)}) == 3
+    assert unknown.scores() == ""
     missed = np.zeros_like(truth)  # one segment for all, and one start with others
     image = SegmentedImage("a", np.zeros((4, 6, 3), np.uint8), truth, np.stack([split, missed]), {})
     assert image.painted(1)[0, 0].tolist() == image.truth[0, 0].tolist()
