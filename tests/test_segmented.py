@@ -14,9 +14,10 @@ from torch.nn import functional
 from setpred.checkpoint import save_model
 from setpred.commands.evaluate import evaluate
 from setpred.commands.predict import run
-from setpred.commands.segmentation import Segments, image_labels, scored_masks, slot_labels
+from setpred.commands.segmentation import Segments, image_labels, scored_masks, segment, slot_labels
 from setpred.data.dataset import open_data
 from setpred.data.exporting import to_coco, to_segment
+from setpred.data.images import load_image
 from setpred.data.scenes import render_file
 from setpred.decoders import Glimpses, SlotAttention, SpatialBroadcast
 from setpred.encoders import PositionedTokens, ResidualTrunk
@@ -205,6 +206,10 @@ def test_a_segment_has_the_colour_of_the_object_that_it_is_matched_with():
     same = (image.painted() == image.truth).all(-1)
     np.testing.assert_array_equal(same, split != 5)
     assert not {tuple(c) for c in image.painted()[0, 4:]} & {tuple(c) for c in image.truth.reshape(-1, 3)}
+    joined = np.array([0, 1, 1])[truth]
+    joined[0, 0] = 2  # overlaps no object: it has not the colour of the missed one
+    image = SegmentedImage("a", np.zeros((4, 6, 3), np.uint8), truth, joined[None], {})
+    assert tuple(image.painted()[0, 0]) not in {tuple(c) for c in image.truth.reshape(-1, 3)}
     unknown = SegmentedImage("a", image.picture, None, split[None] % 7, {})  # 0 has most pixels, with 7
     assert unknown.painted()[0, 0].tolist() == image.truth[0, 0].tolist()
     assert len({tuple(c) for c in unknown.painted().reshape(-1, 3)}) == 3
@@ -246,13 +251,13 @@ def test_runs_boxes_and_areas_are_those_of_coco():
     coder = pytest.importorskip("pycocotools.mask")
     generator = np.random.default_rng(0)
     for labels in (generator.integers(0, 3, (7, 9)), np.ones((2, 3), int), np.zeros((3, 2), int)):
-        segment = to_segment(labels, 1)
+        found = to_segment(labels, 1)
         mask = labels == 1
-        np.testing.assert_array_equal(pixels_of(segment), mask)
+        np.testing.assert_array_equal(pixels_of(found), mask)
         encoded = coder.encode(np.asfortranarray(mask.astype(np.uint8)))
-        assert coder.frPyObjects(segment["segmentation"], *mask.shape)["counts"] == encoded["counts"]
-        assert segment["area"] == coder.area(encoded)
-        assert segment["bbox"] == coder.toBbox(encoded).tolist()
+        assert coder.frPyObjects(found["segmentation"], *mask.shape)["counts"] == encoded["counts"]
+        assert found["area"] == coder.area(encoded)
+        assert found["bbox"] == coder.toBbox(encoded).tolist()
 
 
 @pytest.mark.parametrize("checkpoint", ["slots", "own", "voting"])
@@ -273,12 +278,12 @@ def test_masks_of_images_and_their_runs_agree(checkpoint, folder, tmp_path):
         objects = record.pop("objects", None)
         segments = record.get("segments") if objects is None else [obj.pop("segment") for obj in objects]
         if objects is None:
-            assert [segment["label"] for segment in segments] == [k for k in np.unique(labels) if k]
+            assert [each["label"] for each in segments] == [k for k in np.unique(labels) if k]
             assert labels.max() <= SLOTS
         else:
-            assert [segment["label"] for segment in segments] == [*range(1, len(objects) + 1)]
-        for segment in segments:
-            np.testing.assert_array_equal(pixels_of(segment), labels == segment["label"])
+            assert [each["label"] for each in segments] == [*range(1, len(objects) + 1)]
+        for each in segments:
+            np.testing.assert_array_equal(pixels_of(each), labels == each["label"])
         seen += len(segments)
     assert seen > 3
     run(arguments)  # without masks
@@ -303,15 +308,31 @@ def test_masks_leave_the_objects_as_they_were(folder, tmp_path):
     assert found == plain
 
 
+def test_each_object_has_the_pixels_of_its_own_supports(folder, tmp_path):
+    path, out = folder / "images" / "a.png", tmp_path / "p.json"
+    run([str(folder / "voting.ckpt"), str(path), "--out", str(out), "--masks", str(tmp_path / "masks")])
+    image = torch.tensor(load_image(path, SIDE)).permute(2, 0, 1).unsqueeze(0)
+    model = voting()
+    (segments,) = segment(model, image)
+    masks = functional.interpolate(scored_masks(model, segments), (32, 48), mode="bilinear")
+    labels = masks.argmax(1)[0].numpy()
+    rows = CLEVR.values(segments.elements[0], "coords").tolist()
+    (record,) = json.loads(out.read_text())
+    numbers = [rows.index(pytest.approx(obj["coords"], abs=1e-4)) for obj in record["objects"]]
+    assert numbers != sorted(numbers)
+    for obj, number in zip(record["objects"], numbers, strict=True):
+        np.testing.assert_array_equal(pixels_of(obj["segment"]), labels == number + 1)
+
+
 def test_coco_files_have_the_masks():
     boxes = ElementSchema(
         "b", [continuous("coords", 2), continuous("extent", 2), categorical("kind", "a", "b")], max_objects=2
     )
     obj = {"coords": [1.0, 1.0], "extent": [2.0, 2.0], "kind": "b", "confidence": 0.9}
-    segment = to_segment(np.eye(2, dtype=int), 1)
-    text = "".join(to_coco([("a.png", [obj | {"segment": segment}])], boxes, ["a.png"]))
+    diagonal = to_segment(np.eye(2, dtype=int), 1)
+    text = "".join(to_coco([("a.png", [obj | {"segment": diagonal}])], boxes, ["a.png"]))
     (found,) = json.loads(text)["annotations"]
-    assert (found["segmentation"], found["area"]) == (segment["segmentation"], 2)
+    assert (found["segmentation"], found["area"]) == (diagonal["segmentation"], 2)
     assert (found["bbox"], found["attributes"]) == ([0, 0, 2, 2], {})
 
 

@@ -211,7 +211,7 @@ def segmented_image(
         weights, colours, reconstruction = drawn.masks[0], drawn.colours[0], drawn.image[0].clamp(0, 1)
     else:
         weights = functional.interpolate(scored[-1:], size, mode="bilinear")[0]
-        colours, reconstruction = torch.from_numpy(picture).float().permute(2, 0, 1).unsqueeze(0) / 255, None
+        colours, reconstruction = torch.tensor(picture).float().permute(2, 0, 1).unsqueeze(0) / 255, None
     weights = weights.unsqueeze(1)
     parts = (weights * colours + 1 - weights).clamp(0, 1).permute(0, 2, 3, 1).numpy()  # on white
     return SegmentedImage(
