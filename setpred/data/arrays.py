@@ -33,11 +33,12 @@ from PIL import Image
 
 from setpred.data.hdf5 import FORMAT, Header, InputSets, Record
 from setpred.data.hdf5_writer import write_set_file
-from setpred.data.images import fitted
+from setpred.data.images import ArrayImage, fitted
 from setpred.data.importing import checked_image_size, number_field
 from setpred.errors import InputError, listed, plural, reason, shown
 from setpred.schema import LARGEST_SIZE, ElementSchema, Field, categorical, continuous
 
+SUFFIXES = (".npz", ".h5", ".hdf5")  # of files of arrays
 INPUTS = ("inputs", "input_mask", "input_sizes", "images")
 PRESENT = ("mask", "sizes")
 MOST_BYTES = 2**32  # of the arrays of a file, unpacked
@@ -373,6 +374,18 @@ def _pictures(path: Any, images: np.ndarray) -> np.ndarray:
     if images.dtype != np.uint8:
         raise InputError(f"{where}: expected uint8, uint16, or floats from 0 to 1, got {images.dtype} of other numbers")
     return images if images.shape[3] == 3 else np.repeat(images, 3, axis=3)
+
+
+def array_images(path: str | os.PathLike[str]) -> list[ArrayImage]:
+    """The images of a file of arrays, or of a prepared file, with their names.
+
+    Raises:
+        InputError: no array `images`, or one of another layout.
+    """
+    arrays = read_arrays(path, INPUTS)
+    if "images" not in arrays:
+        raise InputError(f"{path}: expected an array 'images', got {listed(sorted(arrays)) or 'no inputs'}")
+    return [ArrayImage.of(path, *each) for each in enumerate(_pictures(path, arrays["images"]))]
 
 
 def import_arrays(
