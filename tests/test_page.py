@@ -17,7 +17,8 @@ from test_visualise import pictures, sets
 from setpred.evaluation import Predictions, report
 from setpred.rendering.camera import NOMINAL_CAMERA
 from setpred.schema import CLEVR, ElementSchema, categorical, continuous
-from setpred.visualise import Case, draw_marks, page, worst_first, write_page
+from setpred.visualise import Case, draw_marks, has_marks, page, worst_first, write_page
+from setpred.visualise.marks import input_picture
 from setpred.visualise.predictions import compare
 from setpred.visualise.style import Sheet
 from setpred.visualise.world import VIEW
@@ -74,6 +75,46 @@ def test_marks_are_at_the_decoded_positions(name, tmp_path, monkeypatch):
         found = compare(case.predicted, case.target, schema)
         for obj, partner, wrong in zip(found.predicted, found.partner, found.wrong, strict=True):
             assert not wrong or f"kind {obj['kind']} ({found.real[partner]['kind']})" in text
+
+
+CURVE = ElementSchema("curve", [continuous("coords", 1, scale=12.0, offset=13.0)], max_objects=5)
+
+
+def vectors(count):
+    return np.random.default_rng(0).normal(size=(count, 32)).astype(np.float32)
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_marks_in_vectors_are_on_their_curves(shares, tmp_path, monkeypatch):
+    drawn, field = [], continuous("coords", 1, scale=0.4, offset=0.5)
+    monkeypatch.setattr(Sheet, "save", lambda sheet, path: drawn.append(sheet))
+    schema = ElementSchema("shares", [field], max_objects=5) if shares else CURVE
+    cases = [case._replace(picture=vector) for case, vector in zip(cases_of(schema), vectors(3), strict=True)]
+    draw_marks(tmp_path / "a.png", cases, schema=schema, subtitle="")
+    places = np.linspace(0, 1, 32) if shares else np.arange(32)
+    assert len(drawn[0].axes) == 3
+    for panel, case in zip(drawn[0].axes, cases, strict=True):
+        np.testing.assert_allclose(panel.lines[0].get_xydata(), np.stack([places, case.picture], axis=-1))
+        for elements, marker in ((case.target, "o"), (case.predicted, "x")):
+            found = [np.ravel(line.get_xydata()) for line in panel.lines if line.get_marker() == marker]
+            at = [obj["coords"][0] for obj in schema.decode(elements)]
+            same(found, [(x, np.interp(x, places, case.picture)) for x in at])
+
+
+def test_pictures_of_inputs_need_places_in_them():
+    def place(size, low, high):
+        half = (high - low) / 2
+        return ElementSchema("a", [continuous("coords", size, scale=half, offset=low + half)], max_objects=2)
+
+    rows, (vector,) = np.zeros((5, 2)), vectors(1)
+    assert input_picture(rows, place(2, 0, 9), vector=False) is rows
+    assert input_picture(rows, place(3, 0, 9), vector=False) is None
+    assert input_picture(rows[:1], place(1, 0, 1), vector=False) is None  # a set of one element, by chance
+    for low, high, there in ((3, 28, True), (0.1, 0.9, True), (-1, 1, False), (400, 700, False), (3, 40, False)):
+        found = input_picture(vector[None], place(1, low, high), vector=True)
+        assert (found is not None) == has_marks(place(1, low, high), 32) == there
+        assert not there or np.array_equal(found, vector)
+    assert not has_marks(place(1, 3, 28))
 
 
 def same(found, wanted):

@@ -45,7 +45,7 @@ from setpred.visualise import (
     write_report,
     write_scores,
 )
-from setpred.visualise.marks import in_plane
+from setpred.visualise.marks import input_picture
 from setpred.visualise.page import has_places
 from setpred.visualise.report import MARKED, PICTURED, TRACED
 from setpred.visualise.segmentation import WIDEST
@@ -85,8 +85,8 @@ def figures(
         "names": [data.name(number) for number in numbers],
     }
     if loaded.image_size is None:
-        points = _points(data, schema, numbers)
-        return write_report(folder, images=None, points=points, pictured=numbers[: len(points)], **of_sets)
+        inputs = _pictures(data, schema, numbers)
+        return write_report(folder, images=None, inputs=inputs, pictured=numbers[: len(inputs)], **of_sets)
     inputs, images, iterates = _refined(loaded, data, numbers, iterations=iterations, device=device)
     return write_report(
         folder,
@@ -99,13 +99,16 @@ def figures(
     )
 
 
-def _points(data: SetImages, schema: ElementSchema, numbers: list[int]) -> list[np.ndarray]:
-    """Input sets of points in the plane, `[m, 2]` each; none where they cannot be drawn."""
-    if not in_plane(data.inputs.dim, schema):
+def _pictures(data: SetImages, schema: ElementSchema, numbers: list[int]) -> list[np.ndarray | None]:
+    """What can be drawn of input sets, see `input_picture`; an empty list if the sets have no positions to draw."""
+    vector = data.inputs.most == 1
+    if not has_marks(schema, data.inputs.dim if vector else None):
         return []
     inputs, mask = inputs_of(data.__getitems__(numbers))
     masks = inputs.new_ones(inputs.shape[:2]).bool() if mask is None else mask
-    return [rows[present].numpy() for rows, present in zip(inputs, masks, strict=True)]
+    return [
+        input_picture(rows[present].numpy(), schema, vector=vector) for rows, present in zip(inputs, masks, strict=True)
+    ]
 
 
 def _refined(
@@ -137,11 +140,12 @@ def page(
     predicted, target = predictions.predicted.double(), predictions.target.double()
     numbers = worst_first(predicted, target, schema)[: shown or MARKED]
     if loaded.image_size is None:
-        pictures = _points(data, schema, numbers) or [None] * len(numbers)
-        iterates, noun = predicted[numbers][None], "set"
+        pictures, noun = _pictures(data, schema, numbers), "set"
+        iterates, drawable = predicted[numbers][None], bool(pictures)
+        pictures = pictures or [None] * len(numbers)
     else:
         _, images, iterates = _refined(loaded, data, numbers, iterations=iterations, device=device)
-        pictures, noun = as_pictures(images), "image"
+        pictures, noun, drawable = as_pictures(images), "image", has_marks(schema) and not has_places(schema)
     sets = {"predicted": predicted, "target": target, "schema": schema}
     cases = [Case(data.name(k), picture, predicted[k], target[k]) for k, picture in zip(numbers, pictures, strict=True)]
     step = f"epoch {loaded.epoch}, step {loaded.step:,}"
@@ -149,7 +153,7 @@ def page(
     with tempfile.TemporaryDirectory() as name:
         rated = {"thresholds": thresholds, "calibration": loaded.calibration}
         drawn = write_scores(Path(name), **sets, **rated, say=lambda sentence: None)
-        if has_marks(schema) and (noun == "set" or not has_places(schema)):
+        if drawable:
             few = f"The worst {len(cases)} of {plural(total, noun)}."
             drawn.insert(0, draw_marks(Path(name) / "predictions.png", cases, schema=schema, subtitle=few))
         if noun == "set":  # drawn above

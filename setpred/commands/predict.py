@@ -53,7 +53,7 @@ from setpred.model import SetPredictor, inputs_of
 from setpred.progress import progress
 from setpred.schema import ElementSchema
 from setpred.visualise import Case, draw_marks, draw_outlined_image, draw_segmentation, has_marks
-from setpred.visualise.marks import in_plane
+from setpred.visualise.marks import input_picture
 from setpred.visualise.world import has_world
 
 RELEASED = Path(__file__).resolve().parents[1] / "released"  # a model and an image within the package
@@ -288,7 +288,8 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
     else:
         loaded.require_schema(options.checkpoint)
         padded = not has_world(schema)
-        drawable = in_plane(loaded.model.encoder.in_dim, schema) if sets else has_world(schema) or has_marks(schema)
+        length = loaded.model.encoder.in_dim if sets and loaded.input_size == 1 else None  # of vectors
+        drawable = has_marks(schema, length) or (has_world(schema) and not sets)
         if folder is not None and not drawable:
             raise InputError(f"--figures: schema {schema.name!r} has no 'coords' that can be drawn; leave it out")
     paths = () if sets else _images(options.images)
@@ -354,8 +355,8 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
         for number, (image, found) in enumerate(drawn):
             elements = found.elements if isinstance(found, Segments) else found
             if sets:
-                stem, about, points = "set", f"set {image} of {os.path.basename(options.images[0])}", inputs[image]
-                picture = points[~np.isnan(points[:, 0])]
+                stem, about, rows = "set", f"set {image} of {os.path.basename(options.images[0])}", inputs[image]
+                picture = input_picture(rows[~np.isnan(rows[:, 0])], schema, vector=length is not None)
             else:
                 stem = os.fsencode(image_stem(image))[:LONGEST_STEM].decode(errors="ignore")
                 about = os.fsencode(image).decode(errors="replace")
