@@ -236,6 +236,49 @@ def test_the_slider_shows_the_iterates_where_they_are(name, tmp_path):
         assert case["partner"] == [partners.get(k, -1) for k in range(len(presence))]  # absent ones have none
 
 
+@pytest.mark.parametrize("name", ["plane", "space", "boxes", "curve"])
+def test_marks_of_sets_are_where_their_inputs_are_drawn(name, tmp_path):
+    """With inputs at the places of the real objects; once in each view; partners are in the same view."""
+    schema, cases = {**SCHEMAS, "curve": CURVE}[name], []
+    for case in cases_of(schema):
+        case.target[:, 0] = (case.target[:, 0] * 12).round() / 12  # in vectors at whole places
+        real = schema.decode(case.target)
+        points = np.array([obj["coords"] for obj in real]).reshape(-1, schema.field("coords").size)
+        cases.append(case._replace(picture=vectors(1)[0] if name == "curve" else points))
+    text = written(tmp_path, schema, cases)
+    page, views = Page(text), 2 if name == "space" else 1
+    paths = [attributes["d"] for tag, attributes in page.tags if tag == "path"]
+    drawn = [[tuple(map(float, pair)) for pair in re.findall(r"[ML]([-\d.e]+),([-\d.e]+)", path)] for path in paths]
+    assert len(drawn) == views * len(cases)
+    data = json.loads(page.scripts[0])
+    for number, (case, found) in enumerate(zip(cases, data["cases"], strict=True)):
+        real, count = schema.decode(case.target), len(schema.decode(case.target))
+        assert len(found["real"]) == views * count
+        for view in range(views):
+            marks = [item["at"] for item in found["real"][view * count :][:count]]
+            points = drawn[views * number + view]
+            if name == "curve":
+                assert len(points) == 32
+                points = [points[round(obj["coords"][0])] for obj in real]
+            np.testing.assert_allclose([at[:2] for at in marks], points, atol=2e-3)
+            if name == "boxes":  # in one scale with the points
+                apart = np.ptp([at[0] for at in marks]) / np.ptp([obj["coords"][0] for obj in real])
+                assert [at[2] for at in marks] == pytest.approx(
+                    [apart * max(0, obj["extent"][0]) for obj in real], rel=1e-2
+                )
+            if name == "curve":
+                upwards = [case.picture[round(obj["coords"][0])] for obj in real]
+            else:
+                upwards = [obj["coords"][1 + view] for obj in real]
+            assert np.argsort(upwards).tolist() == np.argsort([-at[1] for at in marks]).tolist()
+        size = len(case.predicted)
+        for step in found["steps"]:
+            assert len(step) == views * size
+        for view in range(views):
+            pairs = zip(found["partner"][:size], found["partner"][view * size :], strict=False)
+            assert all(second == (first if first < 0 else first + view * count) for first, second in pairs)
+
+
 def test_class_names_stay_inside_their_panel(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(Sheet, "save", lambda sheet, path: drawn.append(sheet))

@@ -114,12 +114,13 @@ def _pictures(data: SetImages, schema: ElementSchema, numbers: list[int]) -> lis
 def _refined(
     loaded: Checkpoint, data: SetImages, numbers: list[int], *, iterations: int | None, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A padded pass of images on the device, the images alone, and their iterates `[steps + 1, m, N, D]`."""
-    images = data.__getitems__(numbers)["image"]
-    inputs = pad_to_pass(images.to(device))  # the shape in which they were predicted
+    """A padded pass of inputs on the device, the inputs alone, and their iterates `[steps + 1, m, N, D]`."""
+    inputs, mask = inputs_of(data.__getitems__(numbers))
+    padded = pad_to_pass(inputs.to(device))  # the shape in which images were predicted
+    options = {} if mask is None else {"mask": pad_to_pass(mask.to(device))}
     with encoder_autocast(device):
-        refined = loaded.model.refine(inputs, iterations=iterations)
-        return inputs, images, torch.stack([elements[: len(numbers)].float() for elements in refined])
+        refined = loaded.model.refine(padded, iterations=iterations, **options)
+        return padded, inputs, torch.stack([elements[: len(numbers)].float() for elements in refined])
 
 
 @torch.no_grad()
@@ -139,25 +140,22 @@ def page(
     schema, total = loaded.schema, len(predictions.target)
     predicted, target = predictions.predicted.double(), predictions.target.double()
     numbers = worst_first(predicted, target, schema)[: shown or MARKED]
-    if loaded.image_size is None:
-        pictures, noun = _pictures(data, schema, numbers), "set"
-        iterates, drawable = predicted[numbers][None], bool(pictures)
-        pictures = pictures or [None] * len(numbers)
+    _, images, iterates = _refined(loaded, data, numbers, iterations=iterations, device=device)
+    if sets := loaded.image_size is None:
+        pictures = _pictures(data, schema, numbers) or [None] * len(numbers)
     else:
-        _, images, iterates = _refined(loaded, data, numbers, iterations=iterations, device=device)
-        pictures, noun, drawable = as_pictures(images), "image", has_marks(schema) and not has_places(schema)
-    sets = {"predicted": predicted, "target": target, "schema": schema}
+        pictures = as_pictures(images)
+    noun = "set" if sets else "image"
+    of_all = {"predicted": predicted, "target": target, "schema": schema}
     cases = [Case(data.name(k), picture, predicted[k], target[k]) for k, picture in zip(numbers, pictures, strict=True)]
     step = f"epoch {loaded.epoch}, step {loaded.step:,}"
     about = f"{plural(total, noun)} of {result['data']}; {step}; protocol {result['protocol']}"
     with tempfile.TemporaryDirectory() as name:
         rated = {"thresholds": thresholds, "calibration": loaded.calibration}
-        drawn = write_scores(Path(name), **sets, **rated, say=lambda sentence: None)
-        if drawable:
+        drawn = write_scores(Path(name), **of_all, **rated, say=lambda sentence: None)
+        if not sets and has_marks(schema) and not has_places(schema):
             few = f"The worst {len(cases)} of {plural(total, noun)}."
             drawn.insert(0, draw_marks(Path(name) / "predictions.png", cases, schema=schema, subtitle=few))
-        if noun == "set":  # drawn above
-            cases = [case._replace(picture=None) for case in cases]
         return write_page(
             path,
             title=f"Evaluation of {result['checkpoint']}",

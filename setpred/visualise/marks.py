@@ -123,7 +123,7 @@ def _cells(
     count: int, example: Case, schema: ElementSchema, *, columns: int | None = None
 ) -> tuple[Sheet, list[list[Axes]]]:
     """A sheet with the panels of each set, row by row."""
-    panels, curve = _has_image_apart(example, schema) + len(_views(schema)), _is_vector(example)
+    panels, curve = _has_image_apart(example, schema) + len(axes_of(schema)), _is_vector(example)
     columns = min(2 if curve else COLUMNS[panels], count) if columns is None else columns
     gap, foot = (GAP, FOOT) if schema.side else (GAP + SCALE, FOOT + SCALE)
     panel = (PANEL if panels == 1 else SMALLER) if count > 1 or curve else ALONE
@@ -146,7 +146,7 @@ def _is_vector(case: Case) -> bool:
     return case.picture is not None and case.picture.ndim == 1
 
 
-def _views(schema: ElementSchema) -> list[tuple[int, int]]:
+def axes_of(schema: ElementSchema) -> list[tuple[int, int]]:
     """The pairs of axes that positions are drawn in: the image or plane; from above and from the front."""
     return [(0, 1), (0, 2)] if schema.field("coords").size == 3 else [(0, 1)]
 
@@ -164,7 +164,7 @@ def _show(cell: Sequence[Axes], case: Case, elements: Tensor, schema: ElementSch
         cell[0].set(xticks=[], yticks=[])
     for axes in cell:
         axes.spines[:].set_visible(False)
-    for axes, view in zip(cell[-len(_views(schema)) :], _views(schema), strict=True):
+    for axes, view in zip(cell[-len(axes_of(schema)) :], axes_of(schema), strict=True):
         if _is_vector(case):
             _draw_curve(axes, case.picture, schema)
         elif side and points is None:
@@ -186,20 +186,30 @@ def on_curve(compared: Comparison, vector: np.ndarray, schema: ElementSchema) ->
     return replace(compared, predicted=list(map(on_it, compared.predicted)), real=list(map(on_it, compared.real)))
 
 
+def curve_limits(vector: np.ndarray) -> tuple[float, float]:
+    """The least and the largest number of a vector, with some room."""
+    room = 0.1 * (float(np.ptp(vector)) or 1.0)
+    return float(vector.min()) - room, float(vector.max()) + room
+
+
 def _draw_curve(axes: Axes, vector: np.ndarray, schema: ElementSchema) -> None:
-    places, room = vector_places(schema, len(vector)), 0.1 * (float(np.ptp(vector)) or 1.0)
+    places = vector_places(schema, len(vector))
     axes.plot(places, vector, color="#8f9aad", lw=1.2)
-    limits = (vector.min() - room, vector.max() + room)
-    axes.set(xlim=(places[0], places[-1]), ylim=limits, facecolor=GROUND)
+    axes.set(xlim=(places[0], places[-1]), ylim=curve_limits(vector), facecolor=GROUND)
     axes.tick_params(labelsize=7, length=2, colors="#555555")
 
 
-def _plain(axes: Axes, view: tuple[int, int], schema: ElementSchema, points: np.ndarray | None) -> None:
+def plain_reach(points: np.ndarray | None, schema: ElementSchema) -> float:
+    """How far axes that hold the positions of a schema, and the points of an input set, reach from its offset."""
     field = schema.field("coords")
-    reach = 1.15 * field.scale
+    further = 0.0 if points is None else float(np.abs(points - field.offset).max(initial=0))
+    return max(1.15 * field.scale, 1.05 * further)
+
+
+def _plain(axes: Axes, view: tuple[int, int], schema: ElementSchema, points: np.ndarray | None) -> None:
+    field, reach = schema.field("coords"), plain_reach(points, schema)
     if points is not None:
         axes.plot(*points.T[list(view)], ".", ms=3.5, mec="none", mfc="#8f9aad")
-        reach = max(reach, 1.05 * float(np.abs(points - field.offset).max(initial=0)))
     limits = (field.offset - reach, field.offset + reach)
     axes.set(xlim=limits, ylim=limits, facecolor=GROUND, aspect="equal")
     axes.locator_params(nbins=5)
