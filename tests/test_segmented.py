@@ -14,11 +14,12 @@ from torch.nn import functional
 from setpred.checkpoint import save_model
 from setpred.commands.evaluate import evaluate
 from setpred.commands.predict import run
-from setpred.commands.segmentation import Segments, image_labels, scored_masks, slot_labels
+from setpred.commands.segmentation import Segments, image_labels, scored_masks, segment, slot_labels
 from setpred.data.dataset import open_data
 from setpred.data.exporting import to_coco, to_segment
+from setpred.data.images import load_image
 from setpred.data.scenes import render_file
-from setpred.decoders import SlotAttention, SpatialBroadcast
+from setpred.decoders import Glimpses, SlotAttention, SpatialBroadcast
 from setpred.encoders import PositionedTokens, ResidualTrunk
 from setpred.errors import InputError
 from setpred.inner import Problem, VotingEnergy
@@ -26,17 +27,20 @@ from setpred.metrics import Segmentation, segmentation_scores
 from setpred.model import SetPredictor
 from setpred.schema import CLEVR, ElementSchema, categorical, continuous
 from setpred.training import SetPrediction
-from setpred.visualise import SegmentedImage
+from setpred.visualise import SegmentedImage, draw_own_training
 
 SIDE, SLOTS = 16, 5
 
 
-def discovery_model(*, background=False, doublings=1):
-    """A model of `SLOTS` layers, untrained; with one doubling they have half the side of the image."""
+def discovery_model(*, background=False):
+    """A model of `SLOTS` layers, untrained: half the side of the image, or the last one of the background."""
     torch.manual_seed(0)
     slots = SLOTS - background
     attention = SlotAttention(token_dim=8, slot_dim=8, hidden_dim=8, iterations=3, set_size=slots, set_dim=6)
-    decoder = SpatialBroadcast(attention, side=4, widths=[4] * doublings, smoothing=0, background=background)
+    if background:
+        decoder = Glimpses(attention, canvas=SIDE, side=2, widths=[4], extent=0.7, prior=-12.0)
+    else:
+        decoder = SpatialBroadcast(attention, side=4, widths=[4], smoothing=0)
     return SetPredictor(PositionedTokens(ResidualTrunk(image_size=SIDE, widths=[4], blocks=0), token_dim=8), decoder)
 
 
@@ -171,6 +175,24 @@ def test_figures_are_drawn(checkpoint, options, folder, tmp_path):
     ]
 
 
+def test_the_scores_of_a_discovery_training_are_drawn(tmp_path):
+    head = "epoch,step,seconds,train_loss,val_ari,val_fg_ari,val_loss,val_mbo,val_miou\n"
+    (tmp_path / "metrics.csv").write_text(f"{head}0,2,60,0.2,0.1,0.2,0.3,0.4,0.5\n1,4,120,0.1,0.2,0.3,0.3,nan,0.6\n")
+    (drawn,) = draw_own_training(tmp_path / "figures", tmp_path / "best.ckpt")
+    assert drawn.name == "training.png"
+    (tmp_path / "metrics.csv").write_text(f"{head}0,2,60,0.2,soon,0.2,0.3,0.4,0.5\n")
+    with pytest.raises(InputError, match="not as `setpred train` writes it"):
+        draw_own_training(tmp_path / "figures", tmp_path / "best.ckpt")
+
+
+def test_non_finite_predictions_are_an_error_that_names_the_images(folder, monkeypatch):
+    layers = torch.zeros(64, SLOTS, 4 * SIDE**2)
+    layers[10, 2, 3] = torch.nan
+    monkeypatch.setattr(SpatialBroadcast, "forward", lambda self, features, iterations: layers)
+    with pytest.raises(InputError, match=r"not finite for inputs 10 of the data"):
+        evaluate([str(folder / "slots.ckpt"), "--data", str(folder / "scenes.h5")])
+
+
 def test_a_segment_has_the_colour_of_the_object_that_it_is_matched_with():
     truth = np.zeros((4, 6), np.uint8)
     truth[:, 2:4], truth[:, 4:] = 1, 2
@@ -184,6 +206,14 @@ def test_a_segment_has_the_colour_of_the_object_that_it_is_matched_with():
     same = (image.painted() == image.truth).all(-1)
     np.testing.assert_array_equal(same, split != 5)
     assert not {tuple(c) for c in image.painted()[0, 4:]} & {tuple(c) for c in image.truth.reshape(-1, 3)}
+    joined = np.array([0, 1, 1])[truth]
+    joined[0, 0] = 2  # overlaps no object: it has not the colour of the missed one
+    image = SegmentedImage("a", np.zeros((4, 6, 3), np.uint8), truth, joined[None], {})
+    assert tuple(image.painted()[0, 0]) not in {tuple(c) for c in image.truth.reshape(-1, 3)}
+    unknown = SegmentedImage("a", image.picture, None, split[None] % 7, {})  # 0 has most pixels, with 7
+    assert unknown.painted()[0, 0].tolist() == image.truth[0, 0].tolist()
+    assert len({tuple(c) for c in unknown.painted().reshape(-1, 3)}) == 3
+    assert unknown.scores() == ""
     missed = np.zeros_like(truth)  # one segment for all, and one start with others
     image = SegmentedImage("a", np.zeros((4, 6, 3), np.uint8), truth, np.stack([split, missed]), {})
     assert image.painted(1)[0, 0].tolist() == image.truth[0, 0].tolist()
@@ -221,13 +251,13 @@ def test_runs_boxes_and_areas_are_those_of_coco():
     coder = pytest.importorskip("pycocotools.mask")
     generator = np.random.default_rng(0)
     for labels in (generator.integers(0, 3, (7, 9)), np.ones((2, 3), int), np.zeros((3, 2), int)):
-        segment = to_segment(labels, 1)
+        found = to_segment(labels, 1)
         mask = labels == 1
-        np.testing.assert_array_equal(pixels_of(segment), mask)
+        np.testing.assert_array_equal(pixels_of(found), mask)
         encoded = coder.encode(np.asfortranarray(mask.astype(np.uint8)))
-        assert coder.frPyObjects(segment["segmentation"], *mask.shape)["counts"] == encoded["counts"]
-        assert segment["area"] == coder.area(encoded)
-        assert segment["bbox"] == coder.toBbox(encoded).tolist()
+        assert coder.frPyObjects(found["segmentation"], *mask.shape)["counts"] == encoded["counts"]
+        assert found["area"] == coder.area(encoded)
+        assert found["bbox"] == coder.toBbox(encoded).tolist()
 
 
 @pytest.mark.parametrize("checkpoint", ["slots", "own", "voting"])
@@ -248,12 +278,12 @@ def test_masks_of_images_and_their_runs_agree(checkpoint, folder, tmp_path):
         objects = record.pop("objects", None)
         segments = record.get("segments") if objects is None else [obj.pop("segment") for obj in objects]
         if objects is None:
-            assert [segment["label"] for segment in segments] == [k for k in np.unique(labels) if k]
+            assert [each["label"] for each in segments] == [k for k in np.unique(labels) if k]
             assert labels.max() <= SLOTS
         else:
-            assert [segment["label"] for segment in segments] == [*range(1, len(objects) + 1)]
-        for segment in segments:
-            np.testing.assert_array_equal(pixels_of(segment), labels == segment["label"])
+            assert [each["label"] for each in segments] == [*range(1, len(objects) + 1)]
+        for each in segments:
+            np.testing.assert_array_equal(pixels_of(each), labels == each["label"])
         seen += len(segments)
     assert seen > 3
     run(arguments)  # without masks
@@ -278,15 +308,31 @@ def test_masks_leave_the_objects_as_they_were(folder, tmp_path):
     assert found == plain
 
 
+def test_each_object_has_the_pixels_of_its_own_supports(folder, tmp_path):
+    path, out = folder / "images" / "a.png", tmp_path / "p.json"
+    run([str(folder / "voting.ckpt"), str(path), "--out", str(out), "--masks", str(tmp_path / "masks")])
+    image = torch.tensor(load_image(path, SIDE)).permute(2, 0, 1).unsqueeze(0)
+    model = voting()
+    (segments,) = segment(model, image)
+    masks = functional.interpolate(scored_masks(model, segments), (32, 48), mode="bilinear")
+    labels = masks.argmax(1)[0].numpy()
+    rows = CLEVR.values(segments.elements[0], "coords").tolist()
+    (record,) = json.loads(out.read_text())
+    numbers = [rows.index(pytest.approx(obj["coords"], abs=1e-4)) for obj in record["objects"]]
+    assert numbers != sorted(numbers)
+    for obj, number in zip(record["objects"], numbers, strict=True):
+        np.testing.assert_array_equal(pixels_of(obj["segment"]), labels == number + 1)
+
+
 def test_coco_files_have_the_masks():
     boxes = ElementSchema(
         "b", [continuous("coords", 2), continuous("extent", 2), categorical("kind", "a", "b")], max_objects=2
     )
     obj = {"coords": [1.0, 1.0], "extent": [2.0, 2.0], "kind": "b", "confidence": 0.9}
-    segment = to_segment(np.eye(2, dtype=int), 1)
-    text = "".join(to_coco([("a.png", [obj | {"segment": segment}])], boxes, ["a.png"]))
+    diagonal = to_segment(np.eye(2, dtype=int), 1)
+    text = "".join(to_coco([("a.png", [obj | {"segment": diagonal}])], boxes, ["a.png"]))
     (found,) = json.loads(text)["annotations"]
-    assert (found["segmentation"], found["area"]) == (segment["segmentation"], 2)
+    assert (found["segmentation"], found["area"]) == (diagonal["segmentation"], 2)
     assert (found["bbox"], found["attributes"]) == ([0, 0, 2, 2], {})
 
 

@@ -12,12 +12,13 @@ from torch.utils.data import DataLoader
 
 from setpred.data.dataset import SetImages, as_batch, fitting_workers
 from setpred.data.hdf5 import INSTANCES
-from setpred.decoders import IDSPN, SpatialBroadcast
+from setpred.decoders import IDSPN
 from setpred.errors import InputError, plural
 from setpred.evaluation import PASS, check_finite, encoder_autocast, for_evaluation, pad_to_pass
 from setpred.inner import Problem, Sum, VotingEnergy
 from setpred.losses import Reconstruction
 from setpred.metrics import masks_to_labels, segmentation_scores
+from setpred.metrics.segmentation import SCORES
 from setpred.model import SetPredictor
 from setpred.nn import composite
 from setpred.progress import progress
@@ -26,7 +27,6 @@ from setpred.visualise import SegmentedImage
 from setpred.visualise.world import as_pictures
 
 NUMBERS_AT_ONCE = 2**22  # of masks that are enlarged to an image
-NAMES = {"ari": "ARI", "fg_ari": "FG-ARI", "mbo": "mBO", "miou": "mIoU"}
 
 
 class Segments(NamedTuple):
@@ -41,7 +41,7 @@ class Segments(NamedTuple):
 
 def discovers(model: SetPredictor) -> bool:
     """Whether the elements of a model are layers of the image, as of object discovery."""
-    return isinstance(model.decoder, SpatialBroadcast)
+    return getattr(model.decoder, "draws_layers", False)
 
 
 def voting_energy(model: SetPredictor) -> VotingEnergy | None:
@@ -60,8 +60,8 @@ def require_masks(model: SetPredictor, option: str) -> None:
     if model.takes_sets or not (discovers(model) or voting_energy(model)):
         got = "a model of sets" if model.takes_sets else f"the decoder {type(model.decoder).__name__}"
         raise InputError(
-            f"{option}: expected a model of images with masks, of discovery (SpatialBroadcast) or with support maps "
-            f"(IDSPN with a VotingEnergy), got {got}; leave the option out"
+            f"{option}: expected a model of images with masks, of discovery (such as SpatialBroadcast) or with support "
+            f"maps (IDSPN with a VotingEnergy), got {got}; leave the option out"
         )
 
 
@@ -150,7 +150,7 @@ def segmentation_report(
         "segments": model.decoder.set_size,
         "images": len(data),
         "images_with_objects": int((~scores[1].isnan()).sum()),
-        "scores": dict(zip(NAMES, scores.nanmean(1).tolist(), strict=True)),
+        "scores": dict(zip(SCORES, scores.nanmean(1).tolist(), strict=True)),
     } | ({"reconstruction": torch.cat(errors).double().mean().item()} if discovery else {})
 
 
@@ -166,8 +166,8 @@ def format_segmentation(result: dict[str, Any]) -> str:
         f"masks: {meaning[result['masks']]}",
         "background: one more true segment in ARI, left out of FG-ARI, mBO and mIoU",
         "",
-        "         " + "".join(f"{name:>8}" for name in NAMES.values()),
-        "  in %   " + "".join(f"{100 * result['scores'][name]:8.1f}" for name in NAMES),
+        "         " + "".join(f"{name:>8}" for name in SCORES.values()),
+        "  in %   " + "".join(f"{100 * result['scores'][name]:8.1f}" for name in SCORES),
     ]
     if "reconstruction" in result:
         lines += ["", f"Reconstruction: mean squared error {result['reconstruction']:.5f}, of colours from 0 to 1"]
@@ -211,7 +211,7 @@ def segmented_image(
         weights, colours, reconstruction = drawn.masks[0], drawn.colours[0], drawn.image[0].clamp(0, 1)
     else:
         weights = functional.interpolate(scored[-1:], size, mode="bilinear")[0]
-        colours, reconstruction = torch.from_numpy(picture).float().permute(2, 0, 1).unsqueeze(0) / 255, None
+        colours, reconstruction = torch.tensor(picture).float().permute(2, 0, 1).unsqueeze(0) / 255, None
     weights = weights.unsqueeze(1)
     parts = (weights * colours + 1 - weights).clamp(0, 1).permute(0, 2, 3, 1).numpy()  # on white
     return SegmentedImage(
@@ -228,7 +228,7 @@ def _labels(model: SetPredictor, elements: Tensor) -> dict[str, int]:
     """The labels of an image by their names: of all slots, or of the background and the present elements in order."""
     if discovers(model):
         last = model.decoder.set_size - 1
-        own = model.decoder.background is not None
+        own = model.decoder.draws_background
         return {"background" if own and k == last else f"slot {k + 1}": k for k in range(last + 1)}
     order = confident_first(elements)[: int(presence_mask(elements).sum())].tolist()
     return {"background": 0} | {f"object {k + 1}": number + 1 for k, number in enumerate(order)}
@@ -272,6 +272,6 @@ def slot_labels(model: SetPredictor, masks: Tensor, size: tuple[int, int], *, pa
     The background is the decoder's own layer for it, the last one, or else the slot with most pixels.
     """
     labels = image_labels(masks, size, padded=padded)
-    own = model.decoder.background is not None
+    own = model.decoder.draws_background
     background = len(masks) - 1 if own else np.bincount(labels.ravel(), minlength=len(masks)).argmax()
     return np.where(labels == background, 0, labels + np.uint8(1))

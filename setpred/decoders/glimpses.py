@@ -43,6 +43,8 @@ class Glimpses(SlotReader):
         InputError: a number out of range, or slots that do not fit.
     """
 
+    draws_layers = draws_background = True
+
     def __init__(
         self,
         slots: SetDecoder,

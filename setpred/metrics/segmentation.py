@@ -10,7 +10,7 @@ from setpred.metrics.averages import MeanMetric
 from setpred.nn import composite
 from setpred.sets import mean_present
 
-SCORES = ("ari", "fg_ari", "mbo", "miou")
+SCORES = {"ari": "ARI", "fg_ari": "FG-ARI", "mbo": "mBO", "miou": "mIoU"}  # how publications write them
 
 
 def masks_to_labels(masks: Tensor, size: tuple[int, int]) -> Tensor:
@@ -191,7 +191,7 @@ class Segmentation(MeanMetric):
     """
 
     truth = "instances"  # the entry of the batch to compare with
-    keys = SCORES
+    keys = tuple(SCORES)
     monitor, mode, higher_is_better = "fg_ari", "max", True
 
     def __init__(self) -> None:

@@ -47,10 +47,16 @@ class SegmentedImage:
 
     @cached_property
     def colours(self) -> dict[int, str]:
-        """The colour of each predicted label, that of its true segment in the last iterate if these are known."""
+        """The colour of each predicted label, that of its true segment in the last iterate.
+
+        Without instances the background is grey: the part of this name, or the label with most pixels.
+        """
         labels = np.unique(self.labels).tolist()
         if self.instances is None:
-            return {label: DISTINCT[k % len(DISTINCT)] for k, label in enumerate(labels)}
+            largest = int(np.bincount(self.labels[-1].ravel()).argmax())
+            ground, _ = self.parts.get("background", (largest, None))
+            others = [label for label in labels if label != ground]
+            return {ground: GROUND_COLOUR} | {each: DISTINCT[k % len(DISTINCT)] for k, each in enumerate(others)}
         true, guess = (sorted({0, *np.unique(each).tolist()}) for each in (self.instances, self.labels[-1]))
         counts = contingency(*self._tensors(-1))[0].double()
         union = counts.sum(1, keepdim=True) + counts.sum(0) - counts
