@@ -100,7 +100,7 @@ def figures(
 
 
 def _pictures(data: SetImages, schema: ElementSchema, numbers: list[int]) -> list[np.ndarray | None]:
-    """What can be drawn of input sets, see `input_picture`; an empty list if the sets have no positions to draw."""
+    """Pictures of input sets, see `input_picture`; an empty list if the sets have no positions to draw."""
     vector = data.inputs.most == 1
     if not has_marks(schema, data.inputs.dim if vector else None):
         return []

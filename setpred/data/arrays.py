@@ -397,7 +397,7 @@ def array_images(path: str | os.PathLike[str]) -> list[ArrayImage]:
     arrays = read_arrays(path, INPUTS)
     if "images" not in arrays:
         raise InputError(f"{path}: expected an array 'images', got {listed(sorted(arrays)) or 'no inputs'}")
-    return [ArrayImage.of(path, *each) for each in enumerate(_pictures(path, arrays["images"]))]
+    return [ArrayImage(path, *each) for each in enumerate(_pictures(path, arrays["images"]))]
 
 
 def import_arrays(

@@ -53,9 +53,8 @@ class ArrayImage(str):
 
     pixels: np.ndarray
 
-    @classmethod
-    def of(cls, path: str | os.PathLike[str], number: int, pixels: np.ndarray) -> "ArrayImage":
-        image = cls(f"{os.fspath(path)} #{number}")
+    def __new__(cls, path: str | os.PathLike[str], number: int, pixels: np.ndarray) -> "ArrayImage":
+        image = super().__new__(cls, f"{os.fspath(path)} #{number}")
         image.pixels = pixels
         return image
 

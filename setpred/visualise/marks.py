@@ -67,7 +67,7 @@ def vector_places(schema: ElementSchema, length: int) -> np.ndarray | None:
 
 
 def input_picture(elements: np.ndarray, schema: ElementSchema, *, vector: bool) -> np.ndarray | None:
-    """What can be drawn of an input set `[m, K]`, see `Case`: points, or the only element as a vector."""
+    """The picture of an input set `[m, K]`, see `Case`: points, or the only element as a vector."""
     if vector and vector_places(schema, elements.shape[1]) is not None:
         return elements[0]
     size = elements.shape[1]
@@ -200,7 +200,7 @@ def _draw_curve(axes: Axes, vector: np.ndarray, schema: ElementSchema) -> None:
 
 
 def plain_reach(points: np.ndarray | None, schema: ElementSchema) -> float:
-    """How far axes that hold the positions of a schema, and the points of an input set, reach from its offset."""
+    """The reach of axes, from the offset of `coords`, that hold positions and the points of an input set."""
     field = schema.field("coords")
     further = 0.0 if points is None else float(np.abs(points - field.offset).max(initial=0))
     return max(1.15 * field.scale, 1.05 * further)

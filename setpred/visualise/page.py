@@ -66,7 +66,7 @@ class Panel(NamedTuple):
 
 
 def views_of(cases: Sequence[Case], cameras: Sequence[Camera], schema: ElementSchema) -> list[list[Camera | Panel]]:
-    """Where the objects of each input are drawn: on its image, in panels without one, or nowhere."""
+    """The views that the objects of each input are drawn in: its image, or panels without one; perhaps none."""
     pictures = [case.picture for case in cases]
     if pictures[0] is not None and pictures[0].ndim == 3:
         return [[camera] * has_places(schema) for camera in cameras]
