@@ -19,6 +19,7 @@ from torch import Tensor
 from setpred.errors import plural
 from setpred.files import write_atomically
 from setpred.metrics import match_by_position
+from setpred.metrics.box_precision import columns
 from setpred.rendering.camera import Camera
 from setpred.schema import UNCALIBRATED, Calibration, ElementSchema
 from setpred.visualise.marks import Case, axes_of, curve_limits, has_marks, plain_reach, vector_places
@@ -205,7 +206,7 @@ def _tables(result: Mapping[str, Any]) -> str:
     tables = [_table("Average precision in %, by the largest distance", {"": _percent(result["ap"])})]
     if boxes := result.get("box_ap"):
         rows = {"all classes": boxes} | (boxes["classes"] if len(boxes["classes"]) > 1 else {})
-        scores = {name: _percent({key: row[key] for key in row if key.startswith("A")}) for name, row in rows.items()}
+        scores = {name: _percent({key: row[key] for key in columns(boxes)}) for name, row in rows.items()}
         tables.append(_table("Average precision and recall of boxes in %, by their overlap as COCO does", scores))
     tables.append(_table("Right, in %", {"": _percent({word(name): share for name, share in shares.items()})}))
     errors = {"distance": details["distance"] | {"unit": details["unit"]}} | details["errors"]
