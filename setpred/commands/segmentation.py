@@ -17,7 +17,7 @@ from setpred.errors import InputError, plural
 from setpred.evaluation import PASS, check_finite, encoder_autocast, for_evaluation, pad_to_pass
 from setpred.inner import Problem, Sum, VotingEnergy
 from setpred.losses import Reconstruction
-from setpred.metrics import masks_to_labels, segmentation_scores
+from setpred.metrics import adjusted_rand_index, masks_to_labels, segmentation_scores
 from setpred.metrics.segmentation import SCORES
 from setpred.model import SetPredictor
 from setpred.nn import composite
@@ -123,7 +123,8 @@ def segmentation_report(
     """Score the segmentations of a data set with instances, in memory for a few batches.
 
     "scores" has the means over images of `setpred.metrics.segmentation_scores`; images without objects count in "ari"
-    alone. "reconstruction" is the mean squared error of a model of discovery.
+    alone. "reconstruction" is the mean squared error of a model of discovery. "fg_ari_of_objects" is FG-ARI of supports
+    among which the background does not compete, as where attention is scored.
 
     Raises:
         InputError: non-finite predictions; the message names the images.
@@ -132,7 +133,7 @@ def segmentation_report(
     loader = DataLoader(
         data, batch_size=batch_size, num_workers=fitting_workers(workers, data, batch_size), collate_fn=as_batch
     )
-    rows, errors = [], []
+    rows, errors, alone = [], [], []
     for batch in progress(loader, total=len(loader), description=f"segmenting {len(data)} images, batches"):
         images, instances = batch["image"].to(device, non_blocking=True), batch[INSTANCES]
         parts = zip(
@@ -140,18 +141,24 @@ def segmentation_report(
         )
         for number, (segments, inputs, truth) in enumerate(parts):
             check_finite(segments.elements, batch["index"][number * PASS :])
-            labels = masks_to_labels(scored_masks(model, segments), truth.shape[1:]).cpu()
+            masks = scored_masks(model, segments)
+            labels = masks_to_labels(masks, truth.shape[1:]).cpu()
             rows.append(torch.stack([*segmentation_scores(labels, truth).values()]))
             if discovery:
                 errors.append(Reconstruction()(segments.elements, inputs).cpu())
+            else:
+                labels = masks_to_labels(masks[:, 1:], truth.shape[1:]).cpu()
+                alone.append(adjusted_rand_index(labels, truth, foreground=True))
     scores = torch.cat(rows, dim=1)
+    name, values = ("reconstruction", errors) if discovery else ("fg_ari_of_objects", alone)
     return {
         "masks": "decoder" if discovery else "supports",
         "segments": model.decoder.set_size,
         "images": len(data),
         "images_with_objects": int((~scores[1].isnan()).sum()),
         "scores": dict(zip(SCORES, scores.nanmean(1).tolist(), strict=True)),
-    } | ({"reconstruction": torch.cat(errors).double().mean().item()} if discovery else {})
+        name: torch.cat(values).double().nanmean().item(),
+    }
 
 
 def format_segmentation(result: dict[str, Any]) -> str:
@@ -171,6 +178,8 @@ def format_segmentation(result: dict[str, Any]) -> str:
     ]
     if "reconstruction" in result:
         lines += ["", f"Reconstruction: mean squared error {result['reconstruction']:.5f}, of colours from 0 to 1"]
+    else:
+        lines += ["", f"FG-ARI if the background does not compete for pixels: {100 * result['fg_ari_of_objects']:.1f}"]
     if known < images:
         lines += ["", f"note: {plural(images - known, 'image')} without visible objects count in ARI alone"]
     return "\n".join(lines)
