@@ -422,12 +422,14 @@ def test_predictions_are_in_pixels_of_each_image_which_is_padded(trained, tmp_pa
     found = torch.from_numpy(schema.encode([{"coords": (8, 6), "radius": 1, "label": "disc"}]))
     monkeypatch.setattr(predict, "predict_in_passes", lambda _, images, **__: seen.append(images) or found[None])
     Image.new("RGB", (32, 24), "white").save(tmp_path / "white.png")  # twice as large as those of the training
-    predict.run([str(path), str(tmp_path / "white.png"), "--out", str(tmp_path / "out.json")])
-    (image,) = json.loads((tmp_path / "out.json").read_text())
-    assert image["objects"][0]["coords"] == pytest.approx([16, 12])
-    rows = seen[0][0].float().mean((0, 2))
-    assert rows[:46].min() > 250
-    assert rows[50:].max() == 0
+    np.savez(tmp_path / "white.npz", images=np.full((1, 24, 32), 255, np.uint8))
+    for source in ("white.png", "white.npz"):
+        predict.run([str(path), str(tmp_path / source), "--out", str(tmp_path / "out.json")])
+        (image,) = json.loads((tmp_path / "out.json").read_text())
+        assert image["objects"][0]["coords"] == pytest.approx([16, 12])
+        rows = seen.pop()[0].float().mean((0, 2))
+        assert rows[:46].min() > 250
+        assert rows[50:].max() == 0
 
 
 def test_data_on_the_command_line_override_those_of_a_configuration(trained, tmp_path):

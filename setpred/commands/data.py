@@ -96,7 +96,11 @@ def _import(
     check_outputs({"--out": out}, inputs=[*sources.values(), schema], streams=False)
     described = schema is not None and schema.suffix.lower() in (".yaml", ".yml")
     header = None if schema is None or described else file_header(schema)
-    options["schema"] = None if header is None else header.schema
+    optional = [] if header is None else [field.name for field in header.schema.fields if field.optional]
+    overrides = Overrides()
+    if described:
+        overrides = Overrides.of(read_yaml(schema, "a schema with name, max_objects or fields"), str(schema))
+    options |= {"schema": None if header is None else header.schema, "overrides": overrides}
     of_tables = {"--images": images, "--xy": xy, "--categorical": categorical}
     if clevr_with_masks is not None:
         from setpred.data.clevr_with_masks import import_masks
@@ -104,10 +108,6 @@ def _import(
         unused = of_tables | {"--units": options.pop("units") != "pixels", f"--schema {schema}": options.pop("schema")}
         if unused := [name for name, value in unused.items() if value]:
             raise InputError(f"{unused[0]}: expected another source with it, got {given[0]}; leave it out")
-        if described:
-            options["overrides"] = Overrides.of(
-                read_yaml(schema, "a schema with name, max_objects or fields"), str(schema)
-            )
         options |= {"max_objects": max_objects, "records": records, "group": group, "workers": workers}
         import_masks(clevr_with_masks, out, **options)
         print(describe(out))
@@ -118,8 +118,7 @@ def _import(
     if npz is not None:
         from setpred.data.arrays import import_arrays
 
-        unused = of_tables | {f"--schema {schema}": described}
-        if unused := [name for name, value in unused.items() if value]:
+        if unused := [name for name, value in of_tables.items() if value]:
             raise InputError(f"{unused[0]}: expected --csv or --coco with it, got --npz; leave it out")
         import_arrays(npz, out, inputs=None if header is None else header.inputs, **options)
         print(describe(out))
@@ -130,10 +129,8 @@ def _import(
 
     if images is None:
         raise InputError(f"{given[0]}: expected the folder of the images with it; pass --images FOLDER")
-    table = read_csv(csv, categorical=categorical) if csv is not None else read_coco(coco)
-    if described:
-        content = read_yaml(schema, "a schema with name, max_objects or fields")
-        options["overrides"] = Overrides.of(content, str(schema))
+    optional += overrides.optional
+    table = read_csv(csv, categorical=categorical, optional=optional) if csv is not None else read_coco(coco)
     import_images(table, images, out, xy=xy, workers=workers, **options)
     print(describe(out))
     for name in table.left_out:
