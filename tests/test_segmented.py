@@ -15,6 +15,7 @@ from setpred.checkpoint import save_model
 from setpred.commands.evaluate import evaluate
 from setpred.commands.predict import run
 from setpred.commands.segmentation import Segments, image_labels, scored_masks, segment, slot_labels
+from setpred.data.datamodule import SetDataModule
 from setpred.data.dataset import open_data
 from setpred.data.exporting import to_coco, to_segment
 from setpred.data.images import load_image
@@ -376,3 +377,6 @@ def test_a_checkpoint_without_schema_notes_that_its_images_were_padded(tmp_path)
     for schema, padded in ((points, True), (CLEVR, None)):
         task.describe_data(Data(schema))
         assert task.data_description.get("padded") is padded
+    # the command line describes the data before it opens them
+    task.describe_data(SetDataModule(None, str(tmp_path / "p.h5")))
+    assert task.data_description["padded"] is True
