@@ -215,6 +215,30 @@ def test_a_discovery_model_trains_without_labels_and_a_probe_reads_its_frozen_sl
     assert loaded.model(torch.zeros(2, 3, 16, 16)).shape == (2, 4, 19)
 
 
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (
+            ["--model.decoder.init_args.widths", "[4, 4, 4]"],
+            "Reconstruction: expected square images of a multiple of 32",
+        ),
+        (["--model.loss", "setpred.losses.HungarianLoss"], "predicts layers of images, expected a loss of images"),
+        (["--model.loss", "null"], "predicts layers of images, .* got HungarianLoss; pass --model.loss setpred.losses"),
+        (
+            ["--model.decoder", "setpred.decoders.Readout", "--model.decoder.set_dim", "5"],
+            "Reconstruction: expected layers",
+        ),
+    ],
+)
+def test_a_loss_that_does_not_fit_the_layers_is_an_error_before_the_data(options, match, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    decoder = {"decoder": "SpatialBroadcast", "options": "side: 4\n      widths: [4, 4]"}
+    (tmp_path / "tiny.yaml").write_text(MODEL.format(**decoder))
+    with pytest.raises(InputError, match=match):
+        train(["--config", "tiny.yaml", *LABELS_FREE, *options])
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_frozen_part_that_is_not_there_is_an_error():
     with pytest.raises(InputError, match=r"expected parts of the model, such as encoder, .*got 'decoder.slot'"):
         SetPrediction(*probe(), frozen=["decoder.slot"])

@@ -363,11 +363,40 @@ def check_prediction(module: SetPrediction, inputs: Tensor, *, set_size: int | N
             f"the model of {names}: expected elements [batch, {set_size or 'set_size'}, {dim or 'set_dim'}], got {got} "
             "for a batch of 2; see docs/own_parts.md"
         )
+    check_truth(module, predicted, inputs)
     if not predicted.requires_grad and any(weights.requires_grad for weights in model.parameters()):
         raise InputError(
             f"the model of {names}: expected a prediction with a gradient, got one without; remove detach() or "
             "no_grad() from its forward pass"
         )
+
+
+def check_truth(module: SetPrediction, predicted: Tensor, inputs: Tensor) -> None:
+    """Compare a prediction of black images with these, to find a loss or metric of other predictions before training.
+
+    Raises:
+        InputError: a loss or metric of images or masks for a model of sets, or for other predictions; a loss of
+            elements for a decoder of layers.
+    """
+    decoder, known = module.model.decoder, {"image": inputs, "instances": inputs[:, 0]}
+    if getattr(decoder, "draws_layers", False) and target_name(module.loss) == "elements":
+        raise InputError(
+            f"the decoder {type(decoder).__name__} predicts layers of images, expected a loss of images, got "
+            f"{type(module.loss).__name__}; pass --model.loss setpred.losses.Reconstruction"
+        )
+    for part in (module.loss, module.metric):
+        if (name := target_name(part)) not in known:
+            continue
+        if module.model.takes_sets:
+            raise InputError(f"{type(part).__name__} compares with {name!r}, but the model takes sets; take another")
+        try:
+            (part if part is module.loss else part.update)(predicted.detach().float(), known[name])
+        except Exception as error:  # a user's part can raise any exception
+            raise InputError(
+                f"{type(part).__name__}: {located(error)}; give model.decoder and the images sizes that fit it"
+            ) from error
+    if module.metric is not None:
+        module.metric.reset()
 
 
 def quiet() -> None:
