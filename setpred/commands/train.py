@@ -157,7 +157,7 @@ class TrainCLI(LightningCLI):
     def load_initial_weights(self) -> None:
         """Load the weights of `--init` that fit the model, and those of pretrained trunks that it leaves.
 
-        Prints which weights keep their random start.
+        Prints which weights keep their random start, and which parts keep it for ever because they are frozen.
 
         Raises:
             InputError: none fit; pretrained weights that cannot be downloaded.
@@ -171,6 +171,13 @@ class TrainCLI(LightningCLI):
         for name, part in model.named_modules():
             if hasattr(part, "load_pretrained") and not any(each.startswith(f"{name}.") for each in taken):
                 part.load_pretrained()
+                taken |= {f"{name}.{weights}" for weights, _ in part.named_parameters()}
+        fixed = {name for name, weights in model.named_parameters() if not weights.requires_grad} - taken
+        if parts := [name for name in self.config.model.frozen if any(each.startswith(f"{name}.") for each in fixed)]:
+            self.say(
+                f"frozen: {listed(sorted(parts))} keep{'s' * (len(parts) == 1)} their random start; pass --init "
+                "CHECKPOINT to load trained weights"
+            )
 
     def say(self, sentence: str) -> None:
         """Print a sentence, from the first process only."""
