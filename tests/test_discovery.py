@@ -9,6 +9,7 @@ from tiny import metrics
 from torch import nn
 
 from setpred.checkpoint.load import load_checkpoint, read_checkpoint
+from setpred.commands.evaluate import evaluate
 from setpred.commands.train import train
 from setpred.decoders import Glimpses, MLPDecoder, Readout, SlotAttention, SpatialBroadcast
 from setpred.encoders import PositionedTokens, SmallTrunk, Votes
@@ -213,6 +214,9 @@ def test_a_discovery_model_trains_without_labels_and_a_probe_reads_its_frozen_sl
     assert "val_ap@inf" in metrics(second)[-1] or any(name.startswith("val_ap") for name in metrics(second)[-1])
     train(["--config", "probe.yaml", "--runs", "runs", "--name", "random", *frozen])
     assert "frozen: decoder.slots, encoder keep their random start; pass --init" in capsys.readouterr().out
+    assert evaluate([str(second / "last.ckpt")])["iterations"] == 3
+    with pytest.raises(InputError, match="predicts layers of images, as of object discovery"):
+        load_checkpoint(first / "last.ckpt").require_schema(first / "last.ckpt")
     loaded = load_checkpoint(second / "last.ckpt")
     assert loaded.model(torch.zeros(2, 3, 16, 16)).shape == (2, 4, 19)
 
