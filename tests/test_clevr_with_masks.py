@@ -61,6 +61,11 @@ def feature(value, *, how: str = "published") -> bytes:
     return message(2, message(1, value.astype("<f4").tobytes()))
 
 
+def entry(name: str, kind: int, content: bytes) -> bytes:
+    """A feature of any content."""
+    return message(1, message(1, message(1, name.encode()) + message(2, message(kind, content))))
+
+
 def example(features: dict[str, np.ndarray], **how) -> bytes:
     entries = (message(1, message(1, name.encode()) + message(2, feature(v, **how))) for name, v in features.items())
     return message(1, b"".join(entries))
@@ -223,6 +228,13 @@ START = sum(len(record(example(each))) for each in SCENES[:2])
         (damaged(2, -1), "record 2: expected checksum [0-9a-f]{8}, got another"),
         (record(b"\x0a\xff\xff"), "record 0: expected a tf.train.Example"),
         (record(b"none"), "record 0: expected a tf.train.Example|record 0: expected a feature 'visibility'"),
+        *(
+            (
+                record(example(SCENES[0]) + entry(name, kind, b"\x0a\x09\x00")),
+                f"record 0, feature '{name}': it ends with",
+            )
+            for name, kind in (("image", 1), ("x", 2), ("visibility", 2))
+        ),
         (struct.pack("<Q", 2**40) + checksum(struct.pack("<Q", 2**40)), "record 0: expected at most"),
         (b"hello, this is no such file", "record 0: the checksum of its length is wrong"),
         (b"", "expected records 0 to the last, got 0 records"),

@@ -158,12 +158,11 @@ class Example:
         raw = np.frombuffer(content, np.uint8)
         if len(raw) == 3 * count and (raw[::3] == 10).all() and (raw[1::3] == 1).all():  # tag and length of each
             return raw[2::3]
-        return self._checked(name, count, np.frombuffer(b"".join(value for _, value in _fields(content, 1)), np.uint8))
+        return self._checked(name, count, np.frombuffer(self._joined(name, content), np.uint8))
 
     def floats(self, name: str, count: int) -> np.ndarray:
         """`count` floats: float32 `[count]`."""
-        content = self._content(name, FLOATS, "floats")
-        parts = b"".join(value for _, value in _fields(content, 1))
+        parts = self._joined(name, self._content(name, FLOATS, "floats"))
         if len(parts) % 4:
             raise InputError(f"{self.where}, feature {name!r}: expected floats of 4 bytes, got {len(parts)} bytes")
         return self._checked(name, count, np.frombuffer(parts, "<f4"))
@@ -176,6 +175,13 @@ class Example:
         if found != kind:
             raise InputError(f"{self.where}, feature {name!r}: expected {what}, got a list of another kind")
         return content
+
+    def _joined(self, name: str, content: memoryview) -> bytes:
+        """The values of a list, one after the other."""
+        try:
+            return b"".join(value for _, value in _fields(content, 1))
+        except ValueError as error:
+            raise InputError(f"{self.where}, feature {name!r}: {error}; download the file again") from error
 
     def _checked(self, name: str, count: int, values: np.ndarray) -> np.ndarray:
         if len(values) != count:
