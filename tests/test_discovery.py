@@ -4,12 +4,15 @@ import math
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from problems import close, normal
 from tiny import metrics
 from torch import nn
+from torch.utils.data import DataLoader
 
 from setpred.checkpoint.load import load_checkpoint, read_checkpoint
 from setpred.commands.evaluate import evaluate
+from setpred.commands.replay import replay
 from setpred.commands.train import train
 from setpred.decoders import Glimpses, MLPDecoder, Readout, SlotAttention, SpatialBroadcast
 from setpred.encoders import PositionedTokens, SmallTrunk, Votes
@@ -166,6 +169,25 @@ def test_numbers_out_of_range_are_an_error():
     for options in ({"canvas": 0}, {"extent": 0.0}, {"widths": [0]}):
         with pytest.raises(InputError, match="expected"):
             glimpses(**options)
+
+
+def test_a_step_of_images_without_sets_can_be_replayed(tmp_path):
+    images = torch.rand(4, 3, 16, 16)
+    images[2] = torch.nan
+    encoder, _ = probe()
+    slots = SlotAttention(token_dim=8, slot_dim=8, set_size=SLOTS, set_dim=6)
+    decoder = SpatialBroadcast(slots, side=4, widths=[4, 4], smoothing=0)
+    task = SetPrediction(encoder, decoder, schema=None, loss=Reconstruction())
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    trainer = Trainer(max_epochs=1, accelerator="cpu", default_root_dir=tmp_path, inference_mode=False, **quiet)
+    with pytest.raises(InputError, match="the image is not finite in samples 2"):
+        trainer.fit(task, DataLoader([{"image": image} for image in images], batch_size=4))
+    assert replay([str(tmp_path / "repro-step-0.pt"), "--device", "cpu"])
 
 
 # --- probes of frozen slots -------------------------------------------------------------------------------------------

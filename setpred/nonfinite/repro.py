@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from setpred.checkpoint.load import KEY as CHECKPOINT_KEY
 from setpred.checkpoint.load import read_checkpoint, rebuild_model, save_checkpoint, training_loss
 from setpred.errors import InputError, listed, reason, shown
-from setpred.model import Step
+from setpred.model import Step, target_name
 from setpred.nonfinite.locate import Stage, diagnose
 
 KEY = "repro"  # of the record in a file, next to weights and description as in a checkpoint
@@ -33,7 +33,7 @@ class Repro:
     def autocast(self) -> AbstractContextManager[Any]:
         """The precision in which the step ran."""
         half = HALVES.get(self.precision)
-        return nullcontext() if half is None else torch.autocast(self.step.batch["elements"].device.type, half)
+        return nullcontext() if half is None else torch.autocast(self.step.target.device.type, half)
 
 
 def save(module: Any, step: Step, fault: Stage) -> str:
@@ -88,8 +88,8 @@ def read(path: str | os.PathLike[str], *, allow: Iterable[str] = (), device: tor
         for name in record["frozen"]:
             parts.get_parameter(name).requires_grad_(False)
         batch = {str(name): value.to(device) for name, value in record["batch"].items()}
-        if not isinstance(batch.get("elements"), Tensor):
-            raise TypeError("no elements in the batch")
+        if not isinstance(batch.get(name := target_name(parts["loss"])), Tensor):
+            raise TypeError(f"no {name} in the batch")
         step = Step(parts["model"], parts["loss"], batch, record["seed"], record["iterations"])
         return Repro(step, Stage(**record["fault"]), record["precision"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
