@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from problems import normal
+from tiny import untrained_checkpoint
 
 from setpred.checkpoint import load_checkpoint
-from setpred.checkpoint.load import KEY, save_checkpoint
 from setpred.commands.data import main as data_command
 from setpred.commands.evaluate import evaluate
 from setpred.commands.predict import predict_sets
@@ -314,9 +314,7 @@ def trained(request, tmp_path):
     check_fit(cli)
     with torch.no_grad():  # votes that differ, as trained ones
         cli.model.model.encoder.encoder.network[-1].weight *= 20
-    content = {"state_dict": cli.model.state_dict(), "epoch": 0, "global_step": 5, "optimizer_states": []}
-    save_checkpoint(content | {KEY: cli.model.description()}, tmp_path / "a.ckpt")
-    return cli, tmp_path / "a.ckpt"
+    return cli, untrained_checkpoint(cli, tmp_path / "a.ckpt")
 
 
 def test_a_default_model_fits_and_takes_a_step(trained):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 from test_importing import images, imported, objects, table  # noqa: F401  a fixture, too
+from tiny import untrained_checkpoint
 
-from setpred.checkpoint.load import KEY, save_checkpoint
 from setpred.checkpoint.untrusted import load_yaml
 from setpred.commands import predict
 from setpred.commands.data import main as data_command
@@ -369,8 +369,7 @@ def test_predicted_keypoints_are_pixels_of_each_image(images, tmp_path, monkeypa
     schema = imported(read_coco(table(tmp_path, json.dumps(keypoint_document()), "coco.json")), images, tmp_path).schema
     options = [f"--runs={tmp_path}", "--trainer.accelerator=cpu", "--trainer.logger=false"]
     cli = build([f"--data={file}", f"--val={file}", *options])
-    content = {"state_dict": cli.model.state_dict(), "epoch": 0, "global_step": 5}
-    save_checkpoint(content | {KEY: cli.model.description()}, tmp_path / "a.ckpt")
+    untrained_checkpoint(cli, tmp_path / "a.ckpt")
     cat = {"coords": (8, 6), "extent": (4, 2), "nose": (3, 2), "tail": None, "category": "cat"}
     found = torch.from_numpy(schema.encode([cat]))
     monkeypatch.setattr(predict, "predict_in_passes", lambda *_, **__: found[None])

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
+from tiny import untrained_checkpoint
 
-from setpred.checkpoint.load import KEY, read_checkpoint, save_checkpoint, training_loss
+from setpred.checkpoint.load import read_checkpoint, training_loss
 from setpred.commands import predict
 from setpred.commands.data import main
 from setpred.commands.linking import default_configuration
@@ -361,9 +362,7 @@ def trained(images, tmp_path):
         import_images(read_csv(table(tmp_path, text)), images, tmp_path / name)
     files = [f"--data={tmp_path / 'train.h5'}", f"--val={tmp_path / 'val.h5'}"]
     cli = build([*files, f"--runs={tmp_path}", "--trainer.accelerator=cpu", "--trainer.logger=false"])
-    content = {"state_dict": cli.model.state_dict(), "epoch": 0, "global_step": 5, "optimizer_states": []}
-    save_checkpoint(content | {KEY: cli.model.description()}, tmp_path / "a.ckpt")
-    return cli, tmp_path / "a.ckpt"
+    return cli, untrained_checkpoint(cli, tmp_path / "a.ckpt")
 
 
 def test_a_written_configuration_keeps_class_names_that_look_like_numbers(images, tmp_path):
