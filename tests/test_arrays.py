@@ -287,8 +287,10 @@ def test_files_of_images_keep_their_version_and_checksum():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--xy", "centre"], "--xy: expected --csv or --coco with it, got --npz"),
-        (["--images", "a"], "--images: expected --csv or --coco"),
+        (["--xy", "centre"], "--xy: expected --csv with it, got --npz"),
+        (["--images", "a"], "--images: expected --csv or --coco with it, got --npz"),
+        (["--group", "a"], "--group: expected --clevr-with-masks with it, got --npz"),
+        (["--schema", "a.yaml"], "--schema a.yaml: expected --csv or --coco or --clevr-with-masks with it, got --npz"),
         (["--image-size", "64"], "no --image-size for inputs that are sets"),
         (["--csv", "a.csv"], "one of --csv, --coco, --npz, --clevr-with-masks, got --csv and --npz"),
     ],
@@ -297,6 +299,9 @@ def test_options_without_effect_are_rejected(tmp_path, capsys, options, message)
     path = saved(tmp_path / "a.npz", arrays())
     assert data_command(["import", "--npz", str(path), "--out", str(tmp_path / "a.h5"), *options]) == 2
     assert message in capsys.readouterr().err
+    for option in (["--xy", "centre"], ["--categorical", "label"]):  # COCO JSON says what boxes and classes are
+        assert data_command(["import", "--coco", "a.json", "--out", str(tmp_path / "a.h5"), *option]) == 2
+        assert f"{option[0]}: expected --csv with it, got --coco" in capsys.readouterr().err
 
 
 @pytest.fixture(params=["sets", "vectors", "long vectors"])
