@@ -173,7 +173,6 @@ def test_the_best_checkpoint_stays_the_best_in_a_moved_folder(earlier):
 MISTAKES = {
     "val_check_interval": ["--trainer.val_check_interval=100"],  # which only the trainer notices
     "num_workers": ["--data.init_args.num_workers=-1"],
-    "images of 32x32, the data has 16x16": ["--model.encoder.init_args.image_size=32"],
     "sets of 3, the data has sets of 4": ["--model.decoder.init_args.set_size=3"],
     r"image \d+ has 4 objects, but the model holds sets of at most 3": [
         "--model.decoder.init_args.set_size=3",
