@@ -159,11 +159,8 @@ def test_every_parameter_learns_inside_a_decoder(name):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: SumPool(DIM)(torch.zeros(2, 3)), r"expected elements \[batch, set_size, 6\]"),
-        (lambda: SumPool(DIM)(torch.zeros(2, 3, 5)), r"got \[2, 3, 5\]"),
-        (lambda: SumPool(DIM)(torch.zeros(2, 3, 6, dtype=torch.long)), "floating"),
+        (lambda: SumPool(DIM)(torch.zeros(2, 3, 5)), r"expected elements \[batch, set_size, 6\].*, got \[2, 3, 5\]"),
         (lambda: SumPool(DIM)(torch.zeros(2, 3, 6), torch.ones(2, 3)), "bool mask"),
-        (lambda: SumPool(DIM)(torch.zeros(2, 3, 6), torch.ones(2, 4, dtype=torch.bool)), "bool mask"),
         (lambda: FrameAverage(SumPool(2), position_dim=3), "position_dim from 1 to the 2"),
         (lambda: FrameAverage(SumPool(12), position_dim=11), "at most 10"),
         (lambda: GIGP(2, position_dim=3), "3 of 2"),

@@ -364,15 +364,15 @@ def test_keypoints_are_drawn_with_the_skeleton_between_those_that_are_there():
         assert drawn == lines + ([dots] if dots else [])
 
 
-def test_predicted_keypoints_are_pixels_of_each_image(images, tmp_path, monkeypatch):  # noqa: F811
-    file = tmp_path / "out.h5"
+def test_predictions_are_in_pixels_of_each_image_which_is_padded(images, tmp_path, monkeypatch):  # noqa: F811
+    file, seen = tmp_path / "out.h5", []
     schema = imported(read_coco(table(tmp_path, json.dumps(keypoint_document()), "coco.json")), images, tmp_path).schema
     options = [f"--runs={tmp_path}", "--trainer.accelerator=cpu", "--trainer.logger=false"]
     cli = build([f"--data={file}", f"--val={file}", *options])
     untrained_checkpoint(cli, tmp_path / "a.ckpt")
     cat = {"coords": (8, 6), "extent": (4, 2), "nose": (3, 2), "tail": None, "category": "cat"}
     found = torch.from_numpy(schema.encode([cat]))
-    monkeypatch.setattr(predict, "predict_in_passes", lambda *_, **__: found[None])
+    monkeypatch.setattr(predict, "predict_in_passes", lambda _, images, **__: seen.append(images) or found[None])
     Image.new("RGB", (32, 24), "white").save(tmp_path / "white.png")  # twice as large as those of the training
     arguments = [str(tmp_path / "a.ckpt"), str(tmp_path / "white.png"), "--out", str(tmp_path / "out.json")]
     predict.run([*arguments, "--figures", str(tmp_path / "figures")])
@@ -380,3 +380,6 @@ def test_predicted_keypoints_are_pixels_of_each_image(images, tmp_path, monkeypa
     assert (obj["coords"], obj["extent"], obj["nose"]) == tuple(map(pytest.approx, ([16, 12], [8, 4], [6, 4])))
     assert obj["tail"] is None
     assert len(list((tmp_path / "figures").iterdir())) == 1
+    rows = seen[0][0].float().mean((0, 2))
+    assert rows[:46].min() > 250
+    assert rows[50:].max() == 0

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from problems import Quadratic, close, finite_difference, normal, weighted_sum
-from tiny import untrained
 from torch import nn
 
 from setpred.checkpoint.load import KEY, save_checkpoint, training_iterations
@@ -259,11 +258,6 @@ def test_the_conclusions_follow_the_numbers(eigenvalues, differentiation, option
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tiny_data):
-    return untrained(tmp_path_factory.mktemp("run"), data=tiny_data)
 
 
 def changed(checkpoint, tmp_path, change):

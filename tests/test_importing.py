@@ -9,7 +9,6 @@ from PIL import Image, ImageFile
 from tiny import untrained_checkpoint
 
 from setpred.checkpoint.load import read_checkpoint, training_loss
-from setpred.commands import predict
 from setpred.commands.data import main
 from setpred.commands.linking import default_configuration
 from setpred.commands.train import QUICKSTART, build, check_fit
@@ -385,20 +384,6 @@ def test_the_schema_of_the_data_reaches_every_part(trained):
     weights[schema.slice("coords")] = 2.0
     assert torch.equal(cli.model.loss.element_weights(weights), weights)
     assert torch.equal(training_loss(read_checkpoint(path), []).element_weights(weights), weights)
-
-
-def test_predictions_are_in_pixels_of_each_image_which_is_padded(trained, tmp_path, monkeypatch):
-    cli, path = trained
-    seen, schema = [], cli.model.schema
-    found = torch.from_numpy(schema.encode([{"coords": (8, 6), "radius": 1, "label": "disc"}]))
-    monkeypatch.setattr(predict, "predict_in_passes", lambda _, images, **__: seen.append(images) or found[None])
-    Image.new("RGB", (32, 24), "white").save(tmp_path / "white.png")  # twice as large as those of the training
-    predict.run([str(path), str(tmp_path / "white.png"), "--out", str(tmp_path / "out.json")])
-    (image,) = json.loads((tmp_path / "out.json").read_text())
-    assert image["objects"][0]["coords"] == pytest.approx([16, 12])
-    rows = seen[0][0].float().mean((0, 2))
-    assert rows[:46].min() > 250
-    assert rows[50:].max() == 0
 
 
 def test_data_on_the_command_line_override_those_of_a_configuration(trained, tmp_path):

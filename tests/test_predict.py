@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import untrained
 
 from setpred.checkpoint.load import load_checkpoint
 from setpred.commands import predict as command
@@ -19,11 +18,6 @@ from setpred.errors import InputError
 from setpred.schema import CLEVR
 
 EVERYTHING = "--threshold=0"  # an untrained model is sure of nothing
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return untrained(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
