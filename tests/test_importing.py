@@ -233,6 +233,20 @@ def test_a_mistake_in_a_table_is_one_clear_error(images, tmp_path, mistake):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "points.csv"]  # no partial file
 
 
+def keypoint_document():
+    parts = {"keypoints": ["nose", "tail"], "skeleton": [[1, 2]]}
+    one = {"image_id": 1, "category_id": 1, "bbox": [2, 1, 4, 6]}
+    return {
+        "images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}],
+        "categories": [{"id": 1, "name": "cat"} | parts, {"id": 2, "name": "box"}],
+        "annotations": [
+            one | {"keypoints": [3, 2, 2, 5, 6, 1]},
+            one | {"image_id": 2, "keypoints": [4, 3, 2, 0, 0, 0]},
+            one | {"image_id": 2, "category_id": 2, "bbox": [0, 0, 9, 9]},
+        ],
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -241,10 +255,22 @@ def test_a_mistake_in_a_table_is_one_clear_error(images, tmp_path, mistake):
         (lambda c: c["annotations"][0].update(category_id=5), "annotation 0: expected the id of a category"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "annotation 0: expected bbox as four finite numbers"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, -3, 2]), "annotation 0: expected a box with width"),
-        (lambda c: c["annotations"].append(dict(c["annotations"][0])), "annotation 1: repeats annotation 0"),
+        (lambda c: c["annotations"].append(dict(c["annotations"][0])), "annotation 3: repeats annotation 0"),
         (lambda c: c["images"].append(dict(c["images"][0])), "expected ids that differ"),
         (lambda c: c["images"][0].update(file_name="z.png"), "expected an image in .*, got 'z.png'"),
         (lambda c: c.update(categories=5), "expected a list of categories"),
+        (lambda c: c["annotations"][0].update(keypoints=[1, 2, 2]), "annotation 0: expected keypoints as 6 numbers"),
+        (
+            lambda c: c["annotations"][0].update(keypoints=[1, 2, 3, 0, 0, 0]),
+            "'nose': expected a visibility of 0, 1",
+        ),
+        (lambda c: c["annotations"][0].update(keypoints=[1, "2", 2, 0, 0, 0]), "expected keypoints as 6 numbers"),
+        (lambda c: c["annotations"][0].update(keypoints=[90, 2, 2, 0, 0, 0]), "expected a position in the image"),
+        (lambda c: c["annotations"][2].update(keypoints=[1, 2, 2]), "expected keypoints with names in the category"),
+        (lambda c: c["categories"][0].update(keypoints=["a", "a"]), "'cat': expected names of keypoints that differ"),
+        (lambda c: c["categories"][0].update(keypoints=["coords", "a"]), "cannot be named 'coords'"),
+        (lambda c: c["categories"][0].update(skeleton=[[0, 1]]), "'cat': expected a skeleton of pairs from 1 to 2"),
+        (lambda c: c["categories"][0].update(keypoints="nose"), "'cat': expected keypoints as a list of names"),
         *(
             (lambda c, wrong=wrong: c["annotations"][0].update(wrong), "annotation 0: expected")
             for wrong in (
@@ -260,11 +286,7 @@ def test_a_mistake_in_a_table_is_one_clear_error(images, tmp_path, mistake):
     ],
 )
 def test_a_mistake_in_coco_is_one_clear_error(images, tmp_path, change, message):
-    content = {
-        "images": [{"id": 0, "file_name": "a.png"}],
-        "categories": [{"id": 1, "name": "cat"}],
-        "annotations": [{"id": 1, "image_id": 0, "category_id": 1, "bbox": [2, 1, 4, 6]}],
-    }
+    content = keypoint_document()
     change(content)
     with pytest.raises(InputError, match=message):
         imported(read_coco(table(tmp_path, json.dumps(content), "coco.json")), images, tmp_path)
