@@ -148,15 +148,15 @@ def expanded_data(
 def _taken(arguments: list[str], name: str) -> str | None:
     """Remove an option with the path of a prepared file from the arguments; return the path."""
     for place, argument in enumerate(arguments):
-        given = argument.partition("=")[2] if argument.startswith(f"{name}=") else "".join(arguments[place + 1 :][:1])
-        if argument.partition("=")[0] == name and given.lower().endswith((".csv", ".json")):
-            raise InputError(f"{name} {given}: expected FILE.h5; make one with `setpred data import`")
-    for place, argument in enumerate(arguments):
-        if argument == name and place + 1 < len(arguments) and arguments[place + 1].endswith(FILES):
-            del arguments[place]
-            return arguments.pop(place)
-        if argument.startswith(f"{name}=") and argument.endswith(FILES):
-            return arguments.pop(place).partition("=")[2]
+        option, equals, path = argument.partition("=")
+        if option != name:
+            continue
+        path = path if equals else "".join(arguments[place + 1 :][:1])
+        if path.lower().endswith((".csv", ".json")):
+            raise InputError(f"{name} {path}: expected FILE.h5; make one with `setpred data import`")
+        if path.endswith(FILES):
+            del arguments[place : place + (1 if equals else 2)]
+            return path
     return None
 
 
