@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from problems import close, finite_difference, normal
+from tiny import QUIET
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
@@ -342,11 +343,7 @@ class MedianOfSets(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), 0.01, weight_decay=0.1)
 
     def fit(self, epochs, single_epochs):
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        callbacks = [FASet(single_epochs=single_epochs)]
-        trainer = pl.Trainer(
-            max_epochs=epochs, accelerator="cpu", enable_model_summary=False, callbacks=callbacks, **quiet
-        )
+        trainer = pl.Trainer(max_epochs=epochs, callbacks=[FASet(single_epochs=single_epochs)], **QUIET)
         trainer.fit(self, torch.utils.data.DataLoader(random_set(16, dim=2, dtype=torch.float32), batch_size=8))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import QUIET
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -223,8 +224,7 @@ def test_a_release_s_name_and_a_missing_size_are_errors(tmp_path):
 
 def fit(module, data, folder):
     loader = DataLoader(SetFile(data, set_size=4), batch_size=3, collate_fn=as_batch)
-    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = pl.Trainer(max_epochs=1, default_root_dir=folder, enable_checkpointing=False, **options)
+    trainer = pl.Trainer(max_epochs=1, default_root_dir=folder, **QUIET)
     trainer.fit(module, loader)
     trainer.save_checkpoint(folder / "trained.ckpt")
     return folder / "trained.ckpt"

@@ -44,6 +44,10 @@ data:
     {train_images: 40, val_images: 12, image_size: 16, objects: [3, 4], set_size: 4, batch_size: 8, workers: 0}
 trainer: {max_epochs: 2, accelerator: cpu, precision: 32-true}
 """
+QUIET = {  # options of a Lightning trainer that writes and prints nothing
+    "accelerator": "cpu",
+    **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
+}
 
 
 def metrics(run: Path, *, timed: bool = False) -> list[dict[str, str]]:
