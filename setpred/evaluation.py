@@ -76,16 +76,21 @@ def predict(
     for batch in progress(loader, total=len(loader), description=f"predicting {len(data)} inputs, batches"):
         inputs, mask = (part if part is None else part.to(device, non_blocking=True) for part in inputs_of(batch))
         elements = predict_in_passes(model, inputs, mask=mask, iterations=iterations)
-        if not elements.isfinite().all():
-            wrong = batch["index"][~elements.isfinite().flatten(1).all(1)].tolist()
-            raise InputError(
-                f"the model predicts numbers that are not finite for inputs {listed(wrong)} of the data; use another "
-                "checkpoint, or fewer --iterations where its descent diverges"
-            )
+        check_finite(elements, batch["index"])
         predicted.append(elements)
         target.append(batch["elements"].clone())  # a worker's own tensor would keep two file descriptors open
         indices.append(batch["index"].clone())
     return Predictions(*map(torch.cat, (predicted, target, indices)))
+
+
+def check_finite(elements: Tensor, index: Tensor) -> None:
+    """Raise `InputError` if predictions are not finite, naming the inputs by their `index`."""
+    if not elements.isfinite().all():
+        wrong = index[: len(elements)][~elements.isfinite().flatten(1).all(1).cpu()].tolist()
+        raise InputError(
+            f"the model predicts numbers that are not finite for inputs {listed(wrong)} of the data; use another "
+            "checkpoint, or fewer --iterations where its descent diverges"
+        )
 
 
 def for_evaluation(model: SetPredictor, device: torch.device) -> SetPredictor:

@@ -116,16 +116,18 @@ def softplus_inverse(value: float) -> float:
     return value + math.log(-math.expm1(-value))  # log(eˣ - 1), without overflow
 
 
-def diagonal(first: Sequence[float], size: int) -> Tensor:
-    """Build the diagonal `[size]` of the numbers `first`, continued by ones.
+def diagonal(first: Sequence[float], size: int, rest: float = 1.0) -> Tensor:
+    """Build the diagonal `[size]` of the numbers `first`, continued by `rest`.
 
     Raises:
         InputError: more than `size` numbers, or one that is not positive and finite.
     """
     numbers = [float(number) for number in first]  # no tensor, which cannot be compared on the meta device
-    if len(numbers) > size or not all(0 < number < math.inf for number in numbers):
-        raise InputError(f"expected at most {size} positive numbers, got {list(first)}; shorten or correct the list")
-    return torch.cat([torch.tensor(numbers), torch.ones(size - len(numbers))])
+    if len(numbers) > size or not all(0 < number < math.inf for number in (*numbers, rest)):
+        raise InputError(
+            f"expected at most {size} positive numbers, got {list(first)} and {rest:g} for the rest; correct them"
+        )
+    return torch.cat([torch.tensor(numbers), torch.full((size - len(numbers),), float(rest))])
 
 
 class Positive(nn.Module):

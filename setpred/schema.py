@@ -413,6 +413,12 @@ class ElementSchema:
         return tuple(field.name for field in self.continuous if field.name in names)
 
     @property
+    def has_world(self) -> bool:
+        """Whether elements have a place in CLEVR's world: a field "coords" of three numbers with CLEVR's scale."""
+        same = [field for field in self.continuous if (field.name, field.size) == ("coords", 3)]
+        return any((field.scale, field.offset) == (CLEVR.field("coords").scale, 0.0) for field in same)
+
+    @property
     def has_boxes(self) -> bool:
         """Whether `coords` and `extent` are the centre and the sides of a box."""
         return all(

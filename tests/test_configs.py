@@ -18,12 +18,13 @@ from setpred.data.importing import import_images
 from setpred.decoders import IDSPN
 from setpred.encoders import ResidualTrunk
 from setpred.inner import Unrolled
-from setpred.model import SetPredictor
+from setpred.model import SetPredictor, target_name
 from setpred.schema import ElementSchema
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 COMPARED = sorted((CONFIGS / "compare").glob("*.yaml"))
 IMAGES = sorted(CONFIGS.glob("*.yaml")) + COMPARED
+DISCOVERY = sorted((CONFIGS / "discovery").glob("*.yaml"))
 WORLDS = sorted((CONFIGS / "worlds").rglob("*.yaml"))
 
 
@@ -36,15 +37,16 @@ def built(path, *options):
 
 
 def take_a_step(model, inputs, target, mask=None):
-    """Train on one batch; return the loss and the share of parameters that moved."""
-    before = [parameter.detach().clone() for parameter in model.parameters()]
+    """Train on one batch; return the loss and the share of trained parameters that moved."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in trained]
     optimizer = model.configure_optimizers()
     # two descent steps suffice to reach every parameter
     predicted = model(inputs, mask=mask, iterations=2 if isinstance(model.model.decoder, IDSPN) else None)
     loss = model.loss(predicted, target).mean()
     loss.backward()
     optimizer.step()
-    moved = [not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True)]
+    moved = [not torch.equal(old, new) for old, new in zip(before, trained, strict=True)]
     return loss.detach(), sum(moved) / len(moved)
 
 
@@ -99,6 +101,19 @@ def test_a_configuration_of_images_takes_a_step(path):
         again = rebuilt(cli).to(memory_format=torch.channels_last).eval()
         with torch.no_grad():
             torch.testing.assert_close(again(images), predictor.eval()(images))
+
+
+@pytest.mark.parametrize("path", DISCOVERY, ids=name)
+def test_a_configuration_of_discovery_takes_a_step(path):
+    cli = built(path)
+    model, size = cli.model, cli.datamodule.image_size
+    images = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8)
+    batch = {"image": images, "elements": torch.rand(1, model.model.decoder.set_size, 19)}
+    loss, moved = take_a_step(model, images, batch[target_name(model.loss)])
+    assert torch.isfinite(loss)
+    assert moved > 0.5
+    assert (target_name(model.loss), target_name(model.metric)) in (("image", "instances"), ("elements", "elements"))
+    rebuilt(cli)
 
 
 @pytest.mark.parametrize("path", WORLDS, ids=name)

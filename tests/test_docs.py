@@ -214,7 +214,7 @@ def test_every_compared_configuration_has_its_row():
 
 @pytest.mark.parametrize("text", [PARTS, RESULTS], ids=["parts", "results"])
 def test_named_configurations_exist(text):
-    for named in re.findall(r"(?:configs/)?((?:compare|worlds)/[\w/.{},]+)", text):
+    for named in re.findall(r"(?:configs/)?((?:compare|worlds|discovery)/[\w/.{},]+)", text):
         before, _, rest = named.rstrip(".,").partition("{")
         names, _, after = rest.partition("}")
         for path in [f"{before}{name}{after}" for name in names.split(",")]:

@@ -41,6 +41,7 @@ def test_layer_norm_is_that_of_torch_with_right_third_derivatives():
 def test_a_diagonal_is_its_first_numbers_and_ones_also_where_there_is_no_memory():
     """Loading a checkpoint builds its model on the meta device first."""
     assert diagonal([4, 0.5], 4).tolist() == [4.0, 0.5, 1.0, 1.0]
+    assert diagonal([4], 3, 0.25).tolist() == [4.0, 0.25, 0.25]
     with torch.device("meta"):
         assert diagonal([4, 0.5], 4).shape == (4,)
         for first in ([0.0], [-1.0], [float("nan")], [float("inf")], [1.0] * 5):

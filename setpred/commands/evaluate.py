@@ -1,4 +1,4 @@
-"""Score a checkpoint by average precision and draw its predictions: `setpred evaluate CHECKPOINT`."""
+"""Score a checkpoint by average precision, or its segmentations, and draw them: `setpred evaluate CHECKPOINT`."""
 
 import argparse
 import math
@@ -10,16 +10,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from setpred.checkpoint.load import Checkpoint, load_checkpoint
 from setpred.commands.common import Parser, at_least, choose_device, exit_code, write_json
 from setpred.commands.outputs import check_outputs
+from setpred.commands.segmentation import (
+    discovers,
+    format_segmentation,
+    require_masks,
+    segmentation_report,
+    segmented_images,
+    voting_energy,
+)
 from setpred.data.dataset import SetImages, open_data
-from setpred.decoders import IDSPN
+from setpred.data.hdf5 import INSTANCES
 from setpred.errors import InputError, plural
 from setpred.evaluation import PROTOCOLS, Predictions, encoder_autocast, format_report, pad_to_pass, predict, report
-from setpred.inner import Problem, Sum, VotingEnergy
+from setpred.files import make_folder
+from setpred.inner import Problem
 from setpred.inner.voting import Ballot
 from setpred.model import SetPredictor, inputs_of
 from setpred.schema import ElementSchema
@@ -28,6 +37,8 @@ from setpred.visualise import (
     Voting,
     draw_marks,
     draw_own_training,
+    draw_segmentation,
+    draw_segmentation_refinement,
     has_marks,
     worst_first,
     write_page,
@@ -36,10 +47,12 @@ from setpred.visualise import (
 )
 from setpred.visualise.marks import in_plane
 from setpred.visualise.page import has_places
-from setpred.visualise.report import MARKED, PICTURED
+from setpred.visualise.report import MARKED, PICTURED, TRACED
+from setpred.visualise.segmentation import WIDEST
 from setpred.visualise.world import as_pictures, cameras_of, has_world
 
-MOST_SHOWN = 24  # images with marks, and on a page
+MOST_SHOWN = 24  # images with marks or segments, and on a page
+DATASET = "dataset"  # the protocol by default
 
 
 @torch.no_grad()
@@ -158,23 +171,16 @@ def page(
 
 def _voting(model: SetPredictor, images: Tensor, iterates: Tensor) -> Voting | None:
     """The votes behind the iterates of the first images; None unless the objective contains a `VotingEnergy`."""
-    decoder = model.decoder
-    energy = _voting_energy(decoder.objective) if isinstance(decoder, IDSPN) else None
-    if energy is None:
+    if (energy := voting_energy(model)) is None:
         return None
+    objective = model.decoder.objective
     problem = Problem(model.encode(images)[: iterates.shape[1]].float(), iterates[0])
     with torch.autocast(iterates.device.type, enabled=False):  # as in the descent: sums cancel in half precision
         return Voting(
             votes=Ballot.of(problem.latent, energy.set_dim).votes,
             supports=energy.supports(iterates[-1], problem),
-            energies=torch.stack([decoder.objective(elements, problem) for elements in iterates]),
+            energies=torch.stack([objective(elements, problem) for elements in iterates]),
         )
-
-
-def _voting_energy(objective: nn.Module) -> VotingEnergy | None:
-    if isinstance(objective, Sum):
-        return next(filter(None, map(_voting_energy, objective.objectives)), None)
-    return objective if isinstance(objective, VotingEnergy) else None
 
 
 def positive(text: str) -> float:
@@ -199,14 +205,18 @@ def tolerance(text: str) -> tuple[str, float]:
 
 def parser() -> Parser:
     """Return the argument parser of the command."""
-    options = Parser("evaluate", "Score a checkpoint by average precision, and draw the predicted sets.")
+    options = Parser(
+        "evaluate", "Score a checkpoint by average precision, or its segmentations, and draw its predictions."
+    )
     options.usage = "setpred evaluate CHECKPOINT [options]"  # the list below has them
     count, steps = at_least(1), at_least(0)
     options.add_argument("checkpoint", help="a .ckpt of `setpred train`, or a release file")
     options.add_shared("--data")
     options.add_argument("--split", help="split of a CLEVR folder: train or val (default: val)")
     options.add_argument("--iterations", type=steps, help="descent steps (default: the model's)")
-    options.add_argument("--protocol", choices=list(PROTOCOLS), default="dataset", help="which AP; see docs/metrics.md")
+    options.add_argument(
+        "--protocol", choices=list(PROTOCOLS), help=f"which AP; see docs/metrics.md (default: {DATASET})"
+    )
     options.add_argument(
         "--thresholds", type=positive, nargs="+", default=[], metavar="D", help="further distances, in the data's units"
     )
@@ -217,6 +227,11 @@ def parser() -> Parser:
         default=[],
         metavar="NAME=D",
         help="also ask for errors of fields under D",
+    )
+    options.add_argument(
+        "--segmentation",
+        action="store_true",
+        help="score the support maps of a voting model on the masks of the data, as masks of a discovery model are",
     )
     options.add_argument("--figures", type=Path, metavar="DIR", help="write figures into DIR")
     options.add_argument("--report", type=Path, metavar="FILE.html", help="write scores and the worst images as a page")
@@ -260,6 +275,48 @@ def open_validation_data(loaded: Checkpoint, options: argparse.Namespace, **argu
         ) from error
 
 
+def _check_segmenting(loaded: Checkpoint, options: argparse.Namespace) -> None:
+    """Raise `InputError` for a model without masks, and for options of other scores."""
+    if not discovers(loaded.model):
+        require_masks(loaded.model, "--segmentation")
+        loaded.require_schema(options.checkpoint)
+    for name in ("protocol", "thresholds", "within", "report"):
+        if getattr(options, name):
+            raise InputError(
+                f"--{name}: expected no option of average precision for the scores of a segmentation; leave it out"
+            )
+
+
+def _evaluate_segmentation(
+    loaded: Checkpoint, data: SetImages, options: argparse.Namespace, *, path: str, device: torch.device
+) -> dict[str, Any]:
+    """Score and draw segmentations; return the results that `--json` writes."""
+    model, steps = loaded.model, options.iterations
+    reading = {"batch_size": options.batch_size, "workers": options.workers, "iterations": steps, "device": device}
+    result = segmentation_report(model, data, **reading) | {
+        "data": path,
+        "checkpoint": str(options.checkpoint),
+        "epoch": loaded.epoch,
+        "step": loaded.step,
+        "iterations": model.decoder.iterations if steps is None and model.decoder.iterative else steps,
+        "device": str(device),
+    }
+    print(format_segmentation(result))
+    write_json(options.json, result)
+    if options.figures is not None:
+        numbers = range(min(options.shown or PICTURED, len(data)))
+        images = segmented_images(model, data, numbers, iterations=steps, device=device)
+        style = {"about": f"{options.checkpoint} on {path}", "aspect": WIDEST if has_world(data.schema) else 1.0}
+        folder = make_folder(options.figures)
+        written = [draw_segmentation(folder / "segmentation.png", images, **style)]
+        if len(images[0].labels) > 1:
+            traced = images[:TRACED]
+            written.append(draw_segmentation_refinement(folder / "segmentation_refinement.png", traced, **style))
+        written += draw_own_training(folder, options.checkpoint)
+        print("figures:", *written, sep="\n  ")
+    return result
+
+
 def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     """Run `setpred evaluate` with these arguments, `sys.argv` by default; return the results that `--json` writes.
 
@@ -268,18 +325,23 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     """
     options = parser().parse_args(arguments)
     loaded = load_checkpoint(options.checkpoint, allow=options.allow)
-    loaded.require_schema(options.checkpoint)
-    most = PICTURED if options.figures is not None and has_world(loaded.schema) else MOST_SHOWN
+    decoder = loaded.model.decoder
+    if segmenting := options.segmentation or discovers(loaded.model):
+        _check_segmenting(loaded, options)
+        most = MOST_SHOWN
+    else:
+        loaded.require_schema(options.checkpoint)
+        schema = loaded.schema.with_tolerances(dict(options.within))
+        most = PICTURED if options.figures is not None and has_world(loaded.schema) else MOST_SHOWN
     if options.shown is not None and options.shown > most:
         raise InputError(f"--shown: expected at most {most}, got {options.shown}")
-    schema = loaded.schema.with_tolerances(dict(options.within))
-    decoder = loaded.model.decoder
     if options.seed is not None:
-        if not hasattr(getattr(decoder, "start", None), "seed"):
+        start = getattr(getattr(decoder, "slots", decoder), "start", None)
+        if not hasattr(start, "seed"):
             raise InputError("--seed: the decoder of this model has no random start to seed")
-        decoder.start.seed = options.seed
-    data, path = open_validation_data(loaded, options), str(options.data or loaded.data["path"])
-    loaded = replace(loaded, schema=schema)  # not before: the data need no conversion to it
+        start.seed = options.seed
+    data = open_validation_data(loaded, options, **({INSTANCES: True} if segmenting else {}))
+    path = str(options.data or loaded.data["path"])
     found = data.source.get("split")
     if options.split and found and options.split != found:
         raise InputError(
@@ -289,8 +351,12 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     check_outputs(files, {"--figures": options.figures}, inputs=[options.checkpoint, path])
     device, steps = choose_device(options.device), options.iterations
     reading = {"batch_size": options.batch_size, "workers": options.workers}
+    if segmenting:
+        return _evaluate_segmentation(loaded, data, options, path=path, device=device)
+    loaded = replace(loaded, schema=schema)  # not before: the data need no conversion to it
     predictions = predict(loaded.model, data, iterations=steps, device=device, **reading)
-    result = report(predictions, loaded.schema, options.protocol, options.thresholds, loaded.calibration) | {
+    protocol = options.protocol or DATASET
+    result = report(predictions, loaded.schema, protocol, options.thresholds, loaded.calibration) | {
         "data": path,
         "inputs": "image" if data.inputs is None else data.inputs.noun,
         "within": loaded.schema.tolerances,

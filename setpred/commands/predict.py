@@ -1,5 +1,6 @@
 """Predict the objects of images: `setpred predict CHECKPOINT IMAGES... --out predictions.json`."""
 
+import argparse
 import itertools
 import os
 import sys
@@ -15,38 +16,61 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from setpred.checkpoint.load import load_checkpoint
+from setpred.checkpoint.load import Checkpoint, load_checkpoint
 from setpred.commands.common import Parser, at_least, choose_device, exit_code
 from setpred.commands.outputs import check_outputs
+from setpred.commands.segmentation import (
+    Segments,
+    confident_first,
+    discovers,
+    image_labels,
+    require_masks,
+    segment,
+    segmented_image,
+    slot_labels,
+    with_background,
+)
 from setpred.data.annotations import CocoIds
 from setpred.data.arrays import INPUTS, input_sets, read_arrays
 from setpred.data.dataset import set_inputs
-from setpred.data.exporting import FORMATS, Found, check_coco, csv_columns, to_coco, to_csv, to_json, to_jsonl
-from setpred.data.images import decoded, find_images, load_image, pixel_size
+from setpred.data.exporting import (
+    FORMATS,
+    SEGMENT,
+    Found,
+    check_coco,
+    csv_columns,
+    to_coco,
+    to_csv,
+    to_json,
+    to_jsonl,
+    to_segment,
+)
+from setpred.data.images import decoded, find_images, load_image, pixel_size, save_mask
 from setpred.errors import InputError, plural
 from setpred.evaluation import for_evaluation, predict_in_passes
 from setpred.files import make_folder, replacing
 from setpred.model import SetPredictor, inputs_of
 from setpred.progress import progress
 from setpred.schema import ElementSchema
-from setpred.visualise import Case, draw_marks, draw_outlined_image, has_marks
+from setpred.visualise import Case, draw_marks, draw_outlined_image, draw_segmentation, has_marks
 from setpred.visualise.marks import in_plane
 from setpred.visualise.world import has_world
 
 RELEASED = Path(__file__).resolve().parents[1] / "released"  # a model and an image within the package
 EXAMPLE = ("--out", "setpred-example.json", "--figures", "setpred-example")
 DRAWN_SIZE = 480  # pixels of an image in a figure
+MOST_SEGMENTS = 255  # in a PNG of indexed colours, besides the background
 LONGEST_STEM = 200  # bytes of an image's name in a figure's name; systems allow 255 with number and suffix
 
 
 class Prediction(NamedTuple):
     """The path of an image, or the number of an input set in its file; and its elements or the error that skipped it.
 
-    Elements are `[set_size, set_dim]`, on the CPU.
+    Elements are `[set_size, set_dim]`, on the CPU; with masks if they were asked for.
     """
 
     image: str | int
-    elements: Tensor | InputError
+    elements: Tensor | Segments | InputError
 
 
 def predict(
@@ -60,6 +84,7 @@ def predict(
     device: torch.device | str = "cpu",
     threads: int | None = None,
     skip_broken: bool = False,
+    masks: bool = False,
 ) -> Iterator[Prediction]:
     """Predict image files in order, with memory for a few batches only.
 
@@ -72,6 +97,7 @@ def predict(
         iterations: descent steps; the decoder's own number by default.
         threads: threads that decode; see `decoded`.
         skip_broken: yield the error of an unreadable image or a non-finite prediction instead of raising it.
+        masks: predict masks, too; see `setpred.commands.segmentation.segment`.
 
     Raises:
         InputError: a missing or damaged image, or a file that is no image; non-finite predictions.
@@ -86,7 +112,11 @@ def predict(
             elements = iter(())
             if readable:
                 inputs = torch.from_numpy(np.stack(readable)).permute(0, 3, 1, 2).to(device)  # stays channels-last
-                elements = iter(predict_in_passes(model, inputs, iterations=iterations))
+                if masks:
+                    passes = segment(model, inputs, iterations=iterations)
+                    elements = (Segments(*map(Tensor.cpu, each)) for some in passes for each in zip(*some, strict=True))
+                else:
+                    elements = iter(predict_in_passes(model, inputs, iterations=iterations))
             for name, image in batch:
                 prediction = image if isinstance(image, InputError) else next(elements)
                 yield _checked(Prediction(name, prediction), skip_broken)
@@ -114,7 +144,8 @@ def predict_sets(
 def _checked(prediction: Prediction, skip_broken: bool) -> Prediction:
     """The prediction, with an error in place of numbers that are not finite; errors are raised unless skipped."""
     name, elements = prediction
-    if isinstance(elements, Tensor) and not elements.isfinite().all():
+    numbers = elements.elements if isinstance(elements, Segments) else elements
+    if isinstance(numbers, Tensor) and not numbers.isfinite().all():
         elements = InputError(
             f"{name if isinstance(name, str) else f'input {name}'}: the model predicts numbers that are not finite; "
             "use another checkpoint, or fewer --iterations where its descent diverges"
@@ -135,7 +166,7 @@ class Tally:
 def write_predictions(
     out: Path,
     predictions: Iterable[Prediction],
-    decode: Callable[[Any, Tensor], list[dict[str, Any]]],
+    decode: Callable[[Any, Any], list[dict[str, Any]]],
     write: Callable[[Found], Iterable[str]],
 ) -> Tally:
     """Stream predictions into a file, which appears only when complete.
@@ -163,10 +194,15 @@ def write_predictions(
     return tally
 
 
+def format_name(name: str | None, out: Path) -> str:
+    """The name of a format; by default the one that the suffix of the file names, or JSON."""
+    return name or (suffix if (suffix := out.suffix.lower()[1:]) in FORMATS else "json")
+
+
 def choose_format(
     name: str | None, out: Path, schema: ElementSchema, paths: Sequence[str] | None, ids: Path | None
 ) -> Callable[[Found], Iterable[str]]:
-    """The writer of a format; by default the one that the suffix of the file names, or JSON.
+    """The writer of a format, see `format_name`.
 
     Args:
         paths: of the images; None for input sets.
@@ -174,7 +210,7 @@ def choose_format(
     Raises:
         InputError: a schema that the format cannot hold; COCO ids that lack an image or a class, or another format.
     """
-    name = name or (suffix if (suffix := out.suffix.lower()[1:]) in FORMATS else "json")
+    name = format_name(name, out)
     if ids is not None and name != "coco":
         raise InputError(f"--coco-ids: expected --format coco, got {name}; leave one of them out")
     if name == "coco":
@@ -221,6 +257,9 @@ def parser() -> Parser:
     options.add_argument("--iterations", type=at_least(0), help="descent steps (default: the model's)")
     options.add_argument("--threads", type=count, help="decoding threads (default: all cores, at most 16)")
     options.add_argument("--skip-broken", action="store_true", help="skip unreadable images instead of stopping")
+    options.add_argument(
+        "--masks", type=Path, metavar="DIR", help="write the pixels of each object as PNG into DIR, as RLE into FILE"
+    )
     options.add_argument("--figures", type=Path, metavar="DIR", help="draw the objects on the images, into DIR")
     options.add_argument("--shown", type=count, default=24, help="draw the first SHOWN images (default: %(default)s)")
     options.add_shared("--device", "--allow")
@@ -242,32 +281,48 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
     if options.threshold is not None and not 0 <= options.threshold <= 1:
         raise InputError(f"--threshold: expected a confidence between 0 and 1, got {options.threshold:g}")
     loaded = load_checkpoint(options.checkpoint, allow=options.allow)
-    loaded.require_schema(options.checkpoint)
     schema, folder, sets = loaded.schema, options.figures, loaded.image_size is None
-    drawable = in_plane(loaded.model.encoder.in_dim, schema) if sets else has_world(schema) or has_marks(schema)
-    if folder is not None and not drawable:
-        raise InputError(f"--figures: schema {schema.name!r} has no 'coords' that can be drawn; leave it out")
+    if discovery := discovers(loaded.model):
+        _check_discovery(options)
+        padded = bool(loaded.data.get("padded"))
+    else:
+        loaded.require_schema(options.checkpoint)
+        padded = not has_world(schema)
+        drawable = in_plane(loaded.model.encoder.in_dim, schema) if sets else has_world(schema) or has_marks(schema)
+        if folder is not None and not drawable:
+            raise InputError(f"--figures: schema {schema.name!r} has no 'coords' that can be drawn; leave it out")
     paths = () if sets else find_images(options.images, lambda sentence: print(sentence, file=sys.stderr, flush=True))
     read = [options.checkpoint, options.coco_ids, *(options.images if sets else ())]
-    check_outputs({"--out": options.out}, {"--figures": folder}, inputs=read, pictures=paths)
-    write = choose_format(options.format, options.out, schema, None if sets else paths, options.coco_ids)
+    folders = {"--figures": folder, "--masks": options.masks}
+    check_outputs({"--out": options.out}, folders, inputs=read, pictures=paths)
+    if segmenting := discovery or options.masks is not None:
+        _check_masks(loaded, options, paths)
+    if discovery:
+        writer = to_json if format_name(options.format, options.out) == "json" else to_jsonl
+        write = partial(writer, name="segments")
+    else:
+        write = choose_format(options.format, options.out, schema, None if sets else paths, options.coco_ids)
     names = ("batch_size", "iterations", "skip_broken")
     chosen = {name: getattr(options, name) for name in names} | {"device": choose_device(options.device)}
     if sets:
         inputs = _input_sets(options.images, loaded.model.encoder.in_dim)
     else:
         inputs = paths
-        chosen |= {"threads": options.threads, "image_size": loaded.image_size, "padded": not has_world(schema)}
+        chosen |= {"threads": options.threads, "image_size": loaded.image_size, "padded": padded}
+        chosen |= {"masks": segmenting}
     drawn: list[Prediction] = []
 
     def predictions() -> Iterator[Prediction]:
         found = (predict_sets if sets else predict)(loaded.model, inputs, **chosen)
         for prediction in progress(found, total=len(inputs), description=f"predicting {'sets' if sets else 'images'}"):
-            if folder is not None and len(drawn) < options.shown and isinstance(prediction.elements, Tensor):
+            skipped = isinstance(prediction.elements, InputError)
+            if folder is not None and len(drawn) < options.shown and not skipped:
                 drawn.append(prediction)
             yield prediction
 
-    def decode(image: str | int, elements: Tensor) -> list[dict[str, Any]]:
+    def decode(image: str | int, elements: Tensor | Segments) -> list[dict[str, Any]]:
+        if isinstance(elements, Segments):
+            return decode_segments(image, elements)
         found = loaded.decode(elements, threshold=options.threshold)
         if schema.side and not sets:  # to pixels of this image
             unit = max(pixel_size(Path(image))) / schema.side
@@ -276,20 +331,43 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
                 place[:] = [unit * number for number in place]
         return found
 
+    def decode_segments(image: str, segments: Segments) -> list[dict[str, Any]]:
+        shape = {"size": pixel_size(Path(image))[::-1], "padded": padded}
+        if discovery:
+            labels = slot_labels(loaded.model, segments.masks, **shape)
+            found = [to_segment(labels, label) for label in np.unique(labels).tolist() if label]
+        else:
+            found = decode(image, segments.elements)
+            masks = segments.masks[confident_first(segments.elements)[: len(found)]]
+            labels = image_labels(with_background(masks[None])[0], **shape)
+            for number, obj in enumerate(found):
+                obj[SEGMENT] = to_segment(labels, number + 1)
+        if options.masks is not None:
+            with replacing(mask_path(options.masks, image)) as unfinished, unfinished.open("wb") as file:
+                save_mask(file, labels)
+        return found
+
     start = time.perf_counter()
     tally = write_predictions(options.out, predictions(), decode, write)
     rate = tally.predicted / (time.perf_counter() - start)
     try:
-        for number, (image, elements) in enumerate(drawn):
+        for number, (image, found) in enumerate(drawn):
+            elements = found.elements if isinstance(found, Segments) else found
             if sets:
                 stem, about, points = "set", f"set {image} of {os.path.basename(options.images[0])}", inputs[image]
                 picture = points[~np.isnan(points[:, 0])]
             else:
                 stem = os.fsencode(Path(image).stem)[:LONGEST_STEM].decode(errors="ignore")
-                about, padded = os.fsencode(image).decode(errors="replace"), not has_world(schema)
-                picture = load_image(image, DRAWN_SIZE, padded=padded, advice="it was there a moment ago")
+                about = os.fsencode(image).decode(errors="replace")
+                side = loaded.image_size if discovery else DRAWN_SIZE
+                picture = load_image(image, side, padded=padded, advice="it was there a moment ago")
             path = make_folder(folder) / f"{number:03d}-{stem}.png"
-            if sets or not has_world(schema):
+            if discovery:
+                width, height = pixel_size(Path(image))
+                of_one = Segments(*(part.unsqueeze(0) for part in found))
+                segmented = segmented_image(loaded.model, os.path.basename(about), picture, of_one)
+                draw_segmentation(path, [segmented], aspect=1.0 if padded else min(max(width / height, 0.5), 2.0))
+            elif sets or not has_world(schema):
                 kept, count = elements.clone(), len(decode(image, elements))
                 kept[:, -1] = (elements[:, -1].argsort(descending=True, stable=True).argsort() < count).float()
                 least = "presence of one half" if options.threshold is None else f"confidence of {options.threshold:g}"
@@ -304,6 +382,39 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
     skipped = f", {tally.skipped:,} skipped" if options.skip_broken else ""
     print(f"{options.out}: {plural(tally.predicted, 'set' if sets else 'image')}, {rate:.4g} a second{skipped}")
     return tally
+
+
+def mask_path(folder: Path, image: str) -> Path:
+    """The PNG with the mask of an image."""
+    return folder / f"{Path(image).stem}.png"
+
+
+def _check_discovery(options: argparse.Namespace) -> None:
+    """Raise `InputError` for options of objects with a schema, which a model of discovery does not predict."""
+    for name in ("threshold", "coco_ids"):
+        if getattr(options, name) is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise InputError(f"{option}: expected no option of objects for a model of discovery; leave it out")
+    if (name := format_name(options.format, options.out)) not in ("json", "jsonl"):
+        raise InputError(f"--format: expected json or jsonl for the segments of a model of discovery, got {name}")
+
+
+def _check_masks(loaded: Checkpoint, options: argparse.Namespace, paths: Sequence[str]) -> None:
+    """Raise `InputError` if a model has no masks, or they cannot be written."""
+    require_masks(loaded.model, "--masks")
+    if (size := loaded.model.decoder.set_size) is None or size > MOST_SEGMENTS:
+        raise InputError(f"--masks: expected sets of at most {MOST_SEGMENTS} elements, got {size}; leave it out")
+    if format_name(options.format, options.out) == "csv":
+        raise InputError("--masks: expected --format json, jsonl or coco, which hold masks, got csv; choose another")
+    if loaded.schema is not None and SEGMENT in [field.name for field in loaded.schema.fields]:
+        raise InputError(
+            f"--masks: the schema has a field {SEGMENT!r}, the name of the masks; rename it, or leave it out"
+        )
+    named: dict[Path, str] = {}
+    for path in paths if options.masks is not None else ():
+        other = named.setdefault(mask_path(options.masks, path), path)
+        if other != path:
+            raise InputError(f"--masks: {other} and {path} have masks of one name; predict them into two folders")
 
 
 def _input_sets(paths: Sequence[str], dim: int) -> np.ndarray:

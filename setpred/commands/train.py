@@ -95,6 +95,7 @@ IGNORED_WARNINGS = (
     "The dirpath has changed",  # resumed from another folder: the best score is reset
     "find_unused_parameters=True was specified",  # every parameter happens to be used
     "LeafSpec",  # of torch, about itself
+    "in eval mode at the start of training",  # frozen parts
 )
 
 

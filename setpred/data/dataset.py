@@ -208,7 +208,10 @@ class SetFile(SetImages):
                     f"{header.image_size}; make it again with --image-size {image_size}, or set the image size to it"
                 )
             if instances and not header.instances:
-                raise InputError(f"expected masks of the objects in {path}, got {header}; make it again with --masks")
+                raise InputError(
+                    f"expected masks of the objects in {path}, got {header}; make it again with --masks of "
+                    "`setpred data render` or `prepare`"
+                )
             self.schema = header.schema if schema is None else schema
             self.image_size, self.inputs, self.source = header.image_size, header.inputs, dict(header.source)
             layout = header.layout()

@@ -1,4 +1,4 @@
-"""Predictions in the formats of other tools: CSV, COCO JSON, supervision, FiftyOne.
+"""Predictions in the formats of other tools: CSV, COCO JSON and its masks, supervision, FiftyOne.
 
 Counterpart of `setpred.data.importing`. Objects are those of `ElementSchema.decode`: dictionaries of fields.
 """
@@ -30,30 +30,61 @@ Objects = Sequence[Mapping[str, Any]]
 Found = Iterable[tuple[str | int, Objects]]  # the path of an image, or the number of an input set, and its objects
 FORMATS = ("json", "jsonl", "csv", "coco")
 UNLABELLED = "object"  # the category of objects without classes
+SEGMENT = "segment"  # entry of an object with its mask
 OF_LABELS = (  # fields of FiftyOne's labels
     *("label", "id", "tags", "index", "mask", "mask_path", "points", "closed", "filled", "bounding_box", "instance"),
     "attributes",
 )
 
 
-def to_json(found: Found) -> Iterator[str]:
-    """A list of `{"image": path, "objects": [...]}` in pieces; of input sets with their `index`."""
+def to_json(found: Found, name: str = "objects") -> Iterator[str]:
+    """A list of `{"image": path, "objects": [...]}` in pieces; of input sets with their `index`.
+
+    `name` is the key of the objects.
+    """
     separator = "[\n"
-    for record in _records(found):
+    for record in _records(found, name):
         yield separator + record
         separator = ",\n"
     yield "\n]\n" if separator == ",\n" else "[\n]\n"
 
 
-def to_jsonl(found: Found) -> Iterator[str]:
-    """`{"image": path, "objects": [...]}` in a line for each image; of input sets with their `index`."""
-    yield from (record + "\n" for record in _records(found))
+def to_jsonl(found: Found, name: str = "objects") -> Iterator[str]:
+    """`{"image": path, "objects": [...]}` in a line for each image; arguments as of `to_json`."""
+    yield from (record + "\n" for record in _records(found, name))
 
 
-def _records(found: Found) -> Iterator[str]:
+def _records(found: Found, name: str) -> Iterator[str]:
     for image, objects in found:  # escaped to ASCII: file names need not be UTF-8
         key = "image" if isinstance(image, str) else "index"
-        yield json.dumps({key: image, "objects": objects}, allow_nan=False)
+        yield json.dumps({key: image, name: objects}, allow_nan=False)
+
+
+def to_segment(labels: np.ndarray, label: int) -> dict[str, Any]:
+    """The pixels of a label as COCO's uncompressed RLE, their bounding box and number.
+
+    `{"label", "segmentation": {"size": [h, w], "counts": [...]}, "bbox": [x, y, width, height], "area"}`. The counts
+    are lengths of runs, column by column, of other pixels and pixels of the label in turn. A label without pixels has
+    a box of zeros.
+
+    Args:
+        labels: integers `[h, w]`.
+
+    >>> to_segment(np.array([[0, 2], [0, 2]]), 2)["segmentation"]
+    {'size': [2, 2], 'counts': [2, 2]}
+    """
+    mask = labels == label
+    pixels = mask.ravel(order="F")
+    ends = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
+    counts = np.diff([0, *ends, pixels.size]).tolist()
+    columns, rows = (np.flatnonzero(mask.any(axis)).tolist() for axis in (0, 1))
+    box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1] if columns else [0, 0, 0, 0]
+    return {
+        "label": label,
+        "segmentation": {"size": list(mask.shape), "counts": [0, *counts] if pixels[0] else counts},
+        "bbox": box,
+        "area": int(mask.sum()),
+    }
 
 
 def csv_columns(schema: ElementSchema) -> list[str]:
@@ -133,7 +164,8 @@ def to_coco(found: Found, schema: ElementSchema, paths: Sequence[str], ids: Coco
     schema; annotations with `score` and, for fields besides box and label, `attributes`. With the ids of an annotated
     file, the list of results that evaluations against that file read: `image_id`, `category_id`, `bbox`, `score`.
 
-    Turned boxes also have their corners as `segmentation`; `bbox` is their upright bounding box.
+    Turned boxes also have their corners as `segmentation`; `bbox` is their upright bounding box. Objects with a mask
+    have it as `segmentation` instead, and its `area`.
     """
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     images: list[dict[str, Any]] = []
@@ -152,6 +184,8 @@ def to_coco(found: Found, schema: ElementSchema, paths: Sequence[str], ids: Coco
             if ids is None:
                 area = _number(float(np.prod(np.maximum(obj["extent"], 0))))
                 result |= {"id": count, "area": area, "iscrowd": 0, "attributes": _attributes(obj, schema)}
+            if SEGMENT in obj:
+                result |= {name: obj[SEGMENT][name] for name in ("segmentation", "area")}
             yield separator + json.dumps(result, allow_nan=False)
             separator = ",\n"
     end = "\n]" if count else separator + "]"
@@ -187,7 +221,7 @@ def _class(obj: Mapping[str, Any], schema: ElementSchema) -> str:
 
 def _attributes(obj: Mapping[str, Any], schema: ElementSchema) -> dict[str, Any]:
     """Fields besides position, keypoints and label; single numbers without their list."""
-    known = {"coords", "extent", "confidence", *(f.name for f in (*schema.keypoints, *schema.label[:1]))}
+    known = {"coords", "extent", "confidence", SEGMENT, *(f.name for f in (*schema.keypoints, *schema.label[:1]))}
     kept = {name: value for name, value in obj.items() if name not in known}
     return {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in kept.items()}
 

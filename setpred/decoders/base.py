@@ -26,6 +26,8 @@ class SetDecoder(nn.Module):
     iterative = False  # has `iterations`, a default that callers may override
     conditional = False  # reads an input set as `condition`
     masks_elements = False  # `mask` is of the predicted elements, not of tokens
+    draws_layers = False  # elements are layers of the image, see `setpred.nn.composite`
+    draws_background = False  # and the last layer is that of the background
 
     def __init__(
         self, *, set_size: int | None, set_dim: int, token_dim: int | None = None, latent_dim: int | None = None

@@ -43,6 +43,8 @@ class Glimpses(SlotReader):
         InputError: a number out of range, or slots that do not fit.
     """
 
+    draws_layers = draws_background = True
+
     def __init__(
         self,
         slots: SetDecoder,
@@ -75,19 +77,31 @@ class Glimpses(SlotReader):
 
     def finish(self, state: Tensor) -> Tensor:
         """Draw the layers `[batch, set_size + 1, 4 · canvas²]` of what `predictions` yields."""
-        size = len(state)
         slots = state[:, :-1, : self.slots.set_dim].flatten(0, 1)
         line = (2 * torch.arange(self.canvas, device=state.device, dtype=state.dtype) + 1) / self.canvas - 1
-        pixels = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1)
-        inside = (pixels - slots[:, None, None, :2]) / self.extent
+        columns, rows = (
+            (line - slots[:, axis, None]) / self.extent for axis in (0, 1)
+        )  # u of pixels `[slots, canvas]`
         drawn = self.glimpse(slots[:, 2:-1])
-        layers = functional.grid_sample(drawn, inside, mode="bilinear", padding_mode="border", align_corners=False)
+        # bilinear, as two products: several times as fast as `grid_sample`
+        across, down = (_hats(place, drawn.shape[-1]).unsqueeze(1) for place in (columns, rows))
+        layers = down @ drawn @ across.mT
+        fall = _fall(rows).unsqueeze(2) + _fall(columns).unsqueeze(1)
         presence = slots[:, -1, None, None].clamp(min=LEAST_PRESENCE).log() - self.prior
-        logits = layers[:, -1] - 2 * inside.square().sum(-1) + presence
-        logits = torch.where((inside.abs() < 1).all(-1), logits, OUTSIDE)
-        layers = torch.cat([layers[:, :-1], logits.unsqueeze(1)], dim=1).unflatten(0, (size, -1))
-        planes = state[:, -1, : self.plane.out_features].unflatten(-1, (LAYER - 1, PLANE))
-        ground = planes @ functional.pad(pixels, (1, 0), value=1.0).flatten(0, 1).T
-        ground = self.background + ground.unflatten(-1, (self.canvas, self.canvas))
-        ground = functional.pad(ground, (0, 0, 0, 0, 0, 1)).unsqueeze(1)  # logit 0
-        return torch.cat([layers, ground], dim=1).flatten(2)
+        layers = torch.cat([layers[:, :-1], (layers[:, -1] + fall + presence).unsqueeze(1)], dim=1)
+        level, right, below = state[:, -1, : self.plane.out_features].unflatten(-1, (LAYER - 1, PLANE, 1)).unbind(-2)
+        ground = self.background + (level + right * line).unsqueeze(2) + (below * line).unsqueeze(3)
+        ground = functional.pad(ground, (0, 0, 0, 0, 0, 1))  # logit 0
+        return torch.cat([layers.unflatten(0, (len(state), -1)), ground.unsqueeze(1)], dim=1).flatten(2)
+
+
+def _hats(places: Tensor, cells: int) -> Tensor:
+    """Weights of linear interpolation between cells of [-1, 1] at places `[n, p]`: `[n, p, cells]`."""
+    centres = torch.arange(cells, device=places.device, dtype=places.dtype) + 0.5
+    at = ((places + 1) * cells / 2).clamp(0.5, cells - 0.5).unsqueeze(2)
+    return (1 - (at - centres).abs()).relu()
+
+
+def _fall(places: Tensor) -> Tensor:
+    """The logit of a mask falls with the distance from the glimpse's centre, down to `OUTSIDE` beyond its border."""
+    return torch.where(places.abs() < 1, -2 * places.square(), OUTSIDE)

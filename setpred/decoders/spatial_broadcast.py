@@ -76,6 +76,8 @@ class SpatialBroadcast(SlotReader):
         InputError: a number out of range.
     """
 
+    draws_layers = True
+
     def __init__(
         self,
         slots: SetDecoder,

@@ -104,15 +104,23 @@ class GreedyVotes(nn.Module):
 
     Args:
         set_size, set_dim: elements of the predicted sets, and numbers of each.
-        weights: b of the first numbers of an element, 1 for all others, as in the `VotingEnergy`.
+        weights, rest: b of the first numbers of an element and of all others, as in the `VotingEnergy`.
         floor: mass at which a pick is half faded.
     """
 
-    def __init__(self, set_size: int, set_dim: int, *, weights: Sequence[float] = (), floor: float = 0.3) -> None:
+    def __init__(
+        self,
+        set_size: int,
+        set_dim: int,
+        *,
+        weights: Sequence[float] = (),
+        rest: float = 1.0,
+        floor: float = 0.3,
+    ) -> None:
         super().__init__()
         self.set_size, self.set_dim = checked_shape(set_size, set_dim)
         self.floor = floor
-        self.register_buffer("weights", diagonal(weights, set_dim), persistent=False)
+        self.register_buffer("weights", diagonal(weights, set_dim, rest), persistent=False)
 
     @torch.no_grad()
     def forward(self, features: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ class VotingEnergy(nn.Module):
     Args:
         set_dim: numbers of an element.
         precise: how many of the first numbers of an element have precisions.
-        weights: b of the first numbers of an element, 1 for all others.
+        weights: b of the first numbers of an element.
+        rest: b of all others. A small one lets elements compete by place alone.
         prior_weight: λ.
 
     Raises:
@@ -70,7 +71,13 @@ class VotingEnergy(nn.Module):
     """
 
     def __init__(
-        self, *, set_dim: int, precise: int = 0, weights: Sequence[float] = (), prior_weight: float = 1.0
+        self,
+        *,
+        set_dim: int,
+        precise: int = 0,
+        weights: Sequence[float] = (),
+        rest: float = 1.0,
+        prior_weight: float = 1.0,
     ) -> None:
         super().__init__()
         if not 0 <= precise <= set_dim or not prior_weight >= 0:
@@ -79,7 +86,7 @@ class VotingEnergy(nn.Module):
             )
         self.set_dim, self.prior_weight = set_dim, prior_weight
         self.token_dim = set_dim + precise + 1
-        self.register_buffer("weights", diagonal(weights, set_dim), persistent=False)
+        self.register_buffer("weights", diagonal(weights, set_dim, rest), persistent=False)
 
     def forward(self, elements: Tensor, problem: Problem) -> Tensor:
         pull = (self.weights * problem.moved(elements).square()).sum((1, 2))

@@ -23,6 +23,7 @@ from setpred.metrics.segmentation import (
     masks_to_labels,
     mean_best_overlap,
     mean_iou,
+    segmentation_scores,
 )
 from setpred.metrics.set_distances import SetDistances
 
@@ -56,6 +57,7 @@ __all__ = [
     "reliability",
     "right_numbers",
     "right_predictions",
+    "segmentation_scores",
     "threshold_name",
     "true_positives",
 ]

@@ -10,6 +10,8 @@ from setpred.metrics.averages import MeanMetric
 from setpred.nn import composite
 from setpred.sets import mean_present
 
+SCORES = {"ari": "ARI", "fg_ari": "FG-ARI", "mbo": "mBO", "miou": "mIoU"}  # how publications write them
+
 
 def masks_to_labels(masks: Tensor, size: tuple[int, int]) -> Tensor:
     """Label each pixel with the index of its largest mask: int64 `[batch, height, width]`.
@@ -162,6 +164,21 @@ def _matched(overlap: Tensor, objects: Tensor) -> Tensor:
     return mean_present(matched, objects).masked_fill(~objects.any(1), torch.nan)
 
 
+def segmentation_scores(predicted: Tensor, instances: Tensor) -> dict[str, Tensor]:
+    """All scores of each image, float64 `[batch]`, in the order of `SCORES`.
+
+    "ari" and "fg_ari": `adjusted_rand_index` of all pixels and of objects alone; "mbo": `mean_best_overlap`; "miou":
+    `mean_iou`.
+
+    Args:
+        predicted, instances: as in `adjusted_rand_index`, with its errors.
+    """
+    counts = contingency(predicted, instances)
+    overlaps = _overlaps(counts)
+    scores = _rand(counts, False), _rand(counts, True), _best(*overlaps), _matched(*overlaps)
+    return dict(zip(SCORES, scores, strict=True))
+
+
 class Segmentation(MeanMetric):
     """Scores of the masks of predicted layers against instances: "ari", "fg_ari", "mbo" and "miou".
 
@@ -174,7 +191,7 @@ class Segmentation(MeanMetric):
     """
 
     truth = "instances"  # the entry of the batch to compare with
-    keys = ("ari", "fg_ari", "mbo", "miou")
+    keys = tuple(SCORES)
     monitor, mode, higher_is_better = "fg_ari", "max", True
 
     def __init__(self) -> None:
@@ -184,10 +201,7 @@ class Segmentation(MeanMetric):
     def values(self, predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
         if target.ndim != 3 or target.shape[1] != target.shape[2]:
             raise ValueError(f"expected instances [batch, S, S], got {list(target.shape)}")
-        counts = contingency(masks_to_labels(composite(predicted).masks, target.shape[1:]), target)
-        overlaps = _overlaps(counts)
-        scores = _rand(counts, False), _rand(counts, True), _best(*overlaps), _matched(*overlaps)
-        return dict(zip(self.keys, scores, strict=True))
+        return segmentation_scores(masks_to_labels(composite(predicted).masks, target.shape[1:]), target)
 
     def update(self, predicted: Tensor, target: Tensor) -> None:
         values = self.values(predicted.detach(), target)

@@ -220,6 +220,9 @@ class SetPrediction(pl.LightningModule):
         self.data_description = {"path": path, "split": split, "image_size": size}
         if (sets := getattr(data, "inputs", None)) is not None:
             self.data_description["input_size"] = sets.most
+        schema = getattr(data, "schema", None)
+        if None not in (size, schema) and self.schema is None and not schema.has_world:
+            self.data_description["padded"] = True  # as `setpred data import` pads images; else the schema tells it
 
     def check_schema(self, data: Any) -> None:
         """Raise `InputError` if the data state another schema than the model's."""

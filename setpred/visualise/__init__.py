@@ -1,4 +1,4 @@
-"""Figures of predictions, refinement and errors (`write_report`), and of training runs."""
+"""Figures of predictions, refinement and errors (`write_report`), of segmentations, and of training runs."""
 
 from setpred.visualise.confusion import draw_confusion
 from setpred.visualise.curves import draw_precision_recall
@@ -9,12 +9,14 @@ from setpred.visualise.predictions import draw_outlined_image, draw_predictions,
 from setpred.visualise.refinement import Descent, draw_refinement_film, draw_refinement_strip
 from setpred.visualise.reliability import draw_reliability
 from setpred.visualise.report import write_report, write_scores
+from setpred.visualise.segmentation import SegmentedImage, draw_segmentation, draw_segmentation_refinement
 from setpred.visualise.supports import Voting, draw_supports
 from setpred.visualise.training_curves import draw_own_training, draw_training_curves
 
 __all__ = [
     "Case",
     "Descent",
+    "SegmentedImage",
     "Voting",
     "draw_confusion",
     "draw_distance_errors",
@@ -26,6 +28,8 @@ __all__ = [
     "draw_refinement_film",
     "draw_refinement_strip",
     "draw_reliability",
+    "draw_segmentation",
+    "draw_segmentation_refinement",
     "draw_supports",
     "draw_training_curves",
     "has_marks",

@@ -28,6 +28,10 @@ CLASS_COLOURS = {
     "gray": "#575757", "red": "#ad2323", "blue": "#2a4bd7", "green": "#1d6914",
     "brown": "#814a19", "purple": "#8126c0", "cyan": "#29d0d0", "yellow": "#ffee33",
 }  # fmt: skip
+# of things without a colour, in turn; distinct with most colour vision
+DISTINCT = (
+    "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#f0e442", "#882255", "#999933", "#332288", "#44aa99",
+)  # fmt: skip
 # British words for CLEVR's names, and the English order of adjectives
 WORDS = {"color": "colour", "gray": "grey"}
 ADJECTIVES = ("size", "color", "material", "shape")

@@ -14,7 +14,7 @@ from torch import Tensor
 from setpred.visualise import world
 from setpred.visualise.predictions import Comparison, compare
 from setpred.visualise.refinement import Descent
-from setpred.visualise.style import INK, Sheet, styled
+from setpred.visualise.style import DISTINCT, INK, Sheet, styled
 
 # in inches
 IMAGE, MAP, SIDE = (3.24, 2.16), 4.4, 1.75
@@ -22,10 +22,6 @@ HEAD, ROW, LEGEND = 0.95, 4.95, 0.85
 OPACITY = 0.75  # of the heaviest token on the image
 LARGEST = 60.0  # area in square points of the dot of the heaviest token's vote
 _TINY = 1e-9
-# of the predicted objects, in turn; distinct with most colour vision
-_COLOURS = (
-    "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#f0e442", "#882255", "#999933", "#332288", "#44aa99",
-)  # fmt: skip
 _NO_OBJECT = "#ffffff"
 
 
@@ -72,7 +68,7 @@ def draw_supports(path: Path, descents: Sequence[Descent], voting: Voting, *, ab
         count = len(comparison.predicted)
         order = descent.iterates[-1][:, -1].argsort(descending=True, stable=True)  # as `compare` numbers them
         supports = voting.supports[row, order].nan_to_num()
-        colours = [*itertools.islice(itertools.cycle(_COLOURS), count), *[_NO_OBJECT] * (len(order) - count)]
+        colours = [*itertools.islice(itertools.cycle(DISTINCT), count), *[_NO_OBJECT] * (len(order) - count)]
         tokens = support_colours(supports, colours)
         sheet.note(0.3, bottom + MAP + 0.17, f"Image {row}, {comparison.summary}", fontsize=11)
         world.show_image(sheet.panel(0.3, bottom + MAP - IMAGE[1], *IMAGE), descent.picture)
@@ -166,7 +162,7 @@ def _show_masses(axes: Axes, masses: np.ndarray, colours: Sequence[str], count: 
 
 def _draw_legend(sheet: Sheet) -> None:
     legend = world.Legend(sheet, LEGEND, MAP)
-    first, second, colour = 0.26, 0.6, _COLOURS[0]
+    first, second, colour = 0.26, 0.6, DISTINCT[0]
     legend.write(0.3, first, "On the map:")
     for x, down, mass, fill in ((1.28, first, 0.25, colour), (1.43, first, 1, colour), (1.43, second, 1, _NO_OBJECT)):
         size = {"s": LARGEST * mass, "linewidths": 0.5}

@@ -10,6 +10,7 @@ import numpy as np
 from setpred.errors import InputError, plural
 from setpred.files import make_folder
 from setpred.metrics import AveragePrecision
+from setpred.metrics.segmentation import SCORES
 from setpred.visualise.style import Sheet, styled
 
 Curve = Sequence[tuple[float, float]]  # (spent, score), ordered by what is spent
@@ -67,7 +68,9 @@ def _common(runs: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_own_training(folder: Path, checkpoint: str | os.PathLike[str]) -> list[Path]:
-    """Draw training.png: the validation AP of a checkpoint's run at each threshold, against the training time.
+    """Draw training.png: the validation scores of a checkpoint's run against the training time.
+
+    AP at each threshold, or the scores of segmentations.
 
     Returns:
         The path written; nothing without scores in a metrics.csv in the checkpoint's folder.
@@ -83,13 +86,17 @@ def draw_own_training(folder: Path, checkpoint: str | os.PathLike[str]) -> list[
         with path.open(newline="") as file:
             rows = list(csv.DictReader(file))
         names = [name for name in rows[0] if name.startswith(prefix)] if rows else []
-        for name in sorted(names, key=lambda name: float(name.removeprefix(prefix)), reverse=True):
-            spent = [(float(row["seconds"]) / 60, 100 * float(row[name])) for row in rows if row[name]]
-            curves[f"AP at {name.removeprefix(prefix)}"] = [spent]
+        names = sorted(names, key=lambda name: float(name.removeprefix(prefix)), reverse=True)
+        scores = {name: f"AP at {name.removeprefix(prefix)}" for name in names}
+        if rows and not scores:
+            scores = {f"val_{key}": label for key, label in SCORES.items() if f"val_{key}" in rows[0]}
+        for name, label in scores.items():
+            curves[label] = [[(float(row["seconds"]) / 60, 100 * float(row[name])) for row in rows if row[name]]]
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise InputError(f"{path} is not as `setpred train` writes it ({error}); move or correct it") from error
     if not curves:
         return []
-    labels = {"spent": "minutes of training and validation", "score": "AP on the validation data (%)"}
+    score = "AP" if names else "score"
+    labels = {"spent": "minutes of training and validation", "score": f"{score} on the validation data (%)"}
     labels |= {"subtitle": f"{plural(len(rows), 'epoch')} of training.", "about": str(checkpoint)}
     return [draw_training_curves(make_folder(folder) / "training.png", curves, **labels)]

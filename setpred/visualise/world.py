@@ -14,7 +14,7 @@ from torch import Tensor
 
 from setpred.rendering.camera import NOMINAL_CAMERA, Camera
 from setpred.rendering.scenes import HALF_SIZE
-from setpred.schema import CLEVR, ElementSchema
+from setpred.schema import ElementSchema
 from setpred.visualise.style import CLASS_COLOURS, FAINT, GROUND, INK, PLAIN, WRONG, Sheet
 
 VIEW = (480, 320)  # pixels of CLEVR's images; other sizes show the same view stretched
@@ -27,9 +27,8 @@ _ANNOTATION |= {"annotation_clip": True}
 
 
 def has_world(schema: ElementSchema) -> bool:
-    """Whether elements have a place in CLEVR's world: a field "coords" of three numbers with CLEVR's scale."""
-    same = [field for field in schema.continuous if (field.name, field.size) == ("coords", 3)]
-    return any((field.scale, field.offset) == (CLEVR.field("coords").scale, 0.0) for field in same)
+    """Whether figures can show elements in CLEVR's world."""
+    return schema.has_world
 
 
 def half_size(obj: Mapping[str, Any]) -> float:
