@@ -27,6 +27,7 @@ from setpred.metrics import (
     right_predictions,
     threshold_name,
 )
+from setpred.metrics.box_precision import columns
 from setpred.model import SetPredictor, inputs_of
 from setpred.progress import progress
 from setpred.schema import UNCALIBRATED, Calibration, ElementSchema
@@ -172,7 +173,8 @@ def report(
     thresholds = sorted({*schema.thresholds, *thresholds}, reverse=True)
     scores = PROTOCOLS[protocol](predicted, target, thresholds=thresholds, schema=schema)
     assignment = match_by_position(predicted, target, schema=schema)
-    boxes = {"box_ap": box_average_precision(predicted, target, schema=schema)} if schema.has_boxes else {}
+    of_boxes = {"schema": schema, "areas": schema.side is not None}  # which are in pixels
+    boxes = {"box_ap": box_average_precision(predicted, target, **of_boxes)} if schema.has_boxes else {}
     right, criterion = right_predictions(predicted, target, schema=schema)
     confidence = calibration.confidence(predicted[..., -1])
     return boxes | {
@@ -237,7 +239,7 @@ def _box_table(scores: dict[str, Any] | None) -> list[str]:
     """Lines of the scores of boxes, all classes first."""
     if scores is None:
         return []
-    names = [name for name in scores if name not in ("boxes", "classes")]
+    names = columns(scores)
     rows = {"all classes": scores} | (scores["classes"] if len(scores["classes"]) > 1 else {})
     width = max(16, *map(len, rows))
     return [

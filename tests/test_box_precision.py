@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from twins import box_average_precision_twin
 
 from setpred.errors import InputError
 from setpred.metrics import BoxAveragePrecision, box_average_precision
-from setpred.metrics.box_precision import NAMES
+from setpred.metrics.box_precision import AREA_NAMES, NAMES, columns
 from setpred.schema import CLEVR, ElementSchema, categorical, continuous
 from setpred.training.task import SetPrediction
 
@@ -51,17 +52,17 @@ def random_boxes(seed, images=12, set_size=9, target_size=6, *, grid=False, pres
     return predicted, target
 
 
-def pycocotools_scores(predicted, target):
-    """The numbers of COCOeval for the same boxes: the six of `NAMES`, and those of each class with real boxes."""
+def pycocotools_scores(predicted, target, schema=SCHEMA):
+    """The numbers of COCOeval for the same boxes, and the AP of each class with real boxes."""
     coco_module = pytest.importorskip("pycocotools.coco")
     evaluator_of = pytest.importorskip("pycocotools.cocoeval").COCOeval
-    names = SCHEMA.field("category").classes
+    names = schema.field("category").classes
 
     def boxes(elements):
         values = elements.double()
-        centre, extent = SCHEMA.values(values, "coords"), SCHEMA.values(values, "extent")
+        centre, extent = schema.values(values, "coords"), schema.values(values, "extent")
         corner = centre - extent / 2
-        return torch.cat([corner, extent], -1).tolist(), SCHEMA.values(values, "category").tolist()
+        return torch.cat([corner, extent], -1).tolist(), schema.values(values, "category").tolist()
 
     document = {
         "info": {},
@@ -87,7 +88,7 @@ def pycocotools_scores(predicted, target):
         evaluator.accumulate()
         evaluator.summarize()
     stats, precision = evaluator.stats, evaluator.eval["precision"][:, :, :, 0, -1]
-    means = [math.nan if stats[place] < 0 else stats[place] for place in (0, 1, 2, 6, 7, 8)]
+    means = [math.nan if stats[place] < 0 else stats[place] for place in (0, 1, 2, 6, 7, 8, 3, 4, 5, 9, 10, 11)]
     real = {names[k]: precision[:, :, k].mean() for k in range(len(names)) if precision[0, 0, k] > -1}
     return means, real
 
@@ -108,8 +109,27 @@ def test_equals_the_evaluator_of_coco(case):
         predicted, target = random_boxes(seed, **case)
         ours = box_average_precision(predicted, target, schema=SCHEMA)
         means, classes = pycocotools_scores(predicted, target)
-        assert [ours[name] for name in NAMES] == pytest.approx(means, abs=1e-6)
+        assert [ours[name] for name in NAMES] == pytest.approx(means[:6], abs=1e-6)
         assert {name: of["AP"] for name, of in ours["classes"].items()} == pytest.approx(classes, abs=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_areas_equal_the_evaluator_of_coco(case):
+    """Boxes with sides from 10 to 180 pixels; on the grid from 32 to 128, with areas of exactly 32² and 96²."""
+    seen = set()
+    for seed, scale in enumerate((64.0, 128.0, 192.0) if case.get("grid") else (100.0, 160.0, 256.0)):
+        fields = [replace(field, scale=scale, offset=scale if field.name == "coords" else 0.0) for field in FIELDS]
+        schema = ElementSchema("large", [*fields, SCHEMA.field("category")], max_objects=12)
+        predicted, target = random_boxes(seed, **case)
+        ours = box_average_precision(predicted, target, schema=schema, areas=True)
+        means, _ = pycocotools_scores(predicted, target, schema)
+        found = [ours[name] for name in (*NAMES, *AREA_NAMES)]
+        assert found == pytest.approx(means, abs=1e-6, nan_ok=True)
+        plain = box_average_precision(predicted, target, schema=schema)
+        assert [plain[name] for name in NAMES] == found[:6]
+        seen |= set(columns(ours))
+        assert all(set(of) == {*NAMES, *AREA_NAMES, "boxes"} for of in ours["classes"].values())
+    assert seen >= set(AREA_NAMES) or case.get("present", 1) < 0.1
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.get("set_size", 0) < 100], ids=str)

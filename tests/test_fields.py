@@ -19,6 +19,7 @@ from setpred.commands.evaluate import parser
 from setpred.commands.linking import default_configuration
 from setpred.commands.train import QUICKSTART, build
 from setpred.data.annotations import read_coco, read_csv
+from setpred.data.arrays import import_arrays
 from setpred.data.dataset import SetFile
 from setpred.data.hdf5 import describe
 from setpred.data.overrides import Overrides
@@ -268,6 +269,81 @@ def test_a_schema_file_overrides_what_is_inferred(images, tmp_path):  # noqa: F8
     assert objects(data)[1][0]["tilt"] == pytest.approx([170], abs=1e-4)
 
 
+def test_a_schema_file_means_the_same_for_tables_and_arrays(images, tmp_path):  # noqa: F811
+    """Names, classes, units, periods and fields that objects may lack; also for a second file of the same schema."""
+    (tmp_path / "schema.yaml").write_text(
+        """
+        name: cells
+        max_objects: 3
+        fields:
+          coords: {unit: px, tolerance: 3}
+          radius: {name: size, unit: µm, scale: 5, offset: 1}
+          angle: {period: 180, unit: degrees}
+          depth: {optional: true}
+          label: {name: kind, classes: {1: disc, 2: square}}
+        """
+    )
+    rows = "image,x,y,radius,angle,depth,label\na,3,4,1.5,10,,1\na,5,6,3,90,0.5,2\nb,8,9,2,170,7,2"
+    gone = np.nan
+    content = {
+        "images": np.stack([np.asarray(Image.open(file)) for file in sorted(images.iterdir())]),
+        "coords": [[(3, 4), (5, 6)], [(8, 9), (0, 0)], [(0, 0), (0, 0)]],
+        "radius": [[1.5, 3], [2, gone], [gone, gone]],
+        "angle": [[10.0, 90], [170, gone], [gone, gone]],
+        "depth": [[gone, 0.5], [7, gone], [gone, gone]],
+        "label": [[1, 2], [2, -1], [-1, -1]],
+    }
+    np.savez(tmp_path / "a.npz", **content)
+    sources = {
+        "csv": ("--csv", table(tmp_path, rows), "--images", images, "--categorical", "label"),
+        "npz": ("--npz", tmp_path / "a.npz"),
+    }
+    found = []
+    for name, source in sources.items():
+        out = ("--out", tmp_path / f"{name}.h5", "--schema", tmp_path / "schema.yaml", "--workers", 0)
+        assert data_command(["import", *map(str, (*source, *out))]) == 0
+        found.append(SetFile(tmp_path / f"{name}.h5"))
+    first, second = found
+    assert first.schema == second.schema
+    assert [field.name for field in first.schema.fields] == ["coords", "size", "angle", "depth", "kind"]
+    for name in ("image", "elements"):
+        assert torch.equal(*(data.__getitems__(range(3))[name] for data in found))
+    assert [[obj["depth"] for obj in of] for of in objects(second)] == [[None, [0.5]], [[7.0]], []]
+    assert [obj["kind"] for of in objects(second) for obj in of] == ["disc", "square", "square"]
+
+
+def test_keypoints_of_arrays_are_pixels_and_follow_another_image_size(tmp_path):
+    def imported_arrays(shape, overrides=None, schema=None, **changes):
+        places = {"coords": [[(3.0, 4), (5, 6)]], "nose": [[(1.0, 2), (np.nan, np.nan)]], "sizes": np.array([2])}
+        content = {"images": np.zeros((1, *shape), np.uint8)} | places | changes
+        np.savez(tmp_path / "k.npz", **content)
+        import_arrays(tmp_path / "k.npz", tmp_path / "k.h5", overrides=overrides, schema=schema, force=True)
+        return SetFile(tmp_path / "k.h5")
+
+    overrides = Overrides.of({"fields": {"nose": {"optional": True, "name": "tip"}}}, "schema.yaml")
+    data = imported_arrays((12, 16), overrides)
+    assert [obj["tip"] for obj in objects(data)[0]] == [[1, 2], None]
+    assert data.schema.in_pixels == ("coords", "tip")
+    kept = imported_arrays((12, 16), Overrides.of({"fields": {"nose": {"optional": True}}}, "schema.yaml")).schema
+    half = imported_arrays((6, 8), schema=kept)  # whose pixels are twice as large
+    assert [(obj["coords"], obj["nose"]) for obj in objects(half)[0]] == [([6, 8], [2, 4]), ([10, 12], None)]
+    for changes, message in (
+        ({"nose": [[(1.0, np.nan), (1, 1)]]}, "array 'nose', example 0, object 0: expected finite numbers"),
+        ({"nose": [[(1.0, 400), (1, 1)]]}, "array 'nose', example 0, object 0: expected a position in the image"),
+        ({"coords": [[(np.nan, np.nan), (1, 1)]]}, "array 'coords', example 0, object 0: expected finite numbers"),
+    ):
+        with pytest.raises(InputError, match=message):
+            imported_arrays((12, 16), overrides, **changes)
+    for fields, message in (
+        ({"nos": {}}, "expected some of the fields coords, nose, got 'nos'"),
+        ({"coords": {"optional": True}}, "field 'coords': expected options name, unit, tolerance for it, got optional"),
+        ({"nose": {"period": 3}}, "field 'nose': expected options .* got period"),
+        ({"nose": {"optional": 1}}, "field 'nose', optional: expected true or false, got 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            imported_arrays((12, 16), Overrides.of({"fields": fields}, "schema.yaml"), nose=[[(1.0, 2), (3, 4)]])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -284,6 +360,8 @@ def test_a_schema_file_overrides_what_is_inferred(images, tmp_path):  # noqa: F8
         ("fields: {label: {classes: {1: disc}}}", "field 'label': expected a new name of every class"),
         ("fields: {angle: {period: -1}}", "field 'angle', period: expected a finite number above 0"),
         ("fields: {angle: {period: 180, scale: 2}}", "field 'angle': expected a period or scale, got both"),
+        ("fields: {angle: {period: 180, optional: true}}", "field 'angle': expected a period or optional, got both"),
+        ("fields: {label: {optional: true}}", "field 'label': expected options name, classes for it, got optional"),
         ("fields: {angle: {name: radius}}", "field names must be unique"),
         ("fields: 3", "fields: expected options by the name of a field, got 3"),
         ("fields: {angle: 3}", "field 'angle': expected some of name, classes"),
@@ -336,12 +414,14 @@ def test_predictions_are_in_pixels_of_each_image_which_is_padded(images, tmp_pat
     found = torch.from_numpy(schema.encode([cat]))
     monkeypatch.setattr(predict, "predict_in_passes", lambda _, images, **__: seen.append(images) or found[None])
     Image.new("RGB", (32, 24), "white").save(tmp_path / "white.png")  # twice as large as those of the training
-    arguments = [str(tmp_path / "a.ckpt"), str(tmp_path / "white.png"), "--out", str(tmp_path / "out.json")]
-    predict.run([*arguments, "--figures", str(tmp_path / "figures")])
-    ((obj,),) = (image["objects"] for image in json.loads((tmp_path / "out.json").read_text()))
-    assert (obj["coords"], obj["extent"], obj["nose"]) == tuple(map(pytest.approx, ([16, 12], [8, 4], [6, 4])))
-    assert obj["tail"] is None
-    assert len(list((tmp_path / "figures").iterdir())) == 1
-    rows = seen[0][0].float().mean((0, 2))
-    assert rows[:46].min() > 250
-    assert rows[50:].max() == 0
+    np.savez(tmp_path / "white.npz", images=np.full((1, 24, 32), 255, np.uint8))
+    for source in ("white.png", "white.npz"):
+        arguments = [str(tmp_path / "a.ckpt"), str(tmp_path / source), "--out", str(tmp_path / "out.json")]
+        predict.run([*arguments, "--figures", str(tmp_path / source.replace(".", "_"))])
+        ((obj,),) = (image["objects"] for image in json.loads((tmp_path / "out.json").read_text()))
+        assert (obj["coords"], obj["extent"], obj["nose"]) == tuple(map(pytest.approx, ([16, 12], [8, 4], [6, 4])))
+        assert obj["tail"] is None
+        assert len(list((tmp_path / source.replace(".", "_")).iterdir())) == 1
+        rows = seen.pop()[0].float().mean((0, 2))
+        assert rows[:46].min() > 250
+        assert rows[50:].max() == 0

@@ -17,7 +17,8 @@ from test_visualise import pictures, sets
 from setpred.evaluation import Predictions, report
 from setpred.rendering.camera import NOMINAL_CAMERA
 from setpred.schema import CLEVR, ElementSchema, categorical, continuous
-from setpred.visualise import Case, draw_marks, page, worst_first, write_page
+from setpred.visualise import Case, draw_marks, has_marks, page, worst_first, write_page
+from setpred.visualise.marks import input_picture
 from setpred.visualise.predictions import compare
 from setpred.visualise.style import Sheet
 from setpred.visualise.world import VIEW
@@ -74,6 +75,46 @@ def test_marks_are_at_the_decoded_positions(name, tmp_path, monkeypatch):
         found = compare(case.predicted, case.target, schema)
         for obj, partner, wrong in zip(found.predicted, found.partner, found.wrong, strict=True):
             assert not wrong or f"kind {obj['kind']} ({found.real[partner]['kind']})" in text
+
+
+CURVE = ElementSchema("curve", [continuous("coords", 1, scale=12.0, offset=13.0)], max_objects=5)
+
+
+def vectors(count):
+    return np.random.default_rng(0).normal(size=(count, 32)).astype(np.float32)
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_marks_in_vectors_are_on_their_curves(shares, tmp_path, monkeypatch):
+    drawn, field = [], continuous("coords", 1, scale=0.4, offset=0.5)
+    monkeypatch.setattr(Sheet, "save", lambda sheet, path: drawn.append(sheet))
+    schema = ElementSchema("shares", [field], max_objects=5) if shares else CURVE
+    cases = [case._replace(picture=vector) for case, vector in zip(cases_of(schema), vectors(3), strict=True)]
+    draw_marks(tmp_path / "a.png", cases, schema=schema, subtitle="")
+    places = np.linspace(0, 1, 32) if shares else np.arange(32)
+    assert len(drawn[0].axes) == 3
+    for panel, case in zip(drawn[0].axes, cases, strict=True):
+        np.testing.assert_allclose(panel.lines[0].get_xydata(), np.stack([places, case.picture], axis=-1))
+        for elements, marker in ((case.target, "o"), (case.predicted, "x")):
+            found = [np.ravel(line.get_xydata()) for line in panel.lines if line.get_marker() == marker]
+            at = [obj["coords"][0] for obj in schema.decode(elements)]
+            same(found, [(x, np.interp(x, places, case.picture)) for x in at])
+
+
+def test_pictures_of_inputs_need_places_in_them():
+    def place(size, low, high):
+        half = (high - low) / 2
+        return ElementSchema("a", [continuous("coords", size, scale=half, offset=low + half)], max_objects=2)
+
+    rows, (vector,) = np.zeros((5, 2)), vectors(1)
+    assert input_picture(rows, place(2, 0, 9), vector=False) is rows
+    assert input_picture(rows, place(3, 0, 9), vector=False) is None
+    assert input_picture(rows[:1], place(1, 0, 1), vector=False) is None  # a set of one element, by chance
+    for low, high, there in ((3, 28, True), (0.1, 0.9, True), (-1, 1, False), (400, 700, False), (3, 40, False)):
+        found = input_picture(vector[None], place(1, low, high), vector=True)
+        assert (found is not None) == has_marks(place(1, low, high), 32) == there
+        assert not there or np.array_equal(found, vector)
+    assert not has_marks(place(1, 3, 28))
 
 
 def same(found, wanted):
@@ -193,6 +234,49 @@ def test_the_slider_shows_the_iterates_where_they_are(name, tmp_path):
         expected = compare(cases[number].predicted, cases[number].target, schema).partner
         partners = dict(zip(order, (-1 if partner is None else partner for partner in expected), strict=True))
         assert case["partner"] == [partners.get(k, -1) for k in range(len(presence))]  # absent ones have none
+
+
+@pytest.mark.parametrize("name", ["plane", "space", "boxes", "curve"])
+def test_marks_of_sets_are_where_their_inputs_are_drawn(name, tmp_path):
+    """With inputs at the places of the real objects; once in each view; partners are in the same view."""
+    schema, cases = {**SCHEMAS, "curve": CURVE}[name], []
+    for case in cases_of(schema):
+        case.target[:, 0] = (case.target[:, 0] * 12).round() / 12  # in vectors at whole places
+        real = schema.decode(case.target)
+        points = np.array([obj["coords"] for obj in real]).reshape(-1, schema.field("coords").size)
+        cases.append(case._replace(picture=vectors(1)[0] if name == "curve" else points))
+    text = written(tmp_path, schema, cases)
+    page, views = Page(text), 2 if name == "space" else 1
+    paths = [attributes["d"] for tag, attributes in page.tags if tag == "path"]
+    drawn = [[tuple(map(float, pair)) for pair in re.findall(r"[ML]([-\d.e]+),([-\d.e]+)", path)] for path in paths]
+    assert len(drawn) == views * len(cases)
+    data = json.loads(page.scripts[0])
+    for number, (case, found) in enumerate(zip(cases, data["cases"], strict=True)):
+        real, count = schema.decode(case.target), len(schema.decode(case.target))
+        assert len(found["real"]) == views * count
+        for view in range(views):
+            marks = [item["at"] for item in found["real"][view * count :][:count]]
+            points = drawn[views * number + view]
+            if name == "curve":
+                assert len(points) == 32
+                points = [points[round(obj["coords"][0])] for obj in real]
+            np.testing.assert_allclose([at[:2] for at in marks], points, atol=2e-3)
+            if name == "boxes":  # in one scale with the points
+                apart = np.ptp([at[0] for at in marks]) / np.ptp([obj["coords"][0] for obj in real])
+                assert [at[2] for at in marks] == pytest.approx(
+                    [apart * max(0, obj["extent"][0]) for obj in real], rel=1e-2
+                )
+            if name == "curve":
+                upwards = [case.picture[round(obj["coords"][0])] for obj in real]
+            else:
+                upwards = [obj["coords"][1 + view] for obj in real]
+            assert np.argsort(upwards).tolist() == np.argsort([-at[1] for at in marks]).tolist()
+        size = len(case.predicted)
+        for step in found["steps"]:
+            assert len(step) == views * size
+        for view in range(views):
+            pairs = zip(found["partner"][:size], found["partner"][view * size :], strict=False)
+            assert all(second == (first if first < 0 else first + view * count) for first, second in pairs)
 
 
 def test_class_names_stay_inside_their_panel(tmp_path, monkeypatch):

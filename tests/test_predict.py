@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,8 @@ from setpred.checkpoint.load import load_checkpoint
 from setpred.commands import predict as command
 from setpred.commands.predict import predict, run
 from setpred.data import images as pictures
-from setpred.data.images import decoded, find_images, load_image
+from setpred.data.arrays import array_images
+from setpred.data.images import decoded, find_images, load_image, pixel_size
 from setpred.errors import InputError
 from setpred.schema import CLEVR
 
@@ -142,6 +144,38 @@ def test_objects_are_those_of_the_schema(checkpoint, model, folder, tmp_path, ca
     assert [(record["image"], len(record["objects"])) for record in again] == [(path, 4) for path in paths]
     run([str(checkpoint), str(folder), "--out", str(out), "--threshold", "1"])
     assert all(not record["objects"] for record in json.loads(out.read_text()))  # no confidence reaches 1
+
+
+def test_images_of_arrays_predict_as_files_of_the_same_pixels(checkpoint, tmp_path):
+    """By name, in every layout, next to files, in formats and figures; pixels of arrays are those of their images."""
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
+    files = [tmp_path / f"{number}.png" for number in range(3)]
+    for file, image in zip(files, pixels, strict=True):
+        Image.fromarray(image).save(file)
+    np.savez(tmp_path / "a.npz", images=pixels, coords=np.zeros((3, 2, 2)))
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        file["images"] = pixels.transpose(0, 3, 1, 2)
+    np.savez(tmp_path / "c.npz", inputs=np.zeros((3, 4)))
+
+    def predicted(*sources, out="out.json", options=()):
+        paths = [str(tmp_path / source) for source in sources]
+        run([str(checkpoint), *paths, "--out", str(tmp_path / out), EVERYTHING, *options])
+        return (tmp_path / out).read_text()
+
+    expected = [each["objects"] for each in json.loads(predicted(*files))]
+    found = json.loads(predicted("a.npz", "0.png", "b.h5", options=["--figures", str(tmp_path / "drawn"), "--shown=5"]))
+    assert [each["objects"] for each in found] == [*expected, expected[0], *expected]
+    names = [f"{tmp_path / 'a.npz'} #{k}" for k in range(3)]
+    assert [each["image"] for each in found][:4] == [*names, str(tmp_path / "0.png")]
+    drawn = sorted(path.name for path in (tmp_path / "drawn").iterdir())
+    assert drawn == ["000-a-0.png", "001-a-1.png", "002-a-2.png", "003-0.png", "004-b-0.png"]
+    assert f"{names[0]}," in predicted("a.npz", out="out.csv")
+    assert [pixel_size(image) for image in array_images(tmp_path / "b.h5")] == [(30, 20)] * 3
+    with pytest.raises(InputError, match=r"c\.npz: expected an array 'images', got inputs"):
+        predicted("c.npz", out="none.json")
+    with pytest.raises(InputError, match="the command reads this file"):
+        predicted("a.npz", out="a.npz")
+    assert not (tmp_path / "none.json").exists()
 
 
 def test_a_broken_image_stops_it_before_anything_is_written(checkpoint, broken, tmp_path):

@@ -90,8 +90,8 @@ def _import(out: Path, schema: Path | None, workers: int, **options: Any) -> Non
     check_outputs({"--out": out}, inputs=[*sources.values(), schema], streams=False)
     taken = {f"--{name.replace('_', '-')}": TAKEN_BY.get(name, sources) for name in options}
     described = schema is not None and schema.suffix.lower() in (".yaml", ".yml")
-    if schema is not None:
-        taken[f"--schema {schema}"] = (*TABLES, *MASKS) if described else (*TABLES, "--npz")
+    if schema is not None and not described:
+        taken[f"--schema {schema}"] = (*TABLES, "--npz")
     for option, takers in taken.items():
         if kind not in takers:
             raise InputError(f"{option}: expected {' or '.join(takers)} with it, got {kind}; leave it out")
@@ -123,14 +123,19 @@ def _import_table(
 
     if images is None:
         raise InputError(f"{kind}: expected the folder of the images with it; pass --images FOLDER")
-    table = read_csv(source, categorical=categorical) if kind == "--csv" else read_coco(source)
+    if "schema" in options:
+        optional = [field.name for field in options["schema"].fields if field.optional]
+    else:
+        optional = options["overrides"].optional if "overrides" in options else []
+    of_csv = kind == "--csv"
+    table = read_csv(source, categorical=categorical, optional=optional) if of_csv else read_coco(source)
     import_images(table, images, out, **options)
     hints = [
         f"left out the column {name!r}, which {'is of predictions' if name == CONFIDENCE else 'numbers the rows'}; "
         f"--categorical {name!r} makes classes of it"
         for name in table.left_out
     ]
-    if kind == "--csv" and not options.keys() & {"schema", "overrides"}:
+    if of_csv and not options.keys() & {"schema", "overrides"}:
         for column, count in possible_classes(table).items():
             hints.append(
                 f"{column} has {count} different whole numbers; pass --categorical {column} if they are classes"

@@ -45,7 +45,7 @@ from setpred.visualise import (
     write_report,
     write_scores,
 )
-from setpred.visualise.marks import in_plane
+from setpred.visualise.marks import input_picture
 from setpred.visualise.page import has_places
 from setpred.visualise.report import MARKED, PICTURED, TRACED
 from setpred.visualise.segmentation import WIDEST
@@ -85,8 +85,8 @@ def figures(
         "names": [data.name(number) for number in numbers],
     }
     if loaded.image_size is None:
-        points = _points(data, schema, numbers)
-        return write_report(folder, images=None, points=points, pictured=numbers[: len(points)], **of_sets)
+        inputs = _pictures(data, schema, numbers)
+        return write_report(folder, images=None, inputs=inputs, pictured=numbers[: len(inputs)], **of_sets)
     inputs, images, iterates = _refined(loaded, data, numbers, iterations=iterations, device=device)
     return write_report(
         folder,
@@ -99,24 +99,28 @@ def figures(
     )
 
 
-def _points(data: SetImages, schema: ElementSchema, numbers: list[int]) -> list[np.ndarray]:
-    """Input sets of points in the plane, `[m, 2]` each; none where they cannot be drawn."""
-    if not in_plane(data.inputs.dim, schema):
+def _pictures(data: SetImages, schema: ElementSchema, numbers: list[int]) -> list[np.ndarray | None]:
+    """Pictures of input sets, see `input_picture`; an empty list if the sets have no positions to draw."""
+    vector = data.inputs.most == 1
+    if not has_marks(schema, data.inputs.dim if vector else None):
         return []
     inputs, mask = inputs_of(data.__getitems__(numbers))
     masks = inputs.new_ones(inputs.shape[:2]).bool() if mask is None else mask
-    return [rows[present].numpy() for rows, present in zip(inputs, masks, strict=True)]
+    return [
+        input_picture(rows[present].numpy(), schema, vector=vector) for rows, present in zip(inputs, masks, strict=True)
+    ]
 
 
 def _refined(
     loaded: Checkpoint, data: SetImages, numbers: list[int], *, iterations: int | None, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A padded pass of images on the device, the images alone, and their iterates `[steps + 1, m, N, D]`."""
-    images = data.__getitems__(numbers)["image"]
-    inputs = pad_to_pass(images.to(device))  # the shape in which they were predicted
+    """A padded pass of inputs on the device, the inputs alone, and their iterates `[steps + 1, m, N, D]`."""
+    inputs, mask = inputs_of(data.__getitems__(numbers))
+    padded = pad_to_pass(inputs.to(device))  # the shape in which images were predicted
+    options = {} if mask is None else {"mask": pad_to_pass(mask.to(device))}
     with encoder_autocast(device):
-        refined = loaded.model.refine(inputs, iterations=iterations)
-        return inputs, images, torch.stack([elements[: len(numbers)].float() for elements in refined])
+        refined = loaded.model.refine(padded, iterations=iterations, **options)
+        return padded, inputs, torch.stack([elements[: len(numbers)].float() for elements in refined])
 
 
 @torch.no_grad()
@@ -136,24 +140,22 @@ def page(
     schema, total = loaded.schema, len(predictions.target)
     predicted, target = predictions.predicted.double(), predictions.target.double()
     numbers = worst_first(predicted, target, schema)[: shown or MARKED]
-    if loaded.image_size is None:
-        pictures = _points(data, schema, numbers) or [None] * len(numbers)
-        iterates, noun = predicted[numbers][None], "set"
+    _, images, iterates = _refined(loaded, data, numbers, iterations=iterations, device=device)
+    if sets := loaded.image_size is None:
+        pictures = _pictures(data, schema, numbers) or [None] * len(numbers)
     else:
-        _, images, iterates = _refined(loaded, data, numbers, iterations=iterations, device=device)
-        pictures, noun = as_pictures(images), "image"
-    sets = {"predicted": predicted, "target": target, "schema": schema}
+        pictures = as_pictures(images)
+    noun = "set" if sets else "image"
+    of_all = {"predicted": predicted, "target": target, "schema": schema}
     cases = [Case(data.name(k), picture, predicted[k], target[k]) for k, picture in zip(numbers, pictures, strict=True)]
     step = f"epoch {loaded.epoch}, step {loaded.step:,}"
     about = f"{plural(total, noun)} of {result['data']}; {step}; protocol {result['protocol']}"
     with tempfile.TemporaryDirectory() as name:
         rated = {"thresholds": thresholds, "calibration": loaded.calibration}
-        drawn = write_scores(Path(name), **sets, **rated, say=lambda sentence: None)
-        if has_marks(schema) and (noun == "set" or not has_places(schema)):
+        drawn = write_scores(Path(name), **of_all, **rated, say=lambda sentence: None)
+        if not sets and has_marks(schema) and not has_places(schema):
             few = f"The worst {len(cases)} of {plural(total, noun)}."
             drawn.insert(0, draw_marks(Path(name) / "predictions.png", cases, schema=schema, subtitle=few))
-        if noun == "set":  # drawn above
-            cases = [case._replace(picture=None) for case in cases]
         return write_page(
             path,
             title=f"Evaluation of {result['checkpoint']}",

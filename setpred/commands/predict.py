@@ -31,7 +31,7 @@ from setpred.commands.segmentation import (
     with_background,
 )
 from setpred.data.annotations import CocoIds
-from setpred.data.arrays import INPUTS, input_sets, read_arrays
+from setpred.data.arrays import INPUTS, SUFFIXES, array_images, input_sets, read_arrays
 from setpred.data.dataset import set_inputs
 from setpred.data.exporting import (
     FORMATS,
@@ -45,7 +45,7 @@ from setpred.data.exporting import (
     to_jsonl,
     to_segment,
 )
-from setpred.data.images import decoded, find_images, load_image, pixel_size, save_mask
+from setpred.data.images import decoded, find_images, image_stem, load_image, pixel_size, save_mask
 from setpred.errors import InputError, plural
 from setpred.evaluation import for_evaluation, predict_in_passes
 from setpred.files import make_folder, replacing
@@ -53,7 +53,7 @@ from setpred.model import SetPredictor, inputs_of
 from setpred.progress import progress
 from setpred.schema import ElementSchema
 from setpred.visualise import Case, draw_marks, draw_outlined_image, draw_segmentation, has_marks
-from setpred.visualise.marks import in_plane
+from setpred.visualise.marks import input_picture
 from setpred.visualise.world import has_world
 
 RELEASED = Path(__file__).resolve().parents[1] / "released"  # a model and an image within the package
@@ -241,7 +241,7 @@ def parser() -> Parser:
         "images",
         nargs="+",
         metavar="INPUTS",
-        help="image files, or folders (without subfolders); for a model of sets, a file of arrays, .npz or HDF5",
+        help="image files, folders of them (without subfolders), or files of arrays, .npz or HDF5",
     )
     options.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="file to write: JSON, or as named: .jsonl, .csv, .coco"
@@ -288,11 +288,12 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
     else:
         loaded.require_schema(options.checkpoint)
         padded = not has_world(schema)
-        drawable = in_plane(loaded.model.encoder.in_dim, schema) if sets else has_world(schema) or has_marks(schema)
+        length = loaded.model.encoder.in_dim if sets and loaded.input_size == 1 else None  # of vectors
+        drawable = has_marks(schema, length) or (has_world(schema) and not sets)
         if folder is not None and not drawable:
             raise InputError(f"--figures: schema {schema.name!r} has no 'coords' that can be drawn; leave it out")
-    paths = () if sets else find_images(options.images, lambda sentence: print(sentence, file=sys.stderr, flush=True))
-    read = [options.checkpoint, options.coco_ids, *(options.images if sets else ())]
+    paths = () if sets else _images(options.images)
+    read = [options.checkpoint, options.coco_ids, *options.images]
     folders = {"--figures": folder, "--masks": options.masks}
     check_outputs({"--out": options.out}, folders, inputs=read, pictures=paths)
     if segmenting := discovery or options.masks is not None:
@@ -325,14 +326,14 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
             return decode_segments(image, elements)
         found = loaded.decode(elements, threshold=options.threshold)
         if schema.side and not sets:  # to pixels of this image
-            unit = max(pixel_size(Path(image))) / schema.side
+            unit = max(pixel_size(image)) / schema.side
             places = [obj[name] for obj in found for name in schema.in_pixels if obj[name] is not None]
             for place in places:
                 place[:] = [unit * number for number in place]
         return found
 
     def decode_segments(image: str, segments: Segments) -> list[dict[str, Any]]:
-        shape = {"size": pixel_size(Path(image))[::-1], "padded": padded}
+        shape = {"size": pixel_size(image)[::-1], "padded": padded}
         if discovery:
             labels = slot_labels(loaded.model, segments.masks, **shape)
             found = [to_segment(labels, label) for label in np.unique(labels).tolist() if label]
@@ -354,16 +355,16 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
         for number, (image, found) in enumerate(drawn):
             elements = found.elements if isinstance(found, Segments) else found
             if sets:
-                stem, about, points = "set", f"set {image} of {os.path.basename(options.images[0])}", inputs[image]
-                picture = points[~np.isnan(points[:, 0])]
+                stem, about, rows = "set", f"set {image} of {os.path.basename(options.images[0])}", inputs[image]
+                picture = input_picture(rows[~np.isnan(rows[:, 0])], schema, vector=length is not None)
             else:
-                stem = os.fsencode(Path(image).stem)[:LONGEST_STEM].decode(errors="ignore")
+                stem = os.fsencode(image_stem(image))[:LONGEST_STEM].decode(errors="ignore")
                 about = os.fsencode(image).decode(errors="replace")
                 side = loaded.image_size if discovery else DRAWN_SIZE
                 picture = load_image(image, side, padded=padded, advice="it was there a moment ago")
             path = make_folder(folder) / f"{number:03d}-{stem}.png"
             if discovery:
-                width, height = pixel_size(Path(image))
+                width, height = pixel_size(image)
                 of_one = Segments(*(part.unsqueeze(0) for part in found))
                 segmented = segmented_image(loaded.model, os.path.basename(about), picture, of_one)
                 draw_segmentation(path, [segmented], aspect=1.0 if padded else min(max(width / height, 0.5), 2.0))
@@ -386,7 +387,7 @@ def run(arguments: Sequence[str] | None = None) -> Tally:
 
 def mask_path(folder: Path, image: str) -> Path:
     """The PNG with the mask of an image."""
-    return folder / f"{Path(image).stem}.png"
+    return folder / f"{image_stem(image)}.png"
 
 
 def _check_discovery(options: argparse.Namespace) -> None:
@@ -415,6 +416,17 @@ def _check_masks(loaded: Checkpoint, options: argparse.Namespace, paths: Sequenc
         other = named.setdefault(mask_path(options.masks, path), path)
         if other != path:
             raise InputError(f"--masks: {other} and {path} have masks of one name; predict them into two folders")
+
+
+def _images(sources: Sequence[str]) -> list[str]:
+    """The images of files, of folders and of files of arrays, by their names."""
+
+    def found(source: str) -> list[str]:
+        if Path(source).suffix.lower() in SUFFIXES and Path(source).is_file():
+            return array_images(source)
+        return find_images([source], lambda sentence: print(sentence, file=sys.stderr, flush=True))
+
+    return [image for source in sources for image in found(source)]
 
 
 def _input_sets(paths: Sequence[str], dim: int) -> np.ndarray:

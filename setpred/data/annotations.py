@@ -13,7 +13,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +59,7 @@ class Table:
     skeleton: list[tuple[str, str]] = field(default_factory=list)  # pairs of keypoints
 
 
-def read_csv(path: str | os.PathLike[str], *, categorical: Sequence[str] = ()) -> Table:
+def read_csv(path: str | os.PathLike[str], *, categorical: Sequence[str] = (), optional: Collection[str] = ()) -> Table:
     """Read one CSV file for all images, or a folder with one CSV file per image, of the same stem.
 
     The first line names the columns. A column `id`, `index` or without a name (as of pandas) that numbers the rows, or
@@ -69,6 +69,7 @@ def read_csv(path: str | os.PathLike[str], *, categorical: Sequence[str] = ()) -
 
     Args:
         categorical: columns of classes whose names are numbers.
+        optional: columns of numbers in which cells may be empty; their value is None.
 
     Raises:
         InputError: names file, line and column of whatever cannot be understood.
@@ -98,7 +99,11 @@ def read_csv(path: str | os.PathLike[str], *, categorical: Sequence[str] = ()) -
     kept = [row for row in rows if any(row.values.values())]  # a row with nothing but an image: it is empty
     table = Table(str(path), kept, left_out=left_out)
     for column in columns:
-        table.classes[column] = _numbers_or_classes(kept, column, forced=column in named)
+        needed = column not in optional or column in POSITION
+        there = [row for row in kept if row.values[column] or needed]
+        table.classes[column] = _numbers_or_classes(there, column, forced=column in named) if there else None
+    for row in kept:
+        row.values.update({name: None for name in optional if row.values.get(name) == ""})
     _check_repeats(kept)
     if path.is_dir():
         table.images = [file.stem for file in files]

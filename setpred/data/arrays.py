@@ -21,8 +21,8 @@ import hashlib
 import math
 import os
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,13 @@ from PIL import Image
 
 from setpred.data.hdf5 import FORMAT, Header, InputSets, Record, own_array
 from setpred.data.hdf5_writer import write_set_file
-from setpred.data.images import fitted
-from setpred.data.importing import checked_image_size, number_field
+from setpred.data.images import ArrayImage, fitted
+from setpred.data.importing import checked_image_size, inferred_schema
+from setpred.data.overrides import Overrides
 from setpred.errors import InputError, listed, plural, reason, shown
-from setpred.schema import LARGEST_SIZE, ElementSchema, Field, categorical, continuous
+from setpred.schema import BOX, LARGEST_SIZE, ElementSchema
 
+SUFFIXES = (".npz", ".h5", ".hdf5")  # of files of arrays
 INPUTS = ("inputs", "input_mask", "input_sizes", "images")
 PRESENT = ("mask", "sizes")
 MOST_BYTES = 2**32  # of the arrays of a file, unpacked
@@ -196,8 +198,8 @@ class Objects:
     present: np.ndarray
 
     @classmethod
-    def of(cls, path: Any, arrays: Mapping[str, np.ndarray], count: int) -> Objects:
-        """The fields among the arrays of a file with `count` inputs.
+    def of(cls, path: Any, arrays: Mapping[str, np.ndarray], count: int, optional: Collection[str] = ()) -> Objects:
+        """The fields among the arrays of a file with `count` inputs; present objects may lack the `optional` ones.
 
         Raises:
             InputError: no field, or arrays that do not fit together.
@@ -228,7 +230,7 @@ class Objects:
             absent.append((name, gone, zero))
         present = _presence(path, arrays, PRESENT, shape)
         if present is None:
-            present = ~np.any([gone for _, gone, _ in absent], axis=0)
+            present = ~np.any([gone for name, gone, _ in absent if name not in optional], axis=0)
             advice = "expected NaN, -1, no text or 0 as another array says that this object is absent; correct one of "
             for name, gone, zero in absent:
                 where = f"{path}, array {name!r}"
@@ -237,43 +239,37 @@ class Objects:
             numbers |= _centres(path, numbers, present)
             del numbers["boxes"]
         for name, values in numbers.items():
-            _check_finite(f"{path}, array {name!r}", values, present, "object")
+            there = present & ~np.isnan(values).all(-1) if name in optional else present
+            _check_finite(f"{path}, array {name!r}", values, there, "object")
         for name, values in classes.items():
             _reject(present & np.isin(values, ("", "-1")), f"{path}, array {name!r}", "expected a class", values)
         return cls(path, numbers, classes, present)
 
-    def check_pixels(self, width: int, height: int) -> None:
-        """Raise `InputError` for a position far outside an image."""
-        if "coords" not in self.numbers or not self.present.any():
-            return
-        coords = self.numbers["coords"]
-        if coords.shape[-1] == 2 and np.abs(coords[self.present]).max() <= 1:
+    def check_pixels(self, width: int, height: int, names: Collection[str]) -> None:
+        """Raise `InputError` for a position or keypoint, a field of these, that is far outside an image."""
+        if "coords" in names and self.present.any() and np.abs(self.numbers["coords"][self.present]).max() <= 1:
             raise InputError(f"{self.path}: all positions are between -1 and 1, not pixels; pass --units given")
         most = np.array([width, height])
-        if coords.shape[-1] == 2:
-            outside = self.present & ((coords < -most / 2) | (coords > 1.5 * most)).any(-1)
-            advice = (
-                f"expected a position in the image of {width}x{height} pixels, got {{}}; correct it, or pass --units"
-            )
-            _reject(outside, f"{self.path}, array 'coords'", advice, coords)
+        advice = f"expected a position in the image of {width}x{height} pixels, got {{}}; correct it, or pass --units"
+        for name in (name for name in names if name != "extent"):
+            values = self.numbers[name]
+            outside = self.present & ((values < -most / 2) | (values > 1.5 * most)).any(-1)
+            _reject(outside, f"{self.path}, array {name!r}", advice, values)
 
-    def schema(self, side: float | None) -> ElementSchema:
+    def schema(self, side: float | None, overrides: Overrides) -> ElementSchema:
         """The inferred schema: position and extent first, then numbers and classes in the order of the file.
 
         Args:
             side: of images in whose pixels positions are, see `ElementSchema.side`.
+            overrides: changes of it.
         """
         if not self.present.any():
             raise InputError(f"{self.path}: expected at least one object, got none; the schema cannot be inferred")
-        names = sorted(self.numbers, key=lambda name: ("coords", "extent", name).index(name))
-        fields: list[Field] = []
-        for name in names:
-            values = self.numbers[name]
-            if side is not None and name in ("coords", "extent") and values.shape[-1] == 2:
-                offset = side / 2 if name == "coords" else 0.0
-                fields.append(continuous(name, 2, scale=side / 2, offset=offset, unit="pixels"))
-            else:
-                fields.append(number_field(name, values[self.present], False, {}, print))
+        numbers, classes = {}, {}
+        for name in sorted(self.numbers, key=lambda name: (*BOX, name).index(name)):
+            values = self.numbers[name][self.present]
+            there = values[np.isfinite(values).all(-1)]  # optional fields may be absent
+            numbers[name] = there if len(there) else np.zeros_like(values[:1])
         for name, values in self.classes.items():
             found = sorted(set(values[self.present].tolist()), key=lambda text: (_integer(text), text))
             if len(found) > MOST_CLASSES:
@@ -281,11 +277,24 @@ class Objects:
                     f"{self.path}, array {name!r}: expected at most {MOST_CLASSES} classes, got {len(found)}; give "
                     "numbers as floats"
                 )
-            fields.append(categorical(name, *found))
-        return ElementSchema(Path(self.path).stem, fields, max_objects=max(1, int(self.present.sum(1).max())))
+            classes[name] = tuple(found)
+        most = max(1, int(self.present.sum(1).max()))
+        choices = {"side": side, "optional": overrides.optional, "overrides": overrides, "max_objects": most}
+        return inferred_schema(self.path, numbers, classes, **choices)
+
+    def renamed(self, overrides: Overrides) -> Objects:
+        """The objects with the names of fields and classes that a schema file gives."""
+        classes = {}
+        for name, values in self.classes.items():
+            texts, place = np.unique(values, return_inverse=True)
+            texts = np.array([overrides.new_classes(name).get(text, text) for text in texts.tolist()])
+            classes[overrides.renamed(name)] = texts[place.reshape(values.shape)]
+        return replace(
+            self, numbers={overrides.renamed(name): each for name, each in self.numbers.items()}, classes=classes
+        )
 
     def encoded(self, schema: ElementSchema, unit: float = 1.0) -> np.ndarray:
-        """The elements `[n, max_objects, set_dim]` of a schema; positions and extents are multiplied by `unit`.
+        """The elements `[n, max_objects, set_dim]` of a schema; positions in pixels are multiplied by `unit`.
 
         Raises:
             InputError: another field than those of the schema; an unknown class; too many objects.
@@ -321,7 +330,7 @@ class Objects:
                 filled[..., schema.slice(field.name)] = np.eye(field.size, dtype=np.float32)[codes]
             else:
                 values = np.take_along_axis(self.numbers[field.name], order[..., None], 1)
-                values = values * (unit if field.name in ("coords", "extent") else 1.0)
+                values = values * (unit if field.name in schema.in_pixels else 1.0)
                 filled[..., schema.slice(field.name)] = np.nan_to_num(field.store(values))
         filled[..., -1] = 1.0
         filled[~present] = 0.0
@@ -365,12 +374,25 @@ def _pictures(path: Any, images: np.ndarray) -> np.ndarray:
     return images if images.shape[3] == 3 else np.repeat(images, 3, axis=3)
 
 
+def array_images(path: str | os.PathLike[str]) -> list[ArrayImage]:
+    """The images of a file of arrays, or of a prepared file, with their names.
+
+    Raises:
+        InputError: no array `images`, or one of another layout.
+    """
+    arrays = read_arrays(path, INPUTS)
+    if "images" not in arrays:
+        raise InputError(f"{path}: expected an array 'images', got {listed(sorted(arrays)) or 'no inputs'}")
+    return [ArrayImage(path, *each) for each in enumerate(_pictures(path, arrays["images"]))]
+
+
 def import_arrays(
     path: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
     image_size: int | None = None,
     schema: ElementSchema | None = None,
+    overrides: Overrides | None = None,
     inputs: InputSets | None = None,
     units: str = "pixels",
     force: bool = False,
@@ -380,6 +402,7 @@ def import_arrays(
     Args:
         image_size: side of the stored images; 64 for images of at most 64 pixels, else 128.
         schema: of the file, instead of the inferred one: that of another file, whose classes and scales are kept.
+        overrides: changes of the inferred schema; present objects may lack its optional fields, or those of `schema`.
         inputs: those of another file, whose offset and scale are kept; inferred unless given.
         units: of positions on images: "pixels", or "given", kept as they are.
 
@@ -401,16 +424,18 @@ def import_arrays(
         raise InputError(f"{path}: expected no --image-size for inputs that are sets, got {image_size}; leave it out")
     else:
         given, side = input_sets(path, arrays, rounded=False), None
-    objects, unit = Objects.of(path, arrays, len(given)), 1.0
-    if side is not None:
-        objects.check_pixels(width, height)
+    overrides, unit = overrides or Overrides(), 1.0
+    optional = overrides.optional if schema is None else [field.name for field in schema.fields if field.optional]
+    objects = Objects.of(path, arrays, len(given), optional)
     if schema is None:
-        schema = objects.schema(side)
+        schema = objects.schema(side, overrides)
     elif "coords" in objects.numbers and (schema.side is None) != (side is None):
         raise InputError(f"{path}: the positions of the schema are in other units; pass --units given or pixels")
     elif side is not None and schema.side is not None:
         unit = schema.side / side
-    elements = objects.encoded(schema, unit)
+    if side is not None:
+        objects.check_pixels(width, height, [n for n in objects.numbers if overrides.renamed(n) in schema.in_pixels])
+    elements = objects.renamed(overrides).encoded(schema, unit)
     if "images" in arrays:
         image_size = checked_image_size(image_size, max(height, width))
     sets = None if "images" in arrays else _described(given, inputs)

@@ -173,7 +173,7 @@ def to_coco(found: Found, schema: ElementSchema, paths: Sequence[str], ids: Coco
     count, separator = 0, '{"annotations": [\n' if ids is None else "[\n"
     for image, objects in found:
         if ids is None:
-            width, height = pixel_size(Path(image))
+            width, height = pixel_size(image)
             name = Path(os.path.relpath(os.path.abspath(image), root)).as_posix()
             images.append({"id": len(images) + 1, "file_name": name, "width": width, "height": height})
         image_id = len(images) if ids is None else ids.images[Path(image).name]

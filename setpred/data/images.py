@@ -45,6 +45,27 @@ _DAMAGED = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Imag
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
+class ArrayImage(str):
+    """The name of an image of a file of arrays, "cells.npz #3", with its pixels, uint8 `[H, W, 3]`.
+
+    Functions that read image files take it as one.
+    """
+
+    pixels: np.ndarray
+
+    def __new__(cls, path: str | os.PathLike[str], number: int, pixels: np.ndarray) -> "ArrayImage":
+        image = super().__new__(cls, f"{os.fspath(path)} #{number}")
+        image.pixels = pixels
+        return image
+
+
+def image_stem(image: str) -> str:
+    """The name of an image without its folder and suffix; that of "cells.npz #3" is "cells-3"."""
+    path = Path(image)
+    _, _, number = path.suffix.partition(" #")
+    return f"{path.stem}-{number}" if number else path.stem
+
+
 def open_image(path: str | os.PathLike[str]) -> Image.Image:
     """Open an image without decoding its pixels; use it in a `with`.
 
@@ -111,6 +132,8 @@ def read_image(path: str | os.PathLike[str], *, advice: str = "unpack CLEVR agai
     Raises:
         InputError: the file is missing, not an image or cut short; pixels of more than 16 bits, or too many of them.
     """
+    if isinstance(path, ArrayImage):
+        return Image.fromarray(path.pixels)
     with _readable(path, advice), open_image(path) as image:
         return _eight_bits(_upright(image), path)
 
@@ -188,6 +211,8 @@ def stated_size(path: str | os.PathLike[str], *, advice: str) -> tuple[int, int]
     Raises:
         InputError: the file is missing or not an image; `advice` says what to do.
     """
+    if isinstance(path, ArrayImage):
+        return path.pixels.shape[1], path.pixels.shape[0]
     with _readable(path, advice), open_image(path) as image:
         size, turned = image.size, True
         if image.format == "TIFF":  # whose size some versions of Pillow have swapped by now
@@ -197,7 +222,7 @@ def stated_size(path: str | os.PathLike[str], *, advice: str) -> tuple[int, int]
         return size[::-1] if turned and _orientation(image) in SIDEWAYS else size
 
 
-def pixel_size(path: Path) -> tuple[int, int]:
+def pixel_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """Width and height of the upright image, without decoding it.
 
     Those of CLEVR for an image that cannot be read, which raises when its pixels are needed.

@@ -19,7 +19,7 @@ import hashlib
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from setpred.data.images import REPAIR, find_images, load_image, stated_size
 from setpred.data.overrides import Overrides
 from setpred.errors import InputError, shown
 from setpred.files import LARGEST_IMAGE
-from setpred.schema import ElementSchema, Field, categorical, continuous, periodic
+from setpred.schema import BOX, ElementSchema, Field, categorical, continuous, periodic
 
 ANGLE = re.compile(r"(?:angle|theta|orientation|heading|rotation|yaw|azimuth|bearing)(?:_?(deg|rad)\w*)?")
 TURNS = {"degrees": 360.0, "radians": 2 * math.pi}
@@ -280,32 +280,70 @@ def _inferred(
     if not table.rows:
         raise InputError(f"{table.source}: expected at least one object, got none; the schema cannot be inferred")
     places = [*(("coords",) if layout.columns else ()), *(("extent",) if layout.boxes() else ())]
-    numbers = [name for name, classes in table.classes.items() if classes is None and name not in layout.columns]
-    keypoints, labels = list(table.rows[0].keypoints), [name for name, classes in table.classes.items() if classes]
-    overrides.check_names([*places, *numbers, *keypoints, *labels])
-    fields: list[Field] = []
-    for name in (*places, *numbers, *keypoints):
-        optional = name in keypoints
+    columns = [name for name, classes in table.classes.items() if classes is None and name not in layout.columns]
+    keypoints, numbers = list(table.rows[0].keypoints), {}
+    for name in (*places, *columns, *keypoints):
         found = [values[name] for each in objects.values() for _, values in each if values[name] is not None]
-        values = np.array([np.atleast_1d(value) for value in found] or np.zeros((1, 2)), float)
-        if name not in numbers and units != "given":
-            options = {"unit": "pixels"} | overrides.options(name, "unit", "tolerance")
-            offset = 0.0 if name == "extent" else side / 2
-            made = continuous(name, 2, optional=optional, scale=side / 2, offset=offset, **options)
+        nothing = np.zeros((1, 2 if name in keypoints else 1))
+        numbers[name] = np.array([np.atleast_1d(value) for value in found] or nothing, float)
+    return inferred_schema(
+        table.source,
+        numbers,
+        {name: classes for name, classes in table.classes.items() if classes},
+        side=None if units == "given" else side,
+        optional=[*keypoints, *overrides.optional],
+        overrides=overrides,
+        max_objects=max(map(len, objects.values())),
+        skeleton=table.skeleton,
+        say=say,
+    )
+
+
+def inferred_schema(
+    source: str | os.PathLike[str],
+    numbers: Mapping[str, np.ndarray],
+    classes: Mapping[str, tuple[str, ...]],
+    *,
+    side: float | None,
+    optional: Collection[str],
+    overrides: Overrides,
+    max_objects: int,
+    skeleton: Sequence[tuple[str, str]] = (),
+    say: Callable[[str], None] = print,
+) -> ElementSchema:
+    """The schema of objects with these values `[m, d]` and classes by field, and its overrides.
+
+    Args:
+        source: file, whose stem names the schema.
+        side: of images in whose pixels positions, extents and keypoints are, see `ElementSchema.side`.
+        optional: fields that objects may lack; those of two numbers are keypoints.
+        max_objects: room of the sets.
+        say: gets a sentence about each field that might be an angle.
+    """
+    overrides.check_names([*numbers, *classes])
+    fields: list[Field] = []
+    for name, values in numbers.items():
+        place, may_lack = name in BOX, name in optional
+        last = ("tolerance",) if place else ("tolerance", "optional")
+        if side is not None and values.shape[1] == 2 and (place or may_lack):
+            options = {"unit": "pixels", "scale": side / 2, "offset": 0.0 if name == "extent" else side / 2}
+            options |= overrides.options(name, "unit", *last) | {"optional": may_lack}
+            fields.append(continuous(name, 2, **options))
         else:
-            allowed = ("unit", "scale", "offset", "tolerance", *(("period",) if name in numbers else ()))
-            made = number_field(name, values, optional, overrides.options(name, *allowed), say)
-        fields.append(made)
-    for name in labels:
-        fields.append(categorical(name, *overrides.classes(name, table.classes[name])))
+            period = ("period",) if values.shape[1] == 1 and not place else ()
+            options = overrides.options(name, "unit", "scale", "offset", *period, *last)
+            options.pop("optional", None)
+            fields.append(number_field(name, values, may_lack, options, say))
+    for name, known in classes.items():
+        fields.append(categorical(name, *overrides.classes(name, known)))
     if not fields:
-        raise InputError(f"{table.source}: expected columns of numbers or classes, got none")
+        raise InputError(f"{source}: expected columns of numbers or classes, got none")
     renamed = overrides.renamed
     return ElementSchema(
-        overrides.name or Path(table.source).stem,
+        overrides.name or Path(source).stem,
         [replace(made, name=renamed(made.name)) for made in fields],
-        max_objects=overrides.max_objects or max(map(len, objects.values())),
-        skeleton=[(renamed(start), renamed(end)) for start, end in table.skeleton],
+        max_objects=overrides.max_objects or max_objects,
+        skeleton=[(renamed(start), renamed(end)) for start, end in skeleton],
     )
 
 
@@ -314,11 +352,11 @@ def number_field(
 ) -> Field:
     """A field whose scale is the range of its values, or which has a period."""
     low, high = float(values.min()), float(values.max())
-    unit = {} if optional or "period" in options else _turn(name, values)
+    unit = {} if optional or "period" in options or values.shape[1] > 1 else _turn(name, values)
     period = options.pop("period", TURNS[unit["unit"]] if unit else None)
     if period is not None:
-        if wrong := {"scale", "offset"} & set(options):
-            raise InputError(f"field {name!r}: expected a period or {wrong.pop()}, got both; leave one out")
+        if wrong := [key for key in ("scale", "offset") if key in options] + ["optional"] * optional:
+            raise InputError(f"field {name!r}: expected a period or {wrong[0]}, got both; leave one out")
         return periodic(name, period, offset=-period / 2 if low < 0 else 0.0, **(unit | options))
     if ANGLE.fullmatch(name) and "scale" not in options:
         say(

@@ -6,6 +6,7 @@
       label: {name: kind, classes: [disc, square]}   # or classes: {1: disc, 2: square}, which renames them
       radius: {unit: µm, scale: 5, offset: 10}
       angle: {period: 180, unit: degrees}            # or period: null, for a plain number
+      depth: {optional: true}                        # objects may lack it: empty cells of tables, NaN in arrays
 
 Keys of `fields` are the names that an import infers. Everything else stays as inferred.
 """
@@ -20,7 +21,7 @@ from typing import Any
 from setpred.errors import InputError, shown
 from setpred.schema import LARGEST_SIZE
 
-OPTIONS = ("name", "classes", "unit", "scale", "offset", "period", "tolerance")  # of a field
+OPTIONS = ("name", "classes", "unit", "scale", "offset", "period", "tolerance", "optional")  # of a field
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Overrides:
                 _check_option(key, value, f"{place}, {key}")
         return cls(where, content.get("name"), content.get("max_objects"), fields)
 
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """The inferred names of fields that objects may lack."""
+        return tuple(name for name, options in self.fields.items() if options.get("optional"))
+
     def check_names(self, names: Iterable[str]) -> None:
         """Raise `InputError` unless all overridden fields are among the inferred names."""
         if unknown := [name for name in self.fields if name not in names]:
@@ -87,13 +93,16 @@ class Overrides:
             raise InputError(f"{self.where}, field {name!r}: expected a new name of every class, got none of {lacking}")
         return tuple(dict.fromkeys(map(str, given.values())))
 
+    def new_classes(self, name: str) -> dict[str, str]:
+        """New names of classes of an inferred field by the old ones; empty unless some are renamed."""
+        given = self.fields.get(name, {}).get("classes")
+        return {str(old): str(new) for old, new in given.items()} if isinstance(given, Mapping) else {}
+
     def applied(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """An object with the new names of its fields and classes."""
         found = {}
         for name, value in values.items():
-            given = self.fields.get(name, {}).get("classes")
-            names = {str(old): str(new) for old, new in given.items()} if isinstance(given, Mapping) else {}
-            found[self.renamed(name)] = names.get(value, value) if isinstance(value, str) else value
+            found[self.renamed(name)] = self.new_classes(name).get(value, value) if isinstance(value, str) else value
         return found
 
 
@@ -106,6 +115,9 @@ def _check_option(key: str, value: Any, where: str) -> None:
     if key in ("name", "unit"):
         if not isinstance(value, str) or (key == "name" and not value):
             raise InputError(f"{where}: expected text, got {shown(value)}")
+    elif key == "optional":
+        if type(value) is not bool:
+            raise InputError(f"{where}: expected true or false, got {shown(value)}")
     elif key == "classes":
         names = [*value, *value.values()] if isinstance(value, Mapping) else value
         if not isinstance(names, list) or not names or any(type(each) not in (str, int) for each in names):

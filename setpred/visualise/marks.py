@@ -1,6 +1,7 @@
 """Draw predicted and real objects where they are: points and boxes on images, other positions in plain axes."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,8 @@ MOST_STEPS = 6  # in a refinement
 class Case(NamedTuple):
     """An input with its predicted set and, if known, its real set; `name` is written under it.
 
-    The picture is an image `[S, S, 3]`, an input set of points `[m, 2]` in the units of `coords`, or nothing.
+    The picture is an image `[S, S, 3]`, an input set of points `[m, 2 or 3]` in the units of `coords`, a vector `[K]`
+    that `coords` are places in, or nothing.
     """
 
     name: str
@@ -41,14 +43,36 @@ class Case(NamedTuple):
     target: Tensor | None
 
 
-def has_marks(schema: ElementSchema) -> bool:
-    """Whether elements have a position that can be marked: a field "coords" of two or three numbers."""
-    return any(field.name == "coords" and field.size in (2, 3) for field in schema.continuous)
+def has_marks(schema: ElementSchema, length: int | None = None) -> bool:
+    """Whether elements have a position that can be marked: a field "coords" of two or three numbers.
+
+    Args:
+        length: of the vectors that are the inputs; then it may be one number, see `vector_places`.
+    """
+    several = any(field.name == "coords" and field.size in (2, 3) for field in schema.continuous)
+    return several or (length is not None and vector_places(schema, length) is not None)
 
 
-def in_plane(input_dim: int, schema: ElementSchema) -> bool:
-    """Whether elements of input sets, and the objects of a schema, are both at places of two numbers."""
-    return input_dim == 2 and any(field.name == "coords" and field.size == 2 for field in schema.continuous)
+def vector_places(schema: ElementSchema, length: int) -> np.ndarray | None:
+    """The places of the numbers of a vector in the units of `coords`, which is one number.
+
+    They are 0, 1, ..., or shares of the length where `coords` are between 0 and 1; None where these are elsewhere.
+    """
+    field = next((field for field in schema.continuous if field.name == "coords" and field.size == 1), None)
+    if field is None or length < 2:
+        return None
+    low, high = field.offset - field.scale, field.offset + field.scale
+    places = np.linspace(0, 1, length) if high <= 1 else np.arange(length, dtype=float)
+    return places if low > -0.5 and high < places[-1] + 0.5 else None
+
+
+def input_picture(elements: np.ndarray, schema: ElementSchema, *, vector: bool) -> np.ndarray | None:
+    """The picture of an input set `[m, K]`, see `Case`: points, or the only element as a vector."""
+    if vector and vector_places(schema, elements.shape[1]) is not None:
+        return elements[0]
+    size = elements.shape[1]
+    placed = size in (2, 3) and any(field.name == "coords" and field.size == size for field in schema.continuous)
+    return elements if placed else None
 
 
 @styled()
@@ -57,7 +81,7 @@ def draw_marks(path: Path, cases: Sequence[Case], *, schema: ElementSchema, subt
 
     A line leads from each prediction to its object, and wrong classes are named. Without targets, class names are
     written at the predictions. Positions that are not pixels of the image are drawn next to it, in their units: two
-    numbers in a plane, three from above and from the front.
+    numbers in a plane, three from above and from the front. Positions in vectors are drawn on their curves.
 
     Args:
         cases: all with a real set, or none.
@@ -99,17 +123,18 @@ def _cells(
     count: int, example: Case, schema: ElementSchema, *, columns: int | None = None
 ) -> tuple[Sheet, list[list[Axes]]]:
     """A sheet with the panels of each set, row by row."""
-    panels = _has_image_apart(example, schema) + len(_views(schema))
-    columns = min(COLUMNS[panels], count) if columns is None else columns
+    panels, curve = _has_image_apart(example, schema) + len(axes_of(schema)), _is_vector(example)
+    columns = min(2 if curve else COLUMNS[panels], count) if columns is None else columns
     gap, foot = (GAP, FOOT) if schema.side else (GAP + SCALE, FOOT + SCALE)
-    panel = (PANEL if panels == 1 else SMALLER) if count > 1 else ALONE
-    rows, step = -(-count // columns), panel + gap
+    panel = (PANEL if panels == 1 else SMALLER) if count > 1 or curve else ALONE
+    width = 2 * panel if curve else panel
+    rows, step = -(-count // columns), width + gap
     sheet = Sheet(max(5.6, gap + columns * panels * step), HEAD + rows * (panel + foot) + 0.35)
     corners = (
         (gap + column * panels * step, sheet.height - HEAD - row * (panel + foot) - panel)
         for row, column in (divmod(number, columns) for number in range(count))
     )
-    return sheet, [[sheet.panel(x + k * step, y, panel, panel) for k in range(panels)] for x, y in corners]
+    return sheet, [[sheet.panel(x + k * step, y, width, panel) for k in range(panels)] for x, y in corners]
 
 
 def _has_image_apart(case: Case, schema: ElementSchema) -> bool:
@@ -117,7 +142,11 @@ def _has_image_apart(case: Case, schema: ElementSchema) -> bool:
     return schema.side is None and case.picture is not None and case.picture.ndim == 3
 
 
-def _views(schema: ElementSchema) -> list[tuple[int, int]]:
+def _is_vector(case: Case) -> bool:
+    return case.picture is not None and case.picture.ndim == 1
+
+
+def axes_of(schema: ElementSchema) -> list[tuple[int, int]]:
     """The pairs of axes that positions are drawn in: the image or plane; from above and from the front."""
     return [(0, 1), (0, 2)] if schema.field("coords").size == 3 else [(0, 1)]
 
@@ -127,14 +156,18 @@ def _show(cell: Sequence[Axes], case: Case, elements: Tensor, schema: ElementSch
     known, side = case.target is not None, schema.side
     compared = compare(elements, case.target if known else torch.zeros_like(elements), schema)
     points = case.picture if case.picture is not None and case.picture.ndim == 2 else None
-    if case.picture is not None and points is None:
+    if _is_vector(case):
+        compared = on_curve(compared, case.picture, schema)
+    elif case.picture is not None and points is None:
         extent = (0, side, side, 0) if side else None
         cell[0].imshow(case.picture, extent=extent, interpolation="nearest")
         cell[0].set(xticks=[], yticks=[])
     for axes in cell:
         axes.spines[:].set_visible(False)
-    for axes, view in zip(cell[-len(_views(schema)) :], _views(schema), strict=True):
-        if side and points is None:
+    for axes, view in zip(cell[-len(axes_of(schema)) :], axes_of(schema), strict=True):
+        if _is_vector(case):
+            _draw_curve(axes, case.picture, schema)
+        elif side and points is None:
             axes.set(xlim=(0, side), ylim=(side, 0))
         else:
             _plain(axes, view, schema, points)
@@ -142,12 +175,41 @@ def _show(cell: Sequence[Axes], case: Case, elements: Tensor, schema: ElementSch
     return compared
 
 
-def _plain(axes: Axes, view: tuple[int, int], schema: ElementSchema, points: np.ndarray | None) -> None:
+def on_curve(compared: Comparison, vector: np.ndarray, schema: ElementSchema) -> Comparison:
+    """The objects with a second coordinate: the number of the vector at their place."""
+    places = vector_places(schema, len(vector))
+
+    def on_it(obj: Mapping[str, Any]) -> dict[str, Any]:
+        (place,) = obj["coords"]
+        return {**obj, "coords": [place, float(np.interp(place, places, vector))]}
+
+    return replace(compared, predicted=list(map(on_it, compared.predicted)), real=list(map(on_it, compared.real)))
+
+
+def curve_limits(vector: np.ndarray) -> tuple[float, float]:
+    """The least and the largest number of a vector, with some room."""
+    room = 0.1 * (float(np.ptp(vector)) or 1.0)
+    return float(vector.min()) - room, float(vector.max()) + room
+
+
+def _draw_curve(axes: Axes, vector: np.ndarray, schema: ElementSchema) -> None:
+    places = vector_places(schema, len(vector))
+    axes.plot(places, vector, color="#8f9aad", lw=1.2)
+    axes.set(xlim=(places[0], places[-1]), ylim=curve_limits(vector), facecolor=GROUND)
+    axes.tick_params(labelsize=7, length=2, colors="#555555")
+
+
+def plain_reach(points: np.ndarray | None, schema: ElementSchema) -> float:
+    """The reach of axes, from the offset of `coords`, that hold positions and the points of an input set."""
     field = schema.field("coords")
-    reach = 1.15 * field.scale
+    further = 0.0 if points is None else float(np.abs(points - field.offset).max(initial=0))
+    return max(1.15 * field.scale, 1.05 * further)
+
+
+def _plain(axes: Axes, view: tuple[int, int], schema: ElementSchema, points: np.ndarray | None) -> None:
+    field, reach = schema.field("coords"), plain_reach(points, schema)
     if points is not None:
-        axes.plot(*points.T, ".", ms=3.5, mec="none", mfc="#8f9aad")
-        reach = max(reach, 1.05 * float(np.abs(points - field.offset).max(initial=0)))
+        axes.plot(*points.T[list(view)], ".", ms=3.5, mec="none", mfc="#8f9aad")
     limits = (field.offset - reach, field.offset + reach)
     axes.set(xlim=limits, ylim=limits, facecolor=GROUND, aspect="equal")
     axes.locator_params(nbins=5)

@@ -10,7 +10,7 @@ function make(name, parent, attributes) {
 }
 
 function place(group, {at, dots}) {  // at: x, y, width, height, degrees; points have no width
-  const [x, y, w, h, turn] = at, r = data.view[0] / 40;
+  const [x, y, w, h, turn] = at, r = Math.min(...data.view) / 40;
   const ring = (a, b) => `M${-a},0a${a},${b} 0 1 0 ${2 * a},0a${a},${b} 0 1 0 ${-2 * a},0Z`;
   const point = group.classList.contains("real") ? ring(1.5 * r, 1.5 * r) : `M${-r},${-r}L${r},${r}M${-r},${r}L${r},${-r}`;
   const shape = data.boxes ? `M${-w / 2},${-h / 2}h${w}v${h}h${-w}Z` : w ? ring(w / 2, h / 2) : point;

@@ -34,7 +34,7 @@ def write_report(
     images: np.ndarray | Tensor | None,
     predicted: Tensor,
     target: Tensor,
-    points: Sequence[np.ndarray] = (),
+    inputs: Sequence[np.ndarray | None] = (),
     iterates: Tensor | None = None,
     voting: Voting | None = None,
     camera: np.ndarray | Tensor | None = None,
@@ -59,7 +59,8 @@ def write_report(
             `pictured`. Any shape shows CLEVR's 3:2 view stretched. None where the inputs are sets.
         predicted: `[n, set_size, set_dim]`.
         target: `[n, target_size, set_dim]`.
-        points: input sets `[m, 2]` in place of the images, in the units of `coords`.
+        inputs: what is drawn of input sets in place of the images: points, vectors `[K]` or nothing, see
+            `Case`; an empty sequence where positions cannot be drawn.
         iterates: `[steps + 1, m, set_size, set_dim]`, the descents of the first m images from their starts.
         voting: votes of the tokens of the first m images.
         camera: locations `[k, 3]` or `[n, 3]` in world units; CLEVR's nominal camera replaces NaN.
@@ -77,7 +78,7 @@ def write_report(
         InputError: a file that cannot be written.
     """
     thresholds = schema.thresholds if thresholds is None else thresholds
-    pictures = points if images is None else as_pictures(images)
+    pictures = inputs if images is None else as_pictures(images)
     if not (images is not None) <= len(pictures) <= len(predicted):
         raise ValueError(f"expected 1 to {len(predicted)} images, at most one per prediction, got {len(pictures)}")
     if iterates is not None:
@@ -107,7 +108,7 @@ def write_report(
             Descent(picture, ends[k][None], target[k], camera, schema, calibration) for k, picture, camera in shown
         ]
         written.append(draw_predictions(folder / "predictions.png", examples, about=title))
-    elif has_marks(schema) and len(pictures):
+    elif len(pictures) and (images is None or has_marks(schema)):
         cases = [Case(*case, ends[k], target[k]) for k, *case in zip(numbers, names, pictures, strict=True)]
         marked = worst_first(predicted[numbers], target[numbers], schema)[:MARKED]
         total = len(pictures if pictured is None else predicted)
