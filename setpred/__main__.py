@@ -1,6 +1,7 @@
 """The command `setpred`, also `python -m setpred`: `setpred COMMAND --help` describes a command."""
 
 import importlib
+import os
 import sys
 
 from setpred.commands.common import start
@@ -27,6 +28,8 @@ def main() -> int:
         print("\n".join(f"  {command:10} {about}" for command, about in COMMANDS.items()))
         print("\nsetpred COMMAND --help lists the options of a command.")
         return 0
+    if name.startswith("-") and "LOCAL_RANK" in os.environ:  # of several processes, Lightning has no word of a command
+        sys.argv.insert(1, name := "train")
     if name not in COMMANDS:
         close = nearest(name, list(COMMANDS))
         print(f"error: expected a command, one of {', '.join(COMMANDS)}, got {name!r}{close}", file=sys.stderr)

@@ -63,6 +63,16 @@ def test_a_number_out_of_range_is_one_sentence_and_status_2(start, option, monke
     assert f", got {value}; see setpred {start.split()[0]} --help" in message
 
 
+def test_processes_that_lightning_starts_with_the_options_alone_train(monkeypatch):
+    seen = []
+    monkeypatch.setattr("setpred.commands.train.main", lambda: seen.append(sys.argv[1:]) or 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for words in ("--config a.yaml", "train --config a.yaml"):  # the latter by torchrun
+        monkeypatch.setattr(sys, "argv", ["setpred", *words.split()])
+        assert program() == 0
+    assert seen == [["--config", "a.yaml"]] * 2
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_fits_on_a_screen(command, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")

@@ -9,6 +9,7 @@ from tiny import metrics
 from torch import nn
 
 from setpred.checkpoint.load import load_checkpoint, read_checkpoint
+from setpred.commands.evaluate import evaluate
 from setpred.commands.train import train
 from setpred.decoders import Glimpses, MLPDecoder, Readout, SlotAttention, SpatialBroadcast
 from setpred.encoders import PositionedTokens, SmallTrunk, Votes
@@ -192,7 +193,7 @@ trainer: {{max_epochs: 1, accelerator: cpu, precision: 32-true}}
 LABELS_FREE = ["--model.schema", "null", "--model.loss", "setpred.losses.Reconstruction"]
 
 
-def test_a_discovery_model_trains_without_labels_and_a_probe_reads_its_frozen_slots(tmp_path, monkeypatch):
+def test_a_discovery_model_trains_without_labels_and_a_probe_reads_its_frozen_slots(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, decoder, options in (
         ("autoencoder", "SpatialBroadcast", "side: 4\n      widths: [4, 4]"),
@@ -207,17 +208,54 @@ def test_a_discovery_model_trains_without_labels_and_a_probe_reads_its_frozen_sl
     second = train(["--config", "probe.yaml", "--runs", "runs", "--init", str(first / "last.ckpt"), *frozen])
     after = read_checkpoint(second / "last.ckpt")["state_dict"]
     kept = {name for name in after if name.startswith(("model.encoder", "model.decoder.slots"))}
-    statistics = {name for name in kept if "running" in name or "tracked" in name}
     assert kept
-    assert all(torch.equal(before[name], after[name]) for name in kept - statistics)
+    assert all(torch.equal(before[name], after[name]) for name in kept)  # also the statistics of norms
+    assert "frozen" not in capsys.readouterr().out
     assert "val_ap@inf" in metrics(second)[-1] or any(name.startswith("val_ap") for name in metrics(second)[-1])
+    train(["--config", "probe.yaml", "--runs", "runs", "--name", "random", *frozen])
+    assert "frozen: decoder.slots, encoder keep their random start; pass --init" in capsys.readouterr().out
+    assert evaluate([str(second / "last.ckpt")])["iterations"] == 3
+    with pytest.raises(InputError, match="predicts layers of images, as of object discovery"):
+        load_checkpoint(first / "last.ckpt").require_schema(first / "last.ckpt")
     loaded = load_checkpoint(second / "last.ckpt")
     assert loaded.model(torch.zeros(2, 3, 16, 16)).shape == (2, 4, 19)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (
+            ["--model.decoder.init_args.widths", "[4, 4, 4]"],
+            "Reconstruction: expected square images of a multiple of 32",
+        ),
+        (["--model.loss", "setpred.losses.HungarianLoss"], "predicts layers of images, expected a loss of images"),
+        (["--model.loss", "null"], "predicts layers of images, .* got HungarianLoss; pass --model.loss setpred.losses"),
+        (
+            ["--model.decoder", "setpred.decoders.Readout", "--model.decoder.set_dim", "5"],
+            "Reconstruction: expected layers",
+        ),
+    ],
+)
+def test_a_loss_that_does_not_fit_the_layers_is_an_error_before_the_data(options, match, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    decoder = {"decoder": "SpatialBroadcast", "options": "side: 4\n      widths: [4, 4]"}
+    (tmp_path / "tiny.yaml").write_text(MODEL.format(**decoder))
+    with pytest.raises(InputError, match=match):
+        train(["--config", "tiny.yaml", *LABELS_FREE, *options])
+    assert not (tmp_path / "data").exists()
 
 
 def test_a_frozen_part_that_is_not_there_is_an_error():
     with pytest.raises(InputError, match=r"expected parts of the model, such as encoder, .*got 'decoder.slot'"):
         SetPrediction(*probe(), frozen=["decoder.slot"])
+
+
+def test_a_model_of_which_nothing_learns_is_an_error():
+    for parts in (["encoder", "decoder"], [""]):
+        with pytest.raises(
+            InputError, match="frozen: expected a part of the model that learns, got all of them frozen"
+        ):
+            SetPrediction(*probe(), frozen=parts)
 
 
 def test_frozen_parts_stay_in_evaluation_mode():

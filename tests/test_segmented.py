@@ -14,7 +14,8 @@ from torch.nn import functional
 from setpred.checkpoint import save_model
 from setpred.commands.evaluate import evaluate
 from setpred.commands.predict import run
-from setpred.commands.segmentation import Segments, image_labels, scored_masks, segment, slot_labels
+from setpred.commands.segmentation import Segments, image_labels, scored_masks, segment, segmented_images, slot_labels
+from setpred.data.datamodule import SetDataModule
 from setpred.data.dataset import open_data
 from setpred.data.exporting import to_coco, to_segment
 from setpred.data.images import load_image
@@ -173,6 +174,18 @@ def test_figures_are_drawn(checkpoint, options, folder, tmp_path):
         "segmentation.png",
         "segmentation_refinement.png",
     ]
+
+
+def test_a_segment_alone_is_the_image_times_its_enlarged_support_on_white(folder):
+    model, data = voting().eval(), open_data(folder / "scenes.h5", image_size=SIDE, instances=True)
+    (image,) = segmented_images(model, data, [3], iterations=None, device=torch.device("cpu"))
+    picture = data[3]["image"].unsqueeze(0)
+    (segments,) = segment(model, picture)
+    masks = functional.interpolate(scored_masks(model, segments), (SIDE, SIDE), mode="bilinear")[0]
+    assert len(image.parts) > 2
+    for label, part in image.parts.values():
+        expected = masks[label] * picture[0] / 255 + 1 - masks[label]
+        np.testing.assert_allclose(part, expected.permute(1, 2, 0), atol=1e-5)
 
 
 def test_the_scores_of_a_discovery_training_are_drawn(tmp_path):
@@ -376,3 +389,6 @@ def test_a_checkpoint_without_schema_notes_that_its_images_were_padded(tmp_path)
     for schema, padded in ((points, True), (CLEVR, None)):
         task.describe_data(Data(schema))
         assert task.data_description.get("padded") is padded
+    # the command line describes the data before it opens them
+    task.describe_data(SetDataModule(None, str(tmp_path / "p.h5")))
+    assert task.data_description["padded"] is True

@@ -81,6 +81,8 @@ class Checkpoint:
 
     def require_schema(self, path: str | os.PathLike[str]) -> None:
         """Raise `InputError` unless the model was trained on objects with a schema."""
+        if self.schema is None and getattr(self.model.decoder, "draws_layers", False):
+            raise InputError(f"{path} predicts layers of images, as of object discovery, expected objects of a schema")
         if self.schema is None:
             raise InputError(
                 f"{path} predicts elements without a schema, as of the toy tasks: its scores are in the metrics.csv of "

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from setpred.checkpoint.load import Checkpoint, load_checkpoint
 from setpred.commands.common import Parser, at_least, choose_device, exit_code, write_json
@@ -289,6 +289,11 @@ def _check_segmenting(loaded: Checkpoint, options: argparse.Namespace) -> None:
             )
 
 
+def _iterations(decoder: nn.Module, steps: int | None) -> int | None:
+    """The iterations of an evaluation: those asked for, or the decoder's own number; None if it does not iterate."""
+    return decoder.iterations if steps is None and getattr(decoder, "iterative", False) else steps
+
+
 def _evaluate_segmentation(
     loaded: Checkpoint, data: SetImages, options: argparse.Namespace, *, path: str, device: torch.device
 ) -> dict[str, Any]:
@@ -300,7 +305,7 @@ def _evaluate_segmentation(
         "checkpoint": str(options.checkpoint),
         "epoch": loaded.epoch,
         "step": loaded.step,
-        "iterations": model.decoder.iterations if steps is None and model.decoder.iterative else steps,
+        "iterations": _iterations(model.decoder, steps),
         "device": str(device),
     }
     print(format_segmentation(result))
@@ -365,7 +370,7 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
         "checkpoint": str(options.checkpoint),
         "epoch": loaded.epoch,
         "step": loaded.step,
-        "iterations": getattr(getattr(decoder, "descent", None), "iterations", None) if steps is None else steps,
+        "iterations": _iterations(decoder, steps),
         "device": str(device),
     }
     print(format_report(result))

@@ -157,7 +157,7 @@ class TrainCLI(LightningCLI):
     def load_initial_weights(self) -> None:
         """Load the weights of `--init` that fit the model, and those of pretrained trunks that it leaves.
 
-        Prints which weights keep their random start.
+        Prints which weights keep their random start, and which parts keep it for ever because they are frozen.
 
         Raises:
             InputError: none fit; pretrained weights that cannot be downloaded.
@@ -171,6 +171,13 @@ class TrainCLI(LightningCLI):
         for name, part in model.named_modules():
             if hasattr(part, "load_pretrained") and not any(each.startswith(f"{name}.") for each in taken):
                 part.load_pretrained()
+                taken |= {f"{name}.{weights}" for weights, _ in part.named_parameters()}
+        fixed = {name for name, weights in model.named_parameters() if not weights.requires_grad} - taken
+        if parts := [name for name in self.config.model.frozen if any(each.startswith(f"{name}.") for each in fixed)]:
+            self.say(
+                f"frozen: {listed(sorted(parts))} keep{'s' * (len(parts) == 1)} their random start; pass --init "
+                "CHECKPOINT to load trained weights"
+            )
 
     def say(self, sentence: str) -> None:
         """Print a sentence, from the first process only."""
@@ -363,11 +370,40 @@ def check_prediction(module: SetPrediction, inputs: Tensor, *, set_size: int | N
             f"the model of {names}: expected elements [batch, {set_size or 'set_size'}, {dim or 'set_dim'}], got {got} "
             "for a batch of 2; see docs/own_parts.md"
         )
+    check_truth(module, predicted, inputs)
     if not predicted.requires_grad and any(weights.requires_grad for weights in model.parameters()):
         raise InputError(
             f"the model of {names}: expected a prediction with a gradient, got one without; remove detach() or "
             "no_grad() from its forward pass"
         )
+
+
+def check_truth(module: SetPrediction, predicted: Tensor, inputs: Tensor) -> None:
+    """Compare a prediction of black images with these, to find a loss or metric of other predictions before training.
+
+    Raises:
+        InputError: a loss or metric of images or masks for a model of sets, or for other predictions; a loss of
+            elements for a decoder of layers.
+    """
+    decoder, known = module.model.decoder, {"image": inputs, "instances": inputs[:, 0]}
+    if getattr(decoder, "draws_layers", False) and target_name(module.loss) == "elements":
+        raise InputError(
+            f"the decoder {type(decoder).__name__} predicts layers of images, expected a loss of images, got "
+            f"{type(module.loss).__name__}; pass --model.loss setpred.losses.Reconstruction"
+        )
+    for part in (module.loss, module.metric):
+        if (name := target_name(part)) not in known:
+            continue
+        if module.model.takes_sets:
+            raise InputError(f"{type(part).__name__} compares with {name!r}, but the model takes sets; take another")
+        try:
+            (part if part is module.loss else part.update)(predicted.detach().float(), known[name])
+        except Exception as error:  # a user's part can raise any exception
+            raise InputError(
+                f"{type(part).__name__}: {located(error)}; give model.decoder and the images sizes that fit it"
+            ) from error
+    if module.metric is not None:
+        module.metric.reset()
 
 
 def quiet() -> None:

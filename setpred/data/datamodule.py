@@ -262,7 +262,7 @@ class SetDataModule(ImageData):
     ) -> None:
         sizes = self.sizes({"train": train, "val": val, "image_size": image_size})
         super().__init__(image_size=sizes.image_size, **arguments)
-        self.inputs = sizes.inputs
+        self.schema, self.inputs = sizes.schema, sizes.inputs
         self.train_path, self.val_path = (None if path is None else os.path.expanduser(path) for path in (train, val))
         self.train_split, self.val_split = train_split, val_split
         self.train_images, self.val_images = train_images, val_images

@@ -370,14 +370,17 @@ def read_instances(file: h5py.File, index: np.ndarray, counts: np.ndarray) -> np
     stored = file[INSTANCES]
     size = math.prod(stored.shape[1:])
     instances = np.empty((len(index), *stored.shape[1:]), dtype=np.uint8)
+    room = np.empty(2 * size + 64, np.uint8)  # gzip adds a thousandth at most
     for position in np.argsort(index, kind="stable"):
         number = int(index[position])
-        place, content = (number, 0, 0), b""
-        if 0 < (stored.id.get_chunk_info_by_coord(place).size or 0) <= 2 * size + 64:  # gzip adds a thousandth at most
-            skipped, packed = stored.id.read_direct_chunk(place)
-            unpacking = zlib.decompressobj()
+        unpacking = zlib.decompressobj()
+        try:  # to ask for the size of a chunk first takes time for each chunk of the file
+            skipped, content = stored.id.read_direct_chunk((number, 0, 0), out=room)
+        except ValueError:  # there is none, or a larger one
+            skipped, content = True, b""
+        if not skipped:
             try:
-                content = packed if skipped else unpacking.decompress(packed, size + 1)
+                content = unpacking.decompress(content, size + 1)
             except zlib.error as error:
                 raise InputError(f"the mask of image {number} is damaged ({error}); copy or make it again") from error
         if len(content) != size or not (skipped or unpacking.eof):

@@ -183,6 +183,11 @@ class SetPrediction(pl.LightningModule):
         self.model = SetPredictor(encoder, decoder).to(memory_format=torch.channels_last)
         self.loss = HungarianLoss() if loss is None else loss
         self.frozen = [frozen_part(self.model, name) for name in frozen]
+        if frozen and not any(weights.requires_grad for weights in self.parameters()):
+            raise InputError(
+                f"frozen: expected a part of the model that learns, got all of them frozen by {list(frozen)}; leave "
+                "one out"
+            )
         if isinstance(self.loss, SetLoss) and self.schema is not None:
             self.loss.use_schema(self.schema)
         self.scores = Scores(metric, self.schema)
