@@ -20,3 +20,11 @@ def clevr_blender() -> Path:
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the scenes of the tiny trainings lie; rendered by the first of them."""
     return tmp_path_factory.mktemp("tiny-data")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
+    """A model that was not trained, and the data on which it would have been validated."""
+    from tiny import untrained
+
+    return untrained(tmp_path_factory.mktemp("run"), data=tiny_data)

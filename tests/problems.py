@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from setpred.inner import Differentiation, GradientDescent, minimise
 
 
 def normal(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -62,6 +65,11 @@ class Quadratic:
 
     def optimum(self, theta: Tensor) -> Tensor:
         return torch.linalg.solve(self.matrix, self.link @ theta).view_as(self.initial)
+
+    def solve(self, theta: Tensor, differentiation: Differentiation, **numbers: Any) -> Tensor:
+        """The last iterate of a descent; `numbers` are the arguments of `GradientDescent`."""
+        descent = GradientDescent(**numbers)
+        return minimise(self.energy(theta), self.initial, descent=descent, differentiation=differentiation)
 
 
 def finite_difference(function: Callable[[Tensor], Tensor], point: Tensor, step: float = 1e-6) -> Tensor:

@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from problems import close, finite_difference, normal
+from tiny import QUIET
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
@@ -159,11 +160,8 @@ def test_every_parameter_learns_inside_a_decoder(name):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: SumPool(DIM)(torch.zeros(2, 3)), r"expected elements \[batch, set_size, 6\]"),
-        (lambda: SumPool(DIM)(torch.zeros(2, 3, 5)), r"got \[2, 3, 5\]"),
-        (lambda: SumPool(DIM)(torch.zeros(2, 3, 6, dtype=torch.long)), "floating"),
+        (lambda: SumPool(DIM)(torch.zeros(2, 3, 5)), r"expected elements \[batch, set_size, 6\].*, got \[2, 3, 5\]"),
         (lambda: SumPool(DIM)(torch.zeros(2, 3, 6), torch.ones(2, 3)), "bool mask"),
-        (lambda: SumPool(DIM)(torch.zeros(2, 3, 6), torch.ones(2, 4, dtype=torch.bool)), "bool mask"),
         (lambda: FrameAverage(SumPool(2), position_dim=3), "position_dim from 1 to the 2"),
         (lambda: FrameAverage(SumPool(12), position_dim=11), "at most 10"),
         (lambda: GIGP(2, position_dim=3), "3 of 2"),
@@ -345,11 +343,7 @@ class MedianOfSets(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), 0.01, weight_decay=0.1)
 
     def fit(self, epochs, single_epochs):
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        callbacks = [FASet(single_epochs=single_epochs)]
-        trainer = pl.Trainer(
-            max_epochs=epochs, accelerator="cpu", enable_model_summary=False, callbacks=callbacks, **quiet
-        )
+        trainer = pl.Trainer(max_epochs=epochs, callbacks=[FASet(single_epochs=single_epochs)], **QUIET)
         trainer.fit(self, torch.utils.data.DataLoader(random_set(16, dim=2, dtype=torch.float32), batch_size=8))
 
 

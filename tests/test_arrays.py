@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from problems import normal
+from tiny import untrained_checkpoint
 
 from setpred.checkpoint import load_checkpoint
-from setpred.checkpoint.load import KEY, save_checkpoint
 from setpred.commands.data import main as data_command
 from setpred.commands.evaluate import evaluate
 from setpred.commands.predict import predict_sets
@@ -287,8 +287,9 @@ def test_files_of_images_keep_their_version_and_checksum():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--xy", "centre"], "--xy: expected --csv or --coco with it, got --npz"),
-        (["--images", "a"], "--images: expected --csv or --coco"),
+        (["--xy", "centre"], "--xy: expected --csv with it, got --npz"),
+        (["--images", "a"], "--images: expected --csv or --coco with it, got --npz"),
+        (["--group", "a"], "--group: expected --clevr-with-masks with it, got --npz"),
         (["--image-size", "64"], "no --image-size for inputs that are sets"),
         (["--csv", "a.csv"], "one of --csv, --coco, --npz, --clevr-with-masks, got --csv and --npz"),
     ],
@@ -297,6 +298,9 @@ def test_options_without_effect_are_rejected(tmp_path, capsys, options, message)
     path = saved(tmp_path / "a.npz", arrays())
     assert data_command(["import", "--npz", str(path), "--out", str(tmp_path / "a.h5"), *options]) == 2
     assert message in capsys.readouterr().err
+    for option in (["--xy", "centre"], ["--categorical", "label"]):  # COCO JSON says what boxes and classes are
+        assert data_command(["import", "--coco", "a.json", "--out", str(tmp_path / "a.h5"), *option]) == 2
+        assert f"{option[0]}: expected --csv with it, got --coco" in capsys.readouterr().err
 
 
 @pytest.fixture(params=["sets", "vectors", "long vectors"])
@@ -314,9 +318,7 @@ def trained(request, tmp_path):
     check_fit(cli)
     with torch.no_grad():  # votes that differ, as trained ones
         cli.model.model.encoder.encoder.network[-1].weight *= 20
-    content = {"state_dict": cli.model.state_dict(), "epoch": 0, "global_step": 5, "optimizer_states": []}
-    save_checkpoint(content | {KEY: cli.model.description()}, tmp_path / "a.ckpt")
-    return cli, tmp_path / "a.ckpt"
+    return cli, untrained_checkpoint(cli, tmp_path / "a.ckpt")
 
 
 def test_a_default_model_fits_and_takes_a_step(trained):

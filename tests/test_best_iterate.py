@@ -42,20 +42,11 @@ class Quartic(Quadratic):
         return lambda iterate: quadratic(iterate) + 0.25 * iterate.flatten(1).pow(4).sum(1)
 
 
-def descent(rate, **arguments):
-    return GradientDescent(iterations=STEPS, learning_rate=rate, **arguments)
-
-
-def solve(problem, theta, rate, *, differentiation=None, **arguments):
-    way = Implicit(best=True) if differentiation is None else differentiation
-    return minimise(problem.energy(theta), problem.initial, descent=descent(rate, **arguments), differentiation=way)
-
-
 def by_hand(problem, rate, **arguments):
     """Of each example the iterate of least residual norm, and its number."""
     recorded = Recorded(Unrolled())
     with torch.no_grad():
-        solve(problem, problem.theta, rate, differentiation=recorded, **arguments)
+        problem.solve(problem.theta, recorded, iterations=STEPS, learning_rate=rate, **arguments)
     norms = residual_norms(recorded.energy, recorded.found, recorded.descent)
     norms = torch.where(norms.isfinite(), norms, torch.inf)
     chosen = norms.argmin(0)
@@ -77,7 +68,7 @@ def test_the_best_is_the_least_residual_of_all_iterates(rate, arguments):
         recorded = Recorded(Implicit(best=True))
         with torch.set_grad_enabled(gradients):
             theta = problem.theta.clone().requires_grad_()
-            found = solve(problem, theta, rate, differentiation=recorded, **arguments)
+            found = problem.solve(theta, recorded, iterations=STEPS, learning_rate=rate, **arguments)
         close(found.detach(), expected, rtol=1e-13, atol=1e-13)
         norms = residual_norms(recorded.energy, recorded.found, recorded.descent)
         assert len(recorded.found) == STEPS + 1
@@ -94,7 +85,7 @@ def test_the_gradient_is_that_of_the_implicit_function_at_the_best_iterate(solve
     point, chosen = by_hand(problem, 0.9)
     assert (chosen < STEPS - 1).any()  # not where the last-but-one step would take it
     theta = problem.theta.clone().requires_grad_()
-    found = solve(problem, theta, 0.9, differentiation=Implicit(solver, best=True))
+    found = problem.solve(theta, Implicit(solver, best=True), iterations=STEPS, learning_rate=0.9)
     upstream = normal(*found.shape)
     found.backward(upstream)
     hessian = problem.matrix + torch.diag_embed(3 * point.flatten(1).square())
@@ -114,7 +105,10 @@ def test_what_is_not_finite_counts_as_infinite_and_leaves_others_alone():
         broken = torch.tensor([0.0, 0.0, torch.nan], dtype=iterate.dtype)  # as a latent vector of NaN
         return whole(iterate) + broken * iterate.flatten(1).sum(1)
 
-    arguments = {"descent": descent(0.3), "differentiation": Implicit(best=True)}
+    arguments = {
+        "descent": GradientDescent(iterations=STEPS, learning_rate=0.3),
+        "differentiation": Implicit(best=True),
+    }
     for gradients in (True, False):
         with torch.set_grad_enabled(gradients):
             found = minimise(energy, problem.initial, **arguments).detach()

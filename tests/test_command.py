@@ -63,13 +63,6 @@ def test_a_number_out_of_range_is_one_sentence_and_status_2(start, option, monke
     assert f", got {value}; see setpred {start.split()[0]} --help" in message
 
 
-@pytest.mark.parametrize("words", ["evaluate x.ckpt --nope", "predict x.ckpt", "nope"])
-def test_a_mistyped_command_line_is_one_sentence_and_status_2(words, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["setpred", *words.split()])
-    assert program() == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
 def test_processes_that_lightning_starts_with_the_options_alone_train(monkeypatch):
     seen = []
     monkeypatch.setattr("setpred.commands.train.main", lambda: seen.append(sys.argv[1:]) or 0)

@@ -55,39 +55,38 @@ def test_a_known_difference_is_measured_and_a_shifted_picture_agrees_less(folder
     assert moved.mask_agreement < darker.mask_agreement - 0.1
 
 
-def test_missing_parts_are_named(folder, tmp_path):
+def without_pixels(root):
+    path = root / "scenes" / "CLEVR_val_scenes.json"
+    document = json.loads(path.read_text())
+    for obj in (obj for record in document["scenes"] for obj in record["objects"]):
+        del obj["pixel_coords"]
+    path.write_text(json.dumps(document))
+
+
+def without_camera(root):
+    path = root / "cameras.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[:-1]))
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "words"),
+    [
+        (None, {"first": 3}, "under 3, got 3"),
+        (None, {"first": -1}, "at least 0 and under 3, got -1"),
+        (None, {"pictures": "edited/cameras.jsonl"}, "a folder has this name|a part of the path is a file"),
+        (lambda root: (root / "images/val/CLEVR_val_000000.png").write_bytes(b"text"), {}, r"000\.png is not an image"),
+        (without_pixels, {}, "expected 'pixel_coords' of every object"),
+        (without_camera, {}, "does not have the camera of image 2"),
+        (lambda root: (root / "cameras.jsonl").unlink(), {}, r"cameras\.jsonl"),
+    ],
+)
+def test_missing_parts_are_named(folder, tmp_path, monkeypatch, change, options, words):
+    monkeypatch.chdir(tmp_path)
     root = edited(folder, tmp_path, lambda image: image)
-    with pytest.raises(InputError, match="under 3, got 3"):
-        list(compare(root, first=3))
-    with pytest.raises(InputError, match="at least 0 and under 3, got -1"):
-        list(compare(root, first=-1))
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match="a part of the path is a file"):
-        list(compare(root, pictures=tmp_path / "file"))
-    picture = root / "images" / "val" / "CLEVR_val_000000.png"
-    whole = picture.read_bytes()
-    picture.write_bytes(b"text")
-    with pytest.raises(InputError, match=r"CLEVR_val_000000\.png is not an image"):
-        list(compare(root))
-    picture.write_bytes(whole)
-    scenes = root / "scenes" / "CLEVR_val_scenes.json"
-    document = json.loads(scenes.read_text())
-    whole = json.dumps(document)
-    for record in document["scenes"]:
-        for obj in record["objects"]:
-            del obj["pixel_coords"]
-    scenes.write_text(json.dumps(document))
-    with pytest.raises(InputError, match="expected 'pixel_coords' of every object"):
-        list(compare(root))
-    scenes.write_text(whole)
-    lines = (root / "cameras.jsonl").read_text().splitlines()
-    (root / "cameras.jsonl").write_text("\n".join(lines[:-1]))
-    with pytest.raises(InputError, match="does not have the camera of image 2"):
-        list(compare(root))
-    (root / "cameras.jsonl").unlink()
-    with pytest.raises(InputError, match=r"cameras\.jsonl"):
-        list(compare(root))
-    assert main(["compare", str(tmp_path / "nowhere")]) == 2
+    if change is not None:
+        change(root)
+    with pytest.raises(InputError, match=words):
+        list(compare(root, **options))
 
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 48), (40, 60)])

@@ -494,7 +494,6 @@ def test_commands_answer_with_one_sentence(tmp_path, file, capsys):
         (["render", "--images", "1", "--image-size", "4", *output], "at least 8x8 pixels"),
         (["render", "--images", "3", "--workers", "-1", *output], "--workers"),
         (["render", "--images", "3", "--image-size", "8", "--out", str(file)], "exists already"),
-        (["render", "--images", "3", "--image-size", "8", "--out", str(file / "b.h5")], "is a file, not a folder"),
         (["prepare", str(tmp_path / "none"), *output], "is no folder"),
         (["prepare", str(tmp_path), "--split", "test", *output], "'test'"),
         ([*folder, "--width", "4"], "got 1 of 4x320"),
@@ -507,18 +506,6 @@ def test_commands_answer_with_one_sentence(tmp_path, file, capsys):
         assert sentence.startswith("error: ")
         assert words in sentence
         assert os.listdir(tmp_path) == ["a.h5"]
-
-
-def test_render_info_verify(tmp_path, capsys):
-    path = str(tmp_path / "a.h5")
-    command = ["render", "--images", "5", "--image-size", "8", "--objects", "2", "2", "--workers", "0", "--out", path]
-    assert main(command) == 0
-    assert main(["verify", path]) == 0
-    assert main(["info", path]) == 0
-    text = capsys.readouterr().out
-    assert "5 images of 8x8, content as written" in text
-    assert "5 images of 8x8, 10 objects" in text
-    assert "kind rendered, objects 2 to 2, seed 0" in text
 
 
 @pytest.mark.parametrize("options", [{"workers": 0}, {"workers": 2}, {"workers": 2, "threads": True}], ids=str)

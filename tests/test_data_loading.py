@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny import CONFIG
+from tiny import CONFIG, QUIET
 from torch.utils.data import DataLoader, get_worker_info
 
 from setpred import CLEVR, InputError
@@ -323,8 +323,7 @@ def fit(data, epochs=2, *, checkpoint=None, folder=None) -> list[list[int]]:
     """Train, with a checkpoint of every step in `folder`; return what was shown."""
     model, name = Watch(), {"filename": "{step}", "auto_insert_metric_name": False}
     keep = [] if folder is None else [ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=1, **name)]
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(max_epochs=epochs, accelerator="cpu", callbacks=keep, enable_checkpointing=bool(keep), **quiet)
+    trainer = Trainer(max_epochs=epochs, callbacks=keep, **QUIET | {"enable_checkpointing": bool(keep)})
     trainer.fit(model, datamodule=data, ckpt_path=checkpoint)
     return model.shown
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from tiny import QUIET
 from torch.utils.data import DataLoader, Dataset
 
 from setpred.data import loading
@@ -60,10 +61,8 @@ class Model(LightningModule):
 
 def shares(tmp_path, model, loader, val=None, **options) -> list[str | None]:
     """Column of metrics.csv, one entry per epoch."""
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
     watching = [DataWaiting(), MetricsFile(tmp_path / "metrics.csv"), EpochLines()]
-    options |= quiet | {"enable_checkpointing": False, "callbacks": watching}
-    trainer = Trainer(max_epochs=2, accelerator="cpu", **options)
+    trainer = Trainer(max_epochs=2, callbacks=watching, num_sanity_val_steps=0, **QUIET, **options)
     trainer.fit(model, loader, val)
     with (tmp_path / "metrics.csv").open(newline="") as file:
         return [row.get("data_waiting") for row in csv.DictReader(file)]

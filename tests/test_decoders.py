@@ -22,6 +22,7 @@ from setpred.decoders import (
     MLPDecoder,
     RandomPositions,
     RandomStart,
+    Readout,
     Seq2Set,
     SequencePositions,
     SinePosition,
@@ -102,6 +103,7 @@ TOKEN_DECODERS = {
     "slots by transport, two heads": lambda: SlotAttention(SinkhornAttention(dim=4), heads=2, **SLOTS),
     "broadcast slots": lambda: broadcast(SlotAttention(**SLOTS)),
     "broadcast slots, subpixel": lambda: broadcast(SlotAttention(**SLOTS), subpixel=True, smoothing=0),
+    "readout of slots": lambda: Readout(SlotAttention(**SLOTS), hidden_dim=3, set_dim=OUT),
     "slots by sharp transport": lambda: sharp(Unrolled()),
     "slots by sharp transport, constant steps": lambda: sharp(None),
 }

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_importing import images, imported, objects, table  # noqa: F401  a fixture, too
+from test_importing import images, imported, keypoint_document, objects, table  # noqa: F401  a fixture, too
+from tiny import untrained_checkpoint
 
-from setpred.checkpoint.load import KEY, save_checkpoint
 from setpred.checkpoint.untrusted import load_yaml
 from setpred.commands import predict
 from setpred.commands.data import main as data_command
@@ -216,20 +216,6 @@ def test_a_period_is_inferred_only_without_a_doubt(images, tmp_path, column, val
     assert ("again after" in describe(tmp_path / "out.h5")) == bool(period)
 
 
-def keypoint_document():
-    parts = {"keypoints": ["nose", "tail"], "skeleton": [[1, 2]]}
-    one = {"image_id": 1, "category_id": 1, "bbox": [2, 1, 4, 6]}
-    return {
-        "images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}],
-        "categories": [{"id": 1, "name": "cat"} | parts, {"id": 2, "name": "box"}],
-        "annotations": [
-            one | {"keypoints": [3, 2, 2, 5, 6, 1]},
-            one | {"image_id": 2, "keypoints": [4, 3, 2, 0, 0, 0]},
-            one | {"image_id": 2, "category_id": 2, "bbox": [0, 0, 9, 9]},
-        ],
-    }
-
-
 def test_keypoints_become_optional_fields(images, tmp_path):  # noqa: F811
     data = imported(read_coco(table(tmp_path, json.dumps(keypoint_document()), "coco.json")), images, tmp_path)
     schema = data.schema
@@ -247,30 +233,6 @@ def test_keypoints_become_optional_fields(images, tmp_path):  # noqa: F811
         QUICKSTART, {"init_args": {name: str(tmp_path / "out.h5") for name in ("train", "val")}}
     )
     assert set(loss["model"]["loss"]["init_args"]["weights"]) == {"coords", "extent", "nose", "tail"}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c: c["annotations"][0].update(keypoints=[1, 2, 2]), "annotation 0: expected keypoints as 6 numbers"),
-        (
-            lambda c: c["annotations"][0].update(keypoints=[1, 2, 3, 0, 0, 0]),
-            "'nose': expected a visibility of 0, 1",
-        ),
-        (lambda c: c["annotations"][0].update(keypoints=[1, "2", 2, 0, 0, 0]), "expected keypoints as 6 numbers"),
-        (lambda c: c["annotations"][0].update(keypoints=[90, 2, 2, 0, 0, 0]), "expected a position in the image"),
-        (lambda c: c["annotations"][2].update(keypoints=[1, 2, 2]), "expected keypoints with names in the category"),
-        (lambda c: c["categories"][0].update(keypoints=["a", "a"]), "'cat': expected names of keypoints that differ"),
-        (lambda c: c["categories"][0].update(keypoints=["coords", "a"]), "cannot be named 'coords'"),
-        (lambda c: c["categories"][0].update(skeleton=[[0, 1]]), "'cat': expected a skeleton of pairs from 1 to 2"),
-        (lambda c: c["categories"][0].update(keypoints="nose"), "'cat': expected keypoints as a list of names"),
-    ],
-)
-def test_a_mistake_in_keypoints_is_one_clear_error(images, tmp_path, change, message):  # noqa: F811
-    content = keypoint_document()
-    change(content)
-    with pytest.raises(InputError, match=message):
-        imported(read_coco(table(tmp_path, json.dumps(content), "coco.json")), images, tmp_path)
 
 
 ROWS = "image,x,y,radius,angle,label\na,3,4,1.5,10,1\nb,8,9,2,170,2"
@@ -442,20 +404,24 @@ def test_keypoints_are_drawn_with_the_skeleton_between_those_that_are_there():
         assert drawn == lines + ([dots] if dots else [])
 
 
-def test_predicted_keypoints_are_pixels_of_each_image(images, tmp_path, monkeypatch):  # noqa: F811
-    file = tmp_path / "out.h5"
+def test_predictions_are_in_pixels_of_each_image_which_is_padded(images, tmp_path, monkeypatch):  # noqa: F811
+    file, seen = tmp_path / "out.h5", []
     schema = imported(read_coco(table(tmp_path, json.dumps(keypoint_document()), "coco.json")), images, tmp_path).schema
     options = [f"--runs={tmp_path}", "--trainer.accelerator=cpu", "--trainer.logger=false"]
     cli = build([f"--data={file}", f"--val={file}", *options])
-    content = {"state_dict": cli.model.state_dict(), "epoch": 0, "global_step": 5}
-    save_checkpoint(content | {KEY: cli.model.description()}, tmp_path / "a.ckpt")
+    untrained_checkpoint(cli, tmp_path / "a.ckpt")
     cat = {"coords": (8, 6), "extent": (4, 2), "nose": (3, 2), "tail": None, "category": "cat"}
     found = torch.from_numpy(schema.encode([cat]))
-    monkeypatch.setattr(predict, "predict_in_passes", lambda *_, **__: found[None])
+    monkeypatch.setattr(predict, "predict_in_passes", lambda _, images, **__: seen.append(images) or found[None])
     Image.new("RGB", (32, 24), "white").save(tmp_path / "white.png")  # twice as large as those of the training
-    arguments = [str(tmp_path / "a.ckpt"), str(tmp_path / "white.png"), "--out", str(tmp_path / "out.json")]
-    predict.run([*arguments, "--figures", str(tmp_path / "figures")])
-    ((obj,),) = (image["objects"] for image in json.loads((tmp_path / "out.json").read_text()))
-    assert (obj["coords"], obj["extent"], obj["nose"]) == tuple(map(pytest.approx, ([16, 12], [8, 4], [6, 4])))
-    assert obj["tail"] is None
-    assert len(list((tmp_path / "figures").iterdir())) == 1
+    np.savez(tmp_path / "white.npz", images=np.full((1, 24, 32), 255, np.uint8))
+    for source in ("white.png", "white.npz"):
+        arguments = [str(tmp_path / "a.ckpt"), str(tmp_path / source), "--out", str(tmp_path / "out.json")]
+        predict.run([*arguments, "--figures", str(tmp_path / source.replace(".", "_"))])
+        ((obj,),) = (image["objects"] for image in json.loads((tmp_path / "out.json").read_text()))
+        assert (obj["coords"], obj["extent"], obj["nose"]) == tuple(map(pytest.approx, ([16, 12], [8, 4], [6, 4])))
+        assert obj["tail"] is None
+        assert len(list((tmp_path / source.replace(".", "_")).iterdir())) == 1
+        rows = seen.pop()[0].float().mean((0, 2))
+        assert rows[:46].min() > 250
+        assert rows[50:].max() == 0

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from problems import Quadratic, close, finite_difference, normal, weighted_sum
-from tiny import untrained
 from torch import nn
 
 from setpred.checkpoint.load import KEY, save_checkpoint, training_iterations
@@ -43,26 +42,19 @@ from setpred.schema import CLEVR
 # --- through the last k steps ---------------------------------------------------------------------------------------
 
 
-def theta_gradient(differentiation, upstream, *, iterations=200, learning_rate=0.5, problem=None):
-    problem = Quadratic() if problem is None else problem
-    theta = problem.theta.clone().requires_grad_()
-    descent = GradientDescent(iterations=iterations, learning_rate=learning_rate)
-    found = minimise(problem.energy(theta), problem.initial, descent=descent, differentiation=differentiation)
-    return torch.autograd.grad(found, theta, upstream)[0]
-
-
-@pytest.fixture
-def upstream():
-    return normal(3, 2, 2, seed=7)
-
-
 @pytest.mark.parametrize("k", [1, 2, 5, 30, 1000])
-def test_truncated_is_neumann_of_as_many_terms(k, upstream):
+def test_truncated_is_neumann_of_as_many_terms(k):
     """For a quadratic, whose curvature is the same everywhere: η Σ_{j<k} (I - ηA)ʲ in the place of A⁻¹."""
-    expected = theta_gradient(Implicit(Neumann(terms=k, step_size=0.5)), upstream)
-    found = theta_gradient(Unrolled(last=k), upstream)
-    close(found, expected)
-    assert torch.equal(found, theta_gradient(Unrolled(), upstream)) == (k == 1000)  # of 200 steps
+    problem, upstream = Quadratic(), normal(3, 2, 2, seed=7)
+
+    def gradient(differentiation):
+        theta = problem.theta.clone().requires_grad_()
+        found = problem.solve(theta, differentiation, iterations=200, learning_rate=0.5)
+        return torch.autograd.grad(found, theta, upstream)[0]
+
+    found = gradient(Unrolled(last=k))
+    close(found, gradient(Implicit(Neumann(terms=k, step_size=0.5))))
+    assert torch.equal(found, gradient(Unrolled())) == (k == 1000)  # of 200 steps
 
 
 def test_truncated_is_the_derivative_of_the_last_steps():
@@ -102,9 +94,8 @@ def test_truncated_carries_gradients_in_the_last_steps_alone():
 
 def test_residuals_of_a_quadratic():
     problem = Quadratic()
-    descent = GradientDescent(iterations=5, learning_rate=0.5)
     recorded = Recorded(Unrolled())
-    minimise(problem.energy(problem.theta), problem.initial, descent=descent, differentiation=recorded)
+    problem.solve(problem.theta, recorded, iterations=5, learning_rate=0.5)
     assert len(recorded.found) == 6
     found = residual_norms(recorded.energy, recorded.found, recorded.descent)
     # plain steps of size η: Y_t - Y* = (I - ηA)ᵗ (Y₀ - Y*), and ∇L = A (Y - Y*)
@@ -267,11 +258,6 @@ def test_the_conclusions_follow_the_numbers(eigenvalues, differentiation, option
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tiny_data):
-    return untrained(tmp_path_factory.mktemp("run"), data=tiny_data)
 
 
 def changed(checkpoint, tmp_path, change):

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
+from tiny import untrained_checkpoint
 
-from setpred.checkpoint.load import KEY, read_checkpoint, save_checkpoint, training_loss
-from setpred.commands import predict
+from setpred.checkpoint.load import read_checkpoint, training_loss
 from setpred.commands.data import main
 from setpred.commands.linking import default_configuration
 from setpred.commands.train import QUICKSTART, build, check_fit
 from setpred.data.annotations import possible_classes, read_coco, read_csv
 from setpred.data.dataset import SetFile
-from setpred.data.images import load_image, pixel_size, read_image
+from setpred.data.images import pixel_size, read_image
 from setpred.data.importing import import_images
 from setpred.errors import InputError
 from setpred.metrics import attribute_report, pairwise_distance
@@ -23,6 +23,7 @@ from setpred.schema import UNCALIBRATED, ElementSchema, continuous
 HEADER = "image,x,y,radius,label"
 SURE = float(UNCALIBRATED.confidence(1.0))
 ROWS = ["a.png,3,4,1.5,disc", "a.png,10,6,2,square", "b.png,0,11,1,disc"]
+TEXT = "\n".join([HEADER, *ROWS])
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_columns_of_few_whole_numbers_may_be_classes(tmp_path):
 
 
 def test_a_table_becomes_elements_in_its_own_units(images, tmp_path):
-    data = imported(read_csv(table(tmp_path, "\n".join([HEADER, *ROWS]))), images, tmp_path)
+    data = imported(read_csv(table(tmp_path, TEXT)), images, tmp_path)
     assert [len(found) for found in objects(data)] == [2, 1, 0]  # the image without a row is kept, and is empty
     first = {found["label"]: found for found in objects(data)[0]}
     assert first["disc"]["coords"] == pytest.approx([3, 4], abs=1e-5)
@@ -71,25 +72,29 @@ def test_a_table_becomes_elements_in_its_own_units(images, tmp_path):
     assert encoded[:2].tolist() == [1.0, -1.0]  # the longer side is 16
 
 
+@pytest.fixture
+def expected(images, tmp_path):
+    """The objects of `TEXT`."""
+    return objects(imported(read_csv(table(tmp_path, TEXT)), images, tmp_path))
+
+
 @pytest.mark.parametrize(
-    ("text", "name"),
+    "text",
     [
-        ("\r\n".join([HEADER, *ROWS]).encode(), "points.csv"),
-        (b"\xef\xbb\xbf" + "\n".join([HEADER, *ROWS]).encode(), "points.csv"),
-        ("\n".join([HEADER, *ROWS]).encode("utf-16"), "points.csv"),
-        ("\n".join([HEADER, *ROWS]).replace(",", ";").encode(), "points.csv"),
-        ("\n".join([HEADER, *ROWS]).replace(",", "\t").encode(), "points.csv"),
-        ("\n".join([HEADER.upper(), "", *ROWS, "c.png,,,,"]).encode(), "points.csv"),
-        (b"label,radius,y,x,filename\ndisc,1.5,4,3,a\nsquare,2,6,10,a\ndisc,1,11,0,b\n", "points.csv"),
+        "\r\n".join([HEADER, *ROWS]).encode(),
+        b"\xef\xbb\xbf" + TEXT.encode(),
+        TEXT.encode("utf-16"),
+        TEXT.replace(",", ";").encode(),
+        TEXT.replace(",", "\t").encode(),
+        "\n".join([HEADER.upper(), "", *ROWS, "c.png,,,,"]).encode(),
+        b"label,radius,y,x,filename\ndisc,1.5,4,3,a\nsquare,2,6,10,a\ndisc,1,11,0,b\n",
     ],
 )
-def test_the_same_table_in_other_clothes_is_the_same_data(images, tmp_path, text, name):
-    expected = objects(imported(read_csv(table(tmp_path, "\n".join([HEADER, *ROWS]))), images, tmp_path))
-    assert objects(imported(read_csv(table(tmp_path, text, name)), images, tmp_path)) == expected
+def test_the_same_table_in_other_clothes_is_the_same_data(images, tmp_path, expected, text):
+    assert objects(imported(read_csv(table(tmp_path, text)), images, tmp_path)) == expected
 
 
-def test_one_file_per_image_is_the_same_data(images, tmp_path):
-    expected = objects(imported(read_csv(table(tmp_path, "\n".join([HEADER, *ROWS]))), images, tmp_path))
+def test_one_file_per_image_is_the_same_data(images, tmp_path, expected):
     folder = tmp_path / "tables"
     folder.mkdir()
     for name in "abc":
@@ -160,14 +165,18 @@ def test_relative_and_given_units(images, tmp_path):
         imported(read_csv(table(tmp_path, text)), images, tmp_path)
     data = imported(read_csv(table(tmp_path, text)), images, tmp_path, units="relative")
     assert objects(data)[0][0]["coords"] == pytest.approx([8, 6])
-    data = imported(read_csv(table(tmp_path, text)), images, tmp_path, units="given")
-    assert objects(data)[0][0]["coords"] == pytest.approx([0.5, 0.5])
+    for given, first in ((text, [0.5, 0.5]), ("image,x,y\na,3,3", [3, 3])):  # never taken for pixels
+        data = imported(read_csv(table(tmp_path, given)), images, tmp_path, units="given")
+        assert objects(data)[0][0]["coords"] == pytest.approx(first)
+        assert data.schema.side is None
+    with pytest.raises(InputError, match="pass --units given"):
+        imported(read_csv(table(tmp_path, "image,x,y\na,3,4")), images, tmp_path, schema=data.schema)
     data = imported(read_csv(table(tmp_path, "image,x,y,z\na,0.5,0.5,300\nb,1,0,-100")), images, tmp_path)
     assert objects(data)[1][0]["coords"] == pytest.approx([1, 0, -100], abs=1e-4)
 
 
 def test_a_schema_of_another_file_is_kept_and_classes_convert(images, tmp_path):
-    text = "\n".join([HEADER, *ROWS])
+    text = TEXT
     first = imported(read_csv(table(tmp_path, text)), images, tmp_path)
     fewer = "\n".join([HEADER, ROWS[1]])
     second = imported(read_csv(table(tmp_path, fewer)), images, tmp_path)
@@ -207,6 +216,11 @@ MISTAKES = {
     "a negative box": ("image,xmin,ymin,xmax,ymax\na,5,5,3,9", "line 2: expected a box with width and height above 0"),
     "an ambiguous box": ("image,x,y,w,h\na,5,5,3,9", "pass --xy centre or --xy corner"),
     "bytes": (b"image,x,y\n\x00\x01\xff", "expected text in UTF-8"),
+    "two names": ("image,x,y\nx/a.png,3,4\ny/a.png,5,6", "one name of the image .*a.png, got x/a.png and y/a.png"),
+    "a taken name": ("image,x,y,presence\na,3,4,1", "cannot be named 'presence'"),
+    "one axis": ("image,x\na,3", "expected columns x and y, got x alone"),
+    "three sides": ("image,xmin,ymin,xmax\na,1,2,3", "got no ymax"),
+    "decimal commas": ("image;x;y\na;3,5;4", "write decimals with a point"),
 }  # fmt: skip
 
 
@@ -219,6 +233,20 @@ def test_a_mistake_in_a_table_is_one_clear_error(images, tmp_path, mistake):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "points.csv"]  # no partial file
 
 
+def keypoint_document():
+    parts = {"keypoints": ["nose", "tail"], "skeleton": [[1, 2]]}
+    one = {"image_id": 1, "category_id": 1, "bbox": [2, 1, 4, 6]}
+    return {
+        "images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}],
+        "categories": [{"id": 1, "name": "cat"} | parts, {"id": 2, "name": "box"}],
+        "annotations": [
+            one | {"keypoints": [3, 2, 2, 5, 6, 1]},
+            one | {"image_id": 2, "keypoints": [4, 3, 2, 0, 0, 0]},
+            one | {"image_id": 2, "category_id": 2, "bbox": [0, 0, 9, 9]},
+        ],
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -227,67 +255,41 @@ def test_a_mistake_in_a_table_is_one_clear_error(images, tmp_path, mistake):
         (lambda c: c["annotations"][0].update(category_id=5), "annotation 0: expected the id of a category"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "annotation 0: expected bbox as four finite numbers"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, -3, 2]), "annotation 0: expected a box with width"),
-        (lambda c: c["annotations"].append(dict(c["annotations"][0])), "annotation 1: repeats annotation 0"),
+        (lambda c: c["annotations"].append(dict(c["annotations"][0])), "annotation 3: repeats annotation 0"),
         (lambda c: c["images"].append(dict(c["images"][0])), "expected ids that differ"),
         (lambda c: c["images"][0].update(file_name="z.png"), "expected an image in .*, got 'z.png'"),
-        (lambda c: c["annotations"][0].update(attributes={"wet": [1]}), "annotation 0: expected an attribute"),
+        (lambda c: c.update(categories=5), "expected a list of categories"),
+        (lambda c: c["annotations"][0].update(keypoints=[1, 2, 2]), "annotation 0: expected keypoints as 6 numbers"),
+        (
+            lambda c: c["annotations"][0].update(keypoints=[1, 2, 3, 0, 0, 0]),
+            "'nose': expected a visibility of 0, 1",
+        ),
+        (lambda c: c["annotations"][0].update(keypoints=[1, "2", 2, 0, 0, 0]), "expected keypoints as 6 numbers"),
+        (lambda c: c["annotations"][0].update(keypoints=[90, 2, 2, 0, 0, 0]), "expected a position in the image"),
+        (lambda c: c["annotations"][2].update(keypoints=[1, 2, 2]), "expected keypoints with names in the category"),
+        (lambda c: c["categories"][0].update(keypoints=["a", "a"]), "'cat': expected names of keypoints that differ"),
+        (lambda c: c["categories"][0].update(keypoints=["coords", "a"]), "cannot be named 'coords'"),
+        (lambda c: c["categories"][0].update(skeleton=[[0, 1]]), "'cat': expected a skeleton of pairs from 1 to 2"),
+        (lambda c: c["categories"][0].update(keypoints="nose"), "'cat': expected keypoints as a list of names"),
+        *(
+            (lambda c, wrong=wrong: c["annotations"][0].update(wrong), "annotation 0: expected")
+            for wrong in (
+                {"image_id": [1]},
+                {"category_id": {}},
+                {"bbox": [1, 1, 10**400, 3]},
+                {"bbox": [float("nan"), 1, 2, 3]},
+                {"attributes": {"wet": [1]}},
+                {"attributes": {"weight": 10**400}},
+                {"attributes": {"weight": float("nan")}},
+            )
+        ),
     ],
 )
 def test_a_mistake_in_coco_is_one_clear_error(images, tmp_path, change, message):
-    content = {
-        "images": [{"id": 0, "file_name": "a.png"}],
-        "categories": [{"id": 1, "name": "cat"}],
-        "annotations": [{"id": 1, "image_id": 0, "category_id": 1, "bbox": [2, 1, 4, 6]}],
-    }
+    content = keypoint_document()
     change(content)
     with pytest.raises(InputError, match=message):
         imported(read_coco(table(tmp_path, json.dumps(content), "coco.json")), images, tmp_path)
-
-
-def test_an_image_that_cannot_be_read_is_named(images, tmp_path):
-    (images / "b.png").write_bytes((images / "b.png").read_bytes()[:-30])
-    with pytest.raises(InputError, match=r"the image .*b\.png is cut short or damaged"):
-        imported(read_csv(table(tmp_path, "\n".join([HEADER, *ROWS]))), images, tmp_path)
-    Image.fromarray(np.zeros((4, 4), np.float32)).save(images / "c.tiff")
-    with pytest.raises(InputError, match="grey values outside 16 bits"):
-        load_image(images / "c.tiff", 8, padded=True)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("image,x,y\nx/a.png,3,4\ny/a.png,5,6", "one name of the image .*a.png, got x/a.png and y/a.png"),
-        ("image,x,y,presence\na,3,4,1", "cannot be named 'presence'"),
-        ("image,x\na,3", "expected columns x and y, got x alone"),
-        ("image,xmin,ymin,xmax\na,1,2,3", "got no ymax"),
-        ("image;x;y\na;3,5;4", "write decimals with a point"),
-    ],
-)
-def test_tables_that_would_be_misread_are_rejected(images, tmp_path, text, message):
-    with pytest.raises(InputError, match=message):
-        imported(read_csv(table(tmp_path, text)), images, tmp_path)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"image_id": [1]},
-        {"category_id": {}},
-        {"bbox": [1, 1, 10**400, 3]},
-        {"bbox": [float("nan"), 1, 2, 3]},
-        {"attributes": {"weight": 10**400}},
-        {"attributes": {"weight": float("nan")}},
-    ],
-)
-def test_wrong_annotations_are_named(tmp_path, wrong):
-    annotation = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4]} | wrong
-    document = {"images": [{"id": 1, "file_name": "a.png"}], "categories": [{"id": 1, "name": "cat"}]}
-    path = table(tmp_path, json.dumps(document | {"annotations": [annotation]}), "coco.json")
-    with pytest.raises(InputError, match="annotation 0: expected"):
-        read_coco(path)
-    path.write_text(json.dumps(document | {"annotations": [], "categories": 5}))
-    with pytest.raises(InputError, match="expected a list of categories"):
-        read_coco(path)
 
 
 @pytest.mark.parametrize("names", ["cx,cy", "x_center,y_center"])
@@ -296,14 +298,6 @@ def test_centres_by_name(images, tmp_path, names):
     assert objects(data)[0][0] == {"coords": [4, 6], "extent": [2, 3], "confidence": SURE}
     data = imported(read_csv(table(tmp_path, f"image,{names}\na,4,6")), images, tmp_path)
     assert objects(data)[0][0] == {"coords": [4, 6], "confidence": SURE}
-
-
-def test_given_positions_are_never_taken_for_pixels(images, tmp_path):
-    for text in ("image,x,y\na,0.5,0.5\nb,1,0", "image,x,y\na,3,3"):
-        data = imported(read_csv(table(tmp_path, text)), images, tmp_path, units="given")
-        assert data.schema.side is None
-    with pytest.raises(InputError, match="pass --units given"):
-        imported(read_csv(table(tmp_path, "image,x,y\na,3,4")), images, tmp_path, schema=data.schema)
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -344,7 +338,7 @@ def test_a_run_without_a_validation_yet_is_no_riddle(tmp_path):
 
 def test_a_subclass_with_other_arguments_trains_on_the_schema_of_its_files(images, tmp_path, monkeypatch):
     """Its sizes are known only once it is built: another schema than the model's is an error, not other units."""
-    imported(read_csv(table(tmp_path, "\n".join([HEADER, *ROWS]))), images, tmp_path)
+    imported(read_csv(table(tmp_path, TEXT)), images, tmp_path)
     (tmp_path / "own_module.py").write_text(
         "from setpred.data.datamodule import SetDataModule\n\n\nclass Mine(SetDataModule):\n"
         f"    def __init__(self):\n        super().__init__(*2 * ({str(tmp_path / 'out.h5')!r},), batch_size=1)\n"
@@ -385,13 +379,11 @@ def test_distances_are_of_positions_alone():
 def trained(images, tmp_path):
     """The checkpoint of a default model for two files, of which the second has the larger sets."""
     many = "\n".join([HEADER, *ROWS, "a.png,8,9,1,disc"])
-    for name, text in (("train.h5", "\n".join([HEADER, *ROWS])), ("val.h5", many)):
+    for name, text in (("train.h5", TEXT), ("val.h5", many)):
         import_images(read_csv(table(tmp_path, text)), images, tmp_path / name)
     files = [f"--data={tmp_path / 'train.h5'}", f"--val={tmp_path / 'val.h5'}"]
     cli = build([*files, f"--runs={tmp_path}", "--trainer.accelerator=cpu", "--trainer.logger=false"])
-    content = {"state_dict": cli.model.state_dict(), "epoch": 0, "global_step": 5, "optimizer_states": []}
-    save_checkpoint(content | {KEY: cli.model.description()}, tmp_path / "a.ckpt")
-    return cli, tmp_path / "a.ckpt"
+    return cli, untrained_checkpoint(cli, tmp_path / "a.ckpt")
 
 
 def test_a_written_configuration_keeps_class_names_that_look_like_numbers(images, tmp_path):
@@ -414,22 +406,6 @@ def test_the_schema_of_the_data_reaches_every_part(trained):
     weights[schema.slice("coords")] = 2.0
     assert torch.equal(cli.model.loss.element_weights(weights), weights)
     assert torch.equal(training_loss(read_checkpoint(path), []).element_weights(weights), weights)
-
-
-def test_predictions_are_in_pixels_of_each_image_which_is_padded(trained, tmp_path, monkeypatch):
-    cli, path = trained
-    seen, schema = [], cli.model.schema
-    found = torch.from_numpy(schema.encode([{"coords": (8, 6), "radius": 1, "label": "disc"}]))
-    monkeypatch.setattr(predict, "predict_in_passes", lambda _, images, **__: seen.append(images) or found[None])
-    Image.new("RGB", (32, 24), "white").save(tmp_path / "white.png")  # twice as large as those of the training
-    np.savez(tmp_path / "white.npz", images=np.full((1, 24, 32), 255, np.uint8))
-    for source in ("white.png", "white.npz"):
-        predict.run([str(path), str(tmp_path / source), "--out", str(tmp_path / "out.json")])
-        (image,) = json.loads((tmp_path / "out.json").read_text())
-        assert image["objects"][0]["coords"] == pytest.approx([16, 12])
-        rows = seen.pop()[0].float().mean((0, 2))
-        assert rows[:46].min() > 250
-        assert rows[50:].max() == 0
 
 
 def test_data_on_the_command_line_override_those_of_a_configuration(trained, tmp_path):
@@ -460,8 +436,7 @@ NUMBERED = "n,image,x,y,radius,label\n0,a.png,3,4,1.5,disc\n1,a.png,10,6,2,squar
 
 
 @pytest.mark.parametrize("name", ["", "Unnamed: 0", "id", "index"])
-def test_running_numbers_are_left_out_and_reported(images, tmp_path, capsys, name):
-    expected = objects(imported(read_csv(table(tmp_path, "\n".join([HEADER, *ROWS]))), images, tmp_path))
+def test_running_numbers_are_left_out_and_reported(images, tmp_path, capsys, expected, name):
     for text in (NUMBERED, NUMBERED.replace("\n2,b", "\n0,b").replace("\n3,c", "\n0,c")):  # of all rows, of each image
         path = table(tmp_path, text.replace("n,", f"{name},", 1))
         assert objects(imported(read_csv(path), images, tmp_path)) == expected
@@ -476,23 +451,25 @@ def test_running_numbers_are_left_out_and_reported(images, tmp_path, capsys, nam
 
 def test_a_number_that_repeats_within_an_image_is_a_field(images, tmp_path):
     text = NUMBERED.replace("n,", "id,", 1).replace("\n1,a", "\n0,a").replace("\n3,c.png,,,,", "")
-    assert [f.name for f in read_csv_schema(text, images, tmp_path)] == ["coords", "id", "radius", "label"]
-
-
-def read_csv_schema(text, images, tmp_path):
-    return imported(read_csv(table(tmp_path, text)), images, tmp_path).schema.fields
+    fields = imported(read_csv(table(tmp_path, text)), images, tmp_path).schema.fields
+    assert [field.name for field in fields] == ["coords", "id", "radius", "label"]
 
 
 def test_an_import_decodes_each_image_once(images, tmp_path, monkeypatch):
     decoded, load = [], ImageFile.ImageFile.load
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: decoded.append(image) or load(image))
-    imported(read_csv(table(tmp_path, "\n".join([HEADER, *ROWS]))), images, tmp_path)
+    imported(read_csv(table(tmp_path, TEXT)), images, tmp_path)
     assert len({id(image) for image in decoded}) == 3
 
 
-def test_a_damaged_image_leaves_no_file(images, tmp_path):
-    for content, words in (((images / "b.png").read_bytes()[:45], "cut short or damaged"), (b"text", "not an image")):
+def test_a_damaged_image_is_named_and_leaves_no_file(images, tmp_path):
+    whole = (images / "b.png").read_bytes()
+    for content, words in (
+        (whole[:45], "cut short or damaged"),  # within the header, and within the pixels
+        (whole[:-30], "cut short or damaged"),
+        (b"text", "not an image"),
+    ):
         (images / "b.png").write_bytes(content)
         with pytest.raises(InputError, match=rf"b\.png.* {words}|b\.png is {words}"):
-            imported(read_csv(table(tmp_path, "\n".join([HEADER, *ROWS]))), images, tmp_path)
+            imported(read_csv(table(tmp_path, TEXT)), images, tmp_path)
         assert not (tmp_path / "out.h5").exists()

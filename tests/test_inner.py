@@ -34,24 +34,17 @@ SOLVERS = {
 }
 
 
-def solve(problem, theta, differentiation, **numbers):
-    """The last iterate of a descent on a `Quadratic`."""
-    return minimise(
-        problem.energy(theta), problem.initial, descent=GradientDescent(**numbers), differentiation=differentiation
-    )
-
-
 def gradient_of(problem, differentiation, value=scalar, **numbers):
     """The gradient of a scalar of the last iterate, for θ."""
     theta = problem.theta.clone().requires_grad_()
-    return torch.autograd.grad(value(solve(problem, theta, differentiation, **numbers)), theta)[0]
+    return torch.autograd.grad(value(problem.solve(theta, differentiation, **numbers)), theta)[0]
 
 
 @pytest.mark.parametrize("differentiation", [Unrolled(), Implicit()], ids=["unrolled", "implicit"])
 @pytest.mark.parametrize("momentum", [0.0, 0.6])
 def test_descent_finds_the_optimum(differentiation, momentum):
     problem = Quadratic()
-    found = solve(problem, problem.theta, differentiation, iterations=250, learning_rate=0.7, momentum=momentum)
+    found = problem.solve(problem.theta, differentiation, iterations=250, learning_rate=0.7, momentum=momentum)
     close(found, problem.optimum(problem.theta), rtol=1e-10, atol=1e-10)
 
 
@@ -83,7 +76,7 @@ def test_implicit_gradient_through_a_projection(solver):
     theta = (0.2 * problem.theta).requires_grad_()
 
     def found():
-        return solve(problem, theta, Implicit(solver), iterations=200, projection=Simplex())
+        return problem.solve(theta, Implicit(solver), iterations=200, projection=Simplex())
 
     value = found()
     close(value.sum(-1), torch.ones_like(value[..., 0]))

@@ -92,6 +92,7 @@ def test_info_describes_masks(rendered, capsys):
     areas = np.concatenate([np.bincount(mask.ravel())[1:] for mask in masks])
     areas, text = areas[areas > 0], describe(rendered)
     assert "9 images of 32x32 with masks" in text
+    assert "kind rendered, objects 0 to 6, seed 3" in text
     assert f"masks     background {(masks == 0).mean():.1%}; pixels of an object {areas.min()} to {areas.max()}" in text
     assert f"median {np.median(areas):g}" in text
     assert main(["verify", str(rendered)]) == 0

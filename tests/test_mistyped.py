@@ -77,6 +77,9 @@ def test_a_mistyped_key_of_a_configuration_is_one_line(text, tiny, tmp_path):
         ("data imprt", "did you mean import?"),
         ("data import --cvs x.csv --images i --out o.h5", "did you mean --csv?"),
         ("parts FSPol", "did you mean FSPool?"),
+        ("evaluate x.ckpt --nope", "--nope; see setpred evaluate --help"),
+        ("predict x.ckpt", "--out"),
+        ("nope", "nope"),
     ],
 )
 def test_other_commands_name_the_nearest_too(words, found, monkeypatch, capsys):

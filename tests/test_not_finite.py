@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny import CONFIG, built, metrics
+from tiny import CONFIG, QUIET, built, metrics
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -142,19 +142,14 @@ def run(folder, *callbacks, epochs=2, resume=None, processes=1, precision="32-tr
     module, recorder, error = module_of(**model), Recorder(), None
     fit = pl.Trainer(
         max_epochs=epochs,
-        accelerator="cpu",
         devices=processes,
         precision=precision,
         strategy="ddp_find_unused_parameters_true" if processes > 1 else "auto",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
         inference_mode=False,
         num_sanity_val_steps=0,
         default_root_dir=folder,
         callbacks=[*callbacks, recorder, TrainLoss(), SkippedSteps(), MetricsFile(folder / "metrics.csv")],
-        **dict(trainer),
+        **QUIET | dict(trainer),
     )
     try:
         fit.fit(module, datamodule=data(), ckpt_path=resume, weights_only=True)

@@ -154,21 +154,16 @@ def test_right_is_the_most_that_any_matching_within_classes_makes_right():
         assert found == max(sum(given[i] == wanted[j] for i, j in enumerate(o)) for o in numbering_orders(kinds))
 
 
-def test_accuracy_gathers_batches():
+def test_accuracy_is_of_sets_and_of_elements():
     _, target = examples(7)
     predicted = target[..., CLASSES:].clone()
     predicted[:3, 0] = predicted[:3, 0].roll(1, -1)  # a number too large
-    metric = NumberingAccuracy(classes=CLASSES)
-    for start, end in ((0, 2), (2, 7)):
-        metric.update(predicted[start:end], target[start:end])
     right, total = right_numbers(predicted, target, classes=CLASSES)
     expected = {"all_right": pytest.approx(4 / 7), "right": pytest.approx((right / total).mean().item())}
-    assert metric.compute() == expected
-    assert (metric.monitor, metric.mode) == ("all_right", "max")
-    metric.reset()
+    assert NumberingAccuracy(classes=CLASSES)(predicted, target) == expected
     order = next(itertools.islice(numbering_orders(target[0, :, :CLASSES].argmax(-1).tolist()), 1, None))
-    metric.update(target[:1, order, CLASSES:], target[:1])
-    assert metric.compute() == {"all_right": 1.0, "right": 1.0}
+    found = NumberingAccuracy(classes=CLASSES)(target[:1, order, CLASSES:], target[:1])
+    assert found == {"all_right": 1.0, "right": 1.0}
 
 
 def test_accuracy_does_not_see_padding_and_a_swap_between_classes_is_wrong():

@@ -25,7 +25,7 @@ from setpred.encoders import Elements, SmallCNN
 from setpred.errors import InputError, NotFiniteError
 from setpred.inner import Conditioned, GradientDescent, LatentMatching, Sum
 from setpred.losses import CrossEntropy, HungarianLoss
-from setpred.metrics import AbsoluteError, Accuracy, SetDistances
+from setpred.metrics import AbsoluteError, Accuracy, NumberingAccuracy, SetDistances
 from setpred.model import SetPredictor
 from setpred.training.task import SetPrediction
 
@@ -461,6 +461,11 @@ METRICS = {
     "error": (lambda: AbsoluteError(whole=True), numbers(11, 1, 1) * 3, (numbers(11, 1, 1, seed=1) * 3).round()),
     "accuracy": (Accuracy, numbers(11, 1, 4), torch.eye(4)[torch.arange(11) % 4][:, None]),
     "distances": (SetDistances, points(11, 4, 0.6, seed=0), points(11, 3, 0.6, seed=5)),
+    "numbering": (
+        lambda: NumberingAccuracy(classes=2),
+        numbers(11, 2, 2),
+        torch.tensor([[1.0, 0, 1, 0], [0.0, 1, 1, 0]]).expand(11, -1, -1),
+    ),
 }
 
 

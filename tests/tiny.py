@@ -44,6 +44,10 @@ data:
     {train_images: 40, val_images: 12, image_size: 16, objects: [3, 4], set_size: 4, batch_size: 8, workers: 0}
 trainer: {max_epochs: 2, accelerator: cpu, precision: 32-true}
 """
+QUIET = {  # options of a Lightning trainer that writes and prints nothing
+    "accelerator": "cpu",
+    **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
+}
 
 
 def metrics(run: Path, *, timed: bool = False) -> list[dict[str, str]]:
@@ -60,7 +64,7 @@ def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
 
 def built(folder: Path, *options: str, config: str = CONFIG) -> TrainCLI:
     """The command line's model, data and trainer for a configuration in `folder`."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "tiny.yaml").write_text(config)
     return build(["--config", str(folder / "tiny.yaml"), "--runs", str(folder), "--trainer.logger=false", *options])
 
@@ -84,15 +88,19 @@ def untrained(folder: Path, *arguments: str, name: str = "tiny", data: Path | No
     Scenes are rendered once under `data`, if given.
     """
     arguments = (*arguments, *([] if data is None else [f"--data.init_args.folder={data}"]))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tiny.yaml").write_text(CONFIG)
-    cli = build(["--config", str(folder / "tiny.yaml"), "--runs", str(folder), "--name", name, *arguments])
+    cli = built(folder, "--name", name, *arguments)
     if data is not None:
         cli.datamodule.prepare_data()
-    content = {"state_dict": cli.model.state_dict(), "epoch": 0, "global_step": 5, "optimizer_states": []}
-    save_checkpoint(content | {KEY: cli.model.description()}, cli.folder / "best.ckpt")
+    path = untrained_checkpoint(cli, cli.folder / "best.ckpt")
     (cli.folder / "config.yaml").write_text(cli.parser.dump(cli.config, skip_none=False))
-    return cli.folder / "best.ckpt"
+    return path
+
+
+def untrained_checkpoint(cli: TrainCLI, path: Path) -> Path:
+    """Write the checkpoint of the command line's model as it is."""
+    content = {"state_dict": cli.model.state_dict(), "epoch": 0, "global_step": 5, "optimizer_states": []}
+    save_checkpoint(content | {KEY: cli.model.description()}, path)
+    return path
 
 
 def set_file(path: Path, schema: ElementSchema, *, images: int = 24, size: int = 16, objects: int = 2) -> Path:

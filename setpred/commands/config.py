@@ -99,12 +99,12 @@ def home_expanded(value: Any) -> Any:
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value
 
 
-def split_allow(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split the paths of `--allow` from other arguments; files set options of the parser, but must not set this."""
+def set_aside(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Split `--config FILE` and `--allow` from other arguments: files set options, but must not set the latter."""
     parser = OptionParser("train", "", add_help=False)
     parser.add_argument("--allow", action="append", default=[], metavar="PACKAGE.CLASS")
-    options, rest = parser.parse_known_args(list(arguments))
-    return options.allow, rest
+    parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE")
+    return parser.parse_known_args(list(arguments))
 
 
 def _typed_classes(arguments: Sequence[str]) -> dict[str, Any]:
@@ -119,21 +119,18 @@ def _typed_classes(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def guarded(arguments: Sequence[str], allow: Sequence[str] = ()) -> Iterator[None]:
+def guarded(arguments: Sequence[str], configs: Sequence[str], allow: Sequence[str] = ()) -> Iterator[None]:
     """Restrict jsonargparse to the allowed classes and plain YAML, without URLs, within a block.
 
     Raises `InputError` for an unreadable configuration, and for one that names a class outside the list.
 
     Args:
         arguments: those of the command line, as for the parser.
+        configs: the configurations among them.
         allow: more class paths, from the user.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("-c", "--config", action="append", default=[])
-    with suppress(argparse.ArgumentError):  # the parser reports it
-        for path in parser.parse_known_args(list(arguments))[0].config:
-            if os.path.isfile(path):
-                read_yaml(path)  # for its own message
+    for path in filter(os.path.isfile, configs):
+        read_yaml(path)  # for its own message
     paths = {*allowed_paths(), *imported(allow), *_typed_classes(arguments)}
     paths = {path for path in paths if path.partition(".")[0] != "jsonargparse" and "<" not in path}
     before = dict(parsing_settings)

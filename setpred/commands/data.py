@@ -69,76 +69,78 @@ def _compare(json: Path | None, **options: Any) -> None:
         write_atomically(json, dumps(figures, indent=1) + "\n")
 
 
-def _import(
-    out: Path,
-    csv: Path | None,
-    coco: Path | None,
-    npz: Path | None,
-    clevr_with_masks: Path | None,
-    schema: Path | None,
-    categorical: list[str],
-    images: Path | None,
-    xy: str | None,
-    workers: int,
-    max_objects: int | None,
-    records: list[int] | None,
-    group: str | None,
-    **options: Any,
-) -> None:
+TABLES, MASKS = ("--csv", "--coco"), ("--clevr-with-masks",)
+TAKEN_BY = {  # options of an import that not every source takes
+    **{"images": TABLES, "xy": ("--csv",), "categorical": ("--csv",), "units": (*TABLES, "--npz")},
+    **dict.fromkeys(("max_objects", "records", "group"), MASKS),
+}
+
+
+def _import(out: Path, schema: Path | None, workers: int, **options: Any) -> None:
     from setpred.checkpoint.untrusted import read_yaml
     from setpred.data.hdf5 import describe, file_header
     from setpred.data.overrides import Overrides
 
-    sources = {"--csv": csv, "--coco": coco, "--npz": npz, "--clevr-with-masks": clevr_with_masks}
+    sources = {f"--{name.replace('_', '-')}": options.pop(name) for name in ("csv", "coco", "npz", "clevr_with_masks")}
+    options = {name: value for name, value in options.items() if value is not None}
     given = [name for name, source in sources.items() if source is not None]
     if len(given) != 1:
         raise InputError(f"expected one of {', '.join(sources)}, got {' and '.join(given) or 'none'}")
+    (kind,) = given
     check_outputs({"--out": out}, inputs=[*sources.values(), schema], streams=False)
+    taken = {f"--{name.replace('_', '-')}": TAKEN_BY.get(name, sources) for name in options}
     described = schema is not None and schema.suffix.lower() in (".yaml", ".yml")
-    header = None if schema is None or described else file_header(schema)
-    optional = [] if header is None else [field.name for field in header.schema.fields if field.optional]
-    overrides = Overrides()
+    if schema is not None and not described:
+        taken[f"--schema {schema}"] = (*TABLES, "--npz")
+    for option, takers in taken.items():
+        if kind not in takers:
+            raise InputError(f"{option}: expected {' or '.join(takers)} with it, got {kind}; leave it out")
+    header, hints = None if schema is None or described else file_header(schema), []
     if described:
-        overrides = Overrides.of(read_yaml(schema, "a schema with name, max_objects or fields"), str(schema))
-    options |= {"schema": None if header is None else header.schema, "overrides": overrides}
-    of_tables = {"--images": images, "--xy": xy, "--categorical": categorical}
-    if clevr_with_masks is not None:
-        from setpred.data.clevr_with_masks import import_masks
-
-        unused = of_tables | {"--units": options.pop("units") != "pixels", f"--schema {schema}": options.pop("schema")}
-        if unused := [name for name, value in unused.items() if value]:
-            raise InputError(f"{unused[0]}: expected another source with it, got {given[0]}; leave it out")
-        options |= {"max_objects": max_objects, "records": records, "group": group, "workers": workers}
-        import_masks(clevr_with_masks, out, **options)
-        print(describe(out))
-        return
-    unused = {"--max-objects": max_objects, "--records": records, "--group": group}
-    if unused := [name for name, value in unused.items() if value is not None]:
-        raise InputError(f"{unused[0]}: expected --clevr-with-masks with it, got {given[0]}; leave it out")
-    if npz is not None:
+        content = read_yaml(schema, "a schema with name, max_objects or fields")
+        options["overrides"] = Overrides.of(content, str(schema))
+    if header is not None:
+        options["schema"] = header.schema
+    if kind == "--npz":
         from setpred.data.arrays import import_arrays
 
-        if unused := [name for name, value in of_tables.items() if value]:
-            raise InputError(f"{unused[0]}: expected --csv or --coco with it, got --npz; leave it out")
-        import_arrays(npz, out, inputs=None if header is None else header.inputs, **options)
-        print(describe(out))
-        return
+        import_arrays(sources[kind], out, inputs=None if header is None else header.inputs, **options)
+    elif kind in MASKS:
+        from setpred.data.clevr_with_masks import import_masks
 
+        import_masks(sources[kind], out, workers=workers, **options)
+    else:
+        hints = _import_table(kind, sources[kind], out, workers=workers, **options)
+    print("\n\n".join([describe(out), *hints]))
+
+
+def _import_table(
+    kind: str, source: Path, out: Path, *, images: Path | None = None, categorical: Sequence[str] = (), **options: Any
+) -> list[str]:
+    """Import a table; return a sentence for each column that was left out or may be of classes."""
     from setpred.data.annotations import CONFIDENCE, possible_classes, read_coco, read_csv
     from setpred.data.importing import import_images
 
     if images is None:
-        raise InputError(f"{given[0]}: expected the folder of the images with it; pass --images FOLDER")
-    optional += overrides.optional
-    table = read_csv(csv, categorical=categorical, optional=optional) if csv is not None else read_coco(coco)
-    import_images(table, images, out, xy=xy, workers=workers, **options)
-    print(describe(out))
-    for name in table.left_out:
-        why = "is of predictions" if name == CONFIDENCE else "numbers the rows"
-        print(f"\nleft out the column {name!r}, which {why}; --categorical {name!r} makes classes of it")
-    numbered = possible_classes(table) if csv is not None and schema is None else {}
-    for column, count in numbered.items():
-        print(f"\n{column} has {count} different whole numbers; pass --categorical {column} if they are classes")
+        raise InputError(f"{kind}: expected the folder of the images with it; pass --images FOLDER")
+    if "schema" in options:
+        optional = [field.name for field in options["schema"].fields if field.optional]
+    else:
+        optional = options["overrides"].optional if "overrides" in options else []
+    of_csv = kind == "--csv"
+    table = read_csv(source, categorical=categorical, optional=optional) if of_csv else read_coco(source)
+    import_images(table, images, out, **options)
+    hints = [
+        f"left out the column {name!r}, which {'is of predictions' if name == CONFIDENCE else 'numbers the rows'}; "
+        f"--categorical {name!r} makes classes of it"
+        for name in table.left_out
+    ]
+    if of_csv and not options.keys() & {"schema", "overrides"}:
+        for column, count in possible_classes(table).items():
+            hints.append(
+                f"{column} has {count} different whole numbers; pass --categorical {column} if they are classes"
+            )
+    return hints
 
 
 def _verify(file: Path) -> None:
@@ -215,11 +217,9 @@ def _parser() -> Parser:
     imported("--images", type=Path, metavar="FOLDER", help="folder of the images of --csv or --coco")
     imported("--image-size", type=int, metavar="S", help="side of the stored images (default: 64, or 128 if larger)")
     imported("--schema", type=Path, metavar="FILE", help="FILE.h5: take its schema; FILE.yaml: override the inferred")
-    imported(
-        "--units", choices=("pixels", "relative", "given"), default="pixels", help="of positions (default: pixels)"
-    )
+    imported("--units", choices=("pixels", "relative", "given"), help="of positions (default: pixels)")
     imported("--xy", choices=("centre", "corner"), help="what x and y of a box with width and height are")
-    imported("--categorical", nargs="+", default=[], metavar="COLUMN", help="columns of numbers that are classes")
+    imported("--categorical", nargs="+", metavar="COLUMN", help="columns of numbers that are classes")
     prepare("root", metavar="ROOT", type=Path, help="the folder, with images/ and scenes/ in it")
     prepare("--images", type=int, metavar="N", help="only the first N images (default: all)")
     for add in (render, folder):

@@ -115,20 +115,22 @@ def _fill(value: Any, known: dict[str, Any]) -> None:
         _fill(item, known)
 
 
-def expanded_data(arguments: Sequence[str], default: Path) -> list[str]:
+def expanded_data(
+    configs: Sequence[str], arguments: Sequence[str], default: Path
+) -> tuple[Sequence[str], Sequence[str]]:
     """Expand `--data FILE.h5 --val FILE.h5` to options of a data module and, without `--config`, to a default model.
 
-    Configurations come first, so that all other options override them, wherever they are.
+    `configs` are the values of `--config`, `arguments` the others; returns both. `default` is the default model's file.
 
     Raises:
         InputError: no `--val`; a file that cannot be read.
     """
-    configs, arguments = _configs_and_rest(arguments)
+    arguments = list(arguments)
     train, val = (_taken(arguments, name) for name in ("--data", "--val"))
     if train is None:
         if val is not None:
             raise InputError("--val: expected --data FILE.h5 with it, got none; give both")
-        return [*configs, *arguments]
+        return configs, arguments
     if val is None:
         raise InputError(f"--data {train}: expected validation data with it; pass --val FILE.h5")
     for path in (train, val):
@@ -137,36 +139,24 @@ def expanded_data(arguments: Sequence[str], default: Path) -> list[str]:
     if configs:
         given = [f"--data={module['class_path']}", f"--data.init_args.train={train}", f"--data.init_args.val={val}"]
         given += [f"--data.init_args.{name}=null" for name in ("image_size", "set_size")]  # those of the files
-        return [*configs, *given, *arguments]
+        return configs, [*given, *arguments]
     if not any(argument.partition("=")[0] == "--name" for argument in arguments):
         arguments += ["--name", Path(train).stem]
-    return ["--config", yaml.safe_dump(default_configuration(default, module), sort_keys=False), *arguments]
-
-
-def _configs_and_rest(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split the options `--config FILE` from the other arguments."""
-    configs: list[str] = []
-    rest: list[str] = []
-    waiting = False  # for the file of the option before
-    for argument in arguments:
-        named = argument.partition("=")[0] in ("-c", "--config")
-        (configs if named or waiting else rest).append(argument)
-        waiting = named and "=" not in argument
-    return configs, rest
+    return [yaml.safe_dump(default_configuration(default, module), sort_keys=False)], arguments
 
 
 def _taken(arguments: list[str], name: str) -> str | None:
     """Remove an option with the path of a prepared file from the arguments; return the path."""
     for place, argument in enumerate(arguments):
-        given = argument.partition("=")[2] if argument.startswith(f"{name}=") else "".join(arguments[place + 1 :][:1])
-        if argument.partition("=")[0] == name and given.lower().endswith((".csv", ".json")):
-            raise InputError(f"{name} {given}: expected FILE.h5; make one with `setpred data import`")
-    for place, argument in enumerate(arguments):
-        if argument == name and place + 1 < len(arguments) and arguments[place + 1].endswith(FILES):
-            del arguments[place]
-            return arguments.pop(place)
-        if argument.startswith(f"{name}=") and argument.endswith(FILES):
-            return arguments.pop(place).partition("=")[2]
+        option, equals, path = argument.partition("=")
+        if option != name:
+            continue
+        path = path if equals else "".join(arguments[place + 1 :][:1])
+        if path.lower().endswith((".csv", ".json")):
+            raise InputError(f"{name} {path}: expected FILE.h5; make one with `setpred data import`")
+        if path.endswith(FILES):
+            del arguments[place : place + (1 if equals else 2)]
+            return path
     return None
 
 

@@ -7,7 +7,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from setpred.checkpoint import load as checkpoint
 from setpred.checkpoint.load import read_checkpoint
 from setpred.commands.common import Parser as OptionParser
 from setpred.commands.common import exit_code
-from setpred.commands.config import MODE, Parser, chain, differences, guarded, plain, require_room, split_allow, without
+from setpred.commands.config import MODE, Parser, chain, differences, guarded, plain, require_room, set_aside, without
 from setpred.commands.linking import data_sizes, expanded_data
 from setpred.commands.mistyped import in_full
 from setpred.data.datamodule import BuiltInScenes, SetDataModule
@@ -414,16 +414,13 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", message=f".*({'|'.join(IGNORED_WARNINGS)})")
 
 
-def default_config(arguments: list[str]) -> list[str]:
-    """Return the `--config` to add: none if given, else that of a resumed checkpoint's folder, else the quickstart."""
+def default_config(arguments: Sequence[str]) -> str:
+    """Return the configuration of a run without `--config`: that next to a resumed checkpoint, else the quickstart."""
     early = OptionParser("train", "", add_help=False)
-    early.add_argument("-c", "--config")
     early.add_argument("--resume", default="last")
-    found = early.parse_known_args(arguments)[0]
-    if found.config is not None:
-        return []
-    resumed = Path(found.resume).parent / "config.yaml"
-    return ["--config", str(resumed if found.resume not in NEWEST and resumed.is_file() else QUICKSTART)]
+    found = early.parse_known_args(list(arguments))[0].resume
+    resumed = Path(found).parent / "config.yaml"
+    return str(resumed if found not in NEWEST and resumed.is_file() else QUICKSTART)
 
 
 def build(arguments: list[str]) -> TrainCLI:
@@ -432,11 +429,13 @@ def build(arguments: list[str]) -> TrainCLI:
     Raises:
         InputError: a configuration that cannot be built, or that names classes outside the list, see `guarded`.
     """
-    allow, arguments = split_allow(in_full(arguments))
-    arguments = expanded_data(arguments, QUICKSTART)
-    arguments = [*default_config(arguments), *arguments]
+    early, rest = set_aside(in_full(arguments))
+    configs, rest = expanded_data(early.config, rest, QUICKSTART)
+    configs = configs or [default_config(rest)]
+    # configurations come first, so that all other options override them, wherever they are
+    arguments = [*(word for config in configs for word in ("--config", config)), *rest]
     quiet()
-    with guarded(arguments, allow):
+    with guarded(arguments, configs, early.allow):
         return TrainCLI(
             SetPrediction,
             subclass_mode_data=True,

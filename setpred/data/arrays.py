@@ -31,7 +31,7 @@ import h5py
 import numpy as np
 from PIL import Image
 
-from setpred.data.hdf5 import FORMAT, Header, InputSets, Record
+from setpred.data.hdf5 import FORMAT, Header, InputSets, Record, own_array
 from setpred.data.hdf5_writer import write_set_file
 from setpred.data.images import ArrayImage, fitted
 from setpred.data.importing import checked_image_size, inferred_schema
@@ -95,17 +95,14 @@ def _read_hdf5(path: Path, wanted: set[str] | None) -> dict[str, np.ndarray]:
     with h5py.File(path, "r", locking=False) as file:
         if wanted is None and file.attrs.get("format") == FORMAT:
             raise InputError(f"{path} is a prepared file already; train on it with --data {path}")
-        names = [name for name in file if wanted is None or name in wanted]
-        for name in names:
-            stored = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
-            if not isinstance(stored, h5py.Dataset) or stored.is_virtual or stored.external:
+        arrays = {name: own_array(file, name) for name in file if wanted is None or name in wanted}
+        for name, stored in arrays.items():
+            if stored is None:
                 raise InputError(f"{path}, {name!r}: expected an array in this file, got a group or a link")
-            text = h5py.check_string_dtype(stored.dtype)
-            if stored.dtype.hasobject and text is None:
+            if stored.dtype.hasobject and h5py.check_string_dtype(stored.dtype) is None:
                 raise InputError(f"{path}, array {name!r}: expected numbers or text, got {stored.dtype}")
-        _check_bytes(path, sum(file[name].size * file[name].dtype.itemsize for name in names))
-        for name in names:
-            stored = file[name]
+        _check_bytes(path, sum(stored.size * stored.dtype.itemsize for stored in arrays.values()))
+        for name, stored in arrays.items():
             text = h5py.check_string_dtype(stored.dtype)
             found[name] = stored[()] if text is None else stored.asstr()[()].astype(str)
     return found
@@ -179,13 +176,16 @@ def _kind(values: np.ndarray) -> str:
 
 
 def _check_finite(where: str, values: np.ndarray, present: np.ndarray, noun: str) -> None:
-    wrong = present & ~np.isfinite(values).all(-1)
+    advice = f"expected finite numbers, got {{}}; correct them, or leave the {noun} out by a mask"
+    _reject(present & ~np.isfinite(values).all(-1), where, advice, values, noun)
+
+
+def _reject(wrong: np.ndarray, where: str, message: str, values: np.ndarray, noun: str = "object") -> None:
+    """Raise `InputError` for the first of `wrong [n, N]`; a pair of braces in the message becomes its value."""
     if wrong.any():
         example, place = (int(number[0]) for number in np.nonzero(wrong))
-        raise InputError(
-            f"{where}, example {example}, {noun} {place}: expected finite numbers, got "
-            f"{shown(values[example, place].tolist())}; correct them, or leave the {noun} out by a mask"
-        )
+        message = message.format(shown(values[example, place].tolist()))
+        raise InputError(f"{where}, example {example}, {noun} {place}: {message}")
 
 
 @dataclass(frozen=True)
@@ -231,13 +231,10 @@ class Objects:
         present = _presence(path, arrays, PRESENT, shape)
         if present is None:
             present = ~np.any([gone for name, gone, _ in absent if name not in optional], axis=0)
+            advice = "expected NaN, -1, no text or 0 as another array says that this object is absent; correct one of "
             for name, gone, zero in absent:
-                if (wrong := ~present & ~gone & ~zero).any():
-                    example, place = (int(number[0]) for number in np.nonzero(wrong))
-                    raise InputError(
-                        f"{path}, array {name!r}, example {example}, object {place}: expected NaN, -1, no text or 0 as "
-                        "another array says that this object is absent; correct one of them, or add a 'mask' [n, N]"
-                    )
+                where = f"{path}, array {name!r}"
+                _reject(~present & ~gone & ~zero, where, f"{advice}them, or add a 'mask' [n, N]", fields[name])
         if "boxes" in numbers:
             numbers |= _centres(path, numbers, present)
             del numbers["boxes"]
@@ -245,9 +242,7 @@ class Objects:
             there = present & ~np.isnan(values).all(-1) if name in optional else present
             _check_finite(f"{path}, array {name!r}", values, there, "object")
         for name, values in classes.items():
-            if (wrong := present & np.isin(values, ("", "-1"))).any():
-                example, place = (int(number[0]) for number in np.nonzero(wrong))
-                raise InputError(f"{path}, array {name!r}, example {example}, object {place}: expected a class")
+            _reject(present & np.isin(values, ("", "-1")), f"{path}, array {name!r}", "expected a class", values)
         return cls(path, numbers, classes, present)
 
     def check_pixels(self, width: int, height: int, names: Collection[str]) -> None:
@@ -255,16 +250,11 @@ class Objects:
         if "coords" in names and self.present.any() and np.abs(self.numbers["coords"][self.present]).max() <= 1:
             raise InputError(f"{self.path}: all positions are between -1 and 1, not pixels; pass --units given")
         most = np.array([width, height])
+        advice = f"expected a position in the image of {width}x{height} pixels, got {{}}; correct it, or pass --units"
         for name in (name for name in names if name != "extent"):
             values = self.numbers[name]
             outside = self.present & ((values < -most / 2) | (values > 1.5 * most)).any(-1)
-            if outside.any():
-                example, place = (int(number[0]) for number in np.nonzero(outside))
-                raise InputError(
-                    f"{self.path}, array {name!r}, example {example}, object {place}: expected a position in the image "
-                    f"of {width}x{height} pixels, got {shown(values[example, place].tolist())}; correct it, or pass "
-                    "--units"
-                )
+            _reject(outside, f"{self.path}, array {name!r}", advice, values)
 
     def schema(self, side: float | None, overrides: Overrides) -> ElementSchema:
         """The inferred schema: position and extent first, then numbers and classes in the order of the file.
@@ -357,12 +347,8 @@ def _centres(path: Any, numbers: Mapping[str, np.ndarray], present: np.ndarray) 
     if boxes.shape[-1] != 4 or {"coords", "extent"} & set(numbers):
         raise InputError(f"{path}: expected 'boxes' [n, N, 4] and no 'coords' or 'extent', got {_kind(boxes)}")
     low, high = boxes[..., :2], boxes[..., 2:]
-    if (wrong := present & (high <= low).any(-1)).any():
-        example, place = (int(number[0]) for number in np.nonzero(wrong))
-        raise InputError(
-            f"{path}, array 'boxes', example {example}, object {place}: expected left, top, right, bottom with right > "
-            f"left and bottom > top, got {shown(boxes[example, place].tolist())}"
-        )
+    advice = "expected left, top, right, bottom with right > left and bottom > top, got {}"
+    _reject(present & (high <= low).any(-1), f"{path}, array 'boxes'", advice, boxes)
     return {"coords": (low + high) / 2, "extent": high - low}
 
 

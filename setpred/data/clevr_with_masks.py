@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from PIL import __version__ as pillow_version
 
-from setpred.data.hdf5 import Header, Record
+from setpred.data.hdf5 import Header, Record, own_array
 from setpred.data.hdf5_writer import write_set_file
 from setpred.data.images import fitted
 from setpred.data.importing import checked_image_size
@@ -216,11 +216,6 @@ class _Published:
         return 1 + np.flatnonzero(example.floats("visibility", ENTITIES)[1:] > 0.5)
 
 
-def _inside(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | None:
-    """An entry of a group that is in this file."""
-    return group[name] if isinstance(group.get(name, getlink=True), h5py.HardLink) else None
-
-
 class _Copy:
     """An HDF5 file: images uint8 `[n, H, W, 3]`, masks `[n, entities, H, W, 1]` or `[n, H, W]`, perhaps attributes."""
 
@@ -230,18 +225,21 @@ class _Copy:
             inside = h5py.File(path, "r", locking=False)
         except OSError as error:
             raise InputError(f"{path} is cut short or damaged ({reason(error)}); {ADVICE}") from error
-        if group is not None and not isinstance(inside := _inside(inside, group), h5py.Group):
-            raise InputError(f"{path}: expected a group {group!r}, got another file; leave out --group")
+        if group is not None:
+            if not isinstance(inside.get(group, getlink=True), h5py.HardLink) or isinstance(
+                inside[group], h5py.Dataset
+            ):
+                raise InputError(f"{path}: expected a group {group!r}, got another file; leave out --group")
+            inside = inside[group]
         found = {name: name for name in ("visibility", *PLACE, *CODES) if name in inside}
         for name, other in NAMES.items():
             if not (there := [each for each in other if each in inside]):
                 hint = "; pass --group" if any(isinstance(each, h5py.Group) for each in inside.values()) else ""
                 raise InputError(f"{path}: expected an array {' or '.join(other)}, got {listed(sorted(inside))}{hint}")
             found[name] = there[0]
-        self._arrays = {name: _inside(inside, there) for name, there in found.items()}
+        self._arrays = {name: own_array(inside, there) for name, there in found.items()}
         for name, array in self._arrays.items():
-            here = isinstance(array, h5py.Dataset) and not (array.is_virtual or array.external)
-            if not here or array.dtype.kind not in "buif" or not array.ndim:
+            if array is None or array.dtype.kind not in "buif" or not array.ndim:
                 raise InputError(f"{path}: expected an array of numbers {found[name]!r} in this file, got other data")
         image, mask = (self._arrays[name].shape for name in NAMES)
         if len({len(array) for array in self._arrays.values()}) > 1:

@@ -141,19 +141,14 @@ class Header:
     def layout(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and type of every array; that of the inputs is the first."""
         n, side, sets = self.images, self.image_size, self.inputs
-        first = (
-            {"images": ((n, side, side, 3), "|u1")} if sets is None else {"inputs": ((n, sets.most, sets.dim), "<f4")}
-        )
-        last = {INSTANCES: ((n, side, side), "|u1")} if self.instances else {}
-        return (
-            first
-            | {
-                "elements": ((n, self.schema.max_objects, self.schema.set_dim), "<f4"),
-                "camera": ((n, 3), "<f8"),
-                "index": ((n,), "<i8"),
-            }
-            | last
-        )
+        images = {"images": ((n, side, side, 3), "|u1")}
+        return {
+            **(images if sets is None else {"inputs": ((n, sets.most, sets.dim), "<f4")}),
+            "elements": ((n, self.schema.max_objects, self.schema.set_dim), "<f4"),
+            "camera": ((n, 3), "<f8"),
+            "index": ((n,), "<i8"),
+            **({INSTANCES: ((n, side, side), "|u1")} if self.instances else {}),
+        }
 
 
 def plain_json(value: Any) -> str:
@@ -263,29 +258,30 @@ def _attribute(file: h5py.File, name: str, kind: type) -> Any:
     return value
 
 
+def own_array(group: h5py.Group, name: str) -> h5py.Dataset | None:
+    """The array of this name that is in the file itself; None for groups, links and arrays in other files."""
+    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+        return None
+    found = group[name]
+    return found if isinstance(found, h5py.Dataset) and not (found.is_virtual or found.external) else None
+
+
 def _fault_of_storage(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype) -> str | None:
     """The fault of an array that has another shape or type, or is not stored in this file as it is; None without."""
-    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
-        return f"{name} is a link to elsewhere, expected the data itself"
-    stored = file[name]
+    if (stored := own_array(file, name)) is None:
+        return f"expected {name} as an array in this file, got none, a group or a link to elsewhere"
     if stored.shape != shape or stored.dtype != dtype:
-        return f"expected {name} {list(shape)} {dtype.str}, got {list(stored.shape)} {stored.dtype}"
+        return f"expected {name} {list(shape)} {dtype.str}, got {list(stored.shape or ())} {stored.dtype}"
     properties = stored.id.get_create_plist()
-    if stored.is_virtual or properties.get_external_count():
-        return f"{name} is taken from other files, expected the data itself"
     filters = [properties.get_filter(number)[0] for number in range(properties.get_nfilters())]
     if name == INSTANCES:
         alone = filters == [h5py.h5z.FILTER_DEFLATE] and stored.chunks == (1, *shape[1:])
         return None if alone else f"{name} is not compressed by gzip in one chunk per image"
     if filters:
         return f"{name} is compressed or filtered, expected neither"
-    size, bytes_stored, bytes_of_file = (
-        math.prod(shape) * dtype.itemsize,
-        stored.id.get_storage_size(),
-        file.id.get_filesize(),
-    )
-    if bytes_stored != size or size > bytes_of_file:
-        return f"{name} takes {size} bytes, of which it has {bytes_stored}, in a file of {bytes_of_file}"
+    size, there, whole = math.prod(shape) * dtype.itemsize, stored.id.get_storage_size(), file.id.get_filesize()
+    if there != size or size > whole:
+        return f"{name} takes {size} bytes, of which it has {there}, in a file of {whole}"
     return None
 
 
@@ -326,11 +322,11 @@ def pack_names(names: Sequence[str] | None) -> np.ndarray:
 
 def read_names(file: h5py.File, images: int, path: str | os.PathLike[str]) -> list[str] | None:
     """Read the names of the images; None where a file does not have them. Raises `InputError` if they are damaged."""
-    if (link := file.get(NAMES, getlink=True)) is None:
+    if file.get(NAMES, getlink=True) is None:
         return None
     with _reading(path):
-        size = file[NAMES].size if isinstance(link, h5py.HardLink) else 0
-        if fault := _fault_of_storage(file, NAMES, (size,), np.dtype("|u1")):
+        stored = own_array(file, NAMES)
+        if fault := _fault_of_storage(file, NAMES, (0 if stored is None else stored.size,), np.dtype("|u1")):
             raise InputError(f"{path}: {fault}; do not trust it, copy or make it again")
         names = parse_json(file[NAMES][:].tobytes(), f"{path}: names")
     if not isinstance(names, list) or len(names) != images or not all(isinstance(name, str) for name in names):

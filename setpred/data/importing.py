@@ -100,12 +100,8 @@ class _Layout:
                 f"{row.where}: expected a box with width and height above 0, got {extent[0]:g} and "
                 f"{extent[1]:g}; correct it"
             )
-        pairs = (centre, extent)
-        return dict(
-            zip(
-                ("coords", "extent"), (tuple(v * s for v, s in zip(p, scale, strict=False)) for p in pairs), strict=True
-            )
-        )
+        pairs = {"coords": centre, "extent": extent}
+        return {name: (x * scale[0], y * scale[1]) for name, (x, y) in pairs.items()}
 
 
 def import_images(

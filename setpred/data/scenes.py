@@ -39,19 +39,13 @@ def built_in_scenes(
     return sample_scenes([np.random.default_rng([seed, number]) for number in numbers], rules)
 
 
-def _pictures(scenes: Sequence[Scene], width: int, height: int) -> Iterator[np.ndarray]:
-    """The picture uint8 `[height, width, 3]` of each scene."""
+def _drawn(scenes: Sequence[Scene], width: int, height: int, *, masks: bool = False) -> Iterator[np.ndarray]:
+    """The picture uint8 `[height, width, 3]` of each scene, or its instances `[height, width]`: 0 is the ground."""
     size = max(1, BATCH_PIXELS // (width * height))
     for first in range(0, len(scenes), size):
-        yield from render(scenes[first : first + size], width=width, height=height).numpy()
-
-
-def _instances(scenes: Sequence[Scene], width: int, height: int) -> Iterator[np.ndarray]:
-    """The instances uint8 `[height, width]` of each scene: 0 is the ground, k is object k - 1."""
-    size = max(1, BATCH_PIXELS // (width * height))
-    for first in range(0, len(scenes), size):
-        seen = annotate(scenes[first : first + size], width=width, height=height).instances
-        yield from (seen + 1).numpy().astype(np.uint8)
+        some, sides = scenes[first : first + size], {"width": width, "height": height}
+        found = annotate(some, **sides).instances + 1 if masks else render(some, **sides)
+        yield from found.numpy().astype(np.uint8)
 
 
 def render_records(numbers: Sequence[int], *, image_size: int, masks: bool = False, **which: Any) -> list[Record]:
@@ -59,8 +53,8 @@ def render_records(numbers: Sequence[int], *, image_size: int, masks: bool = Fal
     scenes = built_in_scenes(numbers, **which)
     sets = (CLEVR.encode([obj.as_dict() for obj in scene.objects]) for scene in scenes)
     cameras = (np.array(scene.camera.location, dtype=np.float64) for scene in scenes)
-    masks = [_instances(scenes, image_size, image_size)] if masks else []
-    return list(map(Record, _pictures(scenes, image_size, image_size), sets, cameras, numbers, *masks))
+    pictures, *masks = (_drawn(scenes, image_size, image_size, masks=kind) for kind in (False, True)[: 1 + masks])
+    return list(map(Record, pictures, sets, cameras, numbers, *masks))
 
 
 def _source(
@@ -223,12 +217,11 @@ def _save_pictures(
     """
     lines = []
     scenes = built_in_scenes(numbers, **which)
-    kinds = ((_pictures, lambda file, picture: Image.fromarray(picture).save(file, "png")), (_instances, save_mask))
-    for folder, (draw, save) in zip(folders, kinds, strict=False):
+    for folder, masks in zip(folders, (False, True), strict=False):
         make_folder(folder)
-        for number, picture in zip(numbers, draw(scenes, width, height), strict=True):
+        for number, picture in zip(numbers, _drawn(scenes, width, height, masks=masks), strict=True):
             with open(folder / image_name(split, number), "wb") as file:
-                save(file, picture)
+                save_mask(file, picture) if masks else Image.fromarray(picture).save(file, "png")
                 file.flush()
                 os.fsync(file.fileno())
     for number, scene in zip(numbers, scenes, strict=True):

@@ -1,32 +1,12 @@
 """Metrics that are means over examples, in float64 and over all processes."""
 
+from collections.abc import Mapping
+
 import torch
 import torchmetrics
 from torch import Tensor
 
 from setpred.losses.cross_entropy import check_aligned
-
-
-class Mean(torchmetrics.Metric):
-    """Mean of all numbers: `update(values [count])` adds some, `compute()` gives float64 `[]`, NaN without any.
-
-    `torchmetrics.MeanMetric` follows the precision of the module that it is in, and would sum in float32.
-    """
-
-    full_state_update = False
-    is_differentiable = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("total", default=torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", default=torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, values: Tensor) -> None:
-        self.total += values.detach().double().sum()
-        self.count += len(values)
-
-    def compute(self) -> Tensor:
-        return self.total / self.count
 
 
 class MeanMetric(torchmetrics.Metric):
@@ -53,13 +33,31 @@ class MeanMetric(torchmetrics.Metric):
         raise NotImplementedError
 
     def update(self, predicted: Tensor, target: Tensor) -> None:
-        values = self.values(predicted.detach(), target.detach())
+        self.gather(self.values(predicted.detach(), target.detach()))
+
+    def gather(self, values: Mapping[str, Tensor]) -> None:
+        """Add numbers `[count]` for each key."""
         rows = torch.stack([values[key].double() for key in self.keys])
         self.totals += rows.sum(1)
         self.count += rows.shape[1]
 
     def compute(self) -> dict[str, Tensor]:
         return dict(zip(self.keys, self.totals / self.count, strict=True))
+
+
+class Mean(MeanMetric):
+    """Mean of all numbers: `update(values [count])` adds some, `compute()` gives float64 `[]`, NaN without any.
+
+    `torchmetrics.MeanMetric` follows the precision of the module that it is in, and would sum in float32.
+    """
+
+    keys = ("mean",)
+
+    def update(self, values: Tensor) -> None:
+        self.gather({"mean": values.detach()})
+
+    def compute(self) -> Tensor:
+        return super().compute()["mean"]
 
 
 class Accuracy(MeanMetric):

@@ -100,17 +100,15 @@ def write_report(
 
     numbers = list(range(len(pictures)) if pictured is None else pictured)
     names = [f"image {number}" for number in numbers] if names is None else names
-    world = images is not None and has_world(schema)
+    world, ends = images is not None and has_world(schema), predicted.clamp(-_FAR, _FAR)
     if world:
         cameras = cameras_of(camera, min(PICTURED, len(pictures)))
-        ends = predicted.clamp(-_FAR, _FAR)
         shown = list(zip(numbers, pictures, cameras, strict=False))
         examples = [
             Descent(picture, ends[k][None], target[k], camera, schema, calibration) for k, picture, camera in shown
         ]
         written.append(draw_predictions(folder / "predictions.png", examples, about=title))
     elif len(pictures) and (images is None or has_marks(schema)):
-        ends = predicted.clamp(-_FAR, _FAR)
         cases = [Case(*case, ends[k], target[k]) for k, *case in zip(numbers, names, pictures, strict=True)]
         marked = worst_first(predicted[numbers], target[numbers], schema)[:MARKED]
         total = len(pictures if pictured is None else predicted)
