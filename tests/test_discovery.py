@@ -171,6 +171,7 @@ def test_numbers_out_of_range_are_an_error():
             glimpses(**options)
 
 
+@pytest.mark.filterwarnings("ignore:.*LeafSpec")
 def test_a_step_of_images_without_sets_can_be_replayed(tmp_path):
     images = torch.rand(4, 3, 16, 16)
     images[2] = torch.nan
