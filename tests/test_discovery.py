@@ -166,6 +166,10 @@ def test_numbers_out_of_range_are_an_error():
     ):
         with pytest.raises(InputError, match="expected"):
             part(slots, **options)
+    tokens = PositionedTokens(SmallTrunk(image_size=16, width=4), token_dim=8)
+    for options in ({"set_dim": 1, "anchored": True}, {"set_dim": 2, "anchored": True, "massive": True}):
+        with pytest.raises(InputError, match="expected set_dim >= "):
+            Votes(tokens, **options)
     for options in ({"canvas": 0}, {"extent": 0.0}, {"widths": [0]}):
         with pytest.raises(InputError, match="expected"):
             glimpses(**options)

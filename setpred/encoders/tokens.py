@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from setpred.errors import InputError
 from setpred.nn import MLP
 from setpred.sets import token_mask
 
@@ -108,6 +109,11 @@ class Votes(nn.Module):
         massive: bool = False,
     ) -> None:
         super().__init__()
+        if set_dim < 2 * anchored + massive:
+            raise InputError(
+                f"expected set_dim >= {2 * anchored + massive} for votes with a place or their mass, got {set_dim}; "
+                "leave anchored and massive out"
+            )
         self.anchored, self.massive = anchored, massive
         self.tokens = tokens
         for name in ("image_size", "in_dim"):
