@@ -213,6 +213,7 @@ def test_a_segment_has_the_colour_of_the_object_that_it_is_matched_with():
     image = SegmentedImage("a", np.zeros((4, 6, 3), np.uint8), truth, permuted[None], {})
     np.testing.assert_array_equal(image.painted(), image.truth)
     assert image.scores() == "FG-ARI 100, mIoU 100"
+    assert SegmentedImage("a", np.zeros((4, 6, 3), np.uint8), 0 * truth, permuted[None], {}).scores() == ""
     split = permuted.copy()
     split[0, 4:] = 5  # a smaller part of object 2 has a colour that no true segment has
     image = SegmentedImage("a", np.zeros((4, 6, 3), np.uint8), truth, split[None], {})

@@ -210,7 +210,7 @@ class SetFile(SetImages):
             if instances and not header.instances:
                 raise InputError(
                     f"expected masks of the objects in {path}, got {header}; make it again with --masks of "
-                    "`setpred data render` or `prepare`"
+                    "`setpred data render` or `prepare`, or train with --data.masks false --model.metric null"
                 )
             self.schema = header.schema if schema is None else schema
             self.image_size, self.inputs, self.source = header.image_size, header.inputs, dict(header.source)

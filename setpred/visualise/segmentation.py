@@ -74,8 +74,8 @@ class SegmentedImage:
         return tuple(torch.from_numpy(each.astype(np.int64))[None] for each in (self.labels[step], self.instances))
 
     def scores(self, step: int = -1) -> str:
-        """FG-ARI and mIoU of an iterate in %; nothing without instances."""
-        if self.instances is None:
+        """FG-ARI and mIoU of an iterate in %; nothing without instances or objects."""
+        if self.instances is None or not self.instances.any():
             return ""
         found = segmentation_scores(*self._tensors(step))
         return f"FG-ARI {100 * found['fg_ari'].item():.0f}, mIoU {100 * found['miou'].item():.0f}"
