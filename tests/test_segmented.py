@@ -24,7 +24,7 @@ from setpred.decoders import Glimpses, SlotAttention, SpatialBroadcast
 from setpred.encoders import PositionedTokens, ResidualTrunk
 from setpred.errors import InputError
 from setpred.inner import Problem, VotingEnergy
-from setpred.metrics import Segmentation, segmentation_scores
+from setpred.metrics import Segmentation, adjusted_rand_index, segmentation_scores
 from setpred.model import SetPredictor
 from setpred.schema import CLEVR, ElementSchema, categorical, continuous
 from setpred.training import SetPrediction
@@ -142,6 +142,10 @@ def test_the_supports_of_a_supervised_model_are_scored_as_written_out(folder):
     assert result["masks"] == "supports"
     assert len(labels.unique()) > 1
     assert "reconstruction" not in result
+    alone = functional.interpolate(supports, (SIDE, SIDE), mode="bilinear").argmax(1)
+    expected = float(adjusted_rand_index(alone, batch["instances"], foreground=True).nanmean())
+    assert result["fg_ari_of_objects"] == pytest.approx(expected, abs=1e-3)
+    assert abs(expected - result["scores"]["fg_ari"]) > 0.01
 
 
 @pytest.mark.parametrize(

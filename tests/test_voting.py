@@ -308,3 +308,16 @@ def test_a_residual_block_starts_as_the_identity_and_every_block_counts():
 def test_bad_numbers_and_shapes_raise(build, words):
     with pytest.raises(ValueError, match=words):
         build()
+
+
+def test_the_rest_of_the_weights_is_that_of_a_longer_list():
+    features, sizes = features_of(), (SIZE, DIM)
+    elements = torch.randn(BATCH, SIZE, DIM, dtype=features.dtype, generator=torch.Generator().manual_seed(1))
+    long, short = {"weights": [4.0] + [0.25] * (DIM - 1)}, {"weights": [4.0], "rest": 0.25}
+    ones = {"weights": [4.0]}
+    problem = Problem(features, torch.zeros_like(elements))
+    energies = [energy_of(**{"weights": (), **each})(elements, problem) for each in (long, short, ones)]
+    starts = [GreedyVotes(*sizes, **each).double()(features) for each in (long, short, ones)]
+    for wide, brief, other in (energies, starts):
+        close(brief, wide)
+        assert not torch.allclose(other, wide)
