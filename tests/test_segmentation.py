@@ -110,7 +110,7 @@ def _alone(predicted, instances):
         # one object: a mask on it and on the background; two masks on it
         ([4, 4, 4, 4, 4], [0, 0, 0, 1, 1], (0, 1, 0.4, 0.4)),
         ([4, 4, 4, 4, 5], [0, 0, 0, 1, 1], (3 / 13, 0, 0.5, 0.5)),
-        # more objects than masks: the third has none of its own
+        # more objects than masks: the third has no mask left
         ([0, 0, 1, 1, 1, 1], [1, 1, 2, 2, 3, 3], (4 / 9, 4 / 9, 2 / 3, 0.5)),
         # the best matching is not that of the best mask first
         ([0, 0, 0, 1, 0, 0], [1, 1, 1, 1, 2, 2], (-4 / 23, -4 / 23, 0.45, 0.325)),
