@@ -147,6 +147,17 @@ class Step:
         inputs, mask = inputs_of(self.batch)
         return self.model(inputs, mask=mask, iterations=self.iterations)
 
+    def losses(self, predicted: Tensor) -> Tensor:
+        """Loss of each example `[batch]`, in training with the penalties of the loss and of the model's parts.
+
+        A part that regularises has a method `penalty(step, predicted)`, which returns `[batch]` or one number.
+        """
+        losses = self.loss(predicted.float(), self.target)
+        for part in (self.loss, *self.model.modules()) if self.model.training else ():
+            if hasattr(part, "penalty"):
+                losses = losses + part.penalty(self, predicted)
+        return losses
+
     def inputs(self) -> Tensor:
         """Images or sets, with zeros in place of padding."""
         return fill_absent(*inputs_of(self.batch))

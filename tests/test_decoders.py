@@ -25,7 +25,6 @@ from setpred.decoders import (
     Readout,
     Seq2Set,
     SequencePositions,
-    SinePosition,
     SinkhornAttention,
     SlotAttention,
     SlotMixture,
@@ -36,7 +35,16 @@ from setpred.decoders import (
 from setpred.decoders.seq2set import AdditiveAttention
 from setpred.decoders.sinkhorn_mesh import entropy
 from setpred.decoders.slot_mixture import log_responsibilities
-from setpred.encoders import PositionedTokens, ResNetTrunk, SlotTrunk, SmallCNN, SmallTrunk, Tokens, position_grid
+from setpred.encoders import (
+    PositionedTokens,
+    ResNetTrunk,
+    SinePosition,
+    SlotTrunk,
+    SmallCNN,
+    SmallTrunk,
+    Tokens,
+    position_grid,
+)
 from setpred.errors import InputError
 from setpred.inner import GradientDescent, Implicit, LatentMatching, Unrolled
 from setpred.matching import sinkhorn

@@ -22,7 +22,7 @@ from setpred.commands.release import main as release
 from setpred.data.dataset import SetFile, as_batch
 from setpred.data.scenes import render_file
 from setpred.decoders import DETR, IDSPN, MESH, GaussianStart, GreedyVotes, SetDecoder, SinkhornAttention, SlotAttention
-from setpred.encoders import Elements, PositionedTokens, ResidualTrunk, SmallCNN, SmallTrunk, Votes
+from setpred.encoders import Elements, PositionedTokens, ResidualTrunk, SinePosition, SmallCNN, SmallTrunk, Votes
 from setpred.errors import InputError
 from setpred.evaluation import for_evaluation
 from setpred.inner import (
@@ -97,7 +97,7 @@ MODELS = {
         SlotAttention(SinkhornAttention(MESH(seed=5), dim=8, hidden_dim=8), **SLOTS),
     ),
     "SlotMixture": lambda: (tokens(), decoders.SlotMixture(**SLOTS)),
-    "DETR": lambda: (tokens(), DETR(decoders.SinePosition(), token_dim=8, dim=8, heads=2, encoder_layers=1,
+    "DETR": lambda: (tokens(), DETR(SinePosition(), token_dim=8, dim=8, heads=2, encoder_layers=1,
                                     decoder_layers=2, hidden_dim=8, dropout=0.1, **SIZES)),
     "Seq2Set": lambda: (tokens(), decoders.Seq2Set(token_dim=8, hidden_dim=8, embedding_dim=8, **SIZES)),
     "MLPDecoder": lambda: (image(), decoders.MLPDecoder(latent_dim=16, hidden_dim=8, **SIZES)),

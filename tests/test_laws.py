@@ -24,11 +24,11 @@ from setpred.decoders import (
     IDSPN,
     GreedyVotes,
     LearnedStart,
-    SinePosition,
     SinkhornAttention,
     SlotAttention,
     SlotMixture,
 )
+from setpred.encoders import SinePosition
 from setpred.inner import (
     Conditioned,
     EquilibriumMatching,

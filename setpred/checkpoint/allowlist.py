@@ -43,6 +43,8 @@ def moved(value: Any) -> Any:
     for old, new in MOVED.items():
         if module == old or module.startswith(f"{old}."):
             return f"{new}.{name}"
+    if module.startswith("setpred.decoders") and name == "SinePosition":
+        return f"setpred.encoders.{name}"
     for part in PART_MODULES:  # the modules within a package may move; what it exports stays
         if f"{module}.".startswith(f"{part.__name__}.") and name in part.__all__:
             return f"{part.__name__}.{name}"

@@ -45,6 +45,7 @@ def _in(*modules: str) -> Callable[[type], bool]:
 DECODER = "model.decoder.init_args"
 GROUPS = (
     Group("trunks", "model.encoder.init_args.trunk", encoders, lambda part: part.__name__.endswith("Trunk")),
+    Group("positions", "model.encoder.init_args.positions", encoders, _in("positions")),
     Group("encoders", "model.encoder", encoders),
     Group("decoders", "model.decoder", decoders, lambda part: hasattr(part, "refine")),
     Group("starts", f"{DECODER}.start", decoders, _in("starts")),

@@ -2,7 +2,7 @@
 
 from setpred.decoders.base import SetDecoder
 from setpred.decoders.baselines import BiLSTMDecoder, MLPDecoder, TransformerDecoder
-from setpred.decoders.detr import DETR, SinePosition
+from setpred.decoders.detr import DETR
 from setpred.decoders.glimpses import Glimpses
 from setpred.decoders.idspn import IDSPN
 from setpred.decoders.readout import Readout, SlotReader
@@ -34,7 +34,6 @@ __all__ = [
     "Seq2Set",
     "SequencePositions",
     "SetDecoder",
-    "SinePosition",
     "SinkhornAttention",
     "SlotAttention",
     "SlotMixture",

@@ -1,12 +1,12 @@
-"""DETR: learned queries that attend to the image and to each other; and its decoder layer and positions."""
+"""DETR: learned queries that attend to the image and to each other; and its decoder layer."""
 
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from setpred.decoders.base import SetDecoder
+from setpred.encoders import SinePosition
 from setpred.errors import InputError
 from setpred.nn import MLP, Attention, EncoderLayer, placed
 
@@ -48,38 +48,6 @@ class DecoderLayer(nn.Module):
         return self.norms[2](rows + self.dropout(self.network(rows)))
 
 
-def waves(places: Tensor, dim: int, temperature: float) -> Tensor:
-    """Compute [sin ω_j p, cos ω_j p], ω_j = T^(-2j / dim), of places p `[...]` -> `[..., 2, dim / 2]`."""
-    frequency = temperature ** -(torch.arange(0, dim, 2, device=places.device, dtype=places.dtype) / dim)
-    angle = places.unsqueeze(-1) * frequency
-    return torch.stack([angle.sin(), angle.cos()], dim=-2)
-
-
-class SinePosition(nn.Module):
-    """Positions of the tokens of a square map, as sines and cosines (DETR; Carion et al., ECCV 2020).
-
-        e_p = [sin ω_j r, cos ω_j r, sin ω_j c, cos ω_j c]_j,    ω_j = 2π / side / T^(4j / dim),    j < dim / 4
-
-    with r and c the row and the column of position p, counted from 1.
-
-    Args:
-        temperature: T.
-    """
-
-    def __init__(self, *, temperature: float = 10_000.0) -> None:
-        super().__init__()
-        self.temperature = temperature
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """`[tokens, dim]` for tokens `[batch, tokens, dim]`, row by row; dim a multiple of 4."""
-        count, dim = tokens.shape[1:]
-        side = math.isqrt(count)
-        if side * side != count or dim % 4:
-            raise ValueError(f"expected the tokens of a square map, of a multiple of 4 numbers, got {count} of {dim}")
-        place = 2 * math.pi / side * torch.arange(1, side + 1, device=tokens.device, dtype=tokens.dtype)
-        return waves(torch.cartesian_prod(place, place), dim // 2, self.temperature).flatten(1)
-
-
 class DETR(SetDecoder):
     """A transformer whose decoder turns learned queries into elements (Carion et al., ECCV 2020).
 
@@ -91,7 +59,8 @@ class DETR(SetDecoder):
     their positions changes nothing.
 
     Args:
-        position: positions `[tokens, dim]` from tokens `[batch, tokens, dim]`; `SinePosition` unless given.
+        position: positions `[tokens, dim]` from tokens `[batch, tokens, dim]`; `setpred.encoders.SinePosition` unless
+            given.
         token_dim: length of a token.
         dim: width of the transformer.
         heads: number of heads of every attention.

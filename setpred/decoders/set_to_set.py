@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from setpred.decoders.base import SetDecoder
-from setpred.decoders.detr import DecoderLayer, waves
+from setpred.decoders.detr import DecoderLayer
 from setpred.decoders.starts import gaussian
+from setpred.encoders.positions import waves
 from setpred.errors import InputError
 from setpred.nn import EncoderLayer
 from setpred.sets import mean_present, present_order

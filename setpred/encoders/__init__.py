@@ -1,20 +1,25 @@
-"""Encoders from image or set to a latent vector or to tokens, and their trunks."""
+"""Encoders from image or set to a latent vector or to tokens, their trunks and positions."""
 
 from setpred.encoders.cnn import ResidualTrunk, SlotTrunk, SmallCNN, SmallTrunk
 from setpred.encoders.elements import Elements, ElementTokens, Normalised, SetTokens, WindowTokens
+from setpred.encoders.positions import LOOPE, LinearPosition, SeqPE, SinePosition, position_grid
 from setpred.encoders.resnet import ResNet, ResNetTrunk
-from setpred.encoders.tokens import PositionedTokens, Tokens, Votes, position_grid
+from setpred.encoders.tokens import PositionedTokens, Tokens, Votes
 from setpred.nn import record_parts
 
 __all__ = [
+    "LOOPE",
     "ElementTokens",
     "Elements",
+    "LinearPosition",
     "Normalised",
     "PositionedTokens",
     "ResNet",
     "ResNetTrunk",
     "ResidualTrunk",
+    "SeqPE",
     "SetTokens",
+    "SinePosition",
     "SlotTrunk",
     "SmallCNN",
     "SmallTrunk",

@@ -1,4 +1,4 @@
-"""Encoders from image to tokens, the positions of a map; and the votes of tokens."""
+"""Encoders from image to tokens, the cells of a map; and the votes of tokens."""
 
 import math
 
@@ -6,19 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from setpred.encoders.positions import LinearPosition
 from setpred.errors import InputError
 from setpred.nn import MLP
 from setpred.sets import token_mask
-
-
-def position_grid(height: int, width: int, *, device: torch.device | None = None) -> Tensor:
-    """Compute the distances of each position of a map from its edges, in [0, 1]: `[height * width, 4]`, row by row.
-
-    Columns: from the top, from the left, from the bottom, from the right.
-    """
-    rows, columns = (torch.linspace(0, 1, side, device=device) for side in (height, width))
-    grid = torch.cartesian_prod(rows, columns).view(-1, 2)
-    return torch.cat([grid, 1 - grid], dim=-1)
 
 
 def token_rows(features: Tensor) -> Tensor:
@@ -48,19 +39,21 @@ class Tokens(nn.Module):
 class PositionedTokens(Tokens):
     """Encoder from image to tokens with positions, for Slot Attention (Locatello et al., NeurIPS 2020).
 
-        token_p = MLP(LN(f_p + W e_p + b)),    e_p = distances of position p to the four edges
+        token_p = MLP(LN(f_p + e_p))
 
-    f is the trunk's map, W e + b the soft position embedding. The same network runs at every position.
+    f is the trunk's map, e its positions. The same network runs at every position.
 
     Args:
         trunk: image to map `[batch, channels, height, width]`, with `channels` and `image_size`; such as `SmallTrunk`.
         token_dim: length of a token, and width of the MLP's hidden layer. None drops norm and MLP, for readers that
-            begin with their own, such as `Votes`: token_p = f_p + W e_p + b, of `trunk.channels` numbers.
+            begin with their own, such as `Votes`: token_p = f_p + e_p, of `trunk.channels` numbers.
+        positions: e `[tokens, channels]` from f `[batch, tokens, channels]`, such as `SinePosition`; `LinearPosition`,
+            as published, unless given.
     """
 
-    def __init__(self, trunk: nn.Module, *, token_dim: int | None = 64) -> None:
+    def __init__(self, trunk: nn.Module, *, token_dim: int | None = 64, positions: nn.Module | None = None) -> None:
         super().__init__(trunk)
-        self.position = nn.Linear(4, trunk.channels)
+        self.position = LinearPosition(trunk.channels) if positions is None else positions
         if token_dim is None:
             self.norm = self.network = nn.Identity()
         else:
@@ -70,9 +63,8 @@ class PositionedTokens(Tokens):
 
     def forward(self, image: Tensor) -> Tensor:
         """`[batch, 3, image_size, image_size]` in [0, 1] -> `[batch, height * width, token_dim]`."""
-        features = self.trunk(image)
-        grid = position_grid(*features.shape[2:], device=image.device)
-        return self.network(self.norm(token_rows(features) + self.position(grid)))
+        rows = token_rows(self.trunk(image))
+        return self.network(self.norm(rows + self.position(rows)))
 
 
 class Votes(nn.Module):

@@ -51,7 +51,7 @@ def finite_losses(step: Step, weights: Iterable[Tensor], *, set_dim: int | None)
     if target_name(step.loss) == "elements":
         check_set(target, set_dim=set_dim)
     predicted = step.predict()
-    losses = step.loss(predicted.float(), target)
+    losses = step.losses(predicted)
     finite = [each.detach().isfinite().all() for each in (losses, predicted, target, step.inputs())]
     finite.append(finite_norm(weights, largest=True))
     # one number to the host in each step, against hours of training on nothing
