@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
+from scipy.optimize import linear_sum_assignment, linprog
 from torch import Tensor
 from torch.nn import functional
 
@@ -44,18 +44,35 @@ def _weighted_mean(costs: Tensor, weights: Tensor | None) -> Tensor:
     return (costs if weights is None else costs * weights).mean(-1)
 
 
-def smooth_l1(predicted: Tensor, target: Tensor, weights: Tensor | None = None, beta: Tensor | None = None) -> Tensor:
+def smooth_l1(
+    predicted: Tensor,
+    target: Tensor,
+    weights: Tensor | None = None,
+    beta: Tensor | None = None,
+    levels: Tensor | None = None,
+) -> Tensor:
     """Compute mean_d w_d smooth_L1(predicted_d - target_d; β_d), element by element.
 
     smooth_L1(e; β) = e²/(2β) for |e| < β, |e| - β/2 beyond (Girshick 2015, β = 1). Twice `[..., dim]`, `weights [dim]`
-    and `beta [dim]` (1 unless given) -> `[...]`.
+    and `beta [dim]` (1 unless given) -> `[...]`. Numbers with a level τ < 1 in `levels [dim]` cost `pinball` instead.
     """
     if beta is None:
         costs = functional.smooth_l1_loss(predicted, target, reduction="none")
     else:
         error = (predicted - target).abs()
         costs = torch.where(error < beta, 0.5 * error.square() / beta, error - 0.5 * beta)
+    if levels is not None:
+        costs = torch.where(levels < 1, pinball(predicted, target, levels), costs)
     return _weighted_mean(costs, weights)
+
+
+def pinball(predicted: Tensor, target: Tensor, levels: Tensor | float) -> Tensor:
+    """Compute max(τ e, (τ - 1) e), e = target - predicted, number by number; its mean is least at the τ-quantile.
+
+    Source: Koenker and Bassett, Econometrica 1978.
+    """
+    error = target - predicted
+    return torch.maximum(levels * error, (levels - 1) * error)
 
 
 def squared(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -64,13 +81,17 @@ def squared(predicted: Tensor, target: Tensor, weights: Tensor | None = None) ->
 
 
 def pairwise_smooth_l1(
-    predicted: Tensor, target: Tensor, weights: Tensor | None = None, beta: Tensor | None = None
+    predicted: Tensor,
+    target: Tensor,
+    weights: Tensor | None = None,
+    beta: Tensor | None = None,
+    levels: Tensor | None = None,
 ) -> Tensor:
     """Compute cost[b, i, j] = `smooth_l1` of predicted_bi and target_bj.
 
-    `[batch, n, dim]`, `[batch, m, dim]`, `weights [dim]` and `beta [dim]` (1 unless given) -> `[batch, n, m]`.
+    `[batch, n, dim]`, `[batch, m, dim]`, `weights [dim]`, `beta [dim]` and `levels [dim]` -> `[batch, n, m]`.
     """
-    return _pairwise(partial(smooth_l1, beta=beta), predicted, target, weights)
+    return _pairwise(partial(smooth_l1, beta=beta, levels=levels), predicted, target, weights)
 
 
 def pairwise_squared(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -127,6 +148,28 @@ def hungarian(cost: Tensor, predicted_mask: Tensor | None = None, target_mask: T
         target, predicted = linear_sum_assignment(c[:present, :wanted].T)
         chosen[theirs[target]] = ours[predicted]
     return torch.from_numpy(assignment).to(cost.device)
+
+
+def transport_cost(cost: Tensor) -> float:
+    """Compute the least cost of transport between two uniform measures of mass 1, exactly.
+
+        min_P Σ_ij P_ij C_ij    with P ≥ 0,  Σ_j P_ij = 1/n,  Σ_i P_ij = 1/m
+
+    For sets of one size a one-to-one assignment is optimal (Birkhoff); others take scipy's linear programming.
+
+    Args:
+        cost: C `[n, m]`, finite, n and m at least 1.
+
+    >>> transport_cost(torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]))  # a third of the mass has to move
+    0.3333333333333333
+    """
+    values = cost.detach().double().cpu().numpy()
+    n, m = values.shape
+    if n == m:
+        return float(values[linear_sum_assignment(values)].mean())
+    sums = np.concatenate([np.kron(np.eye(n), np.ones(m)), np.kron(np.ones(n), np.eye(m))])
+    masses = np.concatenate([np.full(n, 1 / n), np.full(m, 1 / m)])
+    return float(linprog(values.ravel(), A_eq=sums, b_eq=masses).fun)
 
 
 class Transport(NamedTuple):

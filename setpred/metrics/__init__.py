@@ -15,6 +15,7 @@ from setpred.metrics.average_precision import (
 from setpred.metrics.averages import AbsoluteError, Accuracy, Mean, MeanMetric
 from setpred.metrics.box_precision import BoxAveragePrecision, box_average_precision, match_boxes
 from setpred.metrics.calibration import CalibrationFit, fit_calibration, reliability, right_predictions
+from setpred.metrics.coverage import Coverage
 from setpred.metrics.numbering import NumberingAccuracy, right_numbers
 from setpred.metrics.segmentation import (
     Segmentation,
@@ -25,7 +26,7 @@ from setpred.metrics.segmentation import (
     mean_iou,
     segmentation_scores,
 )
-from setpred.metrics.set_distances import SetDistances
+from setpred.metrics.set_distances import ClassWasserstein, SetDistances
 
 __all__ = [
     "THRESHOLDS",
@@ -34,6 +35,8 @@ __all__ = [
     "AveragePrecision",
     "BoxAveragePrecision",
     "CalibrationFit",
+    "ClassWasserstein",
+    "Coverage",
     "GatheredSets",
     "Mean",
     "MeanMetric",

@@ -1,11 +1,15 @@
 """Distances between predicted and real sets of points."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from setpred.errors import InputError
-from setpred.matching import check_pair, hungarian
+from setpred.matching import check_pair, hungarian, transport_cost
+from setpred.metrics.average_precision import GatheredSets
 from setpred.metrics.averages import MeanMetric
+from setpred.schema import ElementSchema
 from setpred.sets import mean_present, presence_mask
 
 
@@ -56,3 +60,61 @@ class SetDistances(MeanMetric):
             "chamfer": chamfer.masked_fill((n == 0) != (m == 0), self.cutoff),
             "hungarian": (matched + self.cutoff * (n - m).abs()) / n.maximum(m).clamp(min=1),
         }
+
+
+class ClassWasserstein(GatheredSets):
+    """Wasserstein distance between the predicted and the real points of each class, exactly (`transport_cost`):
+
+        W_c = min_P Σ_ij P_ij min(|p_i - t_j|, c),    P with the uniform measures over both sets as its margins
+
+    p are the positions of the predicted elements with a presence over one half whose greatest score is that of the
+    class, t those of its real elements, in the units of the schema's `position`. If one of the two is empty, W_c is the
+    cutoff c. Images where both are do not count for the class. Unlike `SetDistances`, a missing or a surplus point
+    costs only what it takes to spread the mass over the others, and a point of another class helps nobody.
+
+    `compute()` gives "wasserstein", the mean over all images and their classes, and "wasserstein_<class>" of each
+    class, NaN for one that does not occur.
+
+    Args:
+        field: field of the classes; the label of the schema unless given.
+        cutoff: c; the largest finite threshold of the schema unless given.
+        schema: of the elements; that of the task by default.
+
+    Raises:
+        InputError: a cutoff that is not positive; on use, a schema without this field, or without a single label.
+    """
+
+    monitor, mode, higher_is_better = "wasserstein", "min", False
+
+    def __init__(
+        self, *, field: str | None = None, cutoff: float | None = None, schema: ElementSchema | None = None
+    ) -> None:
+        super().__init__(schema)
+        if cutoff is not None and not cutoff > 0:
+            raise InputError(f"expected a positive cutoff, got {cutoff}; give a distance in units of the positions")
+        self.field, self.cutoff = field, cutoff
+
+    def compute(self) -> dict[str, Tensor]:
+        fields = [field for field in self.schema.categorical if field.name == self.field]
+        fields = list(self.schema.label) if self.field is None else fields
+        if len(fields) != 1:
+            names = ", ".join(field.name for field in self.schema.categorical) or "none here"
+            raise InputError(f"ClassWasserstein: expected a field of classes ({names}), got {self.field}; pass field")
+        cutoff = self.cutoff or next(each for each in self.schema.thresholds if math.isfinite(each))
+        sides = []
+        for elements in self.sets():
+            places = [self.schema.values(elements.double(), each.name) for each in self.schema.position]
+            classes = self.schema.values(elements, fields[0].name).masked_fill(~presence_mask(elements), -1)
+            sides.append((torch.cat(places, -1), classes))
+        (places, kinds), (real_places, real_kinds) = sides
+        scores: dict[str, list[float]] = {}
+        for number, name in enumerate(fields[0].classes):
+            scores[name] = []
+            for p, here, t, there in zip(places, kinds == number, real_places, real_kinds == number, strict=True):
+                if here.any() and there.any():
+                    scores[name].append(transport_cost(torch.cdist(p[here], t[there]).clamp(max=cutoff)))
+                elif here.any() or there.any():
+                    scores[name].append(cutoff)
+        found = {name: torch.tensor(values, dtype=torch.float64) for name, values in scores.items()}
+        means = {f"wasserstein_{name}": values.mean() for name, values in found.items()}
+        return {"wasserstein": torch.cat(list(found.values())).mean()} | means

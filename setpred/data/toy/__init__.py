@@ -8,6 +8,7 @@ from setpred.data.toy.numbering import Numbering
 from setpred.data.toy.omniglot import OmniglotCounting
 from setpred.data.toy.qm9 import QM9
 from setpred.data.toy.three_cells import ThreeCells
+from setpred.data.toy.uncertain_points import UncertainPoints
 
 __all__ = [
     "QM9",
@@ -20,5 +21,6 @@ __all__ = [
     "OmniglotCounting",
     "RotatedDigits",
     "ThreeCells",
+    "UncertainPoints",
     "World",
 ]
