@@ -142,10 +142,14 @@ class Step:
     def input_name(self) -> str:
         return "image" if "image" in self.batch else "input"
 
-    def predict(self) -> Tensor:
-        """Predict sets `[batch, set_size, set_dim]`, with torch's generator in its present state."""
-        inputs, mask = inputs_of(self.batch)
-        return self.model(inputs, mask=mask, iterations=self.iterations)
+    def predict(self, inputs: Tensor | None = None) -> Tensor:
+        """Predict sets `[batch, set_size, set_dim]`, with torch's generator in its present state.
+
+        Args:
+            inputs: in the place of those of the batch, with the same mask.
+        """
+        own, mask = inputs_of(self.batch)
+        return self.model(own if inputs is None else inputs, mask=mask, iterations=self.iterations)
 
     def losses(self, predicted: Tensor) -> Tensor:
         """Loss of each example `[batch]`, in training with the penalties of the loss and of the model's parts.

@@ -16,7 +16,7 @@ from setpred.checkpoint.allowlist import allowed_classes, moved
 from setpred.checkpoint.untrusted import check_sizes, read_torch_file
 from setpred.errors import InputError, shown
 from setpred.files import LARGEST_IMAGE, LARGEST_NUMBER, leaves, write_atomically
-from setpred.losses import HungarianLoss, SetLoss
+from setpred.losses import HungarianLoss
 from setpred.model import SetPredictor
 from setpred.schema import LARGEST_SIZE, UNCALIBRATED, Calibration, ElementSchema
 
@@ -233,7 +233,7 @@ def training_loss(content: dict[str, Any], allow: Sequence[str]) -> nn.Module:
     loss = build(config, allowed_classes(allow))
     if not isinstance(loss, nn.Module):
         raise InputError(f"expected a class path as the checkpoint's loss, got {shown(config)}")
-    if isinstance(loss, SetLoss) and content[KEY].get("schema") is not None:
+    if hasattr(loss, "use_schema") and content[KEY].get("schema") is not None:
         loss.use_schema(ElementSchema.from_dict(content[KEY]["schema"]))
     _load_weights(loss, content["state_dict"], "loss.", "the checkpoint")
     return loss.eval()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from setpred.checkpoint import load as checkpoint
 from setpred.checkpoint.describe import describe, describe_model
 from setpred.errors import InputError, NotFiniteError
-from setpred.losses import HungarianLoss, SetLoss
+from setpred.losses import HungarianLoss
 from setpred.metrics import AveragePrecision, CalibrationFit, GatheredSets, Mean
 from setpred.model import SetPredictor, Step, target_name
 from setpred.nn import evaluating
@@ -188,7 +188,7 @@ class SetPrediction(pl.LightningModule):
                 f"frozen: expected a part of the model that learns, got all of them frozen by {list(frozen)}; leave "
                 "one out"
             )
-        if isinstance(self.loss, SetLoss) and self.schema is not None:
+        if hasattr(self.loss, "use_schema") and self.schema is not None:
             self.loss.use_schema(self.schema)
         self.scores = Scores(metric, self.schema)
         # move with the module
