@@ -46,6 +46,9 @@ LOSSES = DIVERGENCES | {
     "hungarian, padding anywhere": lambda **options: HungarianLoss(
         **{"schema": SCHEMA, "only_present": ["coords"]} | options
     ),
+    "hungarian, quantiles": lambda **options: HungarianLoss(
+        **{"schema": SCHEMA, "quantiles": {"coords": 0.2}} | options
+    ),
     "detr": lambda **options: DETRCriterion(**{"schema": SCHEMA} | options),
     "matching with transport": lambda **options: MatchingWithTransport(iterations=30, **options),
 }

@@ -15,7 +15,7 @@ from setpred.aggregators import FSPool, SetEncoder, SumPool
 from setpred.checkpoint import load as checkpoint
 from setpred.commands.evaluate import evaluate
 from setpred.commands.train import train
-from setpred.data.toy import Multisets, Numbering
+from setpred.data.toy import Multisets, Numbering, ThreeCells, UncertainPoints
 from setpred.data.toy.digits import CLASSES, DigitCounting, DigitPoints, RotatedDigits, bundled_digits, pixel_points
 from setpred.data.toy.median import Median
 from setpred.data.toy.omniglot import OmniglotCounting, read_characters
@@ -30,12 +30,12 @@ from setpred.model import SetPredictor
 from setpred.training.task import SetPrediction
 
 SMALL = {"train_sets": 40, "val_sets": 12, "batch_size": 4}
-WORLDS = (Multisets, Numbering, Median, DigitCounting, RotatedDigits, DigitPoints)
+WORLDS = (Multisets, Numbering, Median, ThreeCells, UncertainPoints, DigitCounting, RotatedDigits, DigitPoints)
 every_world = pytest.mark.parametrize("make", WORLDS)
 
 
 def built(make, **options):
-    if make in WORLDS[3:]:
+    if make in WORLDS[5:]:
         pytest.importorskip("sklearn")
     world = make(**SMALL | options)
     world.setup()
@@ -109,6 +109,38 @@ def test_the_three_distributions_are_equally_likely():
     for part, mean, deviation in ((normal, 0.5, 0.4), (gamma, 0.4, 0.8**0.5), (uniform, 0.5, 12**-0.5)):
         assert data[part].mean() == pytest.approx(mean, abs=0.02)
         assert data[part].std() == pytest.approx(deviation, abs=0.02)
+
+
+def test_the_answers_of_three_cells_are_those_of_their_places():
+    data = built(ThreeCells, side=5).train_data.tensors
+    for marks, answer in zip(data["input"], data["elements"], strict=True):
+        assert marks.sum(0).tolist() == [1, 1, 1]
+        assert marks.sum(1).max() == 1
+        a, b, c = (divmod(int(cell), 5) for cell in marks.argmax(0))
+        expected = [math.dist(*pair) for pair in ((a, b), (b, c), (c, a))] + [b[0] - a[0], b[1] - a[1], *a]
+        assert answer[0].tolist() == pytest.approx([number / 4 for number in expected])
+
+
+def test_uncertain_points_have_the_noise_and_the_mistakes_that_they_promise():
+    world = built(UncertainPoints, train_sets=3000)
+    data = world.train_data.tensors
+    seen, places, kinds = data["input"][..., :2].numpy(), data["elements"][..., :2], data["elements"][..., 6:8]
+    residual = (places.numpy() - seen) / world.deviation(seen)
+    for power, moment in ((1, 0), (2, 1), (4, 3)):
+        assert (residual**power).mean() == pytest.approx(moment, abs=0.1)
+    assert float((data["input"][..., 2:] != kinds).any(-1).float().mean()) == pytest.approx(0.1, abs=0.01)
+    assert all(torch.equal(data["elements"][..., start : start + 2], places) for start in (0, 2, 4))
+    assert (data["elements"][..., -1] == 1).all()
+    assert torch.cdist(data["input"][..., :2], data["input"][..., :2]).add(9 * torch.eye(6)).min() > 0.36
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong"),
+    [(ThreeCells, {"side": 1}), (UncertainPoints, {"set_size": 10}), (UncertainPoints, {"copies": 0})],
+)
+def test_worlds_of_a_wrong_size_are_errors(make, wrong):
+    with pytest.raises(InputError, match="expected a"):
+        built(make, **wrong)
 
 
 def test_multisets_are_standard_normal_and_their_own_targets():

@@ -20,17 +20,21 @@ class ThreeCells(World):
 
     Args:
         side: cells of a row, at least 2.
+        unseen: share of the cells that are never marked in training, the same ones for every seed of the model.
         arguments: those of `World`.
     """
 
-    def __init__(self, *, side: int = 8, **arguments: Any) -> None:
+    def __init__(self, *, side: int = 8, unseen: float = 0.0, **arguments: Any) -> None:
         super().__init__(**arguments)
         if side < 2:
             raise InputError(f"expected a side of at least 2 cells, got {side}")
-        self.side = side
+        self.side, self.unseen = side, unseen
 
     def examples(self, split: str, count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        cells = rng.random((count, self.side**2)).argsort(1)[:, :3]
+        seen = np.random.default_rng(self.worlds_seed).permutation(self.side**2)
+        if split == "train":
+            seen = seen[round(self.unseen * len(seen)) :]
+        cells = seen[rng.random((count, len(seen))).argsort(1)[:, :3]]
         marks = np.zeros((count, self.side**2, 3), np.float32)
         marks[np.arange(count)[:, None], cells, np.arange(3)] = 1
         place = np.stack(np.divmod(cells, self.side), -1) / (self.side - 1)
