@@ -14,7 +14,7 @@ class ThreeCells(World):
         [|a - b|, |b - c|, |c - a|, b - a, a],    with places (row, column) / (side - 1) from 0 to 1
 
     seven numbers: relative positions without and with a direction, and an absolute one. The input has the cells row by
-    row, each with three numbers, of which one is 1 in a marked cell. So a model that is not told the positions of its
+    row, each with three numbers, of which one is 1 in a marked cell. So a model that does not know the positions of its
     tokens can only guess. After the three-cell experiment of LOOPE (Chowdhury, Rahman, Taki, 2025), whose questions may
     differ in detail.
 
