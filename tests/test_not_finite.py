@@ -126,6 +126,8 @@ def module_of(policy="stop", loss=None, descent=None, reads=False, **options):
     config = yaml.safe_load(CONFIG)["model"]
     del config["schedule"]
     decoder = config["decoder"]["init_args"]
+    if "auxiliary" in options:
+        decoder["differentiation"] = {"class_path": "setpred.inner.Unrolled"}
     decoder["descent"]["init_args"].update(descent or {})
     decoder["set_dim"] = CLEVR.set_dim
     decoder["objective"]["init_args"]["set_encoder"]["init_args"]["set_dim"] = CLEVR.set_dim
@@ -290,6 +292,13 @@ def test_a_fault_is_located_repeated_and_skipped(name, tmp_path, plain, without_
         begin.now = False  # as on a machine without the fault
         assert again(tmp_path) == 1
         assert "not reproduced: in the training the inner descent" in capsys.readouterr().out
+
+
+def test_a_repeated_step_has_its_auxiliary_losses(tmp_path, capsys):
+    _, _, error = run(tmp_path, At(nan_image), auxiliary=2.0)
+    assert "the image is not finite" in error
+    assert repro.read(tmp_path / f"repro-step-{FAULTY}.pt").step.auxiliary == 2
+    assert again(tmp_path) == 0
 
 
 @pytest.mark.parametrize("name", ["image", "gradient"])

@@ -120,7 +120,7 @@ def _stages(step: Step) -> Iterator[Stage]:
     predicted = iterates[-1]
     yield _of_samples("prediction", predicted)
     try:
-        losses = step.loss(predicted.float(), target)
+        losses = step.losses(iterates)
     except NotFiniteError as error:
         yield Stage(error.place, error.samples)
         return
