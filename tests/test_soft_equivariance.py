@@ -102,14 +102,14 @@ def test_a_training_step_adds_the_weighted_errors_and_a_validation_does_not():
     step = step_of(SoftEquivariance(CrossEntropy(), weights=weights))
     plain = CrossEntropy()(predicted := step.predict(), step.target)
     torch.manual_seed(1)
-    found = step.losses(predicted)
+    found = step.losses([predicted])
     torch.manual_seed(1)
     for name, weight in weights.items():
         plain = plain + weight * equivariance_error(step.predict, step.inputs(), MASK, symmetry=name, input_dims=2)
     torch.testing.assert_close(found, plain)
     assert (found > CrossEntropy()(predicted, step.target)).all()
     step.model.eval()
-    torch.testing.assert_close(step.losses(predicted), CrossEntropy()(predicted, step.target))
+    torch.testing.assert_close(step.losses([predicted]), CrossEntropy()(predicted, step.target))
 
 
 def test_the_groups_of_a_schema_reach_the_loss_within():
@@ -118,7 +118,7 @@ def test_the_groups_of_a_schema_reach_the_loss_within():
     loss.use_schema(schema)
     step = step_of(loss)
     alone = HungarianLoss(weights={"coords": 2.0}, schema=schema)
-    torch.testing.assert_close(step.losses(step.predict()), alone(step.predict(), step.target))
+    torch.testing.assert_close(step.losses([step.predict()]), alone(step.predict(), step.target))
 
 
 def test_wrong_arguments_are_errors():

@@ -54,7 +54,8 @@ class DETR(SetDecoder):
         H_0 = 0,    H_l = layer_l(H_{l-1}; Q, X),    Y = head(LN(H_L)),    X = layers of self-attention over the tokens
 
     In every decoder layer the elements attend to each other, with their queries Q as positions, and then to the tokens.
-    `refine` yields the prediction after each layer; the published training scores them all, here only the last counts.
+    `refine` yields the prediction after each layer. The published training scores them all: `model.auxiliary` of the
+    training, the number of decoder layers less one.
     Only the queries distinguish the elements: permuting them permutes the elements. Permuting tokens together with
     their positions changes nothing.
 

@@ -74,17 +74,20 @@ class SinePosition(nn.Module):
 
     Args:
         temperature: T.
+        interleaved: order the numbers of a row or column by j, sine and cosine in turn, as published weights need
+            them; else all sines come before all cosines.
     """
 
-    def __init__(self, *, temperature: float = 10_000.0) -> None:
+    def __init__(self, *, temperature: float = 10_000.0, interleaved: bool = False) -> None:
         super().__init__()
-        self.temperature = temperature
+        self.temperature, self.interleaved = temperature, interleaved
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`[tokens, dim]` for tokens `[batch, tokens, dim]`, row by row; dim a multiple of 4."""
         side, dim = map_side(tokens, multiple=4), tokens.shape[-1]
         place = 2 * math.pi / side * torch.arange(1, side + 1, device=tokens.device, dtype=tokens.dtype)
-        return waves(torch.cartesian_prod(place, place), dim // 2, self.temperature).flatten(1)
+        pairs = waves(torch.cartesian_prod(place, place), dim // 2, self.temperature)
+        return (pairs.mT if self.interleaved else pairs).flatten(1)
 
 
 class SeqPE(nn.Module):
