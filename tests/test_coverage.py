@@ -98,10 +98,14 @@ def test_coverage_is_in_the_units_of_the_schema_and_ignores_order_and_padding():
     assert again == pytest.approx(found)
 
 
-def test_coverage_needs_two_levels():
+def test_coverage_needs_two_levels_of_the_same_numbers():
     for quantiles in ({"low": 0.1}, {"low": 0.0, "high": 0.9}):
         with pytest.raises(InputError, match="two fields with levels"):
             Coverage(quantiles=quantiles)
+    predicted, target, _ = uncertain(10)
+    target[..., POINTS.slice("low")] += 1
+    with pytest.raises(InputError, match="repeat the same numbers, got others in low and coords"):
+        coverage(predicted, target)
 
 
 # --- transport -----------------------------------------------------------------------------------------------------

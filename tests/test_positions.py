@@ -10,9 +10,12 @@ from torch import nn
 from setpred import encoders
 from setpred.checkpoint.allowlist import moved
 from setpred.data.toy import ThreeCells
+from setpred.decoders import SlotAttention
 from setpred.encoders import LOOPE, LinearPosition, PositionedTokens, SeqPE, SinePosition, SmallTrunk, position_grid
 from setpred.encoders.positions import hilbert_order
 from setpred.errors import InputError
+from setpred.losses import HungarianLoss
+from setpred.model import SetPredictor, Step
 
 DIM, SIDE = 8, 4
 FAMILY = {
@@ -92,6 +95,39 @@ def test_digits_are_those_of_the_number():
         for layer in position.layers:
             rows = layer(rows)
         close(position.encode(torch.tensor([place]))[0], position.head(rows[0, 0]))
+
+
+def test_the_contrast_asks_for_the_nearest_of_the_other_positions():
+    position = SeqPE(DIM, width=8, heads=2, contrast=0.5, drawn=6).double()
+    torch.manual_seed(1)
+    found = position.penalty()
+    torch.manual_seed(1)
+    places = torch.randint(100, (6, 2))
+    encoded, losses = position.encode(places), []
+    for i, place in enumerate(places.tolist()):
+        others = [j for j in range(6) if j != i]
+        nearest = min(others, key=lambda j, place=place: math.dist(place, places[j].tolist()))
+        products = torch.stack([encoded[i] @ encoded[j] for j in others]) / math.sqrt(DIM)
+        losses.append(products.logsumexp(0) - products[others.index(nearest)])
+    close(found, 0.5 * torch.stack(losses).mean())
+    check_slope(lambda: torch.manual_seed(1) and position.penalty(), list(position.parameters()), least=1e-4)
+    assert SeqPE(DIM).penalty() == 0
+
+
+def test_a_training_step_adds_the_contrast_and_a_validation_does_not():
+    torch.manual_seed(0)
+    trunk = SmallTrunk(image_size=16, width=4)
+    encoder = PositionedTokens(trunk, token_dim=4, positions=SeqPE(trunk.channels, width=8, heads=2, contrast=0.5))
+    model = SetPredictor(encoder, SlotAttention(token_dim=4, slot_dim=4, hidden_dim=4, set_size=2, set_dim=3))
+    step = Step(model, HungarianLoss(), {"image": torch.rand(2, 3, 16, 16), "elements": torch.rand(2, 2, 3)})
+    predicted = step.predict()
+    plain = step.loss(predicted, step.target)
+    torch.manual_seed(1)
+    found = step.losses([predicted])
+    torch.manual_seed(1)
+    torch.testing.assert_close(found, plain + encoder.position.penalty())
+    model.eval()
+    torch.testing.assert_close(step.losses([predicted]), plain)
 
 
 def test_sequences_have_one_coordinate_and_volumes_three():

@@ -25,11 +25,12 @@ class Coverage(GatheredSets):
     "covered", the share of the numbers between their predictions, and "width", their mean distance.
 
     Args:
-        quantiles: level of each field, as of `setpred.losses.HungarianLoss`; two or more, of equally many numbers.
+        quantiles: level of each field, as of `setpred.losses.HungarianLoss`; two or more, which repeat one number or
+            position.
         schema: of the elements; that of the task by default.
 
     Raises:
-        InputError: fewer than two levels, or one that is not between 0 and 1.
+        InputError: fewer than two levels, or one that is not between 0 and 1; on use, fields of different numbers.
     """
 
     monitor, mode, higher_is_better = "pinball", "min", False
@@ -46,9 +47,17 @@ class Coverage(GatheredSets):
         image, real = (assignment >= 0).nonzero(as_tuple=True)
         found, truth = predicted[image, assignment[image, real]].double(), target[image, real].double()
         guesses, reals = ({name: self.schema.values(each, name) for name in self.quantiles} for each in (found, truth))
+        first, *others = reals
+        for name in others:
+            same = reals[first].shape == reals[name].shape and torch.allclose(reals[first], reals[name])
+            if not same:
+                raise InputError(
+                    f"Coverage: expected fields that repeat the same numbers, got others in {first} and {name}; score "
+                    "quantiles of one number or position"
+                )
         losses = [pinball(guesses[name], reals[name], level).mean() for name, level in self.quantiles.items()]
-        (least, low), *_, (_, high) = guesses.items()
-        inside = (low <= reals[least]) & (reals[least] <= high)
+        low, *_, high = guesses.values()
+        inside = (low <= reals[first]) & (reals[first] <= high)
         below = {f"below_{name}": (reals[name] <= guess).double().mean() for name, guess in guesses.items()}
         scores = {
             "pinball": torch.stack(losses).mean(),
