@@ -1,7 +1,7 @@
 """Encoders from image or set to a latent vector or to tokens, their trunks and positions."""
 
 from setpred.encoders.cnn import ResidualTrunk, SlotTrunk, SmallCNN, SmallTrunk
-from setpred.encoders.elements import Elements, ElementTokens, Normalised, SetTokens, WindowTokens
+from setpred.encoders.elements import Elements, ElementTokens, Normalised, Pooled, SetTokens, WindowTokens
 from setpred.encoders.positions import LOOPE, LinearPosition, SeqPE, SinePosition, position_grid
 from setpred.encoders.resnet import ResNet, ResNetTrunk
 from setpred.encoders.tokens import PositionedTokens, Tokens, Votes
@@ -13,6 +13,7 @@ __all__ = [
     "Elements",
     "LinearPosition",
     "Normalised",
+    "Pooled",
     "PositionedTokens",
     "ResNet",
     "ResNetTrunk",
