@@ -11,18 +11,16 @@ from setpred import encoders
 from setpred.checkpoint.allowlist import moved
 from setpred.data.toy import ThreeCells
 from setpred.decoders import SlotAttention
-from setpred.encoders import LOOPE, LinearPosition, PositionedTokens, SeqPE, SinePosition, SmallTrunk, position_grid
-from setpred.encoders.positions import hilbert_order
+from setpred.encoders import LinearPosition, PositionedTokens, SeqPE, SinePosition, SmallTrunk, position_grid
 from setpred.errors import InputError
 from setpred.losses import HungarianLoss
 from setpred.model import SetPredictor, Step
 
 DIM, SIDE = 8, 4
 FAMILY = {
-    "linear": lambda dim=DIM, side=SIDE: LinearPosition(dim),
-    "sine": lambda dim=DIM, side=SIDE: SinePosition(),
-    "seqpe": lambda dim=DIM, side=SIDE: SeqPE(dim, digits=2, base=5, width=8, heads=2),
-    "loope": lambda dim=DIM, side=SIDE: LOOPE(side=side),
+    "linear": lambda dim=DIM: LinearPosition(dim),
+    "sine": lambda dim=DIM: SinePosition(),
+    "seqpe": lambda dim=DIM: SeqPE(dim, digits=2, base=5, width=8, heads=2),
 }
 every_position = pytest.mark.parametrize("name", FAMILY)
 
@@ -65,7 +63,7 @@ def test_tokens_of_no_square_map_are_an_error(name):
 def test_encoders_add_any_of_them(name):
     trunk = SmallTrunk(image_size=16, width=4).double()
     image = normal(2, 3, 16, 16)
-    encoder = PositionedTokens(trunk, token_dim=5, positions=build(name, dim=trunk.channels, side=8)).double().eval()
+    encoder = PositionedTokens(trunk, token_dim=5, positions=build(name, dim=trunk.channels)).double().eval()
     features = trunk(image).flatten(2).mT
     close(encoder(image), encoder.network(encoder.norm(features + encoder.position(features))))
 
@@ -142,36 +140,10 @@ def test_sequences_have_one_coordinate_and_volumes_three():
 def test_wrong_sizes_are_errors():
     with pytest.raises(InputError, match="base of at least 2"):
         SeqPE(DIM, base=1)
-    with pytest.raises(InputError, match="side of at least 1"):
-        LOOPE(side=0)
     with pytest.raises(ValueError, match="side up to 2"):
         SeqPE(DIM, digits=1, base=2)(torch.zeros(1, 9, DIM))
     with pytest.raises(ValueError, match="tokens of 8 numbers"):
         SeqPE(DIM)(torch.zeros(1, 9, 6))
-    with pytest.raises(ValueError, match="map of side 4"):
-        LOOPE(side=4)(torch.zeros(1, 9, DIM))
-
-
-@pytest.mark.parametrize("side", [1, 2, 4, 6, 8, 16])
-def test_the_curve_visits_each_cell_once_and_only_goes_to_neighbours(side):
-    order = hilbert_order(side)
-    assert sorted(order.tolist()) == list(range(side**2))
-    visited = order.argsort()
-    places = torch.stack([visited // side, visited % side], -1)
-    steps = (places[1:] - places[:-1]).abs().sum(-1)
-    assert side == 6 or (steps == 1).all()
-    assert steps.float().mean() < 1.2 if side > 1 else True
-    if side == 2:
-        assert order.tolist() == [0, 1, 3, 2]
-
-
-def test_a_learned_order_moves_along_the_curve():
-    position = LOOPE(side=2).double()
-    with torch.no_grad():
-        position.shift[1] = 0.75  # cell 1 is the second of the curve
-    found = position(torch.zeros(1, 4, DIM))
-    angles = [2.5 * 10_000 ** (-2 * j / DIM) for j in range(DIM // 2)]
-    close(found[1], normal(0).new_tensor([wave(angle) for wave in (math.sin, math.cos) for angle in angles]))
 
 
 # --- the three-cell probe -----------------------------------------------------------------------------------------
@@ -203,8 +175,8 @@ class Nowhere(nn.Module):
 def test_the_three_cell_probe_tells_positions_from_none():
     guess = probe(Nowhere())
     assert (guess > 0.15).all()
-    errors = {name: probe(build(name, dim=32, side=8)) for name in FAMILY}
+    errors = {name: probe(build(name, dim=32)) for name in FAMILY}
     for name, error in errors.items():  # directed and absolute questions are linear in the places
         assert (error[3:] < 0.8 * guess[3:]).all(), name
-        assert error[3:].max() < 1e-4 or name in ("seqpe", "loope")
+        assert error[3:].max() < 1e-4 or name == "seqpe"
     assert errors["linear"][:3].min() > 0.05  # a distance is not linear

@@ -2,13 +2,12 @@
 
 from setpred.encoders.cnn import ResidualTrunk, SlotTrunk, SmallCNN, SmallTrunk
 from setpred.encoders.elements import Elements, ElementTokens, Normalised, Pooled, SetTokens, WindowTokens
-from setpred.encoders.positions import LOOPE, LinearPosition, SeqPE, SinePosition, position_grid
+from setpred.encoders.positions import LinearPosition, SeqPE, SinePosition, position_grid
 from setpred.encoders.resnet import ResNet, ResNetTrunk
 from setpred.encoders.tokens import PositionedTokens, Tokens, Votes
 from setpred.nn import record_parts
 
 __all__ = [
-    "LOOPE",
     "ElementTokens",
     "Elements",
     "LinearPosition",

@@ -1,4 +1,4 @@
-"""Positions of the tokens of a map: linear, sines, sequences of digits, and a learned order.
+"""Positions of the tokens of a map: linear, sines, and sequences of digits.
 
 Each part maps tokens `[batch, tokens, dim]` to their positions `[tokens, dim]`, which `PositionedTokens` and
 `setpred.decoders.DETR` add. Tokens are those of a square map, row by row.
@@ -174,50 +174,3 @@ class SeqPE(nn.Module):
         apart = torch.cdist(positions.float(), positions.float()).masked_fill(same, torch.inf)
         products = (encoded @ encoded.mT / math.sqrt(self.dim)).masked_fill(same, -torch.inf)
         return self.contrast * functional.cross_entropy(products, apart.argmin(1))
-
-
-def hilbert_order(side: int) -> Tensor:
-    """Number the positions of a square map along Hilbert's curve: int64 `[side * side]`, row by row.
-
-    Neighbours on the curve are neighbours on the map if the side is a power of two; other maps are the corner of one,
-    and skip the rest of its curve.
-    """
-    row, column = torch.cartesian_prod(*[torch.arange(side)] * 2).unbind(-1)
-    along, size = torch.zeros_like(row), 1 << max(side - 1, 0).bit_length()
-    while size > 1:
-        size //= 2
-        low, left = row < size, column < size  # the curve visits the quarters (0, 0), (0, 1), (1, 1), (1, 0)
-        along = along + size**2 * torch.where(low, torch.where(left, 0, 1), torch.where(left, 3, 2))
-        row, column = row % size, column % size
-        flipped = ~low & left
-        first, second = torch.where(flipped, size - 1 - row, row), torch.where(flipped, size - 1 - column, column)
-        row, column = torch.where(left, second, row), torch.where(left, first, column)
-    return along.argsort().argsort()
-
-
-class LOOPE(nn.Module):
-    """Sines of a learned order of the positions (LOOPE; Chowdhury, Rahman, Taki, 2025).
-
-        e_p = [sin ω_j X_p, cos ω_j X_p]_j,    X_p = G_p + side · C_p,    ω_j = T^(-2j / dim),    j < dim / 2
-
-    G numbers the positions along a space-filling curve, `hilbert_order`. C moves each of them along the order; it is a
-    parameter that starts at 0, the same for all images.
-
-    Args:
-        side: side of the map.
-        temperature: T.
-    """
-
-    def __init__(self, *, side: int, temperature: float = 10_000.0) -> None:
-        super().__init__()
-        if side < 1:
-            raise InputError(f"expected a side of at least 1, got {side}")
-        self.side, self.temperature = side, temperature
-        self.register_buffer("curve", hilbert_order(side).float(), persistent=False)
-        self.shift = nn.Parameter(torch.zeros(side**2))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """`[tokens, dim]` for tokens `[batch, tokens, dim]`, row by row; dim even."""
-        if (side := map_side(tokens, multiple=2)) != self.side:
-            raise ValueError(f"expected the tokens of a map of side {self.side}, got {side}")
-        return waves(self.curve + self.side * self.shift, tokens.shape[-1], self.temperature).flatten(1)
