@@ -121,6 +121,13 @@ def test_the_answers_of_three_cells_are_those_of_their_places():
         assert answer[0].tolist() == pytest.approx([number / 4 for number in expected])
 
 
+def test_unseen_cells_are_marked_in_validation_alone():
+    world = built(ThreeCells, side=4, unseen=0.25, train_sets=500, val_sets=500)
+    seen, all_cells = (data.tensors["input"].sum((0, 2)) > 0 for data in (world.train_data, world.val_data))
+    assert seen.sum() == 12
+    assert all_cells.all()
+
+
 def test_uncertain_points_have_the_noise_and_the_mistakes_that_they_promise():
     world = built(UncertainPoints, train_sets=3000)
     data = world.train_data.tensors
@@ -136,7 +143,12 @@ def test_uncertain_points_have_the_noise_and_the_mistakes_that_they_promise():
 
 @pytest.mark.parametrize(
     ("make", "wrong"),
-    [(ThreeCells, {"side": 1}), (UncertainPoints, {"set_size": 10}), (UncertainPoints, {"copies": 0})],
+    [
+        (ThreeCells, {"side": 1}),
+        (ThreeCells, {"unseen": 0.99}),
+        (UncertainPoints, {"set_size": 10}),
+        (UncertainPoints, {"copies": 0}),
+    ],
 )
 def test_worlds_of_a_wrong_size_are_errors(make, wrong):
     with pytest.raises(InputError, match="expected a"):

@@ -20,14 +20,14 @@ class ThreeCells(World):
 
     Args:
         side: cells of a row, at least 2.
-        unseen: share of the cells that are never marked in training, the same ones for every seed of the model.
+        unseen: share of the cells that are never marked in training.
         arguments: those of `World`.
     """
 
     def __init__(self, *, side: int = 8, unseen: float = 0.0, **arguments: Any) -> None:
         super().__init__(**arguments)
-        if side < 2:
-            raise InputError(f"expected a side of at least 2 cells, got {side}")
+        if side < 2 or not 0 <= unseen < 1 or side**2 - round(unseen * side**2) < 3:
+            raise InputError(f"expected a side of at least 2 cells and 3 seen cells, got {side} and unseen {unseen}")
         self.side, self.unseen = side, unseen
 
     def examples(self, split: str, count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
