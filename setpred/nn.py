@@ -215,7 +215,7 @@ class EncoderLayer(nn.Module):
             rows: X.
             positions: P `[rows, dim]`.
             mask: present rows, or present rows of the source, bool `[batch, rows]`.
-            source: S `[batch, rows of its own, dim]`, without positions; X itself unless given.
+            source: S `[batch, rows of the source, dim]`, without positions; X itself unless given.
         """
         own = placed(rows, positions)
         keys, values = (own, rows) if source is None else (source, source)

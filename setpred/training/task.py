@@ -150,7 +150,7 @@ class SetPrediction(pl.LightningModule):
         weight_decay: decoupled, as in AdamW.
         schedule: of the learning rate; constant by default.
         iterations_by_epoch: descent steps from given epochs on, e.g. `{0: 20, 50: 40}`; training only.
-        auxiliary: weight of the mean loss of the earlier iterates beside the last one's; training only. DETR's
+        auxiliary: weight of the mean loss of the earlier iterates, added to that of the last one; training only. DETR's
             auxiliary losses have `decoder_layers - 1`; the mean of all of DSPN's losses has the number of its steps.
         on_not_finite: "stop" or "skip" a training step with NaN or infinity, see `setpred.nonfinite.policy.Guard`. A
             validation always stops.
