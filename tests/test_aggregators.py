@@ -27,8 +27,8 @@ from setpred.aggregators import (
     SetEncoder,
     SumPool,
 )
-from setpred.aggregators.frame_averaging import Eigenvectors
 from setpred.decoders import IDSPN
+from setpred.encoders.invariant_coordinates import Eigenvectors
 from setpred.errors import InputError
 from setpred.inner import EquilibriumMatching, Exact, GradientDescent, Implicit, LatentMatching, Problem, Unrolled
 from setpred.training.faset import FASet

@@ -2,13 +2,16 @@
 
 from setpred.encoders.cnn import ResidualTrunk, SlotTrunk, SmallCNN, SmallTrunk
 from setpred.encoders.elements import Elements, ElementTokens, Normalised, SetTokens, WindowTokens
+from setpred.encoders.invariant_coordinates import InvariantCoordinates
 from setpred.encoders.resnet import ResNet, ResNetTrunk
+from setpred.encoders.surface import SurfaceTokens
 from setpred.encoders.tokens import PositionedTokens, Tokens, Votes, position_grid
 from setpred.nn import record_parts
 
 __all__ = [
     "ElementTokens",
     "Elements",
+    "InvariantCoordinates",
     "Normalised",
     "PositionedTokens",
     "ResNet",
@@ -18,6 +21,7 @@ __all__ = [
     "SlotTrunk",
     "SmallCNN",
     "SmallTrunk",
+    "SurfaceTokens",
     "Tokens",
     "Votes",
     "WindowTokens",

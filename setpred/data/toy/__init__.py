@@ -7,6 +7,7 @@ from setpred.data.toy.multisets import Multisets
 from setpred.data.toy.numbering import Numbering
 from setpred.data.toy.omniglot import OmniglotCounting
 from setpred.data.toy.qm9 import QM9
+from setpred.data.toy.solids import Solids
 
 __all__ = [
     "QM9",
@@ -18,5 +19,6 @@ __all__ = [
     "Numbering",
     "OmniglotCounting",
     "RotatedDigits",
+    "Solids",
     "World",
 ]
