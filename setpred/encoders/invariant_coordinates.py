@@ -19,7 +19,7 @@ class InvariantCoordinates(nn.Module):
     not change when the set turns or moves, so nor do these, and every encoder that reads them is invariant: TinvNN
     (Zhang, Wang, Zhang, Cui, Zhu, 2021). Here W comes from the d x d scatter matrix, which has the same eigenvalues.
     Eigenvectors leave the signs of the axes open. Σ_i (p_i - t)³ W ≥ 0 along each axis chooses them, or, without
-    reflections, along all but the last one, which makes the axes right-handed. How TinvNN chooses them was not found.
+    reflections, along all but the first one, which makes the axes right-handed. How TinvNN chooses them was not found.
 
     Blind to mirror images, unless `reflections` is False; with `scaled` to the size of the set, with `affine` also to
     its proportions. It is not continuous at sets that are symmetric along an axis, whose sign then depends on rounding,
@@ -67,8 +67,9 @@ class InvariantCoordinates(nn.Module):
             skewness = fill_absent(seen[:, :, 0].detach(), mask).pow(3).sum(1)
             signs = torch.where(skewness < 0, -1.0, 1.0).to(axes.dtype)
             if not self.reflections:
-                handed = torch.linalg.det(axes.detach()).sign() * signs[:, :-1].prod(1)
-                signs = torch.cat([signs[:, :-1], handed.unsqueeze(1)], dim=1)
+                # the shortest axis, along which sets that do not span the space are 0
+                handed = torch.linalg.det(axes.detach()).sign() * signs[:, 1:].prod(1)
+                signs = torch.cat([handed.unsqueeze(1), signs[:, 1:]], dim=1)
             seen = seen * signs[:, None, None]
             if self.scaled:
                 size = mean_present(seen[:, :, :1].square().sum(-1), mask).view(-1, 1, 1, 1)

@@ -72,7 +72,7 @@ class Solids(World):
     def _upright(self, kind: int, count: int, rng: np.random.Generator) -> np.ndarray:
         """`count` sets of one kind, `[count, points, 6]`."""
         size = rng.uniform(0.6, 1.0, (count, 1, 3))
-        u, v = rng.uniform(size=(2, count, 16 * self.points))
+        u, v = rng.uniform(size=(2, count, 4 * self.points))
         step = 1e-4
         along_u, along_v = (
             surface(kind, u + up, v + across, size) - surface(kind, u - up, v - across, size)
