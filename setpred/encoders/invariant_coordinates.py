@@ -17,14 +17,16 @@ class InvariantCoordinates(nn.Module):
     Classical scaling factors the Gram matrix of the centred positions, which their distances determine: its
     eigenvectors times the roots of its eigenvalues are the coordinates (p_i - t) W in the principal axes. Distances do
     not change when the set turns or moves, so nor do these, and every encoder that reads them is invariant: TinvNN
-    (Zhang, Wang, Zhang, Cui, Zhu, 2021). Here W comes from the d x d scatter matrix, which has the same eigenvalues.
-    Eigenvectors leave the signs of the axes open. Σ_i (p_i - t)³ W ≥ 0 along each axis chooses them, or, without
-    reflections, along all but the first one, which makes the axes right-handed. How TinvNN chooses them was not found.
+    (Zhang, Wang, Zhang, Cui, Zhu, 2021). Here W comes from the d x d scatter matrix, which has the same
+    eigenvalues but for zeros. Eigenvectors leave the signs of the axes open: here Σ_i z_i³ ≥ 0 for the coordinates z_i
+    along each axis, or, without reflections, along all but the first one, which makes the axes right-handed. How TinvNN
+    chooses the signs is not known here.
 
     Blind to mirror images, unless `reflections` is False; with `scaled` to the size of the set, with `affine` also to
-    its proportions. It is not continuous at sets that are symmetric along an axis, whose sign then depends on rounding,
-    and at sets with equal eigenvalues: `setpred.aggregators.FrameAverage` averages over the signs instead.
-    Differentiable any number of times elsewhere, with finite gradients everywhere.
+    its proportions. The coordinates are not continuous, and not invariant, at sets that are symmetric along an axis,
+    where rounding decides its sign, and at sets with equal eigenvalues, where it decides the axes. For symmetric sets
+    take `setpred.aggregators.FrameAverage`, the mean over the signs. Differentiable any number of times elsewhere, with
+    finite gradients everywhere.
 
     Args:
         input_dim: numbers of an element; `token_dim` is the same.

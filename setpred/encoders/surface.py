@@ -19,11 +19,11 @@ class SurfaceTokens(SetTokens):
     points, and batch normalisation; this is one, on all points. Its attention subtracts; here it is DETR's layer.
 
     Invariant to rotations and translations, since the features are lengths and angles, and equivariant to the order
-    of the elements. Mirror images differ: neighbours go around the normal in the other direction. Blind to the places
-    of neighbourhoods in the set, but for what self-attention learns of the set of their features: it compares no
-    positions beyond neighbours. Neighbours are a hard choice: points at equal distances, as on a grid, are chosen by
-    rounding, so the result is not continuous there and no rotation keeps it. An element without neighbours has
-    a row of zeros in X_0. Differentiable once, with finite gradients also at coincident points.
+    of the elements. Mirror images differ: their neighbours go around the normal in the other direction. Blind to where
+    neighbourhoods are in the set: self-attention compares their features, not their positions. `GIGP` after it adds
+    the distance from the centroid. Rounding chooses among neighbours at equal distances or angles, as on a grid, so
+    use points in general positions. An element without neighbours has a row of zeros in X_0. Differentiable once,
+    with finite gradients also at coincident points.
 
     Args:
         input_dim: numbers of an element, 6 for position and normal, then features.
