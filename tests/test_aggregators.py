@@ -28,7 +28,6 @@ from setpred.aggregators import (
     SumPool,
 )
 from setpred.decoders import IDSPN
-from setpred.encoders import InvariantCoordinates
 from setpred.encoders.invariant_coordinates import Eigenvectors
 from setpred.errors import InputError
 from setpred.inner import EquilibriumMatching, Exact, GradientDescent, Implicit, LatentMatching, Problem, Unrolled
@@ -50,10 +49,6 @@ def encoder_of(pool, set_dim=DIM, **arguments):
     return SetEncoder(pool, set_dim=set_dim, hidden_dim=8, **arguments)
 
 
-def coordinates(dim):
-    return InvariantCoordinates(input_dim=dim, position_dim=2)
-
-
 FAMILY = {
     "sum": lambda: SumPool(DIM),
     "mean": lambda: MeanPool(DIM),
@@ -70,11 +65,6 @@ FAMILY = {
     "frames, O(3)": lambda: FrameAverage(encoder_of(FSPool(4, set_size=SIZE))),
     "frames, SO(2)": lambda: FrameAverage(FSPool(DIM, set_size=SIZE), position_dim=2, reflections=False),
     "frames, affine": lambda: FrameAverage(FSPool(DIM, set_size=SIZE), position_dim=2, affine=True),
-    "set encoder of coordinates": lambda: encoder_of(FSPool(4, set_size=SIZE), tokens=coordinates(DIM)),
-    "orbits of coordinates": lambda: encoder_of(GIGP(5, position_dim=2, orbits=4), kept=2, tokens=coordinates(DIM)),
-    "pairwise of tokens": lambda: PairwiseSetEncoder(
-        encoder_of(FSPool(4, set_size=SIZE**2), set_dim=2 * DIM, tokens=coordinates(2 * DIM))
-    ),
     "orbits": lambda: GIGP(DIM, orbits=4, largest=2.0),
     "orbits, positions alone": lambda: GIGP(DIM, position_dim=DIM, out_dim=4, orbits=4, largest=3.0),
     "superset": lambda: INSET(DIM, out_dim=4),

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 from torch.testing import assert_close
 
 from setpred.aggregators import GIGP, FrameAverage, FSPool, MeanPool, SetEncoder
-from setpred.encoders import ElementTokens, InvariantCoordinates, SurfaceTokens, WindowTokens
+from setpred.encoders import InvariantCoordinates, Pooled, SurfaceTokens
 from setpred.encoders.surface import SURFACE_FEATURES, nearest_neighbours, neighbours_of, surface_features
 from setpred.errors import InputError
 
@@ -28,10 +28,6 @@ def frames(**options):
 
 def surface_tokens(neighbours=4, **options):
     return SurfaceTokens(input_dim=DIM, neighbours=neighbours, token_dim=8, heads=2, hidden_dim=8, **options)
-
-
-def encoder(pool, tokens, **options):
-    return SetEncoder(pool, set_dim=DIM, hidden_dim=8, tokens=tokens, **options)
 
 
 # name to constructor, position_dim, directions, and the maps that change nothing
@@ -57,11 +53,15 @@ FAMILY = {
     ),
     "surface": (surface_tokens, 3, 1, "rotation"),
     "surface, no layers": (lambda: surface_tokens(layers=0), 3, 1, "rotation"),
-    "surface by orbits": (
-        lambda: encoder(GIGP(8, orbits=4, largest=3.0), surface_tokens(), kept=3),
+    "surface, pooled": (lambda: Pooled(surface_tokens(), FSPool(8, set_size=SIZE)), 3, 1, "rotation"),
+    "orbits of affine coordinates": (
+        lambda: Pooled(
+            coordinates(affine=True)(),
+            SetEncoder(GIGP(8, orbits=4, largest=3.0, centred=False), set_dim=DIM, hidden_dim=8, kept=3),
+        ),
         3,
-        1,
-        "rotation",
+        0,
+        ", ".join(CLAIMS),
     ),
 }
 every_part = pytest.mark.parametrize("name", FAMILY)
@@ -132,7 +132,7 @@ def test_claimed_maps_change_nothing_and_the_others_do(name):
 def test_order_and_padding(name):
     """Tokens keep the order of their elements; absent ones and other sets of the batch have no influence."""
     part, elements, order = made(name)[0], sets(), [4, 2, 8, 0, 1, 7, 3, 6, 5]
-    tokens = not hasattr(part, "out_dim")
+    tokens = hasattr(part, "token_dim")
     expected = part(elements, MASK)
     assert expected.isfinite().all()
     other = part(elements[:, order], MASK[:, order])
@@ -330,13 +330,6 @@ def test_what_each_is_blind_to():
         (lambda: FrameAverage(MeanPool(3), directions=-1), InputError, "-1 directions"),
         (lambda: SurfaceTokens(input_dim=5), InputError, "input_dim of at least 6"),
         (lambda: SurfaceTokens(neighbours=0), InputError, "at least 1 neighbour, got 6 and 0"),
-        (lambda: encoder(MeanPool(4), ElementTokens(input_dim=3)), InputError, "in_dim of 7, got ElementTokens with 3"),
-        (lambda: encoder(MeanPool(4), torch.nn.Identity()), InputError, "got Identity with None"),
-        (
-            lambda: encoder(MeanPool(4), WindowTokens(input_dim=DIM, window=2, stride=1)).double()(sets()),
-            ValueError,
-            "one token for each of 9 elements, got 54",
-        ),
     ],
 )
 def test_arguments_that_do_not_fit_raise(build, error, message):

@@ -14,45 +14,24 @@ class SetEncoder(Aggregator):
 
     g(Y) = aggregate_i [k_i, MLP(f_i)] for elements y_i = [k_i, f_i], with an MLP of one hidden layer.
 
-    k_i is empty, unless the aggregator itself reads numbers of an element, such as positions or a membership. With
-    `tokens`, f_i is the token of element i, such as `setpred.encoders.InvariantCoordinates`; g is then invariant to
-    what the tokens, and an aggregator that reads k_i, are invariant to.
+    k_i is empty, unless the aggregator itself reads numbers of an element, such as positions or a membership.
 
     Args:
         aggregator: pools features; its `in_dim` is `kept` plus the width of the MLP's output.
         set_dim: numbers of an element.
         hidden_dim: width of the hidden layer.
         kept: how many leading numbers of an element the aggregator gets unchanged.
-        tokens: encoder of input sets with one token for each element, which the MLP reads in place of f_i.
-
-    Raises:
-        InputError: numbers that do not fit.
-        ValueError: another number of tokens than of elements.
     """
 
-    def __init__(
-        self,
-        aggregator: Aggregator,
-        *,
-        set_dim: int,
-        hidden_dim: int = 512,
-        kept: int = 0,
-        tokens: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, aggregator: Aggregator, *, set_dim: int, hidden_dim: int = 512, kept: int = 0) -> None:
         if not 0 <= kept < min(set_dim, aggregator.in_dim):
             raise InputError(
                 f"expected kept to leave some of {set_dim} numbers and of the aggregator's {aggregator.in_dim}, got "
                 f"{kept}; give the number of leading positions or memberships"
             )
-        if tokens is not None and getattr(tokens, "in_dim", None) != set_dim:
-            raise InputError(
-                f"expected tokens of an encoder of sets with an in_dim of {set_dim}, got {type(tokens).__name__} with "
-                f"{getattr(tokens, 'in_dim', None)}; choose another encoder or set_dim"
-            )
         super().__init__(set_dim, aggregator.out_dim)
-        read = set_dim - kept if tokens is None else tokens.token_dim
-        self.network = MLP(read, hidden_dim, aggregator.in_dim - kept)
-        self.aggregator, self.kept, self.tokens = aggregator, kept, tokens
+        self.network = MLP(set_dim - kept, hidden_dim, aggregator.in_dim - kept)
+        self.aggregator, self.kept = aggregator, kept
 
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
         return self.aggregator(self._features(elements, mask), mask)
@@ -65,11 +44,9 @@ class SetEncoder(Aggregator):
     def _features(self, elements: Tensor, mask: Tensor | None) -> Tensor:
         # a NaN in padding would reach the weights' gradients
         elements = fill_absent(elements, mask)
-        read = elements[..., self.kept :] if self.tokens is None else self.tokens(elements, mask)
-        if read.shape[1] != elements.shape[1]:
-            raise ValueError(f"expected one token for each of {elements.shape[1]} elements, got {read.shape[1]}")
-        features = self.network(read)
-        return torch.cat([elements[..., : self.kept], features], dim=-1) if self.kept else features
+        if self.kept == 0:
+            return self.network(elements)
+        return torch.cat([elements[..., : self.kept], self.network(elements[..., self.kept :])], dim=-1)
 
 
 class PairwiseSetEncoder(Aggregator):
@@ -92,8 +69,7 @@ class PairwiseSetEncoder(Aggregator):
     def aggregate(self, elements: Tensor, mask: Tensor | None) -> Tensor:
         pair_mask = None if mask is None else (mask.unsqueeze(2) & mask.unsqueeze(1)).flatten(1, 2)
         # not for a subclass, which may do something else
-        plain = type(self.set_encoder) is SetEncoder and self.set_encoder.tokens is None
-        if plain and self.set_encoder.kept == 0:
+        if type(self.set_encoder) is SetEncoder and self.set_encoder.kept == 0:
             return self.set_encoder.aggregator(self._pair_features(fill_absent(elements, mask)), pair_mask)
         size = elements.shape[1]
         first = elements.unsqueeze(2).expand(-1, -1, size, -1)

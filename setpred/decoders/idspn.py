@@ -51,10 +51,7 @@ class IDSPN(SetDecoder):
     ) -> None:
         # tokens if a part of the objective reads them, else a vector
         parts = list(objective.modules())
-        readers = (
-            part for part in parts if getattr(part, "in_dim", None) is None
-        )  # encoders of sets make their tokens
-        read = {part.token_dim for part in readers if getattr(part, "token_dim", None) is not None}
+        read = {part.token_dim for part in parts if getattr(part, "token_dim", None) is not None}
         if len(read) > 1:
             raise InputError(f"expected one token_dim in the parts of the objective, got {sorted(read)}; make it one")
         super().__init__(set_size=set_size, set_dim=set_dim, token_dim=next(iter(read), None))

@@ -1,7 +1,7 @@
 """Encoders from image or set to a latent vector or to tokens, and their trunks."""
 
 from setpred.encoders.cnn import ResidualTrunk, SlotTrunk, SmallCNN, SmallTrunk
-from setpred.encoders.elements import Elements, ElementTokens, Normalised, SetTokens, WindowTokens
+from setpred.encoders.elements import Elements, ElementTokens, Normalised, Pooled, SetTokens, WindowTokens
 from setpred.encoders.invariant_coordinates import InvariantCoordinates
 from setpred.encoders.resnet import ResNet, ResNetTrunk
 from setpred.encoders.surface import SurfaceTokens
@@ -13,6 +13,7 @@ __all__ = [
     "Elements",
     "InvariantCoordinates",
     "Normalised",
+    "Pooled",
     "PositionedTokens",
     "ResNet",
     "ResNetTrunk",
