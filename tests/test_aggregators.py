@@ -27,8 +27,8 @@ from setpred.aggregators import (
     SetEncoder,
     SumPool,
 )
-from setpred.aggregators.frame_averaging import Eigenvectors
 from setpred.decoders import IDSPN
+from setpred.encoders.invariant_coordinates import Eigenvectors
 from setpred.errors import InputError
 from setpred.inner import EquilibriumMatching, Exact, GradientDescent, Implicit, LatentMatching, Problem, Unrolled
 from setpred.training.faset import FASet
@@ -64,6 +64,7 @@ FAMILY = {
     "monoid in canonical order": lambda: CanonicalOrder(LearnableMonoid(DIM)),
     "frames, O(3)": lambda: FrameAverage(encoder_of(FSPool(4, set_size=SIZE))),
     "frames, SO(2)": lambda: FrameAverage(FSPool(DIM, set_size=SIZE), position_dim=2, reflections=False),
+    "frames, affine": lambda: FrameAverage(FSPool(DIM, set_size=SIZE), position_dim=2, affine=True),
     "orbits": lambda: GIGP(DIM, orbits=4, largest=2.0),
     "orbits, positions alone": lambda: GIGP(DIM, position_dim=DIM, out_dim=4, orbits=4, largest=3.0),
     "superset": lambda: INSET(DIM, out_dim=4),

@@ -113,7 +113,7 @@ def test_every_part_of_the_inner_problem_is_in_a_family():
 
 # aggregators whose gradient separates equal elements, by a sort or a canonical order
 SEPARATE = {"fspool", "fspool, other knots", "equilibrium", "monoid in canonical order", "frames, O(3)"}
-SEPARATE |= {"frames, SO(2)", "set encoder", "pairwise"}
+SEPARATE |= {"frames, SO(2)", "frames, affine", "set encoder", "pairwise"}
 
 
 @pytest.mark.parametrize("name", test_aggregators.FAMILY)

@@ -20,6 +20,7 @@ from setpred.data.toy.digits import CLASSES, DigitCounting, DigitPoints, Rotated
 from setpred.data.toy.median import Median
 from setpred.data.toy.omniglot import OmniglotCounting, read_characters
 from setpred.data.toy.qm9 import PROPERTIES, QM9, read_molecule
+from setpred.data.toy.solids import KINDS, TUBE, Solids
 from setpred.decoders import IDSPN, MLPDecoder, SlotAttention
 from setpred.encoders import Elements, SmallCNN
 from setpred.errors import InputError, NotFiniteError
@@ -30,12 +31,12 @@ from setpred.model import SetPredictor
 from setpred.training.task import SetPrediction
 
 SMALL = {"train_sets": 40, "val_sets": 12, "batch_size": 4}
-WORLDS = (Multisets, Numbering, Median, ThreeCells, UncertainPoints, DigitCounting, RotatedDigits, DigitPoints)
+WORLDS = (Multisets, Numbering, Median, ThreeCells, UncertainPoints, Solids, DigitCounting, RotatedDigits, DigitPoints)
 every_world = pytest.mark.parametrize("make", WORLDS)
 
 
 def built(make, **options):
-    if make in WORLDS[5:]:
+    if make in WORLDS[6:]:
         pytest.importorskip("sklearn")
     world = make(**SMALL | options)
     world.setup()
@@ -197,6 +198,8 @@ def test_without_scikit_learn_there_is_one_sentence(monkeypatch):
         *((Numbering, {name: 0}, "at least one element") for name in ("set_size", "classes")),
         (DigitCounting, {"sizes": (4, 3)}, r"at least 1, got \[4, 3\]"),
         (RotatedDigits, {"threshold": 8.0}, "threshold from 0 to under 1"),
+        (RotatedDigits, {"stretch": 0.5}, "stretch of at least 1, got 0.5"),
+        (Solids, {"points": 0}, "at least 1 point"),
         (DigitPoints, {"threshold": 8.0}, "threshold from 0 to under 1"),
         (DigitPoints, {"set_size": 26}, r"27 pixels over 0\.5, more than the 26 of a set"),
         (QM9, {"folder": "", "target": "colour"}, "unknown property 'colour' of a molecule; expected one of A, B"),
@@ -274,6 +277,81 @@ def test_training_digits_are_turned_only_if_asked():
     for data, upright in ((one.train_data, True), (one.val_data, False), (two.train_data, False), (two.val_data, True)):
         points = data.tensors["input"][data.tensors["input_mask"]][:, :2]
         assert bool(((points[..., None] - grid).abs().amin(-1) < 1e-6).all()) is upright
+
+
+def test_stretched_digits_are_linear_images_of_upright_ones(digits):
+    upright = RotatedDigits(**SMALL, val_rotated=False).examples("val", 500, rng())
+    stretched = RotatedDigits(**SMALL, stretch=2.0)
+    found = stretched.examples("val", 500, rng())
+    np.testing.assert_array_equal(
+        stretched.examples("train", 9, rng())["input"][0],
+        RotatedDigits(**SMALL).examples("train", 9, rng())["input"][0],
+    )
+    ratios = []
+    for still, moved, mask in zip(upright["input"], found["input"], upright["input_mask"], strict=True):
+        matrix, *_ = np.linalg.lstsq(still[mask, :2], moved[mask, :2], rcond=None)
+        np.testing.assert_allclose(still[mask, :2] @ matrix, moved[mask, :2], atol=1e-5)
+        assert np.linalg.det(matrix) == pytest.approx(1, abs=1e-4)
+        ratios.append(np.linalg.svd(matrix)[1][0])
+    assert 1 <= min(ratios) < 1.02
+    assert 1.96 < max(ratios) < 2.001
+
+
+# --- solids -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def solids():
+    """Upright solids of each kind, float64 `[count, 96, 6]`."""
+    made = Solids(**SMALL).examples("train", 70, rng())
+    kinds = made["elements"].argmax(-1).flatten()
+    assert np.bincount(kinds).tolist() == [10] * len(KINDS)
+    return {name: made["input"][kinds == kind].astype(float) for kind, name in enumerate(KINDS)}
+
+
+def test_solids_are_on_their_surfaces_and_their_normals_point_outwards(solids):
+    for sets in solids.values():
+        np.testing.assert_allclose(np.linalg.norm(sets[..., 3:], axis=-1), 1, atol=1e-5)
+    for name in KINDS[:4]:  # convex: the whole set is behind each tangent plane, up to the noise
+        for points in solids[name]:
+            heights = (points[None, :, :3] - points[:, None, :3]) @ points[:, 3:, None]
+            assert heights.max() < 0.1, name
+    half = np.abs(solids["box"][..., :3]).max(1)
+    assert half.min() > 0.55
+    assert half.max() < 1.05
+    flat = np.abs(solids["cylinder"][..., 5])
+    assert ((flat < 0.15) | (flat > 0.85)).mean() > 0.8  # sides and lids
+
+
+def test_screws_are_mirror_images_of_each_other(solids):
+    """The height rises with the angle, on the left one it falls; normals lead away from the axis of the tube."""
+    for name, hand in (("right screw", 1), ("left screw", -1)):
+        for points in solids[name]:
+            size = np.abs(points[:, :2]).max(0) / (1 + TUBE)
+            angle = np.arctan2(hand * points[:, 1] / size[1], points[:, 0] / size[0]) % (2 * np.pi)
+            inside = (angle > 0.7) & (angle < 5.6)  # away from the ends
+            assert np.corrcoef(angle[inside], points[inside, 2])[0, 1] > 0.7
+            centre = np.stack([np.cos(angle) * size[0], hand * np.sin(angle) * size[1]], axis=-1)
+            assert ((points[:, :2] - centre) * points[:, 3:5]).sum(-1).mean() > 0.05
+
+
+def test_solids_are_drawn_by_area_and_turned_uniformly():
+    # of a torus the inner half has π - 2 r of the 2 π of the area
+    world = Solids(**SMALL, points=2000)
+    points = world._upright(4, 1, rng(1))[0]
+    size = np.abs(points[:, :3]).max(0)
+    inner = np.linalg.norm(points[:, :2] / size[:2] * (1 + TUBE), axis=-1) < 1
+    assert inner.mean() == pytest.approx((np.pi - 2 * TUBE) / (2 * np.pi), abs=0.04)
+    upright, turned = (
+        Solids(**SMALL, points=8, val_rotated=rotated).examples("val", 2000, rng())["input"]
+        for rotated in (False, True)
+    )
+    assert_maps = np.linalg.solve(upright[:, :3, :3].astype(float), turned[:, :3, :3].astype(float))
+    np.testing.assert_allclose(np.linalg.det(assert_maps), 1, atol=0.05)
+    np.testing.assert_allclose(upright[..., 3:] @ assert_maps, turned[..., 3:], atol=0.05)
+    # of a uniform rotation every entry has mean 0 and variance 1/3
+    assert np.abs(assert_maps.mean(0)).max() < 0.05
+    assert np.abs((assert_maps**2).mean(0) - 1 / 3).max() < 0.03
 
 
 def test_points_are_those_of_the_pixels(digits):

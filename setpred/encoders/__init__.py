@@ -2,14 +2,17 @@
 
 from setpred.encoders.cnn import ResidualTrunk, SlotTrunk, SmallCNN, SmallTrunk
 from setpred.encoders.elements import Elements, ElementTokens, Normalised, Pooled, SetTokens, WindowTokens
+from setpred.encoders.invariant_coordinates import InvariantCoordinates
 from setpred.encoders.positions import LinearPosition, SeqPE, SinePosition, position_grid
 from setpred.encoders.resnet import ResNet, ResNetTrunk
+from setpred.encoders.surface import SurfaceTokens
 from setpred.encoders.tokens import PositionedTokens, Tokens, Votes
 from setpred.nn import record_parts
 
 __all__ = [
     "ElementTokens",
     "Elements",
+    "InvariantCoordinates",
     "LinearPosition",
     "Normalised",
     "Pooled",
@@ -23,6 +26,7 @@ __all__ = [
     "SlotTrunk",
     "SmallCNN",
     "SmallTrunk",
+    "SurfaceTokens",
     "Tokens",
     "Votes",
     "WindowTokens",

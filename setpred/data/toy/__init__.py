@@ -7,6 +7,7 @@ from setpred.data.toy.multisets import Multisets
 from setpred.data.toy.numbering import Numbering
 from setpred.data.toy.omniglot import OmniglotCounting
 from setpred.data.toy.qm9 import QM9
+from setpred.data.toy.solids import Solids
 from setpred.data.toy.three_cells import ThreeCells
 from setpred.data.toy.uncertain_points import UncertainPoints
 
@@ -20,6 +21,7 @@ __all__ = [
     "Numbering",
     "OmniglotCounting",
     "RotatedDigits",
+    "Solids",
     "ThreeCells",
     "UncertainPoints",
     "World",

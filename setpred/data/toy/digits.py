@@ -70,6 +70,12 @@ def pixel_points(images: np.ndarray, threshold: float) -> tuple[np.ndarray, np.n
     return (positions * mask[:, :, None]).astype(np.float32), intensities * mask, mask
 
 
+def turns(angles: np.ndarray) -> np.ndarray:
+    """Rotations `[count, 2, 2]` of positions in rows, by angles in radians."""
+    cosine, sine = np.cos(angles), np.sin(angles)
+    return np.stack([cosine, sine, -sine, cosine], axis=-1).reshape(-1, 2, 2)
+
+
 class Counting(World):
     """Sets of images; the target is how many different classes are among them, a set of one element.
 
@@ -132,25 +138,38 @@ class RotatedDigits(World):
 
     Args:
         train_rotated, val_rotated: whether the digits of that part are turned.
+        stretch: at least 1; over 1, turned digits are first made up to so many times longer along a random line, and as
+            much narrower across it, or the reverse: with the turn, any linear map of determinant 1 up to that size.
         threshold: intensity over which a pixel is a point, from 0 to 1.
         arguments: those of `World`.
     """
 
     def __init__(
-        self, *, train_rotated: bool = False, val_rotated: bool = True, threshold: float = 0.0, **arguments: Any
+        self,
+        *,
+        train_rotated: bool = False,
+        val_rotated: bool = True,
+        stretch: float = 1.0,
+        threshold: float = 0.0,
+        **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
+        if not 1 <= stretch < np.inf:
+            raise InputError(f"expected a stretch of at least 1, got {stretch}; give the largest ratio of lengths")
         self.rotated = {"train": train_rotated, "val": val_rotated}
-        self.threshold = threshold
+        self.stretch, self.threshold = stretch, threshold
 
     def examples(self, split: str, count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         images, classes = bundled_digits(split)
         positions, intensities, mask = pixel_points(images, self.threshold)
         which = in_turn(len(images), count, rng)
-        angle = rng.uniform(0, 2 * np.pi, count) * self.rotated[split]
-        cosine, sine = np.cos(angle), np.sin(angle)
-        turns = np.stack([cosine, sine, -sine, cosine], axis=-1).reshape(-1, 2, 2)  # of positions in rows
-        turned = (positions[which] @ turns).astype(np.float32)
+        maps = turns(rng.uniform(0, 2 * np.pi, count) * self.rotated[split])
+        if self.stretch > 1 and self.rotated[split]:
+            line = turns(rng.uniform(0, np.pi, count))
+            ratio = self.stretch ** rng.uniform(-1, 1, (count, 1))
+            longer = np.concatenate([ratio, 1 / ratio], axis=1)[:, :, None] * np.eye(2)
+            maps = line.mT @ longer @ line @ maps
+        turned = (positions[which] @ maps).astype(np.float32)
         elements = np.concatenate([turned, intensities[which][:, :, None]], axis=-1)
         target = np.eye(CLASSES, dtype=np.float32)[classes[which]][:, None]
         return {"input": elements, "input_mask": mask[which], "elements": target}
