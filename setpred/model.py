@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from setpred.errors import InputError
@@ -77,16 +78,48 @@ class SetPredictor(nn.Module):
             raise ValueError(f"expected images of {wanted}x{wanted}, got {inputs.shape[3]}x{inputs.shape[2]}")
         return self.encoder(unit_images(inputs))
 
-    def forward(self, inputs: Tensor, *, mask: Tensor | None = None, iterations: int | None = None) -> Tensor:
+    def forward(
+        self,
+        inputs: Tensor,
+        *,
+        mask: Tensor | None = None,
+        iterations: int | None = None,
+        target: Tensor | None = None,
+    ) -> Tensor:
         """Predict elements `[batch, set_size, set_dim]`.
 
         Args:
             inputs: images `[batch, 3, H, W]`, uint8 or float in [0, 1]; or sets `[batch, n, in_dim]`.
             mask: present elements of the input sets, bool `[batch, n]`; all unless given.
             iterations: overrides the decoder's number of steps.
+            target: the real sets, for training decoders that `denoise` them.
         """
         features = self.encode(inputs, mask)
-        return self.decoder(features, **self._options(inputs, mask, iterations, features))
+        given = {} if target is None else {"target": target}
+        return self.decoder(features, **self._options(inputs, mask, iterations, features), **given)
+
+    @property
+    def start(self) -> nn.Module | None:
+        """The decoder's random start, whose `seed` fixes the predictions in evaluation; None without one."""
+        start = getattr(getattr(self.decoder, "slots", self.decoder), "start", None)
+        return start if hasattr(start, "seed") else None
+
+    def samples(self, inputs: Tensor, count: int, *, mask: Tensor | None = None) -> Tensor:
+        """Predict sets with `count` successive seeds of the start, `[count, batch, set_size, set_dim]`.
+
+        The first is the prediction in evaluation; without a random start all are equal.
+        """
+        features, start = self.encode(inputs, mask), self.start
+        options, seed, found = self._options(inputs, mask, None, features), getattr(start, "seed", 0), []
+        try:
+            for number in range(count):
+                if start is not None:
+                    start.seed = seed + number
+                found.append(self.decoder(features, **options))
+        finally:
+            if start is not None:
+                start.seed = seed
+        return torch.stack(found)
 
     def refine(self, inputs: Tensor, *, mask: Tensor | None = None, iterations: int | None = None) -> Iterator[Tensor]:
         """Yield every iterate of the prediction, the start first; arguments as in `forward`."""
@@ -145,7 +178,15 @@ class Step:
     def predict(self) -> Tensor:
         """Predict sets `[batch, set_size, set_dim]`, with torch's generator in its present state."""
         inputs, mask = inputs_of(self.batch)
-        return self.model(inputs, mask=mask, iterations=self.iterations)
+        decoder = self.model.decoder
+        noised = decoder.training and getattr(decoder, "denoises", False)
+        target = {"target": self.batch["elements"]} if noised else {}
+        return self.model(inputs, mask=mask, iterations=self.iterations, **target)
+
+    def samples(self, count: int) -> Tensor:
+        """Predict `count` sets of each input, see `SetPredictor.samples`."""
+        inputs, mask = inputs_of(self.batch)
+        return self.model.samples(inputs, count, mask=mask)
 
     def inputs(self) -> Tensor:
         """Images or sets, with zeros in place of padding."""

@@ -15,6 +15,7 @@ from setpred.metrics.average_precision import (
 from setpred.metrics.averages import AbsoluteError, Accuracy, Mean, MeanMetric
 from setpred.metrics.box_precision import BoxAveragePrecision, box_average_precision, match_boxes
 from setpred.metrics.calibration import CalibrationFit, fit_calibration, reliability, right_predictions
+from setpred.metrics.energy_score import EnergyScore, energy_score
 from setpred.metrics.numbering import NumberingAccuracy, right_numbers
 from setpred.metrics.segmentation import (
     Segmentation,
@@ -34,6 +35,7 @@ __all__ = [
     "AveragePrecision",
     "BoxAveragePrecision",
     "CalibrationFit",
+    "EnergyScore",
     "GatheredSets",
     "Mean",
     "MeanMetric",
@@ -46,6 +48,7 @@ __all__ = [
     "average_precision_per_image",
     "box_average_precision",
     "contingency",
+    "energy_score",
     "fit_calibration",
     "masks_to_labels",
     "match_boxes",
