@@ -104,13 +104,15 @@ class SetPredictor(nn.Module):
         start = getattr(getattr(self.decoder, "slots", self.decoder), "start", None)
         return start if hasattr(start, "seed") else None
 
-    def samples(self, inputs: Tensor, count: int, *, mask: Tensor | None = None) -> Tensor:
+    def samples(
+        self, inputs: Tensor, count: int, *, mask: Tensor | None = None, iterations: int | None = None
+    ) -> Tensor:
         """Predict sets with `count` successive seeds of the start, `[count, batch, set_size, set_dim]`.
 
         The first is the prediction in evaluation; without a random start all are equal.
         """
         features, start = self.encode(inputs, mask), self.start
-        options, seed, found = self._options(inputs, mask, None, features), getattr(start, "seed", 0), []
+        options, seed, found = self._options(inputs, mask, iterations, features), getattr(start, "seed", 0), []
         try:
             for number in range(count):
                 if start is not None:
