@@ -95,8 +95,7 @@ class SetPredictor(nn.Module):
             target: the real sets, for training decoders that `denoise` them.
         """
         features = self.encode(inputs, mask)
-        given = {} if target is None else {"target": target}
-        return self.decoder(features, **self._options(inputs, mask, iterations, features), **given)
+        return self.decoder(features, **self._options(inputs, mask, iterations, features, target))
 
     @property
     def start(self) -> nn.Module | None:
@@ -123,14 +122,30 @@ class SetPredictor(nn.Module):
                 start.seed = seed
         return torch.stack(found)
 
-    def refine(self, inputs: Tensor, *, mask: Tensor | None = None, iterations: int | None = None) -> Iterator[Tensor]:
+    def refine(
+        self,
+        inputs: Tensor,
+        *,
+        mask: Tensor | None = None,
+        iterations: int | None = None,
+        target: Tensor | None = None,
+    ) -> Iterator[Tensor]:
         """Yield every iterate of the prediction, the start first; arguments as in `forward`."""
         features = self.encode(inputs, mask)
-        return self.decoder.refine(features, **self._options(inputs, mask, iterations, features))
+        return self.decoder.refine(features, **self._options(inputs, mask, iterations, features, target))
 
-    def _options(self, inputs: Tensor, mask: Tensor | None, iterations: int | None, features: Tensor) -> dict[str, Any]:
+    def _options(
+        self,
+        inputs: Tensor,
+        mask: Tensor | None,
+        iterations: int | None,
+        features: Tensor,
+        target: Tensor | None = None,
+    ) -> dict[str, Any]:
         """Arguments of the decoder besides the features; it gets an input set and its mask only if it reads them."""
         decoder, options = self.decoder, {"iterations": iterations}
+        if target is not None:
+            options["target"] = target
         if getattr(decoder, "conditional", False):
             options["condition"] = inputs
         if mask is not None and not mask.all() and any(isinstance(part, OfTokens) for part in decoder.modules()):
@@ -179,13 +194,16 @@ class Step:
     def input_name(self) -> str:
         return "image" if "image" in self.batch else "input"
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of the model besides the inputs; decoders that `denoise` get the real sets in training."""
+        decoder, options = self.model.decoder, {"mask": self.batch.get("input_mask"), "iterations": self.iterations}
+        noised = decoder.training and getattr(decoder, "denoises", False)
+        return options | ({"target": self.batch["elements"]} if noised else {})
+
     def predict(self) -> Tensor:
         """Predict sets `[batch, set_size, set_dim]`, with torch's generator in its present state."""
-        inputs, mask = inputs_of(self.batch)
-        decoder = self.model.decoder
-        noised = decoder.training and getattr(decoder, "denoises", False)
-        target = {"target": self.batch["elements"]} if noised else {}
-        return self.model(inputs, mask=mask, iterations=self.iterations, **target)
+        return self.model(self.batch[self.input_name], **self.options)
 
     def samples(self, count: int) -> Tensor:
         """Predict `count` sets of each input, see `SetPredictor.samples`."""
@@ -196,8 +214,7 @@ class Step:
         """Predict as `predict` does; return every iterate if the loss reads them, else the last one alone."""
         if not self.auxiliary or not hasattr(self.model.decoder, "refine"):
             return [self.predict()]
-        inputs, mask = inputs_of(self.batch)
-        return list(self.model.refine(inputs, mask=mask, iterations=self.iterations))
+        return list(self.model.refine(self.batch[self.input_name], **self.options))
 
     def losses(self, iterates: Sequence[Tensor]) -> Tensor:
         """Compute the loss of each example, `[batch]`: L(Y_T) + auxiliary · mean of L(Y_t) over t < T.

@@ -28,6 +28,7 @@ from setpred.inner import Conditioned, GradientDescent, LatentMatching, Sum
 from setpred.losses import CrossEntropy, HungarianLoss
 from setpred.metrics import AbsoluteError, Accuracy, EnergyScore, NumberingAccuracy, SetDistances
 from setpred.model import SetPredictor, Step
+from setpred.nonfinite.locate import diagnose
 from setpred.training.task import SetPrediction
 
 SMALL = {"train_sets": 40, "val_sets": 12, "batch_size": 4}
@@ -178,7 +179,9 @@ def test_the_energy_score_against_a_loop():
 def test_a_metric_of_samples_gets_predictions_of_successive_seeds():
     world = built(Depths)
     decoder = FlowMatching(latent_dim=3, dim=8, heads=2, layers=1, hidden_dim=8, iterations=2, set_size=5, set_dim=3)
-    task = SetPrediction(SumPool(3), decoder, schema=None, metric=EnergyScore(samples=3))
+    task = SetPrediction(
+        SumPool(3), decoder, schema=None, loss=HungarianLoss(aligned=True), metric=EnergyScore(samples=3)
+    )
     batches = list(world.val_dataloader())
     seen, update = [], task.metric.update
     task.metric.update = lambda predicted, target: (seen.append(predicted), update(predicted, target))
@@ -197,6 +200,18 @@ def test_a_metric_of_samples_gets_predictions_of_successive_seeds():
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("aligned", [True, False])
+def test_only_decoders_that_match_elements_to_noise_take_an_aligned_loss(aligned):
+    decoder = MLPDecoder if aligned else FlowMatching
+    with pytest.raises(InputError, match=f"aligned {not aligned} for {decoder.__name__}, got {aligned}"):
+        SetPrediction(
+            SumPool(3),
+            decoder(latent_dim=3, set_size=5, set_dim=3),
+            schema=None,
+            loss=HungarianLoss(aligned=True) if aligned else None,
+        )
+
+
 def test_a_flow_in_training_reads_the_target_and_its_validation_does_not():
     batch = built(Depths).train_data.__getitems__([0, 1, 2])
     decoder = FlowMatching(latent_dim=3, dim=8, heads=2, layers=1, hidden_dim=8, iterations=2, set_size=5, set_dim=3)
@@ -208,6 +223,14 @@ def test_a_flow_in_training_reads_the_target_and_its_validation_does_not():
         one = step.predict()
         torch.manual_seed(0)
         assert torch.allclose(one, other.predict()) != training
+    step.model.train()
+    torch.manual_seed(0)
+    loss = step.loss(step.predict(), step.target)
+    stages = {stage.place: stage for stage in diagnose(step)}  # of the same step, not of a sample
+    assert stages["loss"].norm == pytest.approx(float(loss.detach().max()), rel=1e-6)
+    step = replace(step, auxiliary=1.0)
+    with pytest.raises(InputError, match=r"set model\.auxiliary to 0"):  # one clean prediction, no earlier one
+        step.losses(step.iterates())
 
 
 # --- digits -------------------------------------------------------------------------------------------------------

@@ -196,6 +196,13 @@ class SetPrediction(pl.LightningModule):
         # channels-last is the faster layout for convolutions on GPUs and CPUs alike
         self.model = SetPredictor(encoder, decoder).to(memory_format=torch.channels_last)
         self.loss = HungarianLoss() if loss is None else loss
+        denoises = getattr(decoder, "denoises", False)
+        if isinstance(self.loss, HungarianLoss) and self.loss.aligned != denoises:
+            raise InputError(
+                f"expected a HungarianLoss with aligned {denoises} for {type(decoder).__name__}, got "
+                f"{self.loss.aligned}; only decoders that match elements to their noise, such as FlowMatching, are "
+                f"trained in the order of the target, and need to be; set model.loss.init_args.aligned to {denoises}"
+            )
         self.frozen = [frozen_part(self.model, name) for name in frozen]
         if frozen and not any(weights.requires_grad for weights in self.parameters()):
             raise InputError(
