@@ -78,25 +78,74 @@ class SetPredictor(nn.Module):
             raise ValueError(f"expected images of {wanted}x{wanted}, got {inputs.shape[3]}x{inputs.shape[2]}")
         return self.encoder(unit_images(inputs))
 
-    def forward(self, inputs: Tensor, *, mask: Tensor | None = None, iterations: int | None = None) -> Tensor:
+    def forward(
+        self,
+        inputs: Tensor,
+        *,
+        mask: Tensor | None = None,
+        iterations: int | None = None,
+        target: Tensor | None = None,
+    ) -> Tensor:
         """Predict elements `[batch, set_size, set_dim]`.
 
         Args:
             inputs: images `[batch, 3, H, W]`, uint8 or float in [0, 1]; or sets `[batch, n, in_dim]`.
             mask: present elements of the input sets, bool `[batch, n]`; all unless given.
             iterations: overrides the decoder's number of steps.
+            target: the real sets, for training decoders that `denoise` them.
         """
         features = self.encode(inputs, mask)
-        return self.decoder(features, **self._options(inputs, mask, iterations, features))
+        return self.decoder(features, **self._options(inputs, mask, iterations, features, target))
 
-    def refine(self, inputs: Tensor, *, mask: Tensor | None = None, iterations: int | None = None) -> Iterator[Tensor]:
+    @property
+    def start(self) -> nn.Module | None:
+        """The decoder's random start, whose `seed` fixes the predictions in evaluation; None without one."""
+        start = getattr(getattr(self.decoder, "slots", self.decoder), "start", None)
+        return start if hasattr(start, "seed") else None
+
+    def samples(
+        self, inputs: Tensor, count: int, *, mask: Tensor | None = None, iterations: int | None = None
+    ) -> Tensor:
+        """Predict sets with `count` successive seeds of the start, `[count, batch, set_size, set_dim]`.
+
+        The first is the prediction in evaluation; without a random start all are equal.
+        """
+        features, start = self.encode(inputs, mask), self.start
+        options, seed, found = self._options(inputs, mask, iterations, features), getattr(start, "seed", 0), []
+        try:
+            for number in range(count):
+                if start is not None:
+                    start.seed = seed + number
+                found.append(self.decoder(features, **options))
+        finally:
+            if start is not None:
+                start.seed = seed
+        return torch.stack(found)
+
+    def refine(
+        self,
+        inputs: Tensor,
+        *,
+        mask: Tensor | None = None,
+        iterations: int | None = None,
+        target: Tensor | None = None,
+    ) -> Iterator[Tensor]:
         """Yield every iterate of the prediction, the start first; arguments as in `forward`."""
         features = self.encode(inputs, mask)
-        return self.decoder.refine(features, **self._options(inputs, mask, iterations, features))
+        return self.decoder.refine(features, **self._options(inputs, mask, iterations, features, target))
 
-    def _options(self, inputs: Tensor, mask: Tensor | None, iterations: int | None, features: Tensor) -> dict[str, Any]:
+    def _options(
+        self,
+        inputs: Tensor,
+        mask: Tensor | None,
+        iterations: int | None,
+        features: Tensor,
+        target: Tensor | None = None,
+    ) -> dict[str, Any]:
         """Arguments of the decoder besides the features; it gets an input set and its mask only if it reads them."""
         decoder, options = self.decoder, {"iterations": iterations}
+        if target is not None:
+            options["target"] = target
         if getattr(decoder, "conditional", False):
             options["condition"] = inputs
         if mask is not None and not mask.all() and any(isinstance(part, OfTokens) for part in decoder.modules()):
@@ -145,21 +194,31 @@ class Step:
     def input_name(self) -> str:
         return "image" if "image" in self.batch else "input"
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of the model besides the inputs; decoders that `denoise` get the real sets in training."""
+        decoder, options = self.model.decoder, {"mask": self.batch.get("input_mask"), "iterations": self.iterations}
+        noised = decoder.training and getattr(decoder, "denoises", False)
+        return options | ({"target": self.batch["elements"]} if noised else {})
+
     def predict(self, inputs: Tensor | None = None) -> Tensor:
         """Predict sets `[batch, set_size, set_dim]`, with torch's generator in its present state.
 
         Args:
             inputs: in the place of those of the batch, with the same mask.
         """
-        own, mask = inputs_of(self.batch)
-        return self.model(own if inputs is None else inputs, mask=mask, iterations=self.iterations)
+        return self.model(self.batch[self.input_name] if inputs is None else inputs, **self.options)
+
+    def samples(self, count: int) -> Tensor:
+        """Predict `count` sets of each input, see `SetPredictor.samples`."""
+        inputs, mask = inputs_of(self.batch)
+        return self.model.samples(inputs, count, mask=mask)
 
     def iterates(self) -> list[Tensor]:
         """Predict as `predict` does; return every iterate if the loss reads them, else the last one alone."""
         if not self.auxiliary or not hasattr(self.model.decoder, "refine"):
             return [self.predict()]
-        inputs, mask = inputs_of(self.batch)
-        return list(self.model.refine(inputs, mask=mask, iterations=self.iterations))
+        return list(self.model.refine(self.batch[self.input_name], **self.options))
 
     def losses(self, iterates: Sequence[Tensor]) -> Tensor:
         """Compute the loss of each example, `[batch]`: L(Y_T) + auxiliary · mean of L(Y_t) over t < T.

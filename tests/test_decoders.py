@@ -17,6 +17,7 @@ from setpred.decoders import (
     DeepSets,
     ElementBiLSTM,
     ElementTransformer,
+    FlowMatching,
     GaussianStart,
     LearnedStart,
     MLPDecoder,
@@ -75,6 +76,10 @@ def detr(position, **numbers):
     return DETR(position, token_dim=DIM, dim=8, heads=2, hidden_dim=7, **layers, **SETS)
 
 
+def flow(**features):
+    return FlowMatching(dim=8, heads=2, layers=2, hidden_dim=7, iterations=3, **features, **SETS)
+
+
 def broadcast(slots, **options):
     return SpatialBroadcast(slots, side=2, widths=[3], **options)
 
@@ -107,6 +112,7 @@ TOKEN_DECODERS = {
     "slot mixture": lambda: SlotMixture(gradient_steps=None, **SLOTS),
     "implicit slot mixture": lambda: SlotMixture(**SLOTS),
     "detr": lambda: detr(Nowhere()),
+    "flow matching": lambda: flow(token_dim=DIM),
     "seq2set": lambda: Seq2Set(token_dim=DIM, hidden_dim=7, embedding_dim=4, **SETS),
     "slots by transport, two heads": lambda: SlotAttention(SinkhornAttention(dim=4), heads=2, **SLOTS),
     "broadcast slots": lambda: broadcast(SlotAttention(**SLOTS)),
@@ -120,6 +126,7 @@ VECTOR_DECODERS = {
     "bilstm": lambda: BiLSTMDecoder(latent_dim=DIM, hidden_dim=4, **SETS),
     "transformer": lambda: transformer(None),
     "transformer, random": lambda: transformer(RandomStart(SIZE, 8)),
+    "flow matching of a vector": lambda: flow(latent_dim=DIM),
     "idspn": lambda: idspn(Implicit()),
     "idspn, best": lambda: idspn(Implicit(best=True)),
     "dspn": lambda: idspn(Unrolled()),
@@ -128,7 +135,8 @@ OF_TOKENS = TOKEN_DECODERS | ELEMENT_DECODERS
 DECODERS = OF_TOKENS | VECTOR_DECODERS
 SLOT_DECODERS = [name for name in TOKEN_DECODERS if "slot" in name]
 # decoders with a start, whose elements only the start distinguishes
-STARTED = [*SLOT_DECODERS, "transformer", "transformer, random", "idspn", "idspn, best", "dspn"]
+FLOWS = ["flow matching", "flow matching of a vector"]
+STARTED = [*SLOT_DECODERS, *FLOWS, "transformer", "transformer, random", "idspn", "idspn, best", "dspn"]
 # weights without effect: DETR's elements are zeros when they first attend to each other
 IDLE = {"detr": {"decoder.0.own.value.weight"}}
 # decoders whose gradients are not those of the value, by design
@@ -165,6 +173,8 @@ def test_refine_yields_every_prediction_and_forward_the_last(name):
             decoder(given, iterations=2)
         return
     assert len(iterates) == decoder.iterations + 1
+    if name in FLOWS:  # more steps are smaller ones, on the same way
+        return
     longer = list(decoder.refine(given, iterations=decoder.iterations + 2))
     close(torch.stack(longer[: len(iterates)]), torch.stack(iterates))
     close(decoder(given, iterations=1), iterates[1])
@@ -380,6 +390,57 @@ def test_a_start_can_be_learned(name):
     decoder.start = LearnedStart(*decoder.start(given).shape[1:], scale=1.0).double()
     weighted_sum(decoder(given)).backward()
     assert decoder.start.initial.grad.abs().max() > 0
+
+
+# --- flow matching ------------------------------------------------------------------------------------------------
+
+
+def test_a_flow_with_a_known_posterior_samples_the_known_distribution():
+    """Sets of all +1, of chance q, or all -1: E[Y | Y_t] = tanh(t Σ y_t / (1 - t)² + ½ log(q / (1 - q)))."""
+    count, q = 4000, 0.3
+    decoder = flow(latent_dim=DIM).double()
+    decoder.start = Given(normal(count, SIZE, OUT))
+
+    def posterior(elements, time, tokens, mask):
+        sums = elements.sum((1, 2), keepdim=True)
+        return (time * sums / (1 - time) ** 2 + 0.5 * math.log(q / (1 - q))).tanh().expand_as(elements)
+
+    decoder.denoise = posterior
+    samples = decoder(normal(count, DIM), iterations=50)
+    assert (samples.abs() - 1).abs().mean() < 0.02
+    assert (samples.mean((1, 2)) > 0).double().mean().item() == pytest.approx(q, abs=0.03)
+
+
+def test_the_steps_of_a_flow_are_those_of_ddim():
+    """Y_s = s Ŷ + (1 - s) ε̂, with the noise ε̂ that the clean prediction leaves."""
+    decoder, given = build("flow matching"), features("flow matching")
+    tokens, steps = decoder.narrow(given), decoder.iterations
+    iterates = list(decoder.refine(given))
+    for number, (before, after) in enumerate(itertools.pairwise(iterates)):
+        t, s = number / steps, (number + 1) / steps
+        clean = decoder.denoise(before, torch.full((BATCH, 1, 1), t, dtype=before.dtype), tokens, None)
+        close(after, s * clean + (1 - s) * (before - t * clean) / (1 - t))
+    close(iterates[-1], clean)
+
+
+def test_training_denoises_a_target_matched_to_the_noise():
+    decoder, given, target = build("flow matching").train(), features("flow matching"), normal(BATCH, SIZE, OUT, seed=9)
+    noise, seen = normal(BATCH, SIZE, OUT, seed=8), []
+    decoder.start = Given(noise)
+    decoder.denoise = lambda elements, time, *_: (seen.append((elements, time)), elements)[1]
+    prediction = decoder(given, target=target)
+    (elements, time), *others = seen
+    assert not others
+    assert torch.equal(prediction, elements)
+    assert len(time.unique()) == BATCH
+    assert ((time >= 0) & (time < 1)).all()
+    drawn = (elements - time * target) / (1 - time)
+    for row, candidates in enumerate(noise):
+        orders = map(list, itertools.permutations(range(SIZE)))
+        best = min(orders, key=lambda order: (candidates[order] - target[row]).square().sum())
+        close(drawn[row], candidates[best])
+    with pytest.raises(ValueError, match="expected target"):
+        decoder(given, target=target[:, 1:])
 
 
 # --- DETR, transformers, Seq2Set --------------------------------------------------------------------------------------
@@ -619,6 +680,8 @@ def test_features_that_do_not_fit_raise_at_once(encoder, decoder, message):
     "build",
     [
         lambda: detr(None, decoder_layers=0),
+        lambda: flow(),
+        lambda: flow(token_dim=DIM, latent_dim=DIM),
         lambda: Attention(8, heads=3),
         lambda: Attention(8, heads=0),
         lambda: SlotAttention(**SLOTS, heads=3),

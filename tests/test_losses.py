@@ -334,6 +334,17 @@ def test_padding_may_be_anywhere_by_brute_force(pair):
         assert found[b].item() == pytest.approx(min(totals))
 
 
+def test_aligned_elements_keep_their_order_in_training_alone(pair):
+    predicted, target = (part.float() for part in pair)
+    options = {"schema": SCHEMA, "weights": {"coords": 3.0}, "only_present": ["coords"]}
+    matched, aligned = HungarianLoss(**options), HungarianLoss(aligned=True, **options)
+    first, last = (torch.eye(4)[order] @ part for order, part in (([2, 0, 3, 1], predicted), ([2, 0, 3, 1], target)))
+    assert_close(aligned(first, last), aligned(predicted, target))  # together
+    assert (aligned(first, target) > matched(first, target) + 1e-4).any()
+    assert_close(aligned(target[:, [1, 0, 2, 3]], target) > 0, torch.ones(len(target)).bool())
+    assert_close(aligned.eval()(first, target), matched(first, target))
+
+
 def test_chamfer_is_the_definition_and_blind_to_multiplicity():
     one, other, single = (torch.tensor([[[a], [b], [c]]]) for a, b, c in ((0.0, 0.0, 4.0), (0.0, 4.0, 4.0), (0.0,) * 3))
     assert ChamferLoss()(one, other).item() == 0

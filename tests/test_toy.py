@@ -3,6 +3,7 @@
 import itertools
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,28 +16,40 @@ from setpred.aggregators import FSPool, SetEncoder, SumPool
 from setpred.checkpoint import load as checkpoint
 from setpred.commands.evaluate import evaluate
 from setpred.commands.train import train
-from setpred.data.toy import Multisets, Numbering, ThreeCells, UncertainPoints
+from setpred.data.toy import Depths, Multisets, Numbering, ThreeCells, UncertainPoints
 from setpred.data.toy.digits import CLASSES, DigitCounting, DigitPoints, RotatedDigits, bundled_digits, pixel_points
 from setpred.data.toy.median import Median
 from setpred.data.toy.omniglot import OmniglotCounting, read_characters
 from setpred.data.toy.qm9 import PROPERTIES, QM9, read_molecule
 from setpred.data.toy.solids import KINDS, TUBE, Solids
-from setpred.decoders import IDSPN, MLPDecoder, SlotAttention
+from setpred.decoders import IDSPN, FlowMatching, MLPDecoder, SlotAttention
 from setpred.encoders import Elements, SmallCNN
 from setpred.errors import InputError, NotFiniteError
 from setpred.inner import Conditioned, GradientDescent, LatentMatching, Sum
 from setpred.losses import CrossEntropy, HungarianLoss
-from setpred.metrics import AbsoluteError, Accuracy, NumberingAccuracy, SetDistances
-from setpred.model import SetPredictor
+from setpred.metrics import AbsoluteError, Accuracy, EnergyScore, NumberingAccuracy, SetDistances
+from setpred.model import SetPredictor, Step
+from setpred.nonfinite.locate import diagnose
 from setpred.training.task import SetPrediction
 
 SMALL = {"train_sets": 40, "val_sets": 12, "batch_size": 4}
-WORLDS = (Multisets, Numbering, Median, ThreeCells, UncertainPoints, Solids, DigitCounting, RotatedDigits, DigitPoints)
+WORLDS = (
+    Multisets,
+    Numbering,
+    Median,
+    Depths,
+    ThreeCells,
+    UncertainPoints,
+    Solids,
+    DigitCounting,
+    RotatedDigits,
+    DigitPoints,
+)
 every_world = pytest.mark.parametrize("make", WORLDS)
 
 
 def built(make, **options):
-    if make in WORLDS[6:]:
+    if make in WORLDS[7:]:
         pytest.importorskip("sklearn")
     world = make(**SMALL | options)
     world.setup()
@@ -163,6 +176,119 @@ def test_multisets_are_standard_normal_and_their_own_targets():
         assert float((data["input"] ** power).mean()) == pytest.approx(moment, abs=0.1)
 
 
+# --- depths of known chances --------------------------------------------------------------------------------------
+
+
+def test_depths_have_two_answers_with_the_given_chances():
+    data = built(Depths, train_sets=4000).train_data.tensors
+    seen, target, present = data["input"], data["elements"], data["input_mask"]
+    assert torch.equal(seen[..., 0], target[..., 0])
+    assert torch.equal(seen[..., 1], target[..., 1].abs())
+    assert torch.equal(target[..., 2], present.float())
+    assert sorted(present.sum(1).unique().tolist()) == [2, 3, 4, 5]
+    ahead, chance = target[:, 0, 1] > 0, seen[:, 0, 2]
+    assert ((target[..., 1] > 0) == (ahead[:, None] & present)).all()  # one sign for all points
+    for low in (0.0, 0.25, 0.5, 0.75):
+        of = (chance >= low) & (chance < low + 0.25)
+        assert ahead[of].double().mean().item() == pytest.approx(low + 0.125, abs=0.05)
+    hidden = built(Depths, train_sets=4000, seen=False).train_data.tensors
+    assert torch.equal(hidden["elements"], target)
+    assert hidden["input"].shape == (4000, 1, 3)
+    assert not hidden["input"].any()
+
+
+def test_the_energy_of_depths_is_the_known_one():
+    """1/6 for samples of the truth, 1/4 for the likelier set, 1/3 for the mean of both: see `Depths`."""
+    data = built(Depths, val_sets=1500).val_data.tensors
+    seen, target = data["input"], data["elements"]
+    chance, sign = seen[:, :1, 2], torch.ones(3, 1500, 1)
+    drawn = 1 - 2 * (numbers(3, 1500, 1) > chance).float()
+    answers = {1 / 6: drawn, 1 / 4: sign * (2 * chance - 1).sign(), 1 / 3: sign * (2 * chance - 1)}
+    for energy, signs in answers.items():
+        depth = signs * seen[..., 1]
+        samples = torch.stack([seen[..., 0].expand_as(depth), depth, target[..., 2].expand_as(depth)], -1)
+        found = EnergyScore(samples=3, cutoff=2.0)(samples, target)
+        assert float(found["energy"]) == pytest.approx(energy, abs=0.03)
+        assert float(found["spread"]) == pytest.approx(float(found["distance"]) if energy == 1 / 6 else 0, abs=0.04)
+
+
+def test_the_energy_score_against_a_loop():
+    samples, target = points(4 * 9, 3, 0.7, seed=2).unflatten(0, (4, 9)), points(9, 4, 0.7, seed=5)
+
+    def distance(ours, theirs):
+        return np.array([distances_twin(p, t, 1.0)[1] for p, t in zip(ours, theirs, strict=True)])
+
+    far = np.stack([distance(each, target) for each in samples])
+    apart = np.stack([distance(one, other) for one, other in itertools.permutations(samples, 2)]).mean(0)
+    expected = {"energy": far.mean(0) - apart / 2, "distance": far.mean(0), "best": far.min(0), "spread": apart}
+    found = EnergyScore(samples=4)(samples, target)
+    assert {name: pytest.approx(value.mean(), rel=1e-6) for name, value in expected.items()} == {
+        name: float(value) for name, value in found.items()
+    }
+    with pytest.raises(ValueError, match="expected 5 predictions of each set"):
+        EnergyScore(samples=5)(samples, target)
+    for options, words in (({"samples": 1}, "at least 2 samples"), ({"cutoff": 0.0}, "positive cutoff")):
+        with pytest.raises(InputError, match=words):
+            EnergyScore(**options)
+
+
+def test_a_metric_of_samples_gets_predictions_of_successive_seeds():
+    world = built(Depths)
+    decoder = FlowMatching(latent_dim=3, dim=8, heads=2, layers=1, hidden_dim=8, iterations=2, set_size=5, set_dim=3)
+    task = SetPrediction(
+        SumPool(3), decoder, schema=None, loss=HungarianLoss(aligned=True), metric=EnergyScore(samples=3)
+    )
+    batches = list(world.val_dataloader())
+    seen, update = [], task.metric.update
+    task.metric.update = lambda predicted, target: (seen.append(predicted), update(predicted, target))
+    task.validate(batches)
+    task.eval()
+    for seed in (0, 2):
+        task.model.start.seed = seed
+        for batch, predicted in zip(batches, seen, strict=True):
+            expected = task.model(batch["input"], mask=batch["input_mask"])
+            torch.testing.assert_close(predicted[seed], expected)
+    assert not torch.allclose(seen[0][0], seen[0][2])
+    task.model.start.seed = 0
+    same = SetPredictor(SumPool(3), MLPDecoder(latent_dim=3, hidden_dim=4, set_size=5, set_dim=3))
+    assert same.start is None
+    first, second = same.samples(batches[0]["input"], 2)
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_only_decoders_that_match_elements_to_noise_take_an_aligned_loss(aligned):
+    decoder = MLPDecoder if aligned else FlowMatching
+    with pytest.raises(InputError, match=f"aligned {not aligned} for {decoder.__name__}, got {aligned}"):
+        SetPrediction(
+            SumPool(3),
+            decoder(latent_dim=3, set_size=5, set_dim=3),
+            schema=None,
+            loss=HungarianLoss(aligned=True) if aligned else None,
+        )
+
+
+def test_a_flow_in_training_reads_the_target_and_its_validation_does_not():
+    batch = built(Depths).train_data.__getitems__([0, 1, 2])
+    decoder = FlowMatching(latent_dim=3, dim=8, heads=2, layers=1, hidden_dim=8, iterations=2, set_size=5, set_dim=3)
+    step = Step(SetPredictor(SumPool(3), decoder), HungarianLoss(aligned=True), batch, seed=0)
+    other = replace(step, batch=batch | {"elements": batch["elements"].flip(0)})
+    for training in (True, False):
+        step.model.train(training)
+        torch.manual_seed(0)
+        one = step.predict()
+        torch.manual_seed(0)
+        assert torch.allclose(one, other.predict()) != training
+    step.model.train()
+    torch.manual_seed(0)
+    loss = step.loss(step.predict(), step.target)
+    stages = {stage.place: stage for stage in diagnose(step)}  # of the same step, not of a sample
+    assert stages["loss"].norm == pytest.approx(float(loss.detach().max()), rel=1e-6)
+    step = replace(step, auxiliary=1.0)
+    with pytest.raises(InputError, match=r"set model\.auxiliary to 0"):  # one clean prediction, no earlier one
+        step.losses(step.iterates())
+
+
 # --- digits -------------------------------------------------------------------------------------------------------
 
 
@@ -195,6 +321,7 @@ def test_without_scikit_learn_there_is_one_sentence(monkeypatch):
     [
         *((Multisets, {name: 0}, "at least 1") for name in SMALL),
         (Median, {"set_size": 0}, "at least one number, got a set_size of 0"),
+        (Depths, {"set_size": 1}, "up to two points"),
         *((Numbering, {name: 0}, "at least one element") for name in ("set_size", "classes")),
         (DigitCounting, {"sizes": (4, 3)}, r"at least 1, got \[4, 3\]"),
         (RotatedDigits, {"threshold": 8.0}, "threshold from 0 to under 1"),

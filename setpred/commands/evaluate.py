@@ -343,8 +343,7 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
     if options.shown is not None and options.shown > most:
         raise InputError(f"--shown: expected at most {most}, got {options.shown}")
     if options.seed is not None:
-        start = getattr(getattr(decoder, "slots", decoder), "start", None)
-        if not hasattr(start, "seed"):
+        if (start := loaded.model.start) is None:
             raise InputError("--seed: the decoder of this model has no random start to seed")
         start.seed = options.seed
     data = open_validation_data(loaded, options, **({INSTANCES: True} if segmenting else {}))

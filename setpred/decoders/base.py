@@ -25,6 +25,7 @@ class SetDecoder(nn.Module):
 
     iterative = False  # has `iterations`, a default that callers may override
     conditional = False  # reads an input set as `condition`
+    denoises = False  # in training reads the `target`, to add noise to it
     masks_elements = False  # `mask` is of the predicted elements, not of tokens
     draws_layers = False  # elements are layers of the image, see `setpred.nn.composite`
     draws_background = False  # and the last layer is that of the background
@@ -51,20 +52,27 @@ class SetDecoder(nn.Module):
         iterations: int | None = None,
         mask: Tensor | None = None,
         condition: Tensor | None = None,
+        target: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Yield every intermediate prediction; the last one is that of `forward`, with the same arguments."""
-        for state in self._states(features, iterations, mask, condition):
+        for state in self._states(features, iterations, mask, condition, target):
             with torch.autocast(features.device.type, enabled=False):
                 prediction = self.finish(state)
             yield prediction
 
     def _states(
-        self, features: Tensor, iterations: int | None, mask: Tensor | None, condition: Tensor | None
+        self,
+        features: Tensor,
+        iterations: int | None,
+        mask: Tensor | None,
+        condition: Tensor | None,
+        target: Tensor | None,
     ) -> Iterator[Tensor]:
         """Validate the arguments, and yield what `predictions` does."""
         features = self._checked(features, iterations, mask)
         steps = self.iterations if self.iterative and iterations is None else iterations
         more = {"condition": condition} if self.conditional else {}
+        more |= {"target": target} if self.denoises else {}
         predictions = self.predictions(features, mask, steps, **more)
         if not isinstance(predictions, Iterator):
             name, kind = type(self).__name__, type(predictions).__name__
@@ -84,6 +92,7 @@ class SetDecoder(nn.Module):
         iterations: int | None = None,
         mask: Tensor | None = None,
         condition: Tensor | None = None,
+        target: Tensor | None = None,
     ) -> Tensor:
         """Predict sets `[batch, set_size, set_dim]`.
 
@@ -93,13 +102,14 @@ class SetDecoder(nn.Module):
             mask: present tokens, `[batch, tokens]` bool, at least one per example; or present elements, `[batch,
                 set_size]`, if the decoder `masks_elements`. All are present unless given.
             condition: an input set `[batch, set_size, any]`, for `conditional` decoders.
+            target: the real sets `[batch, set_size, set_dim]`, for training decoders that `denoise`.
 
         Raises:
             InputError: `iterations` for a decoder without iterations.
             ValueError: features or a mask of another shape.
         """
         state = None
-        for state in self._states(features, iterations, mask, condition):  # noqa: B007
+        for state in self._states(features, iterations, mask, condition, target):  # noqa: B007
             pass
         if state is None:
             raise ValueError(f"expected {type(self).__name__}.predictions to yield at least one tensor, got none")

@@ -31,6 +31,7 @@ class HungarianLoss(SetLoss):
             Such fields repeat the numbers of another one, so that the data need no further change.
         only_present: groups that cost nothing where the target is padding (presence at most one half). Then
             predictions of small confidence may be anywhere, as DETR's; otherwise their numbers are drawn to zero.
+        aligned: in training, the elements stay in their order, for a decoder that has matched them: `FlowMatching`.
         common: `weights`, `schema` and `presence_threshold` of `SetLoss`.
 
     Raises:
@@ -45,9 +46,11 @@ class HungarianLoss(SetLoss):
         beta: Mapping[str, float] | None = None,
         quantiles: Mapping[str, float] | None = None,
         only_present: Sequence[str] = (),
+        aligned: bool = False,
         **common: Any,
     ) -> None:
         super().__init__(**common)
+        self.aligned = aligned
         self.beta, self.quantiles, self.only_present = dict(beta or {}), dict(quantiles or {}), tuple(only_present)
         self.grouped |= bool(beta) or bool(quantiles) or bool(only_present)
         for name, error in self.beta.items():
@@ -91,9 +94,10 @@ class HungarianLoss(SetLoss):
             alone = smooth_l1(predicted.detach(), torch.zeros_like(predicted), of_padding, beta, levels)
             costs = torch.where(padding.mT, alone.unsqueeze(-1), costs)
             weights = torch.where(padding, of_padding, torch.ones_like(of_padding) if weights is None else weights)
-        assignment = hungarian(costs, *masks)
-        partner = assignment.clamp(min=0).unsqueeze(-1).expand(-1, -1, predicted.shape[-1])
-        return smooth_l1(predicted.gather(1, partner), target, weights, beta, levels)
+        if not (self.aligned and self.training):
+            assignment = hungarian(costs, *masks)
+            predicted = predicted.gather(1, assignment.clamp(min=0).unsqueeze(-1).expand(-1, -1, predicted.shape[-1]))
+        return smooth_l1(predicted, target, weights, beta, levels)
 
 
 def _filled(elements: Tensor, mask: Mask, size: int, largest: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from setpred.metrics.averages import AbsoluteError, Accuracy, Mean, MeanMetric
 from setpred.metrics.box_precision import BoxAveragePrecision, box_average_precision, match_boxes
 from setpred.metrics.calibration import CalibrationFit, fit_calibration, reliability, right_predictions
 from setpred.metrics.coverage import Coverage
+from setpred.metrics.energy_score import EnergyScore, energy_score
 from setpred.metrics.numbering import NumberingAccuracy, right_numbers
 from setpred.metrics.segmentation import (
     Segmentation,
@@ -37,6 +38,7 @@ __all__ = [
     "CalibrationFit",
     "ClassWasserstein",
     "Coverage",
+    "EnergyScore",
     "GatheredSets",
     "Mean",
     "MeanMetric",
@@ -49,6 +51,7 @@ __all__ = [
     "average_precision_per_image",
     "box_average_precision",
     "contingency",
+    "energy_score",
     "fit_calibration",
     "masks_to_labels",
     "match_boxes",

@@ -13,6 +13,30 @@ from setpred.schema import ElementSchema
 from setpred.sets import mean_present, presence_mask
 
 
+def positive_cutoff(cutoff: float) -> float:
+    """Return a cutoff; raise `InputError` unless it is positive."""
+    if cutoff <= 0:
+        raise InputError(f"expected a positive cutoff, got {cutoff}; give a distance in units of the positions")
+    return cutoff
+
+
+def set_distances(predicted: Tensor, target: Tensor, *, cutoff: float) -> dict[str, Tensor]:
+    """Compute the distances of `SetDistances` for each example, float64 `[batch]`."""
+    check_pair(predicted, target)
+    here, there = presence_mask(predicted), presence_mask(target)
+    apart = predicted[:, :, None, :-1].double() - target[:, None, :, :-1].double()
+    distance = apart.square().sum(-1).sqrt().clamp(max=cutoff)
+    distance = torch.where(here[:, :, None] & there[:, None, :], distance, cutoff)
+    n, m = here.sum(1), there.sum(1)
+    chosen = hungarian(distance, here, there)
+    matched = distance.gather(1, chosen.clamp(min=0).unsqueeze(1)).squeeze(1).masked_fill(chosen < 0, 0.0).sum(1)
+    chamfer = 0.5 * (mean_present(distance.amin(1), there) + mean_present(distance.amin(2), here))
+    return {
+        "chamfer": chamfer.masked_fill((n == 0) != (m == 0), cutoff),
+        "hungarian": (matched + cutoff * (n - m).abs()) / n.maximum(m).clamp(min=1),
+    }
+
+
 class SetDistances(MeanMetric):
     """Distances of the present predicted points P and the present real points T, averaged over examples:
 
@@ -41,25 +65,11 @@ class SetDistances(MeanMetric):
     monitor, mode, higher_is_better = "chamfer", "min", False
 
     def __init__(self, *, cutoff: float = 1.0) -> None:
-        if cutoff <= 0:
-            raise InputError(f"expected a positive cutoff, got {cutoff}; give a distance in units of the positions")
         super().__init__()
-        self.cutoff = cutoff
+        self.cutoff = positive_cutoff(cutoff)
 
     def values(self, predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
-        check_pair(predicted, target)
-        here, there = presence_mask(predicted), presence_mask(target)
-        apart = predicted[:, :, None, :-1].double() - target[:, None, :, :-1].double()
-        distance = apart.square().sum(-1).sqrt().clamp(max=self.cutoff)
-        distance = torch.where(here[:, :, None] & there[:, None, :], distance, self.cutoff)
-        n, m = here.sum(1), there.sum(1)
-        chosen = hungarian(distance, here, there)
-        matched = distance.gather(1, chosen.clamp(min=0).unsqueeze(1)).squeeze(1).masked_fill(chosen < 0, 0.0).sum(1)
-        chamfer = 0.5 * (mean_present(distance.amin(1), there) + mean_present(distance.amin(2), here))
-        return {
-            "chamfer": chamfer.masked_fill((n == 0) != (m == 0), self.cutoff),
-            "hungarian": (matched + self.cutoff * (n - m).abs()) / n.maximum(m).clamp(min=1),
-        }
+        return set_distances(predicted, target, cutoff=self.cutoff)
 
 
 class ClassWasserstein(GatheredSets):

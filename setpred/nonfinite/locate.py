@@ -109,8 +109,7 @@ def _stages(step: Step) -> Iterator[Stage]:
     yield _of_samples("target", target)
     hook = step.model.encoder.register_forward_hook(lambda module, given, output: features.append(output))
     try:
-        options = {"mask": step.batch.get("input_mask"), "iterations": step.iterations}
-        iterates = list(step.model.refine(step.batch[step.input_name], **options))
+        iterates = list(step.model.refine(step.batch[step.input_name], **step.options))
     finally:
         hook.remove()
     yield _of_samples("features", *features)

@@ -92,7 +92,14 @@ class Scores:
         """The modules that gather examples: mean loss, metric and calibration."""
         return self.mean_loss, self.metric, self.calibration_fit
 
-    def update(self, losses: Tensor, predicted: Tensor, batch: dict[str, Tensor]) -> None:
+    def update(
+        self,
+        losses: Tensor,
+        predicted: Tensor,
+        batch: dict[str, Tensor],
+        samples: Callable[[int], Tensor] | None = None,
+    ) -> None:
+        """Add a batch; a metric that states a number of `samples` gets so many predictions, made by `samples`."""
         self.mean_loss.update(losses)
         for part in self.parts[1:]:
             if part is None:
@@ -102,7 +109,8 @@ class Scores:
                     f"the metric {type(part).__name__} compares with {name!r}, expected it in the validation batches, "
                     f"got {', '.join(batch)}" + "; pass --data.masks true" * (name == "instances")
                 )
-            part.update(predicted.float(), batch[name])
+            many = getattr(part, "samples", None)
+            part.update((predicted if many is None else samples(many)).float(), batch[name])
 
     def compute(self) -> dict[str, Tensor]:
         """Return the scores of all examples since the last call."""
@@ -188,6 +196,13 @@ class SetPrediction(pl.LightningModule):
         # channels-last is the faster layout for convolutions on GPUs and CPUs alike
         self.model = SetPredictor(encoder, decoder).to(memory_format=torch.channels_last)
         self.loss = HungarianLoss() if loss is None else loss
+        denoises = getattr(decoder, "denoises", False)
+        if isinstance(self.loss, HungarianLoss) and self.loss.aligned != denoises:
+            raise InputError(
+                f"expected a HungarianLoss with aligned {denoises} for {type(decoder).__name__}, got "
+                f"{self.loss.aligned}; only decoders that match elements to their noise, such as FlowMatching, are "
+                f"trained in the order of the target, and need to be; set model.loss.init_args.aligned to {denoises}"
+            )
         self.frozen = [frozen_part(self.model, name) for name in frozen]
         if frozen and not any(weights.requires_grad for weights in self.parameters()):
             raise InputError(
@@ -315,7 +330,7 @@ class SetPrediction(pl.LightningModule):
             losses, predicted = self.losses(step)
         except NotFiniteError as error:
             raise InputError(report(self, [step], Stage(error.place, error.samples))[1]) from error
-        self.scores.update(losses, predicted, batch)
+        self.scores.update(losses, predicted, batch, step.samples)
 
     def on_validation_epoch_end(self) -> None:
         # every process has the scores of all images; of equal numbers the largest is exact, a mean is not

@@ -1,6 +1,7 @@
 """Toy tasks on sets: most need no download and train in minutes; two read files that the user has."""
 
 from setpred.data.toy.base import Examples, World
+from setpred.data.toy.depths import Depths
 from setpred.data.toy.digits import DigitCounting, DigitPoints, RotatedDigits
 from setpred.data.toy.median import Median
 from setpred.data.toy.multisets import Multisets
@@ -13,6 +14,7 @@ from setpred.data.toy.uncertain_points import UncertainPoints
 
 __all__ = [
     "QM9",
+    "Depths",
     "DigitCounting",
     "DigitPoints",
     "Examples",
