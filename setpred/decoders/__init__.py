@@ -3,6 +3,7 @@
 from setpred.decoders.base import SetDecoder
 from setpred.decoders.baselines import BiLSTMDecoder, MLPDecoder, TransformerDecoder
 from setpred.decoders.detr import DETR, SinePosition
+from setpred.decoders.eqmotion import EqMotion
 from setpred.decoders.glimpses import Glimpses
 from setpred.decoders.idspn import IDSPN
 from setpred.decoders.readout import Readout, SlotReader
@@ -23,6 +24,7 @@ __all__ = [
     "DeepSets",
     "ElementBiLSTM",
     "ElementTransformer",
+    "EqMotion",
     "GaussianStart",
     "Glimpses",
     "GreedyVotes",

@@ -4,6 +4,7 @@ from setpred.encoders.cnn import ResidualTrunk, SlotTrunk, SmallCNN, SmallTrunk
 from setpred.encoders.elements import Elements, ElementTokens, Normalised, SetTokens, WindowTokens
 from setpred.encoders.resnet import ResNet, ResNetTrunk
 from setpred.encoders.tokens import PositionedTokens, Tokens, Votes, position_grid
+from setpred.encoders.vsformer import ViewTokens
 from setpred.nn import record_parts
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "SmallCNN",
     "SmallTrunk",
     "Tokens",
+    "ViewTokens",
     "Votes",
     "WindowTokens",
     "position_grid",
