@@ -433,12 +433,28 @@ class RenderedScenes(BuiltInScenes):
         train_images: number of training scenes.
         image_size: side of the images.
         batch_size: training examples per step and process; the last, smaller batch of an epoch is left out.
+        mixed_views: training scenes have from one to all of their `views`; validation scenes have all.
         arguments: those of `BuiltInScenes`.
     """
 
     def __init__(
-        self, *, train_images: int = 12_000, image_size: int = 64, batch_size: int = 64, **arguments: Any
+        self,
+        *,
+        train_images: int = 12_000,
+        image_size: int = 64,
+        batch_size: int = 64,
+        mixed_views: bool = False,
+        **arguments: Any,
     ) -> None:
         super().__init__(image_size=image_size, batch_size=batch_size, **arguments)
+        if mixed_views and self.inputs is None:
+            raise InputError("expected views for mixed_views; give their number, or leave mixed_views out")
+        self.mixed_views = mixed_views
         self.files = (self.rendered(train_images, self.scenes_seed), *self.files)
         self.train_path = self.files[0].path
+
+    def open_split(self, split: str) -> Dataset:
+        data = super().open_split(split)
+        if self.mixed_views and split == "train":
+            data.mixed = True
+        return data

@@ -79,7 +79,7 @@ def _source(
     condition: str = "clevr",
     views: int | None = None,
 ) -> dict[str, Any]:
-    """Check the parameters of the scenes, and return them as plain types, without the condition "clevr" and no views."""
+    """Check the parameters of the scenes, and return them as plain types, but "clevr" and no views."""
     if not (1 <= images <= MOST_IMAGES and min(width, height) >= 8 and max(width, height) <= LARGEST_IMAGE):
         raise InputError(
             f"expected at least 1 image of at least 8x8 pixels, at most {MOST_IMAGES} images of at most "

@@ -16,10 +16,10 @@ TINY = 1e-8  # below squared lengths, whose roots and reciprocals have no slope 
 class MotionLayer(nn.Module):
     """A layer of `EqMotion` on geometric features G `[batch, n, channels, D]` and invariant ones h `[batch, n, dim]`.
 
-        d_ij = |G_i - G_j| by channel,    m_ij = MLP([h_i, h_j, d_ij]),    e_ij = W m_ij
-        h_i ← h_i + MLP([h_i, mean_j m_ij])
-        G_i ← G_i + MLP(h_i) G_i + mean_j e_ij (G_j - G_i)        factors by channel
-        G_i ← Q - min(0, ⟨Q, K⟩) K / |K|²,    Q = W_Q G_i,    K = W_K G_i
+    d_ij = |G_i - G_j| by channel,    m_ij = MLP([h_i, h_j, d_ij]),    e_ij = W m_ij
+    h_i ← h_i + MLP([h_i, mean_j m_ij])
+    G_i ← G_i + MLP(h_i) G_i + mean_j e_ij (G_j - G_i)        factors by channel
+    G_i ← Q - min(0, ⟨Q, K⟩) K / |K|²,    Q = W_Q G_i,    K = W_K G_i
     """
 
     def __init__(self, channels: int, dim: int) -> None:
@@ -34,9 +34,8 @@ class MotionLayer(nn.Module):
         pairs = [row.expand(*distances.shape[:3], -1) for row in (hidden.unsqueeze(2), hidden.unsqueeze(1))]
         messages = self.message(torch.cat([*pairs, distances], dim=-1)).relu()
         partners = None if mask is None else mask.repeat_interleave(mask.shape[1], dim=0)
-        pull, heard = (
-            mean_present(part.flatten(0, 1), partners) for part in (self.factor(messages).unsqueeze(-1) * apart, messages)
-        )
+        pulls = self.factor(messages).unsqueeze(-1) * apart
+        pull, heard = (mean_present(part.flatten(0, 1), partners) for part in (pulls, messages))
         hidden = hidden + self.update(torch.cat([hidden, heard.view_as(hidden)], dim=-1))
         geometry = geometry * (1 + self.own(hidden).unsqueeze(-1)) + pull.view_as(geometry)
         query, key = (layer(geometry.mT).mT for layer in (self.query, self.key))

@@ -5,9 +5,7 @@ from torch import Tensor, nn
 
 from setpred.encoders.elements import SetTokens
 from setpred.encoders.tokens import token_rows
-from setpred.nn import MLP
-
-POSE = 12  # numbers of a camera's pose: its location, and the three columns of the matrix of its rays
+from setpred.nn import MLP, POSE
 
 
 class ViewTokens(SetTokens):

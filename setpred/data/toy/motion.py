@@ -64,7 +64,7 @@ class MovingPoints(World):
 
 
 def motion(places: np.ndarray, speeds: np.ndarray, *, times: int, interval: float) -> np.ndarray:
-    """Follow points `[count, n, 2]` with these velocities: positions `[count, n, times, 2]`, the first ones included."""
+    """Follow points `[count, n, 2]` with these velocities: positions `[count, n, times, 2]`, from the given ones on."""
     step, seen = interval / SUBSTEPS, [places]
     for _ in range((times - 1) * SUBSTEPS):
         speeds = speeds + step / 2 * attraction(places)
