@@ -46,8 +46,8 @@ class MovingPoints(World):
         super().__init__(**arguments)
         if min(points, past, future) < 1 or not 0 < interval <= 1:
             raise InputError(
-                f"expected points, past and future of at least 1 and an interval from 0 to 1, got {points}, {past}, "
-                f"{future} and {interval}"
+                f"expected points, past and future of at least 1 and an interval from over 0 to 1, got {points}, "
+                f"{past}, {future} and {interval}"
             )
         self.points, self.past, self.future, self.interval = points, past, future, interval
         self.turned = {"train": train_turned, "val": val_turned}
