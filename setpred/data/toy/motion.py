@@ -18,7 +18,7 @@ class MovingPoints(World):
 
     by the leapfrog method. Element i of both sets is point i: [x, y] of each time, one after the other. Points start in
     a band along x, normal with deviations 2 and 1/2, with velocities of mean (1, 0) and deviation 1/4: upright. A
-    turned example is turned about the origin by an angle of its own. The law knows no direction, but the data do: as in
+    turned example is turned about the origin by a random angle. The law knows no direction, but the data do: as in
     `RotatedDigits`, only a model that is equivariant by construction answers turned questions after upright training.
 
     Args:
