@@ -1,9 +1,10 @@
 """Set predictor: an encoder of images or sets, and a set decoder."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from setpred.errors import InputError
@@ -125,6 +126,7 @@ class Step:
         batch: see `setpred.training.SetPrediction`.
         seed: seed of torch's generator at the beginning; None for a validation, which draws nothing.
         iterations: of the descent; the decoder's default unless given.
+        auxiliary: weight of the mean loss of the earlier iterates.
     """
 
     model: SetPredictor
@@ -132,6 +134,7 @@ class Step:
     batch: dict[str, Tensor]
     seed: int | None = None
     iterations: int | None = None
+    auxiliary: float = 0.0
 
     @property
     def target(self) -> Tensor:
@@ -146,6 +149,33 @@ class Step:
         """Predict sets `[batch, set_size, set_dim]`, with torch's generator in its present state."""
         inputs, mask = inputs_of(self.batch)
         return self.model(inputs, mask=mask, iterations=self.iterations)
+
+    def iterates(self) -> list[Tensor]:
+        """Predict as `predict` does; return every iterate if the loss reads them, else the last one alone."""
+        if not self.auxiliary or not hasattr(self.model.decoder, "refine"):
+            return [self.predict()]
+        inputs, mask = inputs_of(self.batch)
+        return list(self.model.refine(inputs, mask=mask, iterations=self.iterations))
+
+    def losses(self, iterates: Sequence[Tensor]) -> Tensor:
+        """Compute the loss of each example, `[batch]`: L(Y_T) + auxiliary · mean of L(Y_t) over t < T.
+
+        Iterates without a gradient are left out, such as a random start.
+
+        Raises:
+            InputError: auxiliary losses, but no earlier iterate has a gradient.
+        """
+        *earlier, last = iterates
+        losses = self.loss(last.float(), self.target)
+        if not self.auxiliary:
+            return losses
+        earlier = [iterate for iterate in earlier if iterate.requires_grad]
+        if not earlier:
+            raise InputError(
+                "auxiliary: expected earlier iterates with a gradient, as of DETR, Slot Attention or IDSPN with "
+                f"Unrolled, got none from {type(self.model.decoder).__name__}; set model.auxiliary to 0"
+            )
+        return losses + self.auxiliary * torch.stack([self.loss(each.float(), self.target) for each in earlier]).mean(0)
 
     def inputs(self) -> Tensor:
         """Images or sets, with zeros in place of padding."""

@@ -3,7 +3,9 @@
 import argparse
 import importlib
 import importlib.util
+import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -12,7 +14,10 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+import torch
 from matplotlib import pyplot
+from torch import nn
+from torchvision.models import resnet50
 
 from setpred import aggregators, decoders, encoders, inner, losses
 from setpred.__main__ import COMMANDS, main
@@ -179,6 +184,65 @@ def test_files_code_and_commands_of_own_parts_run_with_tiny_sizes(tmp_path, monk
             ran.append(words[0])
     assert ran == ["train", "evaluate", "compare"]
     assert all(f"| {name} |" in Path("comparison/table.md").read_text() for name in ("my", "my_pool", "mlp"))
+
+
+class PublishedDETR(nn.Module):
+    """DETR of torch's own layers, with the names of the published weights (Apache 2.0), up to its decoder's norm."""
+
+    def __init__(self, dim, queries, hidden_dim):
+        super().__init__()
+        body, sizes = resnet50(weights=None), {"dropout": 0.0, "batch_first": True}
+        body.fc = nn.Identity()
+        self.backbone = nn.ModuleList([nn.ModuleDict({"body": body})])
+        self.input_proj, self.query_embed = nn.Conv2d(2048, dim, 1), nn.Embedding(queries, dim)
+        self.transformer = nn.Transformer(dim, 8, 2, 2, hidden_dim, **sizes)
+        self.transformer.encoder.norm = None
+
+    def forward(self, image):
+        body = self.backbone[0].body
+        for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            image = getattr(body, name)(image)
+        maps = self.input_proj(image)
+        side, dim = maps.shape[-1], maps.shape[1]
+        numbers = torch.empty(side, side, dim, dtype=maps.dtype)
+        for row, column, k in itertools.product(range(side), range(side), range(dim)):
+            place = (row if k < dim // 2 else column) + 1
+            angle = 2 * math.pi * place / side / 10_000 ** (k % (dim // 2) // 2 * 2 / (dim // 2))
+            numbers[row, column, k] = math.cos(angle) if k % 2 else math.sin(angle)
+        positions, tokens = numbers.flatten(0, 1), maps.flatten(2).mT
+        for layer in self.transformer.encoder.layers:
+            own = tokens + positions
+            tokens = layer.norm1(tokens + layer.self_attn(own, own, tokens)[0])
+            tokens = layer.norm2(tokens + layer.linear2(layer.linear1(tokens).relu()))
+        queries = self.query_embed.weight.expand(len(maps), -1, -1)
+        rows = torch.zeros_like(queries)
+        for layer in self.transformer.decoder.layers:
+            own = rows + queries
+            rows = layer.norm1(rows + layer.self_attn(own, own, rows)[0])
+            attended = layer.multihead_attn(rows + queries, tokens + positions, tokens)[0]
+            rows = layer.norm2(rows + attended)
+            rows = layer.norm3(rows + layer.linear2(layer.linear1(rows).relu()))
+        return self.transformer.decoder.norm(rows)
+
+
+def test_published_weights_of_detr_give_its_outputs():
+    (code,) = re.findall(r"```python\n# detr_start.py\n(.*?)```", (DOCS / "own_parts.md").read_text(), re.DOTALL)
+    page = {"__name__": "detr_start"}
+    exec(compile(code, "detr_start.py", "exec"), page)
+    torch.manual_seed(0)
+    published = PublishedDETR(16, 5, 12).eval()
+    for parameter in published.transformer.parameters():
+        nn.init.normal_(parameter)  # biases and norms count, too
+    sizes = {"dim": 16, "encoder_layers": 2, "decoder_layers": 2, "hidden_dim": 12}
+    model = page["start"](published.state_dict(), 5, 128, **sizes).double().eval()
+    image = torch.rand(2, 3, 4, 4).repeat_interleave(32, 2).repeat_interleave(32, 3).double()  # tokens that differ
+    trunk = model.encoder.trunk
+    with torch.no_grad():
+        expected = model.decoder.head(published.double()((image - trunk.mean) / trunk.std))
+        torch.testing.assert_close(model(image), expected, rtol=1e-7, atol=1e-7)
+        assert expected.std(1).min() > 1e-5  # the queries differ
+        few = page["start"](published.state_dict(), 3, 128, **sizes)
+    torch.testing.assert_close(few.decoder.queries.double(), published.query_embed.weight[:3])
 
 
 def test_the_readme_is_short_and_begins_with_the_commands():

@@ -121,14 +121,19 @@ class Recorder(pl.Callback):
         self.after.append((state, moments, optimizer.param_groups[0]["lr"]))
 
 
-def module_of(policy="stop", loss=None, descent=None, **options):
+def module_of(policy="stop", loss=None, descent=None, reads=False, **options):
     torch.manual_seed(0)
     config = yaml.safe_load(CONFIG)["model"]
     del config["schedule"]
     decoder = config["decoder"]["init_args"]
+    if "auxiliary" in options:
+        decoder["differentiation"] = {"class_path": "setpred.inner.Unrolled"}
     decoder["descent"]["init_args"].update(descent or {})
     decoder["set_dim"] = CLEVR.set_dim
     decoder["objective"]["init_args"]["set_encoder"]["init_args"]["set_dim"] = CLEVR.set_dim
+    if reads:
+        slots = {"slots": config["decoder"], "set_dim": CLEVR.set_dim}
+        config["decoder"] = {"class_path": "setpred.decoders.Readout", "init_args": slots}
     parts = {name: build(part, allowed_classes()) for name, part in config.items()}
     module = SetPrediction(**parts, loss=loss and loss(), learning_rate=0.01, on_not_finite=policy, **options)
     module.model_config, module.seed = config, 5
@@ -287,6 +292,13 @@ def test_a_fault_is_located_repeated_and_skipped(name, tmp_path, plain, without_
         begin.now = False  # as on a machine without the fault
         assert again(tmp_path) == 1
         assert "not reproduced: in the training the inner descent" in capsys.readouterr().out
+
+
+def test_a_repeated_step_has_its_auxiliary_losses(tmp_path, capsys):
+    _, _, error = run(tmp_path, At(nan_image), auxiliary=2.0)
+    assert "the image is not finite" in error
+    assert repro.read(tmp_path / f"repro-step-{FAULTY}.pt").step.auxiliary == 2
+    assert again(tmp_path) == 0
 
 
 @pytest.mark.parametrize("name", ["image", "gradient"])
@@ -515,12 +527,12 @@ def test_the_command_line_takes_the_policies_stop_and_skip(tmp_path):
 # --- diverging descents, and options of the trainer -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rate", [1.0, 3e3])
-def test_a_validation_reports_a_diverging_descent(rate, tmp_path, plain, capsys):
-    """One number and at most one sentence per epoch; training and validation are the same without."""
+@pytest.mark.parametrize(("rate", "reads"), [(1.0, False), (3e3, False), (3e3, True)])
+def test_a_validation_reports_a_diverging_descent(rate, reads, tmp_path, plain, capsys):
+    """One number and at most one sentence per epoch, also of slots; training and validation are the same without."""
     descent = {"iterations": 6, "learning_rate": rate, "momentum": 0.0}
-    _, after, error = run(tmp_path, ResidualGrowth(), descent=descent)
-    _, twin, _ = run(tmp_path / "without", descent=descent)
+    _, after, error = run(tmp_path, ResidualGrowth(), descent=descent, reads=reads)
+    _, twin, _ = run(tmp_path / "without", descent=descent, reads=reads)
     assert error is None
     assert same(after, twin)
     assert [row["val_loss"] for row in metrics(tmp_path)] == [row["val_loss"] for row in metrics(tmp_path / "without")]
@@ -532,7 +544,7 @@ def test_a_validation_reports_a_diverging_descent(rate, tmp_path, plain, capsys)
         assert min(growth) > 3
         for epoch in (0, 1):
             assert printed.count(f"epoch {epoch}: the inner descent diverges: its residual ends") == 1
-        assert "lower the learning_rate (3e+03) or momentum (0) of model.decoder" in printed
+        assert "lower the learning_rate (3e+03) or momentum (0) of the decoder's descent" in printed
 
 
 def test_the_growth_of_a_residual():

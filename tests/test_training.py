@@ -20,13 +20,17 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from tiny import CONFIG, built, equal, metrics, run, set_file
 
 from setpred import files
+from setpred.aggregators import FSPool, SetEncoder
 from setpred.checkpoint.allowlist import imported
 from setpred.checkpoint.load import load_checkpoint, read_checkpoint
 from setpred.commands import release
 from setpred.commands.train import check_fit, train
 from setpred.data.dataset import open_data
+from setpred.decoders import DETR, IDSPN, SlotAttention
 from setpred.encoders import ResNetTrunk
 from setpred.errors import InputError
+from setpred.inner import GradientDescent, Implicit, LatentMatching, Unrolled
+from setpred.model import Step
 from setpred.nn import batch_norms, unit_images
 from setpred.schema import ElementSchema, categorical, continuous
 from setpred.training import callbacks
@@ -78,6 +82,68 @@ def test_checkpoints_have_statistics_of_their_own_weights(finished, tiny_data):
     (norm, *_) = batch_norms(encoder)
     torch.testing.assert_close(norm.running_mean, maps.mean((0, 2)))
     torch.testing.assert_close(norm.running_var, maps.var(2).mean(0))
+
+
+def dspn(differentiation):
+    objective = LatentMatching(SetEncoder(set_dim=5, hidden_dim=8, aggregator=FSPool(8, set_size=4)))
+    descent = GradientDescent(iterations=3, learning_rate=0.1)
+    return Vector(), IDSPN(objective, descent, differentiation, set_size=4, set_dim=5)
+
+
+class Vector(torch.nn.Module):
+    """Encoder of a vector of 8 numbers, whatever the images are."""
+
+    image_size, latent_dim, shape = 16, 8, (8,)
+
+    def __init__(self):
+        super().__init__()
+        self.value = torch.nn.Parameter(torch.randn(self.shape))
+
+    def forward(self, image):
+        return self.value.expand(len(image), *self.shape)
+
+
+class Constants(Vector):
+    """The same of 9 tokens."""
+
+    token_dim, latent_dim, shape = 8, None, (9, 8)
+
+
+SIZES = {"token_dim": 8, "set_size": 4, "set_dim": 5}
+REFINING = {  # and the number of iterates before the last with a gradient
+    "detr": (lambda: (Constants(), DETR(dim=8, heads=2, decoder_layers=3, encoder_layers=1, **SIZES)), 2),
+    "slot attention": (lambda: (Constants(), SlotAttention(iterations=3, **SIZES)), 3),
+    "dspn": (lambda: dspn(Unrolled()), 2),  # the start has none
+}
+
+
+@pytest.mark.parametrize("name", REFINING)
+def test_auxiliary_losses_are_the_mean_of_those_of_the_earlier_iterates(name):
+    torch.manual_seed(0)
+    parts, count = REFINING[name]
+    module = SetPrediction(*parts(), schema=None, auxiliary=3.0)
+    batch = {"image": torch.rand(2, 3, 16, 16), "elements": torch.rand(2, 4, 5)}
+    torch.manual_seed(1)
+    losses, predicted = module.losses(module.step(batch, 0))
+    torch.manual_seed(1)
+    *earlier, last = module.model.refine(batch["image"])
+    assert torch.equal(predicted, last)
+    each = [module.loss(iterate, batch["elements"]) for iterate in earlier if iterate.requires_grad]
+    assert len(each) == count
+    torch.testing.assert_close(losses, module.loss(last, batch["elements"]) + 3 * sum(each) / count)
+    with torch.no_grad():  # a validation has the last loss alone
+        torch.manual_seed(1)
+        losses, _ = module.losses(Step(module.model, module.loss, batch))
+        torch.testing.assert_close(losses, module.loss(last, batch["elements"]))
+
+
+def test_auxiliary_losses_without_effect_are_errors():
+    module = SetPrediction(*dspn(Implicit()), schema=None, auxiliary=1.0)
+    batch = {"image": torch.rand(2, 3, 16, 16), "elements": torch.rand(2, 4, 5)}
+    with pytest.raises(InputError, match=r"auxiliary: expected earlier iterates .* got none from IDSPN"):
+        module.losses(module.step(batch, 0))
+    with pytest.raises(InputError, match="auxiliary >= 0"):
+        SetPrediction(*dspn(Unrolled()), schema=None, auxiliary=-1.0)
 
 
 def test_a_save_changes_nothing_and_frozen_statistics_stay(tmp_path, tiny_data):

@@ -64,11 +64,13 @@ class SinePosition(nn.Module):
 
     Args:
         temperature: T.
+        interleaved: order the numbers of a row or column by j, sine and cosine in turn, as published weights need
+            them; else all sines come before all cosines.
     """
 
-    def __init__(self, *, temperature: float = 10_000.0) -> None:
+    def __init__(self, *, temperature: float = 10_000.0, interleaved: bool = False) -> None:
         super().__init__()
-        self.temperature = temperature
+        self.temperature, self.interleaved = temperature, interleaved
 
     def forward(self, tokens: Tensor) -> Tensor:
         """`[tokens, dim]` for tokens `[batch, tokens, dim]`, row by row; dim a multiple of 4."""
@@ -77,7 +79,8 @@ class SinePosition(nn.Module):
         if side * side != count or dim % 4:
             raise ValueError(f"expected the tokens of a square map, of a multiple of 4 numbers, got {count} of {dim}")
         place = 2 * math.pi / side * torch.arange(1, side + 1, device=tokens.device, dtype=tokens.dtype)
-        return waves(torch.cartesian_prod(place, place), dim // 2, self.temperature).flatten(1)
+        pairs = waves(torch.cartesian_prod(place, place), dim // 2, self.temperature)
+        return (pairs.mT if self.interleaved else pairs).flatten(1)
 
 
 class DETR(SetDecoder):
@@ -86,7 +89,8 @@ class DETR(SetDecoder):
         H_0 = 0,    H_l = layer_l(H_{l-1}; Q, X),    Y = head(LN(H_L)),    X = layers of self-attention over the tokens
 
     In every decoder layer the elements attend to each other, with their queries Q as positions, and then to the tokens.
-    `refine` yields the prediction after each layer; the published training scores them all, here only the last counts.
+    `refine` yields the prediction after each layer. The published training scores them all: `model.auxiliary` of the
+    training, the number of decoder layers less one.
     Only the queries distinguish the elements: permuting them permutes the elements. Permuting tokens together with
     their positions changes nothing.
 

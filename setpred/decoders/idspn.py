@@ -76,3 +76,8 @@ class IDSPN(SetDecoder):
         problem = Problem(features, initial, mask, condition)
         energy = (CompiledEnergy if self.compiled else Energy)(self.objective, problem)
         yield from self.differentiation.iterates(energy, initial, self.descent, iterations)
+
+
+def descending(decoder: nn.Module) -> IDSPN | None:
+    """Find the iDSPN that refines the sets of a decoder: the decoder itself, or the slots that it reads."""
+    return next((part for part in decoder.modules() if isinstance(part, IDSPN)), None)

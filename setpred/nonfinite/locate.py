@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from setpred.decoders import IDSPN
+from setpred.decoders.idspn import descending
 from setpred.errors import NotFiniteError, listed
 from setpred.model import Step
 
@@ -115,12 +115,12 @@ def _stages(step: Step) -> Iterator[Stage]:
         hook.remove()
     yield _of_samples("features", *features)
     for number, iterate in enumerate(iterates):
-        place = "inner descent" if isinstance(step.model.decoder, IDSPN) else "refinement"
+        place = "inner descent" if descending(step.model.decoder) else "refinement"
         yield replace(_of_samples(place, iterate), iteration=number)
     predicted = iterates[-1]
     yield _of_samples("prediction", predicted)
     try:
-        losses = step.loss(predicted.float(), target)
+        losses = step.losses(iterates)
     except NotFiniteError as error:
         yield Stage(error.place, error.samples)
         return

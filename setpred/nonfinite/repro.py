@@ -50,6 +50,7 @@ def save(module: Any, step: Step, fault: Stage) -> str:
         "batch": {name: value.detach().cpu().clone() for name, value in step.batch.items()},
         "seed": step.seed,
         "iterations": step.iterations,
+        "auxiliary": step.auxiliary,
         "training": module.training,
         "evaluating": [name for name in evaluating if name.partition(".")[0] in ("model", "loss")],
         "frozen": [name for name, parameter in module.named_parameters() if not parameter.requires_grad],
@@ -90,7 +91,8 @@ def read(path: str | os.PathLike[str], *, allow: Iterable[str] = (), device: tor
         batch = {str(name): value.to(device) for name, value in record["batch"].items()}
         if not isinstance(batch.get(name := target_name(parts["loss"])), Tensor):
             raise TypeError(f"no {name} in the batch")
-        step = Step(parts["model"], parts["loss"], batch, record["seed"], record["iterations"])
+        auxiliary = float(record.get("auxiliary", 0.0))
+        step = Step(parts["model"], parts["loss"], batch, record["seed"], record["iterations"], auxiliary)
         return Repro(step, Stage(**record["fault"]), record["precision"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path} is damaged: {reason(error)}; use the file as the training wrote it") from error

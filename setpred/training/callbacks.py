@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from setpred.decoders import IDSPN
+from setpred.decoders.idspn import descending
 from setpred.files import write_atomically
 from setpred.inner import Unrolled
 from setpred.inner.diagnostics import Recorded, residual_growth, residual_norms
@@ -250,8 +250,8 @@ class ResidualGrowth(pl.Callback):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        decoder = module.model.decoder
-        if batch_idx or not isinstance(decoder, IDSPN):
+        decoder = descending(module.model.decoder)
+        if batch_idx or decoder is None:
             return
         few = {name: value[:WATCHED] for name, value in batch.items()}
         with trainer.precision_plugin.forward_context():
@@ -268,7 +268,7 @@ class ResidualGrowth(pl.Callback):
             module.say(
                 f"epoch {trainer.current_epoch}: the inner descent diverges: its residual ends {float(growth):.3g} "
                 f"times above the least on the way; lower the learning_rate ({rate:.3g}) or momentum ({momentum:.3g}) "
-                "of model.decoder.init_args.descent"
+                "of the decoder's descent"
                 + ("" if best else ", or keep the best iterate with setpred.inner.Implicit's best: true")
             )
 
@@ -276,7 +276,7 @@ class ResidualGrowth(pl.Callback):
 @torch.no_grad()
 def descent_norms(step: Step) -> Tensor:
     """|R(Y_t)| along the decoder's descent on a batch, `[iterates, batch]`, whichever iterate it keeps."""
-    decoder: Any = step.model.decoder
+    decoder: Any = descending(step.model.decoder)
     recorded, own = Recorded(Unrolled()), (decoder.differentiation, decoder.compiled)
     decoder.differentiation, decoder.compiled = recorded, False  # a batch of another size would be compiled again
     try:

@@ -50,8 +50,8 @@ def finite_losses(step: Step, weights: Iterable[Tensor], *, set_dim: int | None)
     target = step.target
     if target_name(step.loss) == "elements":
         check_set(target, set_dim=set_dim)
-    predicted = step.predict()
-    losses = step.loss(predicted.float(), target)
+    iterates = step.iterates()
+    losses, predicted = step.losses(iterates), iterates[-1]
     finite = [each.detach().isfinite().all() for each in (losses, predicted, target, step.inputs())]
     finite.append(finite_norm(weights, largest=True))
     # one number to the host in each step, against hours of training on nothing
@@ -150,6 +150,8 @@ class SetPrediction(pl.LightningModule):
         weight_decay: decoupled, as in AdamW.
         schedule: of the learning rate; constant by default.
         iterations_by_epoch: descent steps from given epochs on, e.g. `{0: 20, 50: 40}`; training only.
+        auxiliary: weight of the mean loss of the earlier iterates beside the last one's; training only. DETR's
+            auxiliary losses have `decoder_layers - 1`; the mean of all of DSPN's losses has the number of its steps.
         on_not_finite: "stop" or "skip" a training step with NaN or infinity, see `setpred.nonfinite.policy.Guard`. A
             validation always stops.
         frozen: parts whose weights stay as they are, such as "encoder" and "decoder.slots"; they also stay in
@@ -172,12 +174,16 @@ class SetPrediction(pl.LightningModule):
         weight_decay: float = 0.0,
         schedule: Schedule | None = None,
         iterations_by_epoch: dict[int, int] | None = None,
+        auxiliary: float = 0.0,
         on_not_finite: str = "stop",
         frozen: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        if not (0 < learning_rate < math.inf and weight_decay >= 0):
-            raise InputError(f"expected learning_rate > 0 and weight_decay >= 0, got {learning_rate}, {weight_decay}")
+        if not (0 < learning_rate < math.inf and 0 <= weight_decay < math.inf and 0 <= auxiliary < math.inf):
+            raise InputError(
+                "expected learning_rate > 0, weight_decay >= 0 and auxiliary >= 0, all finite, got "
+                f"{learning_rate}, {weight_decay} and {auxiliary}"
+            )
         self.schema = schema_of(schema, decoder)
         # channels-last is the faster layout for convolutions on GPUs and CPUs alike
         self.model = SetPredictor(encoder, decoder).to(memory_format=torch.channels_last)
@@ -196,7 +202,7 @@ class SetPrediction(pl.LightningModule):
         self.monitor, self.mode = self.scores.monitor, self.scores.mode
         self.learning_rate, self.betas, self.weight_decay = learning_rate, betas, weight_decay
         self.schedule = Constant() if schedule is None else schedule
-        self.iterations_by_epoch = iterations_by_epoch
+        self.iterations_by_epoch, self.auxiliary = iterations_by_epoch, auxiliary
         self.guard, self.statistics = Guard(on_not_finite), BatchStatistics()
         self.averaged: Callable[[], AbstractContextManager] = nullcontext  # within, the weights to validate and save
         self.seed = 0  # the command line sets it to seed_everything
@@ -275,7 +281,7 @@ class SetPrediction(pl.LightningModule):
         # 1_000_003 keeps the streams of neighbouring seeds apart
         stream = (self.seed * 1_000_003 + self.global_step) * 1_009 + batch_idx
         seed = (stream * 1_021 + self.global_rank) % 2**63
-        return Step(self.model, self.loss, batch, seed, self.training_iterations())
+        return Step(self.model, self.loss, batch, seed, self.training_iterations(), self.auxiliary)
 
     def on_train_batch_start(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         # set from (step, epoch) each time, not by a stateful scheduler: nothing to restore, nothing to drift
