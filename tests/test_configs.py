@@ -127,9 +127,6 @@ def test_a_configuration_of_views_takes_a_step(path):
     assert torch.isfinite(loss)
     assert moved > 0.5
     rebuilt(cli)
-    settings = [yaml.safe_load(file.read_text()) for file in (VIEWS[0], path)]
-    assert settings[0]["trainer"] == settings[1]["trainer"]  # one budget
-    assert settings[0]["model"]["decoder"] == settings[1]["model"]["decoder"]
 
 
 @pytest.mark.parametrize("path", WORLDS, ids=name)

@@ -25,7 +25,7 @@ from setpred.decoders import IDSPN, MLPDecoder, SlotAttention
 from setpred.encoders import Elements, SmallCNN
 from setpred.errors import InputError, NotFiniteError
 from setpred.inner import Conditioned, GradientDescent, LatentMatching, Sum
-from setpred.losses import CrossEntropy, HungarianLoss
+from setpred.losses import CrossEntropy, HungarianLoss, SquaredError
 from setpred.metrics import AbsoluteError, Accuracy, NumberingAccuracy, SetDistances
 from setpred.model import SetPredictor
 from setpred.training.task import SetPrediction
@@ -469,6 +469,22 @@ def test_distances_of_empty_and_non_finite_sets():
         SetDistances()(torch.tensor([[[math.nan, 0.0, 1.0]]]), torch.tensor([[here]]))
     with pytest.raises(InputError, match="positive cutoff"):
         SetDistances(cutoff=0.0)
+
+
+def test_squared_error_is_the_mean_over_aligned_numbers():
+    predicted, target = numbers(3, 4, 2), numbers(3, 4, 2, seed=1)
+    expected = torch.tensor(
+        [
+            sum((p - t) ** 2 for p, t in zip(*pair, strict=True)) / 8
+            for pair in zip(predicted.flatten(1).tolist(), target.flatten(1).tolist(), strict=True)
+        ],
+        dtype=torch.float64,
+    )
+    torch.testing.assert_close(SquaredError()(predicted, target), expected)
+    assert SquaredError()(predicted.bfloat16(), target.float()).dtype == torch.float32
+    assert (SquaredError()(predicted[:, [1, 0, 2, 3]], target) != expected).all()  # the order counts
+    with pytest.raises(ValueError, match="one shape"):
+        SquaredError()(predicted[:, 1:], target)
 
 
 def test_absolute_error_and_rounding():

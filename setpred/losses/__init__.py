@@ -10,6 +10,7 @@ from setpred.losses.ot_seq2set import MatchingWithTransport
 from setpred.losses.reconstruction import Reconstruction
 from setpred.losses.sinkhorn import SinkhornDivergence
 from setpred.losses.sliced import DistributionalSlicedWasserstein, MaxSlicedWasserstein, SlicedWasserstein
+from setpred.losses.squared_error import SquaredError
 from setpred.nn import record_parts
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "SetLoss",
     "SinkhornDivergence",
     "SlicedWasserstein",
+    "SquaredError",
     "generalised_iou",
 ]
 
