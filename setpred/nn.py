@@ -196,7 +196,8 @@ class Attention(nn.Module):
 class EncoderLayer(nn.Module):
     """X ← LN(X + A(X + P, X + P, X)),    X ← LN(X + MLP(X)),    P: positions, or none.
 
-    The layer of DETR's encoder (Carion et al., ECCV 2020); without P it is the original one.
+    The layer of DETR's encoder (Carion et al., ECCV 2020). Without P it is the original one, the SAB of the Set
+    Transformer (Lee et al., ICML 2019); with a `source` S it is its MAB(X, S), of attention A(X, S, S).
     """
 
     def __init__(self, dim: int, *, heads: int, hidden_dim: int, dropout: float = 0.0) -> None:
@@ -206,10 +207,20 @@ class EncoderLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, rows: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """`[batch, rows, dim]` to the same; positions `[rows, dim]`, mask `[batch, rows]`, True where present."""
+    def forward(
+        self, rows: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, source: Tensor | None = None
+    ) -> Tensor:
+        """`[batch, rows, dim]` to the same.
+
+        Args:
+            rows: X.
+            positions: P `[rows, dim]`.
+            mask: present rows, or present rows of the source, bool `[batch, rows]`.
+            source: S `[batch, rows of its own, dim]`, without positions; X itself unless given.
+        """
         own = placed(rows, positions)
-        rows = self.norms[0](rows + self.dropout(self.attention(own, own, rows, mask)))
+        keys, values = (own, rows) if source is None else (source, source)
+        rows = self.norms[0](rows + self.dropout(self.attention(own, keys, values, mask)))
         return self.norms[1](rows + self.dropout(self.network(rows)))
 
 

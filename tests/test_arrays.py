@@ -10,6 +10,7 @@ import torch
 from problems import normal
 from tiny import untrained_checkpoint
 
+from setpred.aggregators import PMA
 from setpred.checkpoint import load_checkpoint
 from setpred.commands.data import main as data_command
 from setpred.commands.evaluate import evaluate
@@ -20,8 +21,9 @@ from setpred.commands.train import build, check_fit
 from setpred.data.arrays import import_arrays, input_sets, read_arrays
 from setpred.data.dataset import SetFile
 from setpred.data.hdf5 import Header, describe, file_header, verify
-from setpred.encoders import ElementTokens, Normalised, WindowTokens
+from setpred.encoders import ElementTokens, Normalised, Pooled, WindowTokens
 from setpred.encoders.elements import local_moments
+from setpred.encoders.isab import ISAB
 from setpred.errors import InputError
 from setpred.evaluation import predict, predict_in_passes
 from setpred.model import Step
@@ -337,7 +339,13 @@ def test_a_default_model_fits_and_takes_a_step(trained):
     assert torch.equal(load_checkpoint(path).model.encoder.scale, encoder.scale)
 
 
-@pytest.mark.parametrize("encoder", [ElementTokens(input_dim=2), WindowTokens(input_dim=2, window=2, stride=1)])
+INDUCED = {"scales": 0, "layers": 2, "induced": 3}
+
+
+@pytest.mark.parametrize(
+    "encoder",
+    [ElementTokens(input_dim=2), ElementTokens(input_dim=2, **INDUCED), WindowTokens(input_dim=2, window=2, stride=1)],
+)
 def test_tokens_know_neither_order_nor_padding(encoder):
     sets, mask = normal(3, 7, 2, dtype=torch.float32), torch.arange(7) < torch.tensor([[7], [4], [0]])
     order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
@@ -347,6 +355,32 @@ def test_tokens_know_neither_order_nor_padding(encoder):
     torch.testing.assert_close(encoder(sets[1:2, :4]), expected[1:2, :4])
     wider = torch.cat([sets, torch.full_like(sets, torch.nan)], dim=1)
     torch.testing.assert_close(encoder(wider, torch.cat([mask, mask & False], dim=1))[:, :7], expected)
+
+
+def test_pooled_tokens_know_neither_order_nor_padding():
+    encoder = Pooled(ElementTokens(input_dim=2, tokens=2, **INDUCED), PMA(64))
+    sets, mask = normal(3, 7, 2, dtype=torch.float32), torch.arange(7) < torch.tensor([[7], [4], [0]])
+    expected = encoder(sets, mask)
+    assert expected[:2].abs().min() > 0
+    assert torch.equal(expected[2], torch.zeros(64))
+    torch.testing.assert_close(encoder(sets.flip(1), mask.flip(1)), expected)
+    torch.testing.assert_close(encoder(sets[1:2, :4]), expected[1:2])
+    torch.testing.assert_close(encoder(sets.masked_fill(~mask.unsqueeze(-1), torch.nan), mask), expected)
+
+
+def test_isab_is_attention_through_its_points():
+    """By the equation, with one head."""
+    block, rows = ISAB(4, points=3, heads=1, hidden_dim=5).double(), normal(2, 6, 4)
+
+    def mab(layer, ours, theirs):
+        weights = layer.attention
+        query, key, value = weights.query(ours), weights.key(theirs), weights.value(theirs)
+        read = weights.out((query @ key.mT / 2).softmax(-1) @ value)
+        rows = torch.nn.functional.layer_norm(ours + read, [4])
+        return torch.nn.functional.layer_norm(rows + layer.network(rows), [4])
+
+    points = mab(block.gather, block.points.expand(2, -1, -1), rows)
+    torch.testing.assert_close(block(rows), mab(block.spread, rows, points))
 
 
 def test_local_moments_are_those_of_weighted_points():
@@ -372,6 +406,8 @@ def test_windows_are_those_of_the_vector():
 def test_parts_of_sets_reject_numbers_out_of_range():
     for make, message in (
         (lambda: ElementTokens(input_dim=2, tokens=0), "at least 1 token"),
+        (lambda: ElementTokens(input_dim=2, induced=-1), "layers and induced of at least 0"),
+        (lambda: Pooled(ElementTokens(input_dim=2), PMA(32)), "aggregator's 32 numbers, got 64 from ElementTokens"),
         (lambda: ElementTokens(input_dim=0), "input_dim, token_dim and hidden_dim of at least 1"),
         (lambda: WindowTokens(input_dim=8, window=9), "stride <= window <= 8, got 4 and 9"),
         (lambda: Normalised(ElementTokens(input_dim=2), input_offset=[0.0], input_scale=[1.0]), "its 2 numbers, got 1"),

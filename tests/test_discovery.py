@@ -15,6 +15,7 @@ from setpred.commands.evaluate import evaluate
 from setpred.commands.replay import replay
 from setpred.commands.train import train
 from setpred.decoders import Glimpses, MLPDecoder, Readout, SlotAttention, SpatialBroadcast
+from setpred.decoders.spatial_broadcast import Broadcast
 from setpred.encoders import PositionedTokens, SmallTrunk, Votes
 from setpred.errors import InputError
 from setpred.losses import Reconstruction
@@ -156,6 +157,20 @@ def test_only_the_last_iterate_is_drawn_in_a_forward_pass():
     assert not torch.equal(iterates[0], last)
 
 
+def test_a_finer_network_starts_as_the_enlargement_of_the_coarse_one():
+    sizes = {"side": 2, "widths": [4, 3], "subpixel": True, "smoothing": 0}
+    coarse, fine = Broadcast(5, **sizes).double(), Broadcast(5, fine=2, **sizes).double()
+    missing, unexpected = fine.load_state_dict(coarse.state_dict(), strict=False)
+    assert (len(missing), unexpected) == (4, [])
+    maps, draw = [], coarse.network[-1]
+    draw.register_forward_hook(lambda layer, given, output: maps.append(given[0]))
+    slots = normal(2, 5)
+    coarse(slots)
+    enlarged = maps[0].repeat_interleave(4, 2).repeat_interleave(4, 3)
+    close(fine(slots), draw(enlarged))
+    assert fine(slots).shape == (2, 4, 32, 32)
+
+
 def test_numbers_out_of_range_are_an_error():
     slots = MLPDecoder(latent_dim=6, hidden_dim=4, set_size=2, set_dim=3)
     for part, options in (
@@ -170,7 +185,7 @@ def test_numbers_out_of_range_are_an_error():
     for options in ({"set_dim": 1, "anchored": True}, {"set_dim": 2, "anchored": True, "massive": True}):
         with pytest.raises(InputError, match="expected set_dim >= "):
             Votes(tokens, **options)
-    for options in ({"canvas": 0}, {"extent": 0.0}, {"widths": [0]}):
+    for options in ({"canvas": 0}, {"extent": 0.0}, {"widths": [0]}, {"fine": -1}):
         with pytest.raises(InputError, match="expected"):
             glimpses(**options)
 

@@ -38,6 +38,7 @@ class Glimpses(SlotReader):
         extent: half the side of a glimpse, in the units of places: the largest object must fit.
         prior: what a mask's logit is lowered by, so that the background draws all that it can.
         side, widths: of the glimpse's network, as of `SpatialBroadcast`.
+        fine: further doublings of the glimpse, for sharper masks; a training with `--init` may add them.
 
     Raises:
         InputError: a number out of range, or slots that do not fit.
@@ -54,6 +55,7 @@ class Glimpses(SlotReader):
         prior: float = 1.0,
         side: int = 4,
         widths: Sequence[int] = (32, 16),
+        fine: int = 0,
     ) -> None:
         dim = slots.latent_dim if slots.token_dim is None else slots.token_dim
         if canvas < 1 or not extent > 0 or slots.set_dim < 4 or dim is None:
@@ -63,7 +65,7 @@ class Glimpses(SlotReader):
             )
         super().__init__(slots, set_dim=LAYER * canvas**2, more=1)
         self.canvas, self.extent, self.prior = canvas, extent, prior
-        self.glimpse = Broadcast(slots.set_dim - 3, side=side, widths=widths, subpixel=True, smoothing=0)
+        self.glimpse = Broadcast(slots.set_dim - 3, side=side, widths=widths, subpixel=True, smoothing=0, fine=fine)
         self.background = nn.Parameter(torch.full((LAYER - 1, canvas, canvas), 0.5))
         self.plane = nn.Linear(dim, (LAYER - 1) * PLANE)
         nn.init.zeros_(self.plane.weight)

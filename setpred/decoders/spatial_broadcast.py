@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from setpred.decoders.base import SetDecoder
@@ -24,16 +25,21 @@ class Broadcast(nn.Module):
         subpixel: double the side by 3x3 convolutions to four times the channels (Shi et al., CVPR 2016), faster on a
             CPU than the published 5x5 transposed convolutions.
         smoothing: number of 5x5 convolutions of stride 1 after them; published with 1.
+        fine: number of further doublings at the last width. Each starts as an enlargement by nearest neighbours (as
+            ICNR; Aitken et al., 2017), so a trained network that is given one draws the same at first.
 
     Raises:
         InputError: a number out of range.
     """
 
-    def __init__(self, slot_dim: int, *, side: int, widths: Sequence[int], subpixel: bool, smoothing: int) -> None:
+    def __init__(
+        self, slot_dim: int, *, side: int, widths: Sequence[int], subpixel: bool, smoothing: int, fine: int = 0
+    ) -> None:
         super().__init__()
-        if side < 1 or smoothing < 0 or not widths or min(widths) < 1:
+        if side < 1 or min(smoothing, fine) < 0 or not widths or min(widths) < 1:
             raise InputError(
-                f"expected side >= 1, smoothing >= 0 and positive widths, got {side}, {smoothing} and {list(widths)}"
+                "expected side >= 1, smoothing >= 0, fine >= 0 and positive widths, got "
+                f"{side}, {smoothing}, {fine} and {list(widths)}"
             )
         self.side = side
         self.spread, self.position = nn.Linear(slot_dim, widths[0]), nn.Linear(4, widths[0])
@@ -46,13 +52,28 @@ class Broadcast(nn.Module):
         for _ in range(smoothing):
             layers += [nn.Conv2d(widths[-1], widths[-1], 5, padding=2), nn.ReLU()]
         self.network = nn.Sequential(*layers, nn.Conv2d(widths[-1], LAYER, 3, padding=1))
+        doublings = (enlarging(widths[-1]) for _ in range(fine))
+        self.fine = nn.Sequential(*(part for each in doublings for part in (each, nn.PixelShuffle(2), nn.ReLU())))
 
     def forward(self, slots: Tensor) -> Tensor:
-        """`[n, slot_dim]` -> `[n, 4, S, S]` with S = side · 2^len(widths)."""
+        """`[n, slot_dim]` -> `[n, 4, S, S]` with S = side · 2^(len(widths) + fine)."""
         grid = position_grid(self.side, self.side, device=slots.device).to(slots.dtype)
         maps = self.spread(slots).unsqueeze(1) + self.position(grid)
         maps = maps.relu().unflatten(1, (self.side, self.side)).permute(0, 3, 1, 2)  # channels last
-        return self.network(maps)
+        *layers, draw = self.network
+        for layer in (*layers, *self.fine, draw):
+            maps = layer(maps)
+        return maps
+
+
+def enlarging(width: int) -> nn.Conv2d:
+    """Build a 3x3 convolution to 4 · width channels that repeats each channel: with a pixel shuffle, an enlargement."""
+    convolution = nn.Conv2d(width, 4 * width, 3, padding=1)
+    same = nn.init.dirac_(torch.empty(width, width, 3, 3))
+    with torch.no_grad():
+        convolution.weight.copy_(same.repeat_interleave(4, 0))
+        convolution.bias.zero_()
+    return convolution
 
 
 class SpatialBroadcast(SlotReader):

@@ -1,4 +1,4 @@
-"""Encoders of input sets: elements or windows of vectors as tokens, and normalised inputs."""
+"""Encoders of input sets: elements or windows of vectors as tokens, pooled tokens, and normalised inputs."""
 
 import math
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from setpred.encoders.isab import ISAB
 from setpred.errors import InputError, shown
 from setpred.nn import MLP, EncoderLayer
 from setpred.sets import check_set, fill_absent, token_mask
@@ -33,8 +34,8 @@ class SetTokens(nn.Module):
 
         X_0 = rows(x_i) of all elements i,    X_l = layer_l(X_{l-1})
 
-    Set-equivariant: elements in another order give the tokens in another order. The layers are those of
-    `setpred.nn.EncoderLayer`, without positions.
+    Set-equivariant: elements in another order give the tokens in another order. The layers are SAB or ISAB of the Set
+    Transformer, `setpred.nn.EncoderLayer` without positions or `setpred.encoders.isab.ISAB`.
 
     Args:
         input_dim: numbers of an element.
@@ -42,20 +43,27 @@ class SetTokens(nn.Module):
         layers: layers of self-attention.
         heads: heads of every attention, a divisor of `token_dim`.
         hidden_dim: width of the hidden layers.
+        induced: points of an ISAB, for large sets; 0 takes SAB.
 
     Raises:
         InputError: a number out of range.
     """
 
-    def __init__(self, *, input_dim: int, token_dim: int, layers: int, heads: int, hidden_dim: int) -> None:
+    def __init__(
+        self, *, input_dim: int, token_dim: int, layers: int, heads: int, hidden_dim: int, induced: int = 0
+    ) -> None:
         super().__init__()
-        if min(input_dim, token_dim, hidden_dim) < 1 or layers < 0:
+        if min(input_dim, token_dim, hidden_dim) < 1 or min(layers, induced) < 0:
             raise InputError(
-                "expected input_dim, token_dim and hidden_dim of at least 1 and layers of at least 0, got "
-                f"{input_dim}, {token_dim}, {hidden_dim} and {layers}"
+                "expected input_dim, token_dim and hidden_dim of at least 1, layers and induced of at least 0, got "
+                f"{input_dim}, {token_dim}, {hidden_dim}, {layers} and {induced}"
             )
         self.in_dim, self.token_dim = input_dim, token_dim
-        self.layers = nn.ModuleList(EncoderLayer(token_dim, heads=heads, hidden_dim=hidden_dim) for _ in range(layers))
+        sizes = {"heads": heads, "hidden_dim": hidden_dim}
+        self.layers = nn.ModuleList(
+            ISAB(token_dim, points=induced, **sizes) if induced else EncoderLayer(token_dim, **sizes)
+            for _ in range(layers)
+        )
 
     def rows(self, elements: Tensor, mask: Tensor | None) -> Tensor:
         """`[batch, n, input_dim]`, zero where absent -> `[batch, n, tokens, token_dim]`, any numbers where absent."""
@@ -108,12 +116,13 @@ class ElementTokens(SetTokens):
         X_0 = MLP([x_i, moments of the set around x_i])
 
     `local_moments` tell each element what is around it, at several scales, which attention alone is slow to learn. Sets
-    of n elements take memory and time of n². See `SetTokens` for the layers.
+    of n elements take memory and time of n², or of n with `scales=0` and `induced` points. See `SetTokens` for the
+    layers.
 
     Args:
         scales: number of scales of the moments; 0 for none, as single vectors need.
         tokens: tokens of each element.
-        input_dim, token_dim, layers, heads, hidden_dim: those of `SetTokens`.
+        input_dim, token_dim, layers, heads, hidden_dim, induced: those of `SetTokens`.
 
     Raises:
         InputError: a number out of range.
@@ -129,9 +138,10 @@ class ElementTokens(SetTokens):
         layers: int = 1,
         heads: int = 4,
         hidden_dim: int = 128,
+        induced: int = 0,
     ) -> None:
         sizes = {"token_dim": token_dim, "layers": layers, "heads": heads, "hidden_dim": hidden_dim}
-        super().__init__(input_dim=input_dim, **sizes)
+        super().__init__(input_dim=input_dim, induced=induced, **sizes)
         if tokens < 1 or scales < 0:
             raise InputError(f"expected at least 1 token of an element and 0 scales, got {tokens} and {scales}")
         self.scales, self.tokens = scales, tokens
@@ -185,6 +195,47 @@ class WindowTokens(SetTokens):
         return self.network(windows) + self.positions
 
 
+class Pooled(nn.Module):
+    """Encoder to a vector: the tokens of another encoder, pooled.
+
+        z = aggregator(tokens(x))
+
+    With `ElementTokens` of `scales=0` and `setpred.aggregators.PMA` it is the encoder of the Set Transformer (Lee et
+    al., ICML 2019).
+
+    Args:
+        tokens: encoder from images or sets to tokens `[batch, n, token_dim]`.
+        aggregator: a `setpred.aggregators.Aggregator` of that `in_dim`.
+
+    Raises:
+        InputError: an encoder of vectors, or an aggregator of another `in_dim`.
+    """
+
+    def __init__(self, tokens: nn.Module, aggregator: nn.Module) -> None:
+        super().__init__()
+        if (length := getattr(tokens, "token_dim", None)) != aggregator.in_dim:
+            raise InputError(
+                f"expected tokens of the aggregator's {aggregator.in_dim} numbers, got {length} from "
+                f"{type(tokens).__name__}; give both the same"
+            )
+        self.tokens, self.aggregator, self.latent_dim = tokens, aggregator, aggregator.out_dim
+        copy_attributes(tokens, self, ("in_dim", "image_size"))
+
+    def forward(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Images, or `[batch, n, in_dim]` and bool `[batch, n]` -> `[batch, latent_dim]`."""
+        if mask is None:
+            return self.aggregator(self.tokens(inputs))
+        tokens = self.tokens(inputs, mask)
+        return self.aggregator(tokens, token_mask(mask, tokens.shape[1]))
+
+
+def copy_attributes(source: nn.Module, target: nn.Module, names: Sequence[str]) -> None:
+    """Give a module those of the attributes that another one has and that are not None."""
+    for name in names:
+        if getattr(source, name, None) is not None:
+            setattr(target, name, getattr(source, name))
+
+
 class Normalised(nn.Module):
     """Set encoder on normalised inputs: encoder((x - offset) / scale), number by number.
 
@@ -209,9 +260,7 @@ class Normalised(nn.Module):
             )
         if not all(map(math.isfinite, input_offset)) or not all(0 < scale < math.inf for scale in input_scale):
             raise InputError(f"expected finite offsets and scales > 0, got {shown(input_offset)}, {shown(input_scale)}")
-        for name in ("in_dim", "token_dim", "latent_dim"):
-            if getattr(encoder, name, None) is not None:
-                setattr(self, name, getattr(encoder, name))
+        copy_attributes(encoder, self, ("in_dim", "token_dim", "latent_dim"))
         for name, numbers in (("offset", input_offset), ("scale", input_scale)):
             self.register_buffer(name, torch.tensor(numbers, dtype=torch.float32), persistent=False)
 
