@@ -73,6 +73,7 @@ def unit_images(images: Tensor) -> Tensor:
     return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
+POSE = 12  # numbers of a camera's pose: its location, and the three columns of the matrix of its rays
 LAYER = 4  # numbers of a layer at each pixel: red, green, blue, and the logit of its mask
 
 

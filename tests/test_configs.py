@@ -25,6 +25,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 COMPARED = sorted((CONFIGS / "compare").glob("*.yaml"))
 IMAGES = sorted(CONFIGS.glob("*.yaml")) + COMPARED
 DISCOVERY = sorted((CONFIGS / "discovery").glob("*.yaml"))
+VIEWS = sorted((CONFIGS / "views").glob("*.yaml"))
 WORLDS = sorted((CONFIGS / "worlds").rglob("*.yaml"))
 
 
@@ -116,6 +117,18 @@ def test_a_configuration_of_discovery_takes_a_step(path):
     rebuilt(cli)
 
 
+@pytest.mark.parametrize("path", VIEWS, ids=name)
+def test_a_configuration_of_views_takes_a_step(path):
+    cli = built(path)
+    check_fit(cli)
+    model, inputs = cli.model, cli.datamodule.inputs
+    views, mask = torch.rand(2, inputs.most, inputs.dim), torch.arange(inputs.most) < torch.tensor([[4], [1]])
+    loss, moved = take_a_step(model, views, torch.rand(2, 6, model.schema.set_dim), mask)
+    assert torch.isfinite(loss)
+    assert moved > 0.5
+    rebuilt(cli)
+
+
 @pytest.mark.parametrize("path", WORLDS, ids=name)
 def test_a_configuration_of_sets_takes_a_step_and_is_scored(path):
     if "Digit" in path.read_text():
@@ -133,14 +146,14 @@ def test_a_configuration_of_sets_takes_a_step_and_is_scored(path):
     rebuilt(cli)
 
 
-@pytest.mark.parametrize("path", IMAGES + WORLDS, ids=name)
+@pytest.mark.parametrize("path", IMAGES + VIEWS + WORLDS, ids=name)
 def test_a_configuration_is_short_and_states_its_sources(path):
     text = path.read_text()
     config = yaml.safe_load(text)
     assert text.startswith("#")
     assert len(text.splitlines()) < 60
     assert {"model", "data", "trainer"} <= set(config)
-    if path in IMAGES:
+    if path in IMAGES + VIEWS:
         assert "set_dim" not in text  # it follows from the schema
         return
     assert len(text.splitlines()[0]) > 60
@@ -177,7 +190,7 @@ def test_dspn_is_one_option_away(path):
     assert isinstance(cli.model.model.decoder.differentiation, Unrolled)
 
 
-@pytest.mark.parametrize("world", ["median", "counting"])
+@pytest.mark.parametrize("world", ["median", "counting", "motion"])
 def test_aggregators_are_compared_at_equal_numbers_of_parameters(world):
     paths = [path for path in WORLDS if path.parent.name == world]
     counts = [sum(parameter.numel() for parameter in built(path).model.parameters()) for path in paths]

@@ -17,6 +17,7 @@ from setpred.decoders import (
     DeepSets,
     ElementBiLSTM,
     ElementTransformer,
+    EqMotion,
     FlowMatching,
     GaussianStart,
     LearnedStart,
@@ -104,7 +105,9 @@ ELEMENT_DECODERS = {  # one element for each token
     "element transformer, sequence": lambda: element_transformer(SequencePositions()),
     "element transformer, random": lambda: element_transformer(RandomPositions(seed=4)),
     "element bilstm": lambda: ElementBiLSTM(hidden_dim=7, token_dim=DIM, set_dim=OUT),
+    "eqmotion": lambda: EqMotion(dim=1, channels=3, hidden_dim=7, token_dim=DIM, set_dim=OUT),
 }
+SET_EQUIVARIANT = ("deep sets", "element transformer", "eqmotion")
 TOKEN_DECODERS = {
     "slot attention": lambda: SlotAttention(**SLOTS),
     "slot attention, two heads": lambda: SlotAttention(heads=2, **SLOTS),
@@ -256,7 +259,7 @@ def test_padding_has_no_influence(name):
         decoder(given, mask=mask[:, 1:])
 
 
-@pytest.mark.parametrize("name", [*TOKEN_DECODERS, "deep sets", "element transformer"])
+@pytest.mark.parametrize("name", [*TOKEN_DECODERS, *SET_EQUIVARIANT])
 def test_the_order_of_tokens_changes_nothing_but_the_order_of_their_elements(name):
     decoder, given, order = build(name), features(name), torch.tensor([3, 0, 4, 1, 2])
     expected = decoder(given)
@@ -268,7 +271,20 @@ def test_equal_tokens_give_equal_elements_unless_there_is_an_order_or_noise(name
     for seed in range(3):
         elements = build(name, seed)(features(name)[:, :1].expand(-1, TOKENS, -1)).detach()
         apart = torch.stack([torch.pdist(one) for one in elements])
-        assert apart.max() < 1e-12 if name in ("deep sets", "element transformer") else apart.min() > 1e-4
+        assert apart.max() < 1e-12 if name in SET_EQUIVARIANT else apart.min() > 1e-4
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_eqmotion_turns_mirrors_and_moves_with_its_points(dim):
+    decoder = EqMotion(dim=dim, channels=3, hidden_dim=7, token_dim=4 * dim, set_dim=2 * dim).double()
+    past, mask = normal(BATCH, TOKENS, 4, dim), torch.arange(TOKENS) < torch.tensor([[5], [3], [1]])
+    matrix, shift = torch.linalg.qr(normal(dim, dim, seed=2)).Q, 5 * normal(dim, seed=3)
+    for turn in (matrix, matrix @ torch.diag(torch.tensor([-1.0] + [1.0] * (dim - 1)).double())):  # and a reflection
+        future, moved = (
+            decoder(points.flatten(2), mask=mask).unflatten(2, (2, dim)) for points in (past, past @ turn + shift)
+        )
+        close(moved[mask], (future @ turn + shift)[mask])
+    assert (future[:, :, 0] - past[:, :, -1])[mask].abs().max() > 1e-2  # no copy
 
 
 def test_positions_are_waves_of_the_place_or_of_row_and_column():
@@ -691,6 +707,7 @@ def test_features_that_do_not_fit_raise_at_once(encoder, decoder, message):
         lambda: Unrolled(last=0),
         lambda: ResNetTrunk(image_size=100),
         lambda: DeepSets(layers=0, token_dim=DIM, set_dim=OUT),
+        lambda: EqMotion(dim=2, token_dim=DIM, set_dim=OUT),
         lambda: ElementTransformer(decoder_layers=-1, token_dim=DIM, set_dim=OUT),
         lambda: ElementTransformer(RandomPositions(), dim=9, heads=3, token_dim=DIM, set_dim=OUT),
     ],

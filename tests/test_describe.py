@@ -114,7 +114,7 @@ MODELS = {
     "Readout": lambda: (tokens(), decoders.Readout(SlotAttention(**SLOTS), set_dim=CLEVR.set_dim)),
     "OwnDecoder": lambda: (image(), OwnDecoder(0.5, **SIZES)),
 }  # fmt: skip
-OF_SETS = {"DeepSets", "ElementBiLSTM", "ElementTransformer"}
+OF_SETS = {"DeepSets", "ElementBiLSTM", "ElementTransformer", "EqMotion"}
 
 
 def test_every_family_of_decoders_is_among_the_models():
@@ -144,6 +144,7 @@ def test_a_saved_model_predicts_the_same_bit_by_bit(name, tmp_path):
 def test_a_model_of_sets_is_saved_as_well(name, tmp_path):
     part = getattr(decoders, name)
     sizes = {"heads": 2, "encoder_layers": 1, "decoder_layers": 1} if name == "ElementTransformer" else {"layers": 1}
+    sizes |= {"dim": 1} if name == "EqMotion" else {}
     model = SetPredictor(Elements(set_dim=3), part(token_dim=3, set_dim=2, hidden_dim=8, **sizes))
     save_model(tmp_path / "model.ckpt", model, None)
     given = torch.rand(2, 5, 3)

@@ -16,9 +16,10 @@ from setpred.aggregators import FSPool, SetEncoder, SumPool
 from setpred.checkpoint import load as checkpoint
 from setpred.commands.evaluate import evaluate
 from setpred.commands.train import train
-from setpred.data.toy import Depths, Multisets, Numbering, ThreeCells, UncertainPoints
+from setpred.data.toy import Depths, MovingPoints, Multisets, Numbering, ThreeCells, UncertainPoints
 from setpred.data.toy.digits import CLASSES, DigitCounting, DigitPoints, RotatedDigits, bundled_digits, pixel_points
 from setpred.data.toy.median import Median
+from setpred.data.toy.motion import SOFTENING, attraction, motion
 from setpred.data.toy.omniglot import OmniglotCounting, read_characters
 from setpred.data.toy.qm9 import PROPERTIES, QM9, read_molecule
 from setpred.data.toy.solids import KINDS, TUBE, Solids
@@ -26,7 +27,7 @@ from setpred.decoders import IDSPN, FlowMatching, MLPDecoder, SlotAttention
 from setpred.encoders import Elements, SmallCNN
 from setpred.errors import InputError, NotFiniteError
 from setpred.inner import Conditioned, GradientDescent, LatentMatching, Sum
-from setpred.losses import CrossEntropy, HungarianLoss
+from setpred.losses import CrossEntropy, HungarianLoss, SquaredError
 from setpred.metrics import AbsoluteError, Accuracy, EnergyScore, NumberingAccuracy, SetDistances
 from setpred.model import SetPredictor, Step
 from setpred.nonfinite.locate import diagnose
@@ -37,6 +38,7 @@ WORLDS = (
     Multisets,
     Numbering,
     Median,
+    MovingPoints,
     Depths,
     ThreeCells,
     UncertainPoints,
@@ -49,7 +51,7 @@ every_world = pytest.mark.parametrize("make", WORLDS)
 
 
 def built(make, **options):
-    if make in WORLDS[7:]:
+    if make in WORLDS[8:]:
         pytest.importorskip("sklearn")
     world = make(**SMALL | options)
     world.setup()
@@ -292,6 +294,39 @@ def test_a_flow_in_training_reads_the_target_and_its_validation_does_not():
 # --- digits -------------------------------------------------------------------------------------------------------
 
 
+def test_points_move_by_their_attraction():
+    places, speeds = rng().normal(0, 1, (2, 6, 4, 2))
+    seen = motion(places, speeds, times=5, interval=0.4)
+    assert np.array_equal(seen[:, :, 0], places)
+    drift = np.diff(seen.mean(1), axis=1)  # without a force from outside
+    np.testing.assert_allclose(drift, 0.4 * speeds.mean(1)[:, None].repeat(4, 1))
+
+    def potential(at):
+        apart = np.sqrt(((at[:, None] - at[:, :, None]) ** 2).sum(-1) + SOFTENING)
+        return -(1 / apart).sum((1, 2)) / 2 / at.shape[1]
+
+    slope = [(potential(places + d) - potential(places - d)) / 2e-6 for d in 1e-6 * np.eye(8).reshape(8, 4, 2)]
+    np.testing.assert_allclose(attraction(places), -np.stack(slope, -1).reshape(places.shape), atol=1e-8)
+    fine, coarse = (motion(places, speeds, times=n, interval=2 / (n - 1))[:, :, -1] for n in (41, 6))
+    np.testing.assert_allclose(fine, coarse, atol=3e-3)  # in steps of an eighth
+
+
+def test_motion_is_turned_only_if_asked():
+    upright, turned = (built(MovingPoints, train_turned=turn).train_data.tensors for turn in (False, True))
+    for example in range(3):
+        ours, theirs = (
+            torch.cat([data[name][example].view(5, -1, 2) for name in ("input", "elements")], 1).flatten(0, 1)
+            for data in (upright, turned)
+        )
+        matrix = torch.linalg.lstsq(ours, theirs).solution
+        torch.testing.assert_close(matrix.mT @ matrix, torch.eye(2), atol=1e-4, rtol=0)
+        assert matrix.det() > 0
+        torch.testing.assert_close(ours @ matrix, theirs, atol=1e-4, rtol=0)
+        assert (matrix - torch.eye(2)).abs().max() > 0.1
+    steps = upright["input"].view(40, 5, 4, 2).diff(dim=2).mean((0, 1, 2))
+    assert steps[0] > 0.3 > 10 * steps[1].abs()  # 0.4 along x
+
+
 @pytest.fixture(scope="module")
 def digits():
     pytest.importorskip("sklearn")
@@ -323,6 +358,7 @@ def test_without_scikit_learn_there_is_one_sentence(monkeypatch):
         (Median, {"set_size": 0}, "at least one number, got a set_size of 0"),
         (Depths, {"set_size": 1}, "up to two points"),
         *((Numbering, {name: 0}, "at least one element") for name in ("set_size", "classes")),
+        (MovingPoints, {"interval": 0.0}, "an interval from over 0 to 1, got 5, 4, 4 and 0"),
         (DigitCounting, {"sizes": (4, 3)}, r"at least 1, got \[4, 3\]"),
         (RotatedDigits, {"threshold": 8.0}, "threshold from 0 to under 1"),
         (RotatedDigits, {"stretch": 0.5}, "stretch of at least 1, got 0.5"),
@@ -683,6 +719,22 @@ def test_distances_of_empty_and_non_finite_sets():
         SetDistances()(torch.tensor([[[math.nan, 0.0, 1.0]]]), torch.tensor([[here]]))
     with pytest.raises(InputError, match="positive cutoff"):
         SetDistances(cutoff=0.0)
+
+
+def test_squared_error_is_the_mean_over_aligned_numbers():
+    predicted, target = numbers(3, 4, 2), numbers(3, 4, 2, seed=1)
+    expected = torch.tensor(
+        [
+            sum((p - t) ** 2 for p, t in zip(*pair, strict=True)) / 8
+            for pair in zip(predicted.flatten(1).tolist(), target.flatten(1).tolist(), strict=True)
+        ],
+        dtype=torch.float64,
+    )
+    torch.testing.assert_close(SquaredError()(predicted, target), expected)
+    assert SquaredError()(predicted.bfloat16(), target.float()).dtype == torch.float32
+    assert (SquaredError()(predicted[:, [1, 0, 2, 3]], target) != expected).all()  # the order counts
+    with pytest.raises(ValueError, match="one shape"):
+        SquaredError()(predicted[:, 1:], target)
 
 
 def test_absolute_error_and_rounding():

@@ -231,6 +231,8 @@ def _parser() -> Parser:
         add("--condition", default="clevr", help=f"clevr: {colours}, as in CLEVR-CoGenT (default: clevr)")
     for add, what in ((prepare, "those of masks/SPLIT/*.png"), (render, "array instances"), (folder, "masks/SPLIT")):
         add("--masks", action="store_true", help=f"keep the visible pixels of each object ({what})")
+    views = "images of each scene, one after the other, from cameras around it (default: one from CLEVR's camera)"
+    render("--views", type=int, metavar="V", help=views)
     for add in (prepare, render):
         side = "side of the square images (default: 128)"
         add("--image-size", type=int, default=128, metavar="S", help=side)

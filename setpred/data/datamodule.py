@@ -21,6 +21,7 @@ from setpred.data.dataset import Batch, ClevrImages, SetFile, as_batch, fitting_
 from setpred.data.hdf5 import Header, InputSets, file_header
 from setpred.data.loading import EpochOrder, EpochPermutation, training_loader, validation_loader
 from setpred.data.scenes import render_records, rendered_header
+from setpred.data.views import view_inputs
 from setpred.errors import InputError
 from setpred.files import locked, make_folder, writing
 from setpred.schema import CLEVR, ElementSchema
@@ -108,6 +109,7 @@ class ImageData(SetData):
     """
 
     schema = CLEVR
+    inputs: InputSets | None = None
     train_path: str | None
     val_path: str
 
@@ -127,6 +129,11 @@ class ImageData(SetData):
         self.augment, self.masks = augment, masks
         self.image_size, self.set_size = image_size, set_size
         self.num_workers, self.in_memory = num_workers, in_memory
+
+    @property
+    def input_dim(self) -> int | None:
+        """Numbers of an element of the inputs; None for images."""
+        return None if self.inputs is None else self.inputs.dim
 
     def open_images(
         self, path: str, split: str = "val", images: int | None = None, *, masks: bool = False
@@ -267,11 +274,6 @@ class SetDataModule(ImageData):
         self.train_split, self.val_split = train_split, val_split
         self.train_images, self.val_images = train_images, val_images
 
-    @property
-    def input_dim(self) -> int | None:
-        """Numbers of an element of the inputs; None for images."""
-        return None if self.inputs is None else self.inputs.dim
-
     def setup(self, stage: str | None = None) -> None:
         self.schema = self.sizes({"train": self.train_path, "val": self.val_path}).schema
         super().setup(stage)
@@ -305,6 +307,7 @@ class RenderedFile:
     def path(self) -> str:
         source = self.header.source
         scenes = "{}to{}".format(*source["objects"]) + (f"-{source['condition']}" if "condition" in source else "")
+        scenes += f"-views{source['views']}" if "views" in source else ""
         masks = "-masks" if self.header.instances else ""
         name = f"rendered-{self.header.image_size}-{scenes}-seed{source['seed']}-{self.header.images}{masks}.h5"
         return str(Path(self.folder).expanduser() / name)
@@ -366,6 +369,8 @@ class BuiltInScenes(ImageData):
         objects: least and most objects of a scene.
         scenes_seed: seed of the scenes, apart from `seed`, so that runs of several seeds share the files.
         condition: colours that each shape may have: "clevr", "cogent-a" or "cogent-b".
+        views: images of each scene, from cameras around it, that a model of sets takes together, with their poses (see
+            `setpred.data.views.SceneViews`); by default a model of images takes one. `StreamedScenes` has none.
         folder: folder of the files, kept for the next run.
         workers: processes that render; all cores by default.
         arguments: those of `ImageData`.
@@ -381,14 +386,19 @@ class BuiltInScenes(ImageData):
         objects: tuple[int, int] = (3, 10),
         scenes_seed: int = 0,
         condition: str = "clevr",
+        views: int | None = None,
         folder: str = "data",
         workers: int | None = None,
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        _check_least({"scenes_seed": (scenes_seed, 0)})
+        _check_least({"scenes_seed": (scenes_seed, 0), "views": (views, 1)})
         self.check_augment()  # before scenes are rendered
-        self.which = {"objects": tuple(objects), "condition": condition}
+        self.side, self.which = self.image_size, {"objects": tuple(objects), "condition": condition, "views": views}
+        if views is not None:
+            if self.augment is not None or self.masks:
+                raise InputError("expected views without augmentation and masks; leave augment and masks out")
+            self.inputs, self.image_size = view_inputs(views, self.side), None
         self.scenes_seed, self.folder, self.workers = scenes_seed, folder, workers
         self.files = (self.rendered(val_images, scenes_seed + VALIDATION_SEED, masks=self.masks),)
         self.train_path, self.val_path = None, self.files[0].path
@@ -396,11 +406,14 @@ class BuiltInScenes(ImageData):
     @classmethod
     def sizes(cls, arguments: Mapping[str, Any]) -> DataSizes:
         """The sizes of scenes with these arguments."""
-        return DataSizes(cls.schema, arguments.get("set_size") or cls.schema.max_objects, arguments["image_size"])
+        side, views = arguments["image_size"], arguments.get("views")
+        inputs = None if views is None else view_inputs(views, side)
+        return DataSizes(cls.schema, arguments.get("set_size") or cls.schema.max_objects, side, inputs=inputs)
 
-    def rendered(self, images: int, seed: int, *, masks: bool = False) -> RenderedFile:
-        """A file of these scenes, after checking the arguments."""
-        header = rendered_header(images=images, image_size=self.image_size, masks=masks, seed=seed, **self.which)
+    def rendered(self, scenes: int, seed: int, *, masks: bool = False) -> RenderedFile:
+        """A file of so many scenes, after checking the arguments."""
+        images = scenes * (self.which["views"] or 1)
+        header = rendered_header(images=images, image_size=self.side, masks=masks, seed=seed, **self.which)
         return RenderedFile(header, self.folder, self.workers)
 
     def prepare_data(self) -> None:
@@ -420,12 +433,28 @@ class RenderedScenes(BuiltInScenes):
         train_images: number of training scenes.
         image_size: side of the images.
         batch_size: training examples per step and process; the last, smaller batch of an epoch is left out.
+        mixed_views: training scenes have from one to all of their `views`; validation scenes have all.
         arguments: those of `BuiltInScenes`.
     """
 
     def __init__(
-        self, *, train_images: int = 12_000, image_size: int = 64, batch_size: int = 64, **arguments: Any
+        self,
+        *,
+        train_images: int = 12_000,
+        image_size: int = 64,
+        batch_size: int = 64,
+        mixed_views: bool = False,
+        **arguments: Any,
     ) -> None:
         super().__init__(image_size=image_size, batch_size=batch_size, **arguments)
+        if mixed_views and self.inputs is None:
+            raise InputError("expected views for mixed_views; give their number, or leave mixed_views out")
+        self.mixed_views = mixed_views
         self.files = (self.rendered(train_images, self.scenes_seed), *self.files)
         self.train_path = self.files[0].path
+
+    def open_split(self, split: str) -> Dataset:
+        data = super().open_split(split)
+        if self.mixed_views and split == "train":
+            data.mixed = True
+        return data

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Tensor]
 SHARED_MEMORY = "/dev/shm"
+VIEWS = "views"  # entry of the source of a file: images of each scene, one after the other
 IN_MEMORY_BYTES = 2_000_000_000  # files whose images take less are kept in memory by default
 
 
@@ -354,7 +355,7 @@ def open_data(
     """Open the data set at `path`: a prepared file, or a split of a CLEVR_v1.0 folder.
 
     Args:
-        image_size: side of the images; None for input sets.
+        image_size: side of the images; None for input sets, which several images of a scene are, too.
         instances: batches have `instances`; of a prepared file.
         size: `set_size` and `images`, as of `SetFile`.
 
@@ -367,6 +368,10 @@ def open_data(
         raise InputError(f"expected a prepared file with masks, got the folder {path}; prepare it with --masks")
     if folder and image_size is not None:
         return ClevrImages(path, split=split, image_size=image_size, schema=schema, **size)
+    if image_size is None and not folder and VIEWS in (header := file_header(path)).source and header.inputs is None:
+        from setpred.data.views import SceneViews  # which builds on this file
+
+        return SceneViews(path, schema=schema, in_memory=in_memory, instances=instances, **size)
     if image_size is None and (folder or file_header(path).inputs is None):
         raise InputError(f"expected a file of sets as inputs, but {path} has images; give other data or another model")
     return SetFile(path, image_size=image_size, schema=schema, in_memory=in_memory, instances=instances, **size)

@@ -1,10 +1,12 @@
 """Built-in scenes, rendered into an HDF5 file or a folder of the CLEVR layout."""
 
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -28,15 +30,25 @@ from setpred.rendering.scenes import Scene
 from setpred.schema import CLEVR
 
 CAMERAS = "cameras.jsonl"  # beyond CLEVR: places of camera and lamps
+GOLDEN_ANGLE = math.pi * (3 - math.sqrt(5))  # in radians
 BATCH_PIXELS = 300_000  # rendered together: enough to keep torch busy, few enough for a processor's caches
 
 
 def built_in_scenes(
-    numbers: Sequence[int], *, seed: int, objects: tuple[int, int], condition: str = "clevr"
+    numbers: Sequence[int], *, seed: int, objects: tuple[int, int], condition: str = "clevr", views: int | None = None
 ) -> list[Scene]:
-    """The scenes of these numbers; each is a function of `seed` and its number."""
+    """The scenes of these numbers; each is a function of `seed` and its number.
+
+    With `views` V, number V s + k is scene s from its camera k, CLEVR's turned by k golden angles: any number of
+    cameras goes round the scene nearly evenly, and fewer of them are the first ones.
+    """
     rules = SceneRules(objects=tuple(objects), palettes=CONDITIONS[condition])
-    return sample_scenes([np.random.default_rng([seed, number]) for number in numbers], rules)
+    drawn = list(dict.fromkeys(number // (views or 1) for number in numbers))
+    scenes = dict(zip(drawn, sample_scenes([np.random.default_rng([seed, s]) for s in drawn], rules), strict=True))
+    if views is None:
+        return [scenes[number] for number in numbers]
+    pairs = ((scenes[number // views], GOLDEN_ANGLE * (number % views)) for number in numbers)
+    return [replace(scene, camera=scene.camera.turned(angle)) for scene, angle in pairs]
 
 
 def _drawn(scenes: Sequence[Scene], width: int, height: int, *, masks: bool = False) -> Iterator[np.ndarray]:
@@ -58,9 +70,16 @@ def render_records(numbers: Sequence[int], *, image_size: int, masks: bool = Fal
 
 
 def _source(
-    images: int, width: int, height: int, *, objects: tuple[int, int], seed: int, condition: str = "clevr"
+    images: int,
+    width: int,
+    height: int,
+    *,
+    objects: tuple[int, int],
+    seed: int,
+    condition: str = "clevr",
+    views: int | None = None,
 ) -> dict[str, Any]:
-    """Check the parameters of the scenes, and return them as plain types, without the condition "clevr"."""
+    """Check the parameters of the scenes, and return them as plain types, but "clevr" and no views."""
     if not (1 <= images <= MOST_IMAGES and min(width, height) >= 8 and max(width, height) <= LARGEST_IMAGE):
         raise InputError(
             f"expected at least 1 image of at least 8x8 pixels, at most {MOST_IMAGES} images of at most "
@@ -72,7 +91,10 @@ def _source(
         raise InputError(f"expected a seed of at least 0, got {seed}")
     if condition not in CONDITIONS:
         raise InputError(f"expected a condition out of {', '.join(CONDITIONS)}, got {condition!r}")
+    if views is not None and (views < 1 or images % views):
+        raise InputError(f"expected views of at least 1 that divide the number of images, got {views} of {images}")
     source = {"kind": "rendered", "objects": list(objects), "seed": seed}
+    source |= {} if views is None else {"views": views}
     return source if condition == "clevr" else source | {"condition": condition}
 
 
@@ -94,6 +116,7 @@ def render_file(
     objects: tuple[int, int] = (3, 10),
     seed: int = 0,
     condition: str = "clevr",
+    views: int | None = None,
     masks: bool = False,
     workers: int = 0,
     force: bool = False,
@@ -103,6 +126,7 @@ def render_file(
     Args:
         objects: least and most objects of a scene.
         condition: colours that each shape may have, out of `setpred.rendering.sampling.CONDITIONS`.
+        views: images of each scene, one after the other, from cameras around it; a model of sets takes them together.
         masks: keep the visible pixels of each object, as `instances`.
         workers: processes that render; 0 renders in this one. The content does not depend on them.
         force: replace the file if it exists.
@@ -113,7 +137,7 @@ def render_file(
     Raises:
         InputError: a wrong argument, and what `write_set_file` raises.
     """
-    which = {"objects": objects, "seed": seed, "condition": condition}
+    which = {"objects": objects, "seed": seed, "condition": condition, "views": views}
     return write_set_file(
         path,
         rendered_header(images=images, image_size=image_size, masks=masks, **which),

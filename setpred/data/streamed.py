@@ -72,6 +72,8 @@ class StreamedScenes(BuiltInScenes):
 
     def __init__(self, *, scenes_per_epoch: int = 70_000, **arguments: Any) -> None:
         super().__init__(**arguments)
+        if self.which["views"] is not None:
+            raise InputError("expected no views of streamed scenes; train on setpred.data.datamodule.RenderedScenes")
         self.scenes_per_epoch = scenes_per_epoch
         self.rules = SceneRules(objects=self.which["objects"], palettes=CONDITIONS[self.which["condition"]])
         if self.set_size is not None and self.set_size < (most := self.rules.objects[1]):

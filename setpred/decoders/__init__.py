@@ -3,6 +3,7 @@
 from setpred.decoders.base import SetDecoder
 from setpred.decoders.baselines import BiLSTMDecoder, MLPDecoder, TransformerDecoder
 from setpred.decoders.detr import DETR
+from setpred.decoders.eqmotion import EqMotion
 from setpred.decoders.flow_matching import FlowMatching
 from setpred.decoders.glimpses import Glimpses
 from setpred.decoders.idspn import IDSPN
@@ -24,6 +25,7 @@ __all__ = [
     "DeepSets",
     "ElementBiLSTM",
     "ElementTransformer",
+    "EqMotion",
     "FlowMatching",
     "GaussianStart",
     "Glimpses",

@@ -7,6 +7,7 @@ from setpred.encoders.positions import LinearPosition, SeqPE, SinePosition, posi
 from setpred.encoders.resnet import ResNet, ResNetTrunk
 from setpred.encoders.surface import SurfaceTokens
 from setpred.encoders.tokens import PositionedTokens, Tokens, Votes
+from setpred.encoders.vsformer import ViewTokens
 from setpred.nn import record_parts
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "SmallTrunk",
     "SurfaceTokens",
     "Tokens",
+    "ViewTokens",
     "Votes",
     "WindowTokens",
     "position_grid",

@@ -11,6 +11,7 @@ from setpred.losses.reconstruction import Reconstruction
 from setpred.losses.sinkhorn import SinkhornDivergence
 from setpred.losses.sliced import DistributionalSlicedWasserstein, MaxSlicedWasserstein, SlicedWasserstein
 from setpred.losses.soft_equivariance import SoftEquivariance, equivariance_error
+from setpred.losses.squared_error import SquaredError
 from setpred.nn import record_parts
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "SinkhornDivergence",
     "SlicedWasserstein",
     "SoftEquivariance",
+    "SquaredError",
     "equivariance_error",
     "generalised_iou",
 ]

@@ -4,6 +4,7 @@ World: z up, the ground at z = 0, the unit of CLEVR's `3d_coords`. Image: origin
 centres at half integers. Source: the official scene file, whose camera always looks at the origin without roll.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,11 @@ class Camera:
         x, y, z = backward
         flat = np.hypot(x, y)
         return np.array([[-y / flat, x / flat, 0.0], [-x * z / flat, -y * z / flat, flat], [x, y, z]])
+
+    def turned(self, angle: float) -> "Camera":
+        """This camera after a turn by `angle` in radians, anticlockwise about the vertical through the origin."""
+        (x, y, z), cosine, sine = self.location, math.cos(angle), math.sin(angle)
+        return Camera((cosine * x - sine * y, sine * x + cosine * y, z))
 
     def project(self, points: np.ndarray, width: int, height: int, *, aspect: float = ASPECT) -> np.ndarray:
         """World points `[..., 3]` to (px, py, depth) `[..., 3]`: pixels, pixels, world units. Depth > 0 is in front."""

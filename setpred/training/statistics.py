@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from setpred.model import inputs_of
 from setpred.nn import batch_norms, estimating_statistics, evaluating
 
 STATISTICS_IMAGES = 1024  # training images for the statistics of validations and checkpoints
@@ -29,7 +30,7 @@ class BatchStatistics:
     def reset(self) -> None:
         """Forget the images and what was estimated."""
         self._trained: list[nn.Module] = []
-        self._images: list[Tensor] | None = None
+        self._inputs: list[tuple[Tensor, Tensor | None]] | None = None  # images or sets, and their masks
         self._estimated: list[Tensor] = []  # the encoder's weights and their statistics
 
     def note_trained(self, encoder: nn.Module) -> None:
@@ -47,21 +48,23 @@ class BatchStatistics:
         data = trainer and getattr(trainer, "datamodule", None)
         if not self._trained or not hasattr(data, "statistics_batches") or trainer.state.fn != "fit":
             return
-        if self._images is None:  # kept, for streamed scenes are drawn again
-            batches = data.statistics_batches(STATISTICS_IMAGES)
-            images = [trainer.strategy.batch_to_device(batch)["image"] for batch in batches]
-            # a non-finite image, which a training may skip, would spoil all statistics
-            finite = [some[some.isfinite().flatten(1).all(1)] for some in images]
-            self._images = [some for some in finite if len(some)]
-        images = self._images
+        if self._inputs is None:  # kept, for streamed scenes are drawn again
+            self._inputs = []
+            for batch in data.statistics_batches(STATISTICS_IMAGES):
+                some, mask = inputs_of(trainer.strategy.batch_to_device(batch))
+                # a non-finite image, which a training may skip, would spoil all statistics
+                finite = some.isfinite().flatten(1).all(1)
+                if finite.any():
+                    self._inputs.append((some[finite], None if mask is None else mask[finite]))
+        inputs = self._inputs
         if self.hasty:
-            images = images[: max(1, HASTY_IMAGES // max(map(len, images), default=1))]
+            inputs = inputs[: max(1, HASTY_IMAGES // max((len(some) for some, _ in inputs), default=1))]
         encoder = module.model.encoder
         # compared by value: callbacks may have changed weights or statistics, too
-        wanted = [torch.tensor(len(images)), *encoder.state_dict().values()]
+        wanted = [torch.tensor(len(inputs)), *encoder.state_dict().values()]
         if len(wanted) == len(self._estimated) and all(map(torch.equal, wanted, self._estimated)):
             return
         with trainer.precision_plugin.forward_context(), evaluating(encoder), estimating_statistics(self._trained):
-            for some in images:
-                module.model.encode(some)
+            for some, mask in inputs:
+                module.model.encode(some, mask)
         self._estimated = [value.clone() for value in wanted]

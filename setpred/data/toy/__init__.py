@@ -4,6 +4,7 @@ from setpred.data.toy.base import Examples, World
 from setpred.data.toy.depths import Depths
 from setpred.data.toy.digits import DigitCounting, DigitPoints, RotatedDigits
 from setpred.data.toy.median import Median
+from setpred.data.toy.motion import MovingPoints
 from setpred.data.toy.multisets import Multisets
 from setpred.data.toy.numbering import Numbering
 from setpred.data.toy.omniglot import OmniglotCounting
@@ -19,6 +20,7 @@ __all__ = [
     "DigitPoints",
     "Examples",
     "Median",
+    "MovingPoints",
     "Multisets",
     "Numbering",
     "OmniglotCounting",
