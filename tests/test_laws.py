@@ -29,6 +29,7 @@ from setpred.decoders import (
     SlotMixture,
 )
 from setpred.encoders import SinePosition
+from setpred.errors import InputError
 from setpred.inner import (
     Conditioned,
     EquilibriumMatching,
@@ -199,6 +200,17 @@ def test_an_objective_does_not_see_the_order_of_elements_with_what_belongs_to_th
     masked = Problem(problem.latent, problem.initial, MASK, problem.condition)
     other = Problem(problem.latent, other.initial, MASK[:, ORDER], other.condition)
     close(objective(elements[:, ORDER], other), objective(elements, masked))
+
+
+def test_an_auto_encoder_s_input_set_is_a_minimum():
+    """With its own encoder the objective is 0 there, in any order, and positive elsewhere."""
+    objective, elements = OfTokens(LatentMatching(encoder_of(DIM))).double(), normal(BATCH, SIZE, DIM)
+    problem = Problem(elements, normal(BATCH, SIZE, DIM, seed=1))
+    assert objective.token_dim == DIM
+    close(objective(elements[:, ORDER], problem), torch.zeros(BATCH, dtype=torch.float64))
+    assert objective(normal(BATCH, SIZE, DIM, seed=2), problem).min() > 1e-4
+    with pytest.raises(InputError, match="expected an aggregator, since Proximity has no set encoder"):
+        OfTokens(Proximity())
 
 
 @every_objective

@@ -521,6 +521,7 @@ def test_points_are_those_of_the_pixels(digits):
     for split, part in digits.items():
         made = DigitPoints(**SMALL).examples(split, len(part.images), rng())
         assert made["input"].shape == (len(part.images), 27, 3)
+        assert DigitPoints(masked=False, **SMALL).examples(split, 5, rng()).keys() == {"input", "elements"}
         np.testing.assert_array_equal(made["input"], made["elements"])
         np.testing.assert_array_equal(made["input_mask"], made["elements"][..., 2] == 1)
         positions, _, mask = pixel_points(part.images, 0.5)

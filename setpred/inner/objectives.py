@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from setpred.errors import InputError
 from setpred.sets import fill_absent
 
 
@@ -149,16 +150,26 @@ class OfTokens(nn.Module):
 
     Args:
         objective: L', such as `LatentMatching`.
-        aggregator: tokens `[batch, tokens, token_dim]` to z `[batch, latent_dim]`.
+        aggregator: tokens `[batch, tokens, token_dim]` to z `[batch, latent_dim]`. None takes the objective's own set
+            encoder, as DSPN's auto-encoder does: with `setpred.encoders.Elements` the input set X itself is a minimum.
+
+    Raises:
+        InputError: neither an aggregator nor an objective with a set encoder.
     """
 
-    def __init__(self, objective: nn.Module, aggregator: nn.Module) -> None:
+    def __init__(self, objective: nn.Module, aggregator: nn.Module | None = None) -> None:
         super().__init__()
+        if aggregator is None and not hasattr(objective, "set_encoder"):
+            raise InputError(f"expected an aggregator, since {type(objective).__name__} has no set encoder; give one")
         self.objective, self.aggregator = objective, aggregator
-        self.token_dim = aggregator.in_dim
+        self.token_dim = self._aggregator.in_dim
+
+    @property
+    def _aggregator(self) -> nn.Module:
+        return self.objective.set_encoder if self.aggregator is None else self.aggregator
 
     def forward(self, elements: Tensor, problem: Problem) -> Tensor:
-        return self.objective(elements, replace(problem, latent=self.aggregator(problem.latent)))
+        return self.objective(elements, replace(problem, latent=self._aggregator(problem.latent)))
 
 
 class Conditioned(nn.Module):

@@ -184,12 +184,13 @@ class DigitPoints(World):
     Args:
         set_size: places of a set; 27 are enough for every digit at the threshold of 0.5.
         threshold: intensity over which a pixel is a point, from 0 to 1.
+        masked: whether the encoder leaves padding out; False lets it read padding as elements, as DSPN does.
         arguments: those of `World`.
     """
 
-    def __init__(self, *, set_size: int = 27, threshold: float = 0.5, **arguments: Any) -> None:
+    def __init__(self, *, set_size: int = 27, threshold: float = 0.5, masked: bool = True, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.set_size, self.threshold = set_size, threshold
+        self.set_size, self.threshold, self.masked = set_size, threshold, masked
 
     def examples(self, split: str, count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         images, _ = bundled_digits(split)
@@ -202,4 +203,5 @@ class DigitPoints(World):
         which = in_turn(len(images), count, rng)
         elements = np.zeros((count, self.set_size, 3), dtype=np.float32)
         elements[:, : mask.shape[1]] = np.concatenate([positions, mask[:, :, None]], axis=-1)[which]
-        return {"input": elements, "input_mask": elements[:, :, 2] > 0.5, "elements": elements.copy()}
+        mask = {"input_mask": elements[:, :, 2] > 0.5} if self.masked else {}
+        return {"input": elements, **mask, "elements": elements.copy()}
