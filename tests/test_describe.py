@@ -112,6 +112,7 @@ MODELS = {
     ),
     "Glimpses": lambda: (tokens(), decoders.Glimpses(SlotAttention(**SLOTS), canvas=8, side=2, widths=[4])),
     "Readout": lambda: (tokens(), decoders.Readout(SlotAttention(**SLOTS), set_dim=CLEVR.set_dim)),
+    "FlowMatching": lambda: (tokens(), decoders.FlowMatching(token_dim=8, dim=8, heads=2, hidden_dim=8, **SIZES)),
     "OwnDecoder": lambda: (image(), OwnDecoder(0.5, **SIZES)),
 }  # fmt: skip
 OF_SETS = {"DeepSets", "ElementBiLSTM", "ElementTransformer", "EqMotion"}
