@@ -27,7 +27,7 @@ from setpred.decoders import IDSPN, FlowMatching, MLPDecoder, SlotAttention
 from setpred.encoders import Elements, SmallCNN
 from setpred.errors import InputError, NotFiniteError
 from setpred.inner import Conditioned, GradientDescent, LatentMatching, Sum
-from setpred.losses import CrossEntropy, HungarianLoss, SquaredError
+from setpred.losses import CrossEntropy, HungarianLoss, SoftEquivariance, SquaredError
 from setpred.metrics import AbsoluteError, Accuracy, EnergyScore, NumberingAccuracy, SetDistances
 from setpred.model import SetPredictor, Step
 from setpred.nonfinite.locate import diagnose
@@ -258,15 +258,16 @@ def test_a_metric_of_samples_gets_predictions_of_successive_seeds():
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("wrap", [lambda loss: loss, lambda loss: SoftEquivariance(loss, weights={"rotation": 1.0})])
 @pytest.mark.parametrize("aligned", [True, False])
-def test_only_decoders_that_match_elements_to_noise_take_an_aligned_loss(aligned):
+def test_only_decoders_that_match_elements_to_noise_take_an_aligned_loss(aligned, wrap):
     decoder = MLPDecoder if aligned else FlowMatching
     with pytest.raises(InputError, match=f"aligned {not aligned} for {decoder.__name__}, got {aligned}"):
         SetPrediction(
             SumPool(3),
             decoder(latent_dim=3, set_size=5, set_dim=3),
             schema=None,
-            loss=HungarianLoss(aligned=True) if aligned else None,
+            loss=wrap(HungarianLoss(aligned=aligned)),
         )
 
 

@@ -196,11 +196,11 @@ class SetPrediction(pl.LightningModule):
         # channels-last is the faster layout for convolutions on GPUs and CPUs alike
         self.model = SetPredictor(encoder, decoder).to(memory_format=torch.channels_last)
         self.loss = HungarianLoss() if loss is None else loss
-        denoises = getattr(decoder, "denoises", False)
-        if isinstance(self.loss, HungarianLoss) and self.loss.aligned != denoises:
+        denoises, matching = getattr(decoder, "denoises", False), getattr(self.loss, "loss", self.loss)  # if wrapped
+        if isinstance(matching, HungarianLoss) and matching.aligned != denoises:
             raise InputError(
                 f"expected a HungarianLoss with aligned {denoises} for {type(decoder).__name__}, got "
-                f"{self.loss.aligned}; only decoders that match elements to their noise, such as FlowMatching, are "
+                f"{matching.aligned}; only decoders that match elements to their noise, such as FlowMatching, are "
                 f"trained in the order of the target, and need to be; set model.loss.init_args.aligned to {denoises}"
             )
         self.frozen = [frozen_part(self.model, name) for name in frozen]
