@@ -10,7 +10,7 @@ from tiny import untrained_checkpoint
 
 from setpred.checkpoint.load import read_checkpoint, training_loss
 from setpred.commands.data import main
-from setpred.commands.linking import default_configuration
+from setpred.commands.linking import SPARE, default_configuration
 from setpred.commands.train import QUICKSTART, build, check_fit
 from setpred.data.annotations import possible_classes, read_coco, read_csv
 from setpred.data.dataset import SetFile
@@ -345,6 +345,7 @@ def test_a_subclass_with_other_arguments_trains_on_the_schema_of_its_files(image
     )
     monkeypatch.syspath_prepend(tmp_path)
     options = ["--allow=own_module.Mine", "--data=own_module.Mine", "--trainer.accelerator=cpu"]
+    options += ["--model.encoder.init_args.tokens.init_args.trunk.init_args.image_size=64"]
     cli = build(["--config", str(QUICKSTART), *options])
     cli.datamodule.setup("fit")
     with pytest.raises(InputError, match="schema 'clevr', the data of 'points': fields"):
@@ -400,7 +401,8 @@ def test_a_written_configuration_keeps_class_names_that_look_like_numbers(images
 def test_the_schema_of_the_data_reaches_every_part(trained):
     cli, path = trained
     schema = cli.model.schema
-    assert (schema.max_objects, cli.model.model.decoder.set_size) == (3, 3)  # room for the sets of both files
+    # room for the sets of both files, and elements to spare
+    assert (schema.max_objects, cli.model.model.decoder.set_size) == (3, 3 + SPARE)
     assert cli.model.metric.schema == schema  # whose thresholds it takes
     weights = torch.ones(schema.set_dim)
     weights[schema.slice("coords")] = 2.0
@@ -410,11 +412,7 @@ def test_the_schema_of_the_data_reaches_every_part(trained):
 
 def test_data_on_the_command_line_override_those_of_a_configuration(trained, tmp_path):
     config = tmp_path / "mine.yaml"
-    text = QUICKSTART.read_text().replace("      set_size: 6\n", "").replace("set_size: 6, ", "")
-    text = text.replace("{image_size: 64, widths", "{widths").replace(
-        "image_size: 64,", "image_size: 128, set_size: 9,"
-    )
-    config.write_text(text)  # data of other sizes
+    config.write_text(QUICKSTART.read_text().replace("image_size: 64,", "image_size: 128,"))  # data of other sizes
     files = ["--data", str(tmp_path / "train.h5"), "--val", str(tmp_path / "val.h5")]
     options = ["--model.encoder.init_args.precise=2", "--model.decoder.init_args.objective.init_args.precise=2"]
     for arguments in ([*files, "--config", str(config)], [f"--config={config}", *files]):
@@ -424,11 +422,9 @@ def test_data_on_the_command_line_override_those_of_a_configuration(trained, tmp
         assert cli.folder.name == "mine"
 
 
-def test_sizes_follow_the_data_that_options_change(tmp_path):
-    config = tmp_path / "mine.yaml"
-    config.write_text(QUICKSTART.read_text().replace("      set_size: 6\n", "").replace("{set_size: 6, ", "{"))
+def test_sizes_follow_the_data_that_options_change():
     for size in (6, 9):
-        cli = build(["--config", str(config), f"--data.init_args.set_size={size}", "--trainer.logger=false"])
+        cli = build(["--config", str(QUICKSTART), f"--data.init_args.set_size={size}", "--trainer.logger=false"])
         assert cli.model.model.decoder.set_size == size
 
 

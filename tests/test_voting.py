@@ -10,6 +10,7 @@ from torch import nn
 from setpred.aggregators import Aggregator, EquilibriumAggregation
 from setpred.decoders import IDSPN, GreedyVotes
 from setpred.encoders import Elements, PositionedTokens, ResidualTrunk, Votes
+from setpred.errors import InputError
 from setpred.inner import (
     Exact,
     GradientDescent,
@@ -202,6 +203,23 @@ def test_anchored_votes_are_offsets_from_the_cells_of_the_image():
     assert (offsets[..., 2:] == 0).all()
     with pytest.raises(ValueError, match="square map for anchored votes, got 7"):
         Votes(Elements(set_dim=5), set_dim=DIM, anchored=True)(torch.zeros(1, 7, 5))
+
+
+def test_gated_votes_weigh_as_much_as_they_are_present():
+    torch.manual_seed(0)
+    plain, gated = (Votes(Elements(set_dim=5), set_dim=DIM, precise=PRECISE, hidden_dim=8, gated=g) for g in (0, 1))
+    nn.init.normal_(plain.network[-1].weight)
+    gated.load_state_dict(plain.state_dict())
+    inputs = torch.randn(9, 20, 5)
+    free, found = (Ballot.of(model(inputs), DIM) for model in (plain, gated))
+    presence = free.votes[..., -1].clamp(0, 1)
+    assert ((presence > 0) & (presence < 1)).any()
+    close(found.masses, free.masses * presence)
+    assert torch.equal(found.votes, free.votes)
+    found.masses.sum().backward()
+    assert (gated.network[-1].weight.grad[DIM - 1] == 0).all()  # presence learns from the sets alone
+    with pytest.raises(InputError, match="gated or massive"):
+        Votes(Elements(set_dim=5), set_dim=DIM, gated=True, massive=True)
 
 
 def test_an_empty_set_has_no_energy_and_no_support():

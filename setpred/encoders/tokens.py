@@ -86,6 +86,8 @@ class Votes(nn.Module):
             precisions of classes the start merges and splits objects.
         hidden_dim: width of the hidden layer.
         anchored: whether the first two numbers of a vote are offsets; needs tokens of a square map, row by row.
+        gated: whether tokens that vote for nothing have no mass: m = σ(b) · f, where f is the last number of the vote,
+            its presence, clamped to [0, 1] and without gradients. Otherwise they pull small objects to zero.
         massive: whether the last number of a vote, its presence, is its mass; then the start learns from what presence
             learns.
     """
@@ -98,6 +100,7 @@ class Votes(nn.Module):
         precise: int = 0,
         hidden_dim: int = 128,
         anchored: bool = False,
+        gated: bool = False,
         massive: bool = False,
     ) -> None:
         super().__init__()
@@ -106,7 +109,9 @@ class Votes(nn.Module):
                 f"expected set_dim >= {2 * anchored + massive} for votes with a place or their mass, got {set_dim}; "
                 "leave anchored and massive out"
             )
-        self.anchored, self.massive = anchored, massive
+        if gated and massive:
+            raise InputError("expected votes that are gated or massive, got both; leave one out")
+        self.anchored, self.gated, self.massive = anchored, gated, massive
         self.tokens = tokens
         for name in ("image_size", "in_dim"):
             if getattr(tokens, name, None) is not None:
@@ -134,6 +139,8 @@ class Votes(nn.Module):
             if self.anchored:
                 votes = votes + functional.pad(self._places(tokens), (0, self.set_dim - 2))
             mass = rest[..., -1:] if mask is None else rest[..., -1:].masked_fill(~mask.unsqueeze(-1), 0.0)
+            if self.gated:
+                mass = mass * votes[..., -1:].detach().clamp(0, 1)
             if self.massive:
                 votes = torch.cat([votes[..., :-1], mass], dim=-1)
             return torch.cat([votes, 2 * rest[..., :-1], mass], dim=-1)
