@@ -145,6 +145,13 @@ def test_writing_keeps_links_pipes_and_devices(tmp_path):
     assert not os.path.isfile("/dev/null")
 
 
+def test_commands_start_with_a_notebooks_backend_without_a_cache_and_without_fcntl():
+    code = "import sys; sys.modules['fcntl'] = None; import setpred.commands.evaluate as e, matplotlib as m; "
+    code += "assert m.get_backend() == 'agg'; e.parser()"
+    environment = os.environ | {"MPLBACKEND": "module://nowhere.backend", "MPLCONFIGDIR": "/dev/null/none"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+
+
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
 def test_standard_output_in_a_file_is_not_replaced(name, tmp_path):
     code = "from pathlib import Path; from setpred.files import write_atomically as w; print('a')"

@@ -53,7 +53,7 @@ def earlier_run_aside(folder: Path) -> Iterator[None]:
         yield
     except BaseException:
         repros = list(folder.glob("repro-step-*.pt"))
-        # written before the first checkpoint; without one `--resume auto` would begin anew
+        # written before the first checkpoint; without one `--resume auto` would start a new run
         if {path.name for path in folder.iterdir()} <= {"config.yaml", "tensorboard", *(path.name for path in repros)}:
             for path in repros:
                 path.replace(kept / path.name)
