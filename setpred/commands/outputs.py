@@ -11,7 +11,8 @@ from setpred.files import descriptor, writing
 
 # how the files begin that commands write, and may replace; annotations, tables and configurations begin otherwise
 _RESULTS = (
-    rb"\[\n(?:\]|\{\"(?:image|index|image_id)\":)"  # predictions as JSON, and as results of COCO
+    rb"(?:\[\s*\]|\{\s*\})\s*$"  # nothing
+    rb"|\[\n\{\"(?:image|index|image_id)\":"  # predictions as JSON, and as results of COCO
     rb"|\{\"(?:image|index)\":"  # as JSON Lines
     rb"|\{\"annotations\": \[\n"  # as COCO
     rb"|(?:image|index),[^\n]*\bconfidence\n"  # as CSV
