@@ -131,7 +131,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}  # to write by descriptor: opening the name may truncate a file
+_STREAMS = {"/dev/stdout": 1, "/dev/stderr": 2}
+_DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d{1,9})")
+
+
+def descriptor(path: str | os.PathLike[str]) -> int | None:
+    """The number of the descriptor that a path names, to write by it: opening the name may truncate a file."""
+    found = _DESCRIPTOR.fullmatch(name := os.fspath(path))
+    return _STREAMS.get(name) if found is None else int(found[1])
 
 
 @contextmanager
@@ -142,12 +149,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     On a full disk, missing permission and similar faults raises `InputError`, and an earlier file stays.
     """
     final = Path(path)
-    stream = _STREAMS.get(str(final))
-    if stream or (os.path.exists(final) and not final.is_file() and not final.is_dir()):
+    stream = descriptor(final)
+    if stream is not None or (os.path.exists(final) and not final.is_file() and not final.is_dir()):
         with writing(final), tempfile.TemporaryDirectory() as folder:
             yield (content := Path(folder) / "content")
             sys.stdout.flush()
-            with open(os.dup(stream) if stream else final, "wb") as target:
+            with open(final if stream is None else os.dup(stream), "wb") as target:
                 target.write(content.read_bytes())
         return
     final = final.resolve() if final.is_symlink() else final

@@ -145,11 +145,23 @@ def test_writing_keeps_links_pipes_and_devices(tmp_path):
     assert not os.path.isfile("/dev/null")
 
 
-def test_standard_output_in_a_file_is_not_replaced(tmp_path):
-    code = "from setpred.files import write_atomically as w; print('a'); w('/dev/stdout', 'b\\n'); print('c')"
+def test_commands_start_with_a_notebooks_backend_without_a_cache_and_without_fcntl():
+    code = "import sys; sys.modules['fcntl'] = None; import setpred.commands.evaluate as e, matplotlib as m; "
+    code += "assert m.get_backend() == 'agg'; e.parser()"
+    environment = os.environ | {"MPLBACKEND": "module://nowhere.backend", "MPLCONFIGDIR": "/dev/null/none"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+def test_standard_output_in_a_file_is_not_replaced(name, tmp_path):
+    code = "from pathlib import Path; from setpred.files import write_atomically as w; print('a')"
+    code += f"; from setpred.commands.outputs import check_outputs; check_outputs({{'--out': Path({name!r})}})"
+    code += f"; w({name!r}, 'b\\n'); print('c')"
     with (tmp_path / "out").open("wb") as out:
         subprocess.run([sys.executable, "-c", code], stdout=out, check=True)
     assert (tmp_path / "out").read_text() == "a\nb\nc\n"
+    piped = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True)
+    assert piped.stdout == b"a\nb\nc\n"
 
 
 def test_one_process_at_a_time_holds_a_lock(tmp_path):

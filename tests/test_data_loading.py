@@ -3,6 +3,10 @@
 import csv
 import os
 import pickle
+import shlex
+import socket
+import sys
+import tempfile
 import threading
 import time
 from contextlib import nullcontext
@@ -18,14 +22,15 @@ from tiny import CONFIG, QUIET
 from torch.utils.data import DataLoader, get_worker_info
 
 from setpred import CLEVR, InputError
+from setpred.__main__ import main as program
 from setpred.commands.evaluate import evaluate
 from setpred.commands.train import build, train
 from setpred.data import dataset
 from setpred.data.datamodule import RenderedFile, RenderedScenes, SetDataModule
-from setpred.data.dataset import SetFile, fitting_workers
-from setpred.data.hdf5 import open_set_file
+from setpred.data.dataset import LONGEST_TEMPORARY, SetFile, fitting_workers
+from setpred.data.hdf5 import file_header, open_set_file
 from setpred.data.loading import EpochPermutation
-from setpred.data.scenes import render_file, render_folder
+from setpred.data.scenes import render_command, render_file, render_folder, rendered_header, rendered_name
 from setpred.data.streamed import STREAM, StreamedScenes
 from setpred.rendering.renderer import render
 from setpred.rendering.sampling import COGENT_A
@@ -178,6 +183,17 @@ def test_a_forked_worker_does_not_share_the_open_file(files):
     assert sorted(int(number) for batch in loader for number in batch) == list(range(IMAGES))
     assert place == [os.lseek(part._handle.id.get_vfd_handle(), 0, os.SEEK_CUR) for part in (other, data)]
     assert torch.equal(other[3]["image"], SetFile.__getitems__(data, [3])["image"][0])
+
+
+def test_a_long_name_of_the_folder_of_temporary_files_leaves_no_worker(files, tmp_path, monkeypatch):
+    """Torch binds a socket in it for each batch; Linux allows names of 107 bytes."""
+    data, folder = SetFile(files[0]), tmp_path / ("x" * (LONGEST_TEMPORARY - len(os.fsencode(tmp_path)) - 1))
+    for path, expected in ((folder, 2), (f"{folder}y", 0)):
+        monkeypatch.setattr(tempfile, "tempdir", str(path))
+        with nullcontext() if expected else pytest.warns(UserWarning, match="reading in 0 .*TMPDIR"):
+            assert fitting_workers(2, data, 4) == expected
+    with socket.socket(socket.AF_UNIX) as listener, pytest.raises(OSError, match="too long"):
+        listener.bind(f"{folder}y/pymp-abcdefgh/listener-abcdefgh")
 
 
 def test_there_are_as_many_workers_as_shared_memory_has_room_for(files, monkeypatch):
@@ -378,6 +394,16 @@ def test_built_in_scenes_are_rendered_once(tmp_path, monkeypatch):
     assert len(rendered) == 2
 
 
+@pytest.mark.parametrize("which", [{}, {"condition": "cogent-a"}, {"views": 2}, {"masks": True}])
+def test_the_command_that_makes_a_file_is_that_of_its_name(which, tmp_path, monkeypatch):
+    header = rendered_header(images=4, image_size=16, objects=(0, 2), seed=7, **which)
+    path = tmp_path / "my data" / rendered_name(header)
+    monkeypatch.setattr(sys, "argv", [*shlex.split(render_command(path)), "--workers", "0"])
+    assert program() == 0
+    assert file_header(path) == header
+    assert render_command("scenes.h5") is None
+
+
 def test_a_wrong_file_under_the_name_is_not_used(tmp_path, monkeypatch):
     data = RenderedScenes(**SCENES, folder=str(tmp_path))
     prepare(data)
@@ -477,7 +503,7 @@ def test_a_condition_ties_colours_to_shapes(streamed_folder):
         ({"seed": -1}, "expected seed of at least 0, got -1"),
         ({"scenes_seed": -1}, "expected scenes_seed of at least 0, got -1"),
         ({"objects": (3, 11)}, "expected 0 <= least <= most <= 10"),
-        ({"set_size": 1}, "a set_size of 1 does not hold scenes of up to 2 objects"),
+        ({"set_size": 1}, "expected scenes of at most 1 objects for sets of 1, got objects up to 2"),
         ({"image_size": 4}, "at least 8x8"),
         ({"val_images": 0}, "at least 1 image"),
         ({"condition": "cogent-c"}, "expected a condition out of clevr, cogent-a, cogent-b, got 'cogent-c'"),

@@ -1,7 +1,9 @@
 """evaluate: the same answer for every batch size, other data, figures, checkpoints that are not ours."""
 
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from setpred.checkpoint.load import KEY, load_checkpoint, save_checkpoint
 from setpred.commands.data import main as data_command
 from setpred.commands.evaluate import evaluate, figures
 from setpred.data.dataset import open_data
+from setpred.data.scenes import render_command
 from setpred.decoders import IDSPN, GreedyVotes
 from setpred.encoders import PositionedTokens, ResidualTrunk, Votes
 from setpred.errors import InputError
@@ -173,7 +176,10 @@ def test_missing_data_devices_and_schemas_are_errors_that_name_the_option(checkp
     content, path = torch.load(checkpoint, weights_only=True), tmp_path / "changed.ckpt"
     content[KEY]["schema"]["fields"][2]["classes"][0] = "pink"
     known = content[KEY]["data"]["path"]
-    for data, match in ((known, "another schema"), (str(tmp_path / "gone.h5"), "gone.h5.*--data"), (None, "--data")):
+    gone = str(Path(known).with_name("rendered-16-3to4-seed7-5.h5"))
+    cases = {known: "another schema", str(tmp_path / "gone.h5"): "gone.h5.*--data", None: "--data"}
+    cases |= {gone: f"or make that file: {re.escape(render_command(gone))}$"}
+    for data, match in cases.items():
         content[KEY]["data"]["path"] = data
         save_checkpoint(content, path)
         with pytest.raises(InputError, match=match):

@@ -12,7 +12,9 @@ from tiny import clevr_folder, untrained
 
 from setpred.__main__ import main as program
 from setpred.commands import evaluate, gradients, predict
+from setpred.commands.outputs import check_outputs
 from setpred.data.scenes import render_file
+from setpred.errors import InputError
 
 COMMANDS = {  # outputs that are files, and folders
     "predict": ("predict {ckpt} {images} --out {file} --figures {folder}", True),
@@ -119,6 +121,25 @@ def test_a_file_of_another_kind_a_folder_and_a_parent_that_is_a_file_are_no_outp
     assert other.read_text() == "dear diary"
 
 
+ANNOTATIONS = {  # which a user made, by suffix; a file of another suffix counts as JSON or CSV
+    ".json": ['{"info": {}, "scenes": []}', '{"images": [], "annotations": [], "categories": []}', "[1]", '{"a": 1}'],
+    ".jsonl": ['{"image_index": 0}\n'],
+    ".csv": ["image,x,y,label\n", "epoch,step,val_loss\n", "id,confidence\n"],
+    ".yaml": ["model: {}\n"],
+    ".html": ["<html></html>"],
+}
+
+
+def test_annotations_tables_and_configurations_of_users_are_no_outputs(tmp_path):
+    for suffix, texts in ANNOTATIONS.items():
+        for text in texts:
+            path = tmp_path / f"own{suffix}"
+            path.write_text(text)
+            for option in ("--json",) if suffix == ".json" else ("--out",):
+                with pytest.raises(InputError, match="holds something else than the command writes"):
+                    check_outputs({option: path})
+
+
 @pytest.mark.parametrize("name", [name for name in COMMANDS if COMMANDS[name][1]])
 def test_a_folder_of_figures_is_no_file_and_not_that_of_the_images(name, run, inputs, tmp_path):
     (tmp_path / "file").write_text("")
@@ -126,11 +147,12 @@ def test_a_folder_of_figures_is_no_file_and_not_that_of_the_images(name, run, in
     assert (status, "expected a folder, but it is a file" in said) == (2, True)
     status, said = run(name, folder=tmp_path / "new.json")
     assert (status, "has this name, too" in said) == (2, True)
-    images = {"predict": inputs["images"], "compare": inputs["clevr"] / "images" / "val"}.get(name)
+    own = inputs["clevr"] / "images" / "val"
+    images = {"predict": inputs["images"], "compare": own, "evaluate": own}.get(name)
     if images is not None:
         (tmp_path / "link").symlink_to(images)
         for path in (images, tmp_path / "link"):
-            status, said = run(name, folder=path)
+            status, said = run(name, folder=path, data=inputs["clevr"])
             assert (status, "the images to read are in this folder" in said) == (2, True)
 
 
@@ -152,7 +174,17 @@ def test_a_prepared_file_is_no_device_and_a_link_to_one_stays(name, run, inputs,
 
 
 def test_results_of_earlier_runs_are_replaced(inputs, tmp_path):
-    out, figures = tmp_path / "out.json", tmp_path / "figures"
-    for _ in range(2):
-        predict.run([str(inputs["ckpt"]), str(inputs["images"]), "--out", str(out), "--figures", str(figures)])
-    assert [found["image"] for found in json.loads(out.read_text())] == [str(inputs["images"] / "a.png")]
+    ckpt, data, images = (str(inputs[name]) for name in ("ckpt", "data", "images"))
+    for name in ("out.json", "out.jsonl", "out.csv", "out.txt"):
+        out = tmp_path / name
+        for _ in range(2):
+            predict.run([ckpt, images, "--out", str(out), "--figures", str(tmp_path / "figures")])
+    assert [found["image"] for found in json.loads((tmp_path / "out.json").read_text())] == [f"{images}/a.png"]
+    scored = (evaluate.evaluate, ["--report", str(tmp_path / "e.html")]), (gradients.check, ["--images", "2"])
+    for number, (run, options) in enumerate(scored):
+        for _ in range(2):
+            run([ckpt, "--data", data, "--json", str(tmp_path / f"{number}.json"), *options])
+    # COCO's three, as `setpred predict --format coco` begins them
+    for start in ('{"annotations": [\n{', '{"annotations": [\n]', '[\n{"image_id": 1'):
+        out.write_text(start)
+        check_outputs({"--out": out})

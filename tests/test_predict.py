@@ -80,9 +80,15 @@ def test_images_of_every_format_are_found_and_skipped_files_are_named(tmp_path, 
     assert [os.path.basename(path) for path in find_images([tmp_path], pytest.fail)] == names
     for name in ("h.heic", "notes.txt", ".hidden"):
         (tmp_path / name).write_text("no image")
-    run([str(checkpoint), str(tmp_path), "--out", str(tmp_path / "out" / "p.json")])
-    said, *_ = capsys.readouterr().err.splitlines()
-    assert said == f"{tmp_path}: skipped 2 files that are not named as images, such as 'h.heic'"
+    (tmp_path / "more").mkdir()
+    (tmp_path / "gone.png").symlink_to("nowhere")
+    run([str(checkpoint), str(tmp_path), "--out", str(tmp_path / "out" / "p.json"), "--skip-broken"])
+    said = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}: skipped 2 files that are not named as images, such as 'h.heic'" in said
+    assert f"{tmp_path}: skipped 1 subfolder, such as 'more'" in said
+    assert [line.partition(";")[0] for line in said if line.startswith("skipped: ")] == [
+        f"skipped: the image {tmp_path / 'gone.png'} is missing"
+    ]
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -271,6 +271,15 @@ def test_a_training_can_validate_by_the_metric():
     }
 
 
+def test_no_metric_keeps_a_tensor_of_a_worker():
+    """Each would keep two file descriptors open; 512 batches of validation use up the usual 1,024."""
+    scores, target = Scores(None, CLEVR), torch.zeros(2, 3, CLEVR.set_dim)
+    scores.update(torch.zeros(2), torch.zeros(2, 3, CLEVR.set_dim), {"elements": target})
+    kept = [each for part in scores.parts[1:] for each in part.target]
+    assert len(kept) == 2
+    assert target.data_ptr() not in [each.data_ptr() for each in kept]
+
+
 def test_a_metric_that_keeps_its_targets_is_given_elements():
     metric = AveragePrecision(schema=CLEVR)
     metric.update(torch.zeros(2, 3, CLEVR.set_dim), torch.zeros(2, 4, CLEVR.set_dim))

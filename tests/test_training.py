@@ -230,11 +230,21 @@ MISTAKES = {
     "val_check_interval": ["--trainer.val_check_interval=100"],  # which only the trainer notices
     "num_workers": ["--data.init_args.num_workers=-1"],
     "sets of 3, the data has sets of 4": ["--model.decoder.init_args.set_size=3"],
-    r"image \d+ has 4 objects, but the model holds sets of at most 3": [
-        "--model.decoder.init_args.set_size=3",
-        "--data.init_args.set_size=3",
-    ],
 }
+OUT_OF_RANGE = [
+    "--seed_everything=-1",
+    "--seed_everything=4294967296",
+    *("--model.betas=[2,0.9]", "--model.learning_rate=-1", "--model.iterations_by_epoch={0: 0}"),
+    *("--model.iterations_by_epoch={-1: 3}", "--trainer.precision=16-true", "--trainer.precision=64"),
+    *("--trainer.accumulate_grad_batches=0", "--trainer.check_val_every_n_epoch=0", "--trainer.gradient_clip_val=-1"),
+    *("--data.init_args.workers=-1", "--data.init_args.objects=[3,9]", "--data.init_args.set_size=3"),
+]
+
+
+@pytest.mark.parametrize("option", OUT_OF_RANGE)
+def test_a_value_out_of_range_is_an_error_before_scenes_are_rendered(option, tmp_path):
+    with pytest.raises(InputError, match=r"expected .*, got "):
+        built(tmp_path, option)
 
 
 def test_an_earlier_run_is_kept_also_behind_a_link(finished, tmp_path, tiny_data, capsys):
@@ -247,13 +257,31 @@ def test_an_earlier_run_is_kept_also_behind_a_link(finished, tmp_path, tiny_data
             run(tmp_path, *options, data=tiny_data)
         assert [path.name for path in disk.iterdir()] == ["tiny"]
         assert equal(weights(disk / "tiny" / "last.ckpt"), weights(finished / "last.ckpt"))
-    assert capsys.readouterr().out.count("moved the previous run back to") == 1
+    with pytest.raises(InputError, match="is not finite"):  # before the first checkpoint
+        run(tmp_path, "--model.learning_rate=1e38", data=tiny_data)
+    assert (disk / "tiny" / "last.ckpt").read_bytes() == (finished / "last.ckpt").read_bytes()
+    assert [path.name for path in disk.rglob("repro-*")] == ["repro-step-1.pt"]  # the message names it
+    assert capsys.readouterr().out.count("moved the previous run back to") == 2
     run(tmp_path, "--trainer.max_epochs=1", "--seed_everything=5", data=tiny_data)
     assert "moved the previous run: it is kept in" in capsys.readouterr().out
     assert (disk / "tiny-before-1" / "last.ckpt").read_bytes() == (finished / "last.ckpt").read_bytes()
     ours = read_checkpoint(disk / "tiny" / "last.ckpt")
     assert ours["setpred"]["seed"] == 5
     assert not equal(ours["state_dict"], weights(finished.parent / "steps" / "step=5.ckpt"))
+
+
+@pytest.mark.parametrize("callback", ["EarlyStopping", "ModelCheckpoint"])
+def test_a_callback_of_an_unknown_number_is_one_error(callback, tmp_path, tiny_data):
+    options = (f"--trainer.callbacks=lightning.pytorch.callbacks.{callback}", "--trainer.callbacks.monitor=nonsense")
+    with pytest.raises(InputError, match=r"cannot work with these options: .*nonsense.*val_ap"):
+        run(tmp_path, *options, data=tiny_data)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/../.."])
+def test_a_name_is_that_of_a_run_and_not_the_folder_of_all_runs(name, tmp_path, tiny_data):
+    with pytest.raises(InputError, match="--name: expected the name of a run, got"):
+        run(tmp_path, data=tiny_data, name=name)
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.yaml"]
 
 
 def test_a_run_starts_from_the_weights_of_another(finished, tmp_path, tiny_data):
@@ -486,6 +514,7 @@ class Data(pl.LightningDataModule):
         ("decoder=own_parts.Silent", "expected Silent.predictions to yield at least one tensor, got none"),
         ("decoder=own_parts.Failing", r"Failing cannot predict: .*\(own_parts.py, line \d+\)"),
         ("decoder=own_parts.Unfinished", r"Unfinished has no method predictions\(features, mask, iterations\)"),
+        ("loss=torch.nn.ReLU", r"the loss ReLU: .*arguments.*; give a loss of \(predicted, target\)"),
         ("metric=own_parts.Count", "metric Count: expected update, .* got no update, compute, reset, mode"),
     ],
 )

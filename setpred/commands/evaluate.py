@@ -23,8 +23,9 @@ from setpred.commands.segmentation import (
     segmented_images,
     voting_energy,
 )
-from setpred.data.dataset import SetImages, open_data
+from setpred.data.dataset import ClevrImages, SetImages, open_data
 from setpred.data.hdf5 import INSTANCES
+from setpred.data.scenes import render_command
 from setpred.errors import InputError, plural
 from setpred.evaluation import PROTOCOLS, Predictions, encoder_autocast, format_report, pad_to_pass, predict, report
 from setpred.files import make_folder
@@ -275,9 +276,10 @@ def open_validation_data(loaded: Checkpoint, options: argparse.Namespace, **argu
     except InputError as error:
         if options.data:
             raise
+        made = None if Path(path).exists() else render_command(path)
         raise InputError(
             f"the validation data of this checkpoint cannot be read ({error}); give --data PATH, or make that file: "
-            "data/README.md says how"
+            f"{made or 'data/README.md says how'}"
         ) from error
 
 
@@ -358,7 +360,8 @@ def evaluate(arguments: list[str] | None = None) -> dict[str, Any]:
             f"--split {options.split}: {path} holds the split {found}; leave --split out or give that file"
         )
     files = {"--json": options.json, "--report": options.report}
-    check_outputs(files, {"--figures": options.figures}, inputs=[options.checkpoint, path])
+    pictures = [data.folder.path(0)] if isinstance(data, ClevrImages) else []
+    check_outputs(files, {"--figures": options.figures}, inputs=[options.checkpoint, path], pictures=pictures)
     device, steps = choose_device(options.device), options.iterations
     reading = {"batch_size": options.batch_size, "workers": options.workers}
     if segmenting:

@@ -7,11 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from setpred.errors import InputError
-from setpred.files import writing
+from setpred.files import descriptor, writing
 
-_JSON = rb"\s*[\[{]"
-CONTENTS = {  # how files of these names begin, which a command may replace
-    **{".json": _JSON, ".jsonl": _JSON, ".h5": rb"\x89HDF", ".hdf5": rb"\x89HDF"},
+# how the files begin that commands write, and may replace; annotations, tables and configurations begin otherwise
+_RESULTS = (
+    rb"(?:\[\s*\]|\{\s*\})\s*$"  # nothing
+    rb"|\[\n\{\"(?:image|index|image_id)\":"  # predictions as JSON, and as results of COCO
+    rb"|\{\"(?:image|index)\":"  # as JSON Lines
+    rb"|\{\"annotations\": \[\n"  # as COCO
+    rb"|(?:image|index),[^\n]*\bconfidence\n"  # as CSV
+    rb"|\{\n +\"(?:ap|box_ap|masks|checkpoint|image)\":"  # scores of evaluate, gradients and data compare
+)
+CONTENTS = {
+    **{".h5": rb"\x89HDF", ".hdf5": rb"\x89HDF", ".html": rb"<!DOCTYPE html>\n<html lang=\"en\">"},
     **{".pt2": rb"PK", ".safetensors": rb"(?s:.{7}\0\{)"},
 }
 
@@ -66,7 +74,8 @@ def _identity(path: str | os.PathLike[str] | None) -> tuple[int, int] | None:
 
 
 def _is_stream(path: Path) -> bool:
-    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    is_other = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    return descriptor(path) is not None or is_other
 
 
 def _check_file(option: str, path: Path, read: set[Any], *, streams: bool) -> None:
@@ -76,11 +85,11 @@ def _check_file(option: str, path: Path, read: set[Any], *, streams: bool) -> No
         raise InputError(f"{option} {path}: expected the name of a file, got a device or pipe; choose another name")
     if _identity(path) in read:
         raise InputError(f"{option} {path}: the command reads this file, and would replace it; choose another name")
-    if os.path.isfile(path) and os.access(path, os.R_OK):
-        with open(path, "rb") as file:
-            start = file.read(1024)
-        expected = _JSON if option == "--json" else CONTENTS.get(path.suffix.lower())
-        if start and not (re.match(expected, start) if expected else b"\0" not in start):
+    if not _is_stream(path) and os.path.isfile(path) and os.access(path, os.R_OK):
+        with writing(path), open(path, "rb") as file:
+            start = file.read(4096)
+        expected = _RESULTS if option == "--json" else CONTENTS.get(path.suffix.lower(), _RESULTS)
+        if start and not re.match(expected, start):
             raise InputError(
                 f"{option} {path}: this file holds something else than the command writes, and would be replaced; "
                 "choose another name, or remove it"
@@ -90,7 +99,9 @@ def _check_file(option: str, path: Path, read: set[Any], *, streams: bool) -> No
 def _check_permission(option: str, path: Path) -> None:
     """The folder in which the file or folder is, or is to be, can be written."""
     target = Path(os.path.realpath(path))
-    if _is_stream(path) or target.is_dir():
+    if _is_stream(path):
+        folder = path  # the target of a pipe's name is no path
+    elif target.is_dir():
         folder = target
     else:
         folder = next(parent for parent in target.parents if os.path.lexists(parent))

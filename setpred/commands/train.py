@@ -85,6 +85,9 @@ QUICKSTART = Path(__file__).resolve().parents[1] / "configs" / "quickstart.yaml"
 CHECKPOINTS = Path("checkpoints")
 # begin of messages that the parser wraps around the error of a part
 OF_PARSER = re.compile("Does not validate|Problem with given class_path|Parser key")
+# of the trainer's options, which checks others itself
+LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0}
+LARGEST_SEED = 2**32 - 1  # NumPy's
 NEWEST = ("last", "auto")  # values of --resume that are no paths
 IGNORED_WARNINGS = (
     "LightningCLI's args parameter",
@@ -184,10 +187,18 @@ class TrainCLI(LightningCLI):
         if self.trainer.is_global_zero:
             print(sentence, flush=True)
 
+    def parse_arguments(self, *arguments: Any) -> None:
+        super().parse_arguments(*arguments)
+        seed = self.config.seed_everything
+        if not 0 <= int(seed or 0) <= LARGEST_SEED:  # the trainer sets it before anything is built
+            raise InputError(f"--seed_everything: expected a seed from 0 to {LARGEST_SEED}, got {seed}")
+
     def before_instantiate_classes(self) -> None:
         if self.config.name is None:
             configs = self.config.config or []
             self.config.name = Path(str(configs[-1])).stem if configs else "run"
+        if not (parts := Path(self.config.name).parts) or ".." in parts:  # the folder of all runs, or one outside
+            raise InputError(f"--name: expected the name of a run, got {self.config.name!r}; choose another one")
 
     def instantiate_classes(self) -> None:
         require_room(plain(self.config.model))
@@ -199,15 +210,19 @@ class TrainCLI(LightningCLI):
 
     def instantiate_trainer(self, **arguments: Any) -> pl.Trainer:
         options, given = self.config.trainer, self.config_init.trainer
-        if str(options.precision) in ("64", "64-true"):
+        if str(options.precision) in ("64", "64-true", "16-true", "bf16-true"):
             raise InputError(
-                "expected a precision of 32 bits or less, got 64-true: data and descent are float32; leave it out"
+                f"expected precision 32-true, 16-mixed or bf16-mixed, got {options.precision}: data and descent are "
+                "float32; leave it out"
             )
         if str(options.strategy).endswith(("_spawn", "_fork", "_notebook")):
             raise InputError(
                 f"expected strategy auto or ddp, got {options.strategy}, whose processes would each begin "
                 "a run; pass --trainer.strategy ddp"
             )
+        for name, least in LEAST.items():
+            if (value := options[name]) is not None and value < least:
+                raise InputError(f"trainer.{name}: expected at least {least}, got {value}")
         self._describe()
         terminal = sys.stdout.isatty()  # where the progress bar is drawn
         callbacks = [
@@ -221,6 +236,7 @@ class TrainCLI(LightningCLI):
             FinalValidation(),
             *([TQDMProgressBar(leave=False)] if terminal else []),
         ]
+        plugins = given.plugins if isinstance(given.plugins, list) else [given.plugins]
         logger = given.logger
         if logger is None:  # metrics.csv is always written
             has_tensorboard = importlib.util.find_spec("tensorboard") is not None
@@ -229,7 +245,7 @@ class TrainCLI(LightningCLI):
         arguments |= {
             "enable_progress_bar": terminal,
             "default_root_dir": str(self.folder),
-            "plugins": [*(given.plugins or []), AtomicCheckpointIO(), *processes.slurm_plugins()],
+            "plugins": [*filter(None, plugins), AtomicCheckpointIO(), *processes.slurm_plugins()],
             "logger": logger,
         }
         if options.precision is None:
@@ -391,6 +407,17 @@ def check_truth(module: SetPrediction, predicted: Tensor, inputs: Tensor) -> Non
             f"the decoder {type(decoder).__name__} predicts layers of images, expected a loss of images, got "
             f"{type(module.loss).__name__}; pass --model.loss setpred.losses.Reconstruction"
         )
+    if target_name(module.loss) == "elements":
+        try:
+            with torch.random.fork_rng(devices=[]):
+                module.loss(predicted.detach().float(), torch.zeros_like(predicted, dtype=torch.float))
+        except TypeError as error:  # other errors may be about the absence of objects
+            raise InputError(
+                f"the loss {type(module.loss).__name__}: {located(error)}; give a loss of (predicted, target), see "
+                "docs/own_parts.md"
+            ) from error
+        except Exception:
+            pass
     for part in (module.loss, module.metric):
         if (name := target_name(part)) not in known:
             continue
@@ -511,12 +538,13 @@ def fit(cli: TrainCLI, resume: Path | None) -> None:
             cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=resume, weights_only=True)
     except SystemExit as stopped:  # Lightning's end on a second Ctrl-C, and on signals before the first step
         raise Interrupted(last) from stopped
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, RuntimeError, ValueError) as error:
         innermost = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
-        of_trainer = innermost.f_globals.get("__name__", "").startswith("lightning.")  # not of a part
-        if isinstance(error, InputError) or cli.trainer.global_step or not of_trainer:
+        place = innermost.f_globals.get("__name__", "")  # callbacks look for what they monitor after an epoch
+        of_trainer = place.startswith("lightning.") and (not cli.trainer.global_step or ".callbacks." in place)
+        if isinstance(error, InputError) or not of_trainer:
             raise
-        raise InputError(f"the trainer cannot start with these options: {reason(error)}") from error
+        raise InputError(f"the trainer cannot work with these options: {reason(error)}") from error
     if cli.trainer.interrupted or cli.trainer.received_sigterm:
         raise Interrupted(last)
 

@@ -20,7 +20,7 @@ from setpred.data.augmentation import Augmentation
 from setpred.data.dataset import Batch, ClevrImages, SetFile, as_batch, fitting_workers, open_data
 from setpred.data.hdf5 import Header, InputSets, file_header
 from setpred.data.loading import EpochOrder, EpochPermutation, training_loader, validation_loader
-from setpred.data.scenes import render_records, rendered_header
+from setpred.data.scenes import render_records, rendered_header, rendered_name
 from setpred.data.views import view_inputs
 from setpred.errors import InputError
 from setpred.files import locked, make_folder, writing
@@ -305,12 +305,7 @@ class RenderedFile:
 
     @property
     def path(self) -> str:
-        source = self.header.source
-        scenes = "{}to{}".format(*source["objects"]) + (f"-{source['condition']}" if "condition" in source else "")
-        scenes += f"-views{source['views']}" if "views" in source else ""
-        masks = "-masks" if self.header.instances else ""
-        name = f"rendered-{self.header.image_size}-{scenes}-seed{source['seed']}-{self.header.images}{masks}.h5"
-        return str(Path(self.folder).expanduser() / name)
+        return str(Path(self.folder).expanduser() / rendered_name(self.header))
 
     def prepare(self) -> None:
         """Render the file if it does not exist, and check it.
@@ -392,7 +387,12 @@ class BuiltInScenes(ImageData):
         **arguments: Any,
     ) -> None:
         super().__init__(**arguments)
-        _check_least({"scenes_seed": (scenes_seed, 0), "views": (views, 1)})
+        _check_least({"scenes_seed": (scenes_seed, 0), "views": (views, 1), "workers": (workers, 0)})
+        if self.set_size is not None and objects[1] > self.set_size:  # before scenes are rendered
+            raise InputError(
+                f"expected scenes of at most {self.set_size} objects for sets of {self.set_size}, got objects up to "
+                f"{objects[1]}; use a set_size of at least {objects[1]}"
+            )
         self.check_augment()  # before scenes are rendered
         self.side, self.which = self.image_size, {"objects": tuple(objects), "condition": condition, "views": views}
         if views is not None:

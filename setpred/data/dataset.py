@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 import warnings
 import weakref
 from abc import ABC, abstractmethod
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Tensor]
 SHARED_MEMORY = "/dev/shm"
+LONGEST_TEMPORARY = 107 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")  # bytes: Linux's longest name of a socket, less ours
 VIEWS = "views"  # entry of the source of a file: images of each scene, one after the other
 IN_MEMORY_BYTES = 2_000_000_000  # files whose images take less are kept in memory by default
 
@@ -136,8 +138,16 @@ def fitting_workers(workers: int, data: Dataset, batch_size: int) -> int:
     """The most worker processes, up to `workers`, whose batches fit into shared memory at once.
 
     A `DataLoader` holds two batches a worker in /dev/shm and the one in use, and waits for ever for one that does not
-    fit (containers have 64 MB by default).
+    fit (containers have 64 MB by default), or whose socket in the folder of temporary files has too long a name.
     """
+    folder = tempfile.gettempdir()
+    if workers > 0 and len(os.fsencode(folder)) > LONGEST_TEMPORARY:
+        warnings.warn(
+            f"the path of the folder of temporary files has {len(os.fsencode(folder))} bytes, which leaves no room for "
+            "the sockets of reading processes; reading in 0 (set TMPDIR to a shorter path)",
+            stacklevel=2,
+        )
+        return 0
     try:
         space = os.statvfs(SHARED_MEMORY)
     except (AttributeError, OSError):  # Windows and macOS share in other ways

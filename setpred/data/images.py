@@ -11,7 +11,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from setpred.errors import InputError, shown
+from setpred.errors import InputError, plural, shown
 from setpred.files import require_regular
 from setpred.workers import available_cores, ordered_map
 
@@ -238,7 +238,7 @@ def find_images(
 ) -> list[str]:
     """Paths of images: each file of `sources`, and of each folder the files named as images, sorted by name.
 
-    Subfolders, hidden files and files of other names are skipped; `say` gets a sentence about the latter.
+    Subfolders, hidden files and files of other names are skipped; `say` gets a sentence about all but the hidden ones.
 
     Raises:
         InputError: no such file or folder, or a folder without an image.
@@ -250,15 +250,18 @@ def find_images(
             continue
         try:
             with os.scandir(source) as entries:
-                files = [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_file()]
+                visible = [(entry.name, entry.is_dir()) for entry in entries if not entry.name.startswith(".")]
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", error)  # a ValueError of a NUL has none
             raise InputError(f"no image or folder of images at {source} ({why})") from error
+        files, folders = ([name for name, is_dir in visible if is_dir == kind] for kind in (False, True))
         names = sorted(name for name in files if name.lower().endswith(SUFFIXES))
         if not names:
             raise InputError(f"the folder {source} has no image; expected files named {', '.join(SUFFIXES)}")
         if others := sorted(set(files).difference(names)):
             say(f"{source}: skipped {len(others)} files that are not named as images, such as {shown(others[0])}")
+        if folders:
+            say(f"{source}: skipped {plural(len(folders), 'subfolder')}, such as {shown(min(folders))}")
         found += [os.path.join(source, name) for name in names]
     return found
 

@@ -19,6 +19,7 @@ import hashlib
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -192,7 +193,12 @@ def _records(rows: Sequence[tuple[Path, np.ndarray, int]], *, size: int) -> list
 
 def _match(table: Table, folder: Path) -> dict[str, Path]:
     """The file of each image, by the name that rows have; those without rows, too."""
-    there = {Path(path).relative_to(folder).as_posix(): Path(path) for path in find_images([folder])}
+
+    def say(sentence: str) -> None:
+        if table.images is None:  # else only those listed count
+            print(sentence, file=sys.stderr, flush=True)
+
+    there = {Path(path).relative_to(folder).as_posix(): Path(path) for path in find_images([folder], say)}
     stems: dict[str, list[str]] = {}
     for name in there:
         stems.setdefault(Path(name).stem, []).append(name)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -106,6 +107,29 @@ def rendered_header(*, images: int, image_size: int, masks: bool = False, **whic
     """
     source = _source(images, image_size, image_size, **which)
     return Header(images, image_size, CLEVR, source, instances=masks)
+
+
+def rendered_name(header: Header) -> str:
+    """The name by which a training finds the file of scenes with this header."""
+    source = header.source
+    scenes = "{}to{}".format(*source["objects"]) + (f"-{source['condition']}" if "condition" in source else "")
+    scenes += f"-views{source['views']}" if "views" in source else ""
+    masks = "-masks" if header.instances else ""
+    return f"rendered-{header.image_size}-{scenes}-seed{source['seed']}-{header.images}{masks}.h5"
+
+
+_NAME = re.compile(r"rendered-(\d+)-(\d+)to(\d+)(?:-(cogent-[ab]))?(?:-views(\d+))?-seed(\d+)-(\d+)(-masks)?\.h5")
+
+
+def render_command(path: str | os.PathLike[str]) -> str | None:
+    """The command that makes a file of a `rendered_name`; None for other names."""
+    if (found := _NAME.fullmatch(Path(path).name)) is None:
+        return None
+    size, least, most, condition, views, seed, images, masks = found.groups()
+    options = {"images": [images], "image-size": [size], "objects": [least, most], "condition": [condition]}
+    options |= {"views": [views], "seed": [seed], "out": [os.fspath(path)]}
+    words = [word for name, values in options.items() if None not in values for word in (f"--{name}", *values)]
+    return shlex.join(["setpred", "data", "render", *words, *["--masks"] * bool(masks)])
 
 
 def render_file(

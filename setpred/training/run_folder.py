@@ -33,9 +33,10 @@ def run_lock(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def earlier_run_aside(folder: Path) -> Iterator[None]:
-    """Move an earlier run out of `folder` to another name; move it back if the block fails before it trains.
+    """Move an earlier run out of `folder` to another name; move it back if the block fails before its first checkpoint.
 
-    Where the folder is a link, its target is moved, and the link stays.
+    A saved step with non-finite numbers stays in `folder`. Where this is a link, its target is moved, and the link
+    stays.
     """
     if not any(folder.glob("*.ckpt")):
         yield
@@ -51,7 +52,11 @@ def earlier_run_aside(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if {path.name for path in folder.iterdir()} <= {"config.yaml", "tensorboard"}:  # written before the first step
+        repros = list(folder.glob("repro-step-*.pt"))
+        # written before the first checkpoint; without one `--resume auto` would start a new run
+        if {path.name for path in folder.iterdir()} <= {"config.yaml", "tensorboard", *(path.name for path in repros)}:
+            for path in repros:
+                path.replace(kept / path.name)
             shutil.rmtree(folder)
             kept.rename(folder)
             print(f"moved the previous run back to {folder}", flush=True)

@@ -110,7 +110,8 @@ class Scores:
                     f"got {', '.join(batch)}" + "; pass --data.masks true" * (name == "instances")
                 )
             many = getattr(part, "samples", None)
-            part.update((predicted if many is None else samples(many)).float(), batch[name])
+            # a copy: to keep a worker's own tensor keeps two file descriptors open
+            part.update((predicted if many is None else samples(many)).float(), batch[name].clone())
 
     def compute(self) -> dict[str, Tensor]:
         """Return the scores of all examples since the last call."""
@@ -191,6 +192,13 @@ class SetPrediction(pl.LightningModule):
             raise InputError(
                 "expected learning_rate > 0, weight_decay >= 0 and auxiliary >= 0, all finite, got "
                 f"{learning_rate}, {weight_decay} and {auxiliary}"
+            )
+        if not all(0 <= beta < 1 for beta in betas):
+            raise InputError(f"expected betas of at least 0 and below 1, got {', '.join(map(str, betas))}")
+        if not all(epoch >= 0 and steps >= 1 for epoch, steps in (iterations_by_epoch or {}).items()):
+            raise InputError(
+                "iterations_by_epoch: expected epochs of at least 0 and at least 1 descent step in each, got "
+                f"{iterations_by_epoch}"
             )
         self.schema = schema_of(schema, decoder)
         # channels-last is the faster layout for convolutions on GPUs and CPUs alike
