@@ -22,6 +22,7 @@ MISTAKES = {
     "--resum last": "did you mean --resume?",
     "--allw a.B": "did you mean --allow?",
     "--zzzz": "no option --zzzz; setpred train --help",
+    "--data mine.npz --val val.h5": "--data mine.npz: expected FILE.h5; make one with `setpred data import`",
     "mine.h5": "expected options, got 'mine.h5'; write --data mine.h5",
     "--name": "--name: expected one argument",
     "--data.init_args.batchsize 8": "RenderedScenes has no argument 'batchsize'; did you mean batch_size",
