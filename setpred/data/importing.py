@@ -225,7 +225,7 @@ def _check_stated(table: Table, sizes: Mapping[str, tuple[int, int]]) -> None:
 
 
 def _leave_out_sizes(table: Table, sizes: Mapping[str, tuple[int, int]], say: Callable[[str], None]) -> None:
-    """Leave out columns that repeat the size of the image beside the corners of a box, as in tables of TensorFlow."""
+    """Leave out columns that repeat the size of the image next to the corners of a box, as in tables of TensorFlow."""
     for pair in SIDES:
         if all(name in table.classes for name in pair) and all(
             tuple(row.values[name] for name in pair) == sizes[row.image] for row in table.rows
