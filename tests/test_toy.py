@@ -23,7 +23,7 @@ from setpred.data.toy.motion import SOFTENING, attraction, motion
 from setpred.data.toy.omniglot import OmniglotCounting, read_characters
 from setpred.data.toy.qm9 import PROPERTIES, QM9, read_molecule
 from setpred.data.toy.solids import KINDS, TUBE, Solids
-from setpred.decoders import IDSPN, FlowMatching, MLPDecoder, SlotAttention
+from setpred.decoders import IDSPN, FlowMatching, MLPDecoder, Readout, SlotAttention
 from setpred.encoders import Elements, SmallCNN
 from setpred.errors import InputError, NotFiniteError
 from setpred.inner import Conditioned, GradientDescent, LatentMatching, Sum
@@ -269,6 +269,15 @@ def test_only_decoders_that_match_elements_to_noise_take_an_aligned_loss(aligned
             schema=None,
             loss=wrap(HungarianLoss(aligned=aligned)),
         )
+
+
+def test_a_flow_is_neither_compared_with_itself_nor_read_out():
+    flow = FlowMatching(latent_dim=3, set_size=5, set_dim=3)
+    loss = SoftEquivariance(HungarianLoss(aligned=True), weights={"rotation": 1.0})
+    with pytest.raises(InputError, match="one prediction for FlowMatching, which samples, got SoftEquivariance"):
+        SetPrediction(SumPool(3), flow, schema=None, loss=loss)
+    with pytest.raises(InputError, match="slots that are predicted, got FlowMatching"):
+        Readout(flow, set_dim=3)
 
 
 def test_a_flow_in_training_reads_the_target_and_its_validation_does_not():

@@ -56,6 +56,8 @@ def test_an_example_is_the_set_of_images_of_a_scene(path):
         assert (images["elements"] == batch["elements"][example]).all()
     assert "input_mask" not in batch
     assert scenes.name(2) == "scene 2"
+    first = rows.__getitems__([2 * VIEWS, 0])["image"].permute(0, 2, 3, 1)
+    assert (scenes.first_views([2, 0]) == first.numpy()).all()
     scenes.mixed = True
     assert scenes.__getitems__([2, 3])["input_mask"].tolist() == [[True, True, True], [True, False, False]]
     assert len(SceneViews(path, images=2)) == 2
@@ -135,4 +137,6 @@ def test_a_model_of_views_trains_and_is_scored_with_any_number_of_them(path, tmp
         render_file(tmp_path / file, images=4 * scenes, views=4, seed=seed, **size)
     folder = train(["--config", str(config), "--runs", str(tmp_path), "--trainer.max_epochs=1", *options])
     assert evaluate([str(folder / "last.ckpt")])["images"] == 3
-    assert evaluate([str(folder / "last.ckpt"), "--data", str(path)])["images"] == 4
+    drawn = tmp_path / "figures"
+    assert evaluate([str(folder / "last.ckpt"), "--data", str(path), "--figures", str(drawn)])["images"] == 4
+    assert {"predictions.png", "refinement.gif"} < {figure.name for figure in drawn.iterdir()}  # on the first views

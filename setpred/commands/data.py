@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = vars(_parser().parse_args(arguments))
         options.pop("run")(**options)
 
-    return exit_code(run, interrupted="interrupted; run the same command again to resume")
+    return exit_code(run, interrupted="interrupted; run the same command again")
 
 
 def stop_as_on_ctrl_c() -> None:

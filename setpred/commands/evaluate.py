@@ -69,10 +69,11 @@ def figures(
 ) -> list[Path]:
     """Write the figures of an evaluation, with every iterate of the descent.
 
-    They show the first `shown` images of CLEVR's world, and otherwise the worst.
+    They show the first `shown` images of CLEVR's world, and otherwise the worst; of several views the first one.
     """
-    schema = loaded.schema
-    if has_world(schema) and loaded.image_size is not None:
+    schema, views = loaded.schema, getattr(data, "first_views", None)
+    without_image = loaded.image_size is None and views is None
+    if has_world(schema) and not without_image:
         numbers = list(range(min(shown or PICTURED, len(data))))
     else:
         numbers = worst_first(predictions.predicted, predictions.target, schema)[: shown or MARKED]
@@ -84,15 +85,15 @@ def figures(
         "title": title,
         "names": [data.name(number) for number in numbers],
     }
-    if loaded.image_size is None:
+    if without_image:
         inputs = _pictures(data, schema, numbers)
         return write_report(folder, images=None, inputs=inputs, pictured=numbers[: len(inputs)], **of_sets)
     inputs, images, iterates = _refined(loaded, data, numbers, iterations=iterations, device=device)
     return write_report(
         folder,
-        images=images,
+        images=images if views is None else views(numbers),
         iterates=iterates,
-        voting=_voting(loaded.model, inputs, iterates),
+        voting=_voting(loaded.model, inputs, iterates) if views is None else None,  # tokens of one image
         camera=np.stack([data.camera(number) for number in numbers]),
         pictured=None if has_world(schema) else numbers,
         **of_sets,
@@ -141,7 +142,10 @@ def page(
     predicted, target = predictions.predicted.double(), predictions.target.double()
     numbers = worst_first(predicted, target, schema)[: shown or MARKED]
     _, images, iterates = _refined(loaded, data, numbers, iterations=iterations, device=device)
-    if sets := loaded.image_size is None:
+    sets, views = loaded.image_size is None, getattr(data, "first_views", None)
+    if views is not None:
+        pictures = as_pictures(views(numbers))
+    elif sets:
         pictures = _pictures(data, schema, numbers) or [None] * len(numbers)
     else:
         pictures = as_pictures(images)

@@ -1,6 +1,7 @@
 """Scenes seen from several cameras: the images of a scene as one input set."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,10 @@ class SceneViews(SetFile):
 
     def name(self, index: int) -> str:
         return f"scene {self.image_index[index]}"
+
+    def first_views(self, numbers: Sequence[int]) -> np.ndarray:
+        """The first image of each of these scenes, uint8 `[n, S, S, 3]`, from the camera that `camera` gives."""
+        return self._stored(np.asarray(numbers))[0][:, 0]
 
     def _stored(self, index: np.ndarray) -> list[np.ndarray]:
         (views, *shape), _ = self._layout[0]

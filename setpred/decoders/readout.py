@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from setpred.decoders.base import SetDecoder
+from setpred.errors import InputError
 from setpred.nn import MLP
 
 
@@ -17,9 +18,14 @@ class SlotReader(SetDecoder):
         slots: set decoder whose elements `[batch, set_size, dim]` are the slots.
         set_dim: numbers of an element.
         more: number of elements beyond the slots.
+
+    Raises:
+        InputError: slots that are sampled, such as those of `FlowMatching`, which learn from noised targets alone.
     """
 
     def __init__(self, slots: SetDecoder, *, set_dim: int, more: int = 0) -> None:
+        if getattr(slots, "denoises", False):
+            raise InputError(f"expected slots that are predicted, got {type(slots).__name__}; use another decoder")
         size = None if slots.set_size is None else slots.set_size + more
         super().__init__(set_size=size, set_dim=set_dim, token_dim=slots.token_dim, latent_dim=slots.latent_dim)
         self.slots, self.iterative, self.masks_elements = slots, slots.iterative, slots.masks_elements

@@ -203,6 +203,11 @@ class SetPrediction(pl.LightningModule):
                 f"{matching.aligned}; only decoders that match elements to their noise, such as FlowMatching, are "
                 f"trained in the order of the target, and need to be; set model.loss.init_args.aligned to {denoises}"
             )
+        if denoises and hasattr(self.loss, "penalty"):  # its two predictions would differ by their noise
+            raise InputError(
+                f"expected a loss of one prediction for {type(decoder).__name__}, which samples, got "
+                f"{type(self.loss).__name__}; use its inner loss alone"
+            )
         self.frozen = [frozen_part(self.model, name) for name in frozen]
         if frozen and not any(weights.requires_grad for weights in self.parameters()):
             raise InputError(
