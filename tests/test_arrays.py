@@ -208,6 +208,20 @@ MISTAKES = {
         lambda c: c.update(inputs=1.7e9 + np.arange(N * 2.0).reshape(N, 2)),
         "number 0 is from 1700000000 to 1700000010, .*subtract its mean",
     ),
+    "bytes": (lambda c: c.update(kind=np.full((N, PLACES), b"\xff"), sizes=COUNTS), "'kind': expected text in UTF-8"),
+    "NaN as a class": (changed("kind", (0, 0), "nan"), "'kind', example 0, object 0: expected a class, got 'nan'"),
+    "an object twice": (
+        lambda c: c.update({n: np.concatenate([v, v[:, :1]], 1) for n, v in c.items() if n != "inputs"}),
+        "'coords', example 0, object 3: .* repeats another object",
+    ),
+    "padding by zeros": (
+        lambda c: c.update(coords=np.zeros((N, PLACES, 2)), kind=None, radius=None, level=None),
+        "example 0, object 1: .* say by a 'mask'",
+    ),
+    "a negative extent": (
+        lambda c: c.update(extent=np.full((N, PLACES, 2), -1.0), sizes=COUNTS),
+        "'extent', example 0, object 0: expected a width and height above 0",
+    ),
     "a taken name": (lambda c: c.update(confidence=c["radius"]), "cannot be named 'confidence'"),
     "objects": (lambda c: c.update(kind=c["kind"].astype(object)), "'kind': expected numbers or text, got pickled"),
     "a bad box": (lambda c: c.update(boxes=np.ones((N, PLACES, 4)), coords=None, sizes=COUNTS), "'boxes', example 0"),
@@ -292,6 +306,7 @@ def test_files_of_images_keep_their_version_and_checksum():
         (["--xy", "centre"], "--xy: expected --csv with it, got --npz"),
         (["--images", "a"], "--images: expected --csv or --coco with it, got --npz"),
         (["--group", "a"], "--group: expected --clevr-with-masks with it, got --npz"),
+        (["--units", "relative"], "are kept as given; leave out --units relative"),
         (["--image-size", "64"], "no --image-size for inputs that are sets"),
         (["--csv", "a.csv"], "one of --csv, --coco, --npz, --clevr-with-masks, got --csv and --npz"),
     ],

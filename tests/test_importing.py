@@ -16,6 +16,7 @@ from setpred.data.annotations import possible_classes, read_coco, read_csv
 from setpred.data.dataset import SetFile
 from setpred.data.images import pixel_size, read_image
 from setpred.data.importing import import_images
+from setpred.data.overrides import Overrides
 from setpred.errors import InputError
 from setpred.metrics import attribute_report, pairwise_distance
 from setpred.schema import UNCALIBRATED, ElementSchema, continuous
@@ -221,6 +222,14 @@ MISTAKES = {
     "one axis": ("image,x\na,3", "expected columns x and y, got x alone"),
     "three sides": ("image,xmin,ymin,xmax\na,1,2,3", "got no ymax"),
     "decimal commas": ("image;x;y\na;3,5;4", "write decimals with a point"),
+    "decimal commas alone": ("image;x;y;r\na;3;4;1,5\nb;3;4;2,5", "line 2, column 'r': .* write decimals with a point"),
+    "NaN as a class": ("image,x,y,label\na,1,2,disc\nb,2,2,NaN", "line 3, column 'label': expected a class, got NaN"),
+    "an open quote": ('image,x,y,label\na,1,2,"disc\nb,2,2,disc', "expected CSV, got: unexpected end of data"),
+    "two open quotes": ('image,x,y,label\na,1,2,"disc\nb,2,2,"disc', "expected CSV, got: .* expected after"),
+    "words of a text": (
+        "image,x,y,note\n" + "".join(f"a,{n % 16},{n % 12},w{n}\n" for n in range(300)),
+        "line 2, column 'note': expected classes, got 300 different words in 300 rows; remove the column",
+    ),
 }  # fmt: skip
 
 
@@ -231,6 +240,76 @@ def test_a_mistake_in_a_table_is_one_clear_error(images, tmp_path, mistake):
         imported(read_csv(table(tmp_path, text)), images, tmp_path)
     assert "points.csv" in str(found.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "points.csv"]  # no partial file
+
+
+@pytest.mark.parametrize(
+    ("header", "options", "message"),
+    [
+        ("image,x,y", {"categorical": ["x"]}, "expected numbers of a position in column 'x', not classes"),
+        ("image,x,y", {"xy": "corner"}, "--xy: expected columns x, y, width and height"),
+        ("image,xmin,ymin,xmax,ymax", {"xy": "centre"}, "--xy: expected columns x, y, width and height"),
+        ("image,x,y,z", {"units": "relative"}, "kept as given; leave out --units relative"),
+    ],
+)
+def test_options_without_effect_on_a_table_are_errors(images, tmp_path, header, options, message):
+    text = f"{header}\na,{','.join(map(str, range(1, len(header.split(',')))))}"
+    chosen = {"categorical": options.pop("categorical", ())}
+    with pytest.raises(InputError, match=message):
+        imported(read_csv(table(tmp_path, text), **chosen), images, tmp_path, **options)
+
+
+def test_a_schema_says_which_columns_are_classes(images, tmp_path, capsys):
+    path = table(tmp_path, "image,x,y,digit\na,3,4,7\nb,3,4,9")
+    command = ["import", "--csv", str(path), "--images", str(images), "--workers", "0"]
+    assert main([*command, "--categorical", "digit", "--out", str(tmp_path / "train.h5")]) == 0
+    path.write_text("image,x,y,digit,size\na,3,4,9,1")
+    assert main([*command, "--schema", str(tmp_path / "train.h5"), "--out", str(tmp_path / "val.h5")]) == 0
+    assert "left out 1 column that the schema lacks: size" in capsys.readouterr().out
+    assert [found["digit"] for found in objects(SetFile(tmp_path / "val.h5"))[0]] == ["9"]
+
+
+def test_sets_that_are_too_large_are_errors(images, tmp_path, monkeypatch):
+    source = read_csv(table(tmp_path, TEXT))
+    monkeypatch.setattr("setpred.data.importing.MOST_BYTES", 1)
+    with pytest.raises(InputError, match="3 images of up to 2 objects of 6 numbers take 144 bytes"):
+        imported(source, images, tmp_path)
+    monkeypatch.setattr("setpred.data.importing.LARGEST_SIZE", 1)
+    with pytest.raises(InputError, match="sets of at most 1 objects, got 2"):
+        imported(source, images, tmp_path)
+
+
+def test_columns_of_the_size_of_images_are_left_out(images, tmp_path):
+    said, text = [], "filename,width,height,class,xmin,ymin,xmax,ymax\na.png,16,12,cat,1,2,5,6\nb.png,16,{},dog,1,2,5,6"
+    data = imported(read_csv(table(tmp_path, text.format(12))), images, tmp_path, say=said.append)
+    assert [field.name for field in data.schema.fields] == ["coords", "extent", "class"]
+    assert said == ["left out the columns width and height, which are the size of each image"]
+    data = imported(read_csv(table(tmp_path, text.format(13))), images, tmp_path, say=said.append)
+    assert [field.name for field in data.schema.fields] == ["coords", "extent", "width", "height", "class"]
+
+
+def test_one_table_per_image_says_what_it_lacks(images, tmp_path):
+    folder, said = tmp_path / "tables", []
+    folder.mkdir()
+    (folder / "a.csv").write_text("x,y\n3,4")
+    (folder / "._a.csv").write_bytes(b"\0")  # as macOS writes beside every file
+    assert len(imported(read_csv(folder), images, tmp_path, say=said.append)) == 1
+    assert said == [f"left out 2 images without annotations, such as '{images}/b.png'"]
+    for text, message in (("", "b.csv, line 1: expected names of columns"), ("image,x,y\nb,3,4", "got 'image'")):
+        (folder / "b.csv").write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_csv(folder)
+
+
+def test_attributes_may_be_optional(images, tmp_path):
+    document = keypoint_document()
+    for annotation, attributes in zip(document["annotations"], ({"depth": 3}, {"depth": None}, {}), strict=True):
+        annotation["attributes"] = attributes
+    path = table(tmp_path, json.dumps(document), "coco.json")
+    with pytest.raises(InputError, match="annotation 1: expected a number, or a name, for 'depth' in every"):
+        read_coco(path)
+    overrides = Overrides.of({"fields": {"depth": {"optional": True}}}, "s.yaml")
+    data = imported(read_coco(path, optional=["depth"]), images, tmp_path, overrides=overrides)
+    assert [found["depth"] for each in objects(data) for found in each] == [[3], None, None]
 
 
 def keypoint_document():
@@ -257,6 +336,11 @@ def keypoint_document():
         (lambda c: c["annotations"][0].update(bbox=[1, 2, -3, 2]), "annotation 0: expected a box with width"),
         (lambda c: c["annotations"].append(dict(c["annotations"][0])), "annotation 3: repeats annotation 0"),
         (lambda c: c["images"].append(dict(c["images"][0])), "expected ids that differ"),
+        (lambda c: c["images"].append(c["images"][0] | {"id": 9}), "names of files that differ, got 'a.png' twice"),
+        (
+            lambda c: c["images"][0].update(width=32, height=24),
+            "image 'a.png': expected 32x24 pixels, as stated there, got 16x12",
+        ),
         (lambda c: c["images"][0].update(file_name="z.png"), "expected an image in .*, got 'z.png'"),
         (lambda c: c.update(categories=5), "expected a list of categories"),
         (lambda c: c["annotations"][0].update(keypoints=[1, 2, 2]), "annotation 0: expected keypoints as 6 numbers"),
@@ -468,4 +552,4 @@ def test_a_damaged_image_is_named_and_leaves_no_file(images, tmp_path):
         (images / "b.png").write_bytes(content)
         with pytest.raises(InputError, match=rf"b\.png.* {words}|b\.png is {words}"):
             imported(read_csv(table(tmp_path, TEXT)), images, tmp_path)
-        assert not (tmp_path / "out.h5").exists()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "points.csv"]  # no shards either

@@ -22,6 +22,7 @@ MISTAKES = {
     "--resum last": "did you mean --resume?",
     "--allw a.B": "did you mean --allow?",
     "--zzzz": "no option --zzzz; setpred train --help",
+    "--data mine.npz --val val.h5": "--data mine.npz: expected FILE.h5; make one with `setpred data import`",
     "mine.h5": "expected options, got 'mine.h5'; write --data mine.h5",
     "--name": "--name: expected one argument",
     "--data.init_args.batchsize 8": "RenderedScenes has no argument 'batchsize'; did you mean batch_size",
@@ -97,6 +98,18 @@ def test_overrides_count_wherever_they_are(tiny):
     )
     assert (cli.trainer.max_epochs, cli.datamodule.batch_size, cli.model.learning_rate) == (3, 4, 0.5)
     assert (cli.model.seed, cli.config.save_minutes) == (7, 2.0)
+
+
+@pytest.mark.parametrize("option", ["descent.iterations=7", "init_args.descent.init_args.iterations=7"])
+def test_steps_that_an_option_gives_replace_those_by_epoch(tiny, option):
+    more = tiny.with_name("more.yaml")
+    more.write_text("model: {iterations_by_epoch: {0: 3}}")
+    configs, steps = ["--config", str(tiny), "--config", str(more)], f"--model.decoder.{option}"
+    assert build(configs).model.training_iterations() == 3
+    cli = build([*configs, steps])
+    assert (cli.model.iterations_by_epoch, cli.model.model.decoder.descent.iterations) == (None, 7)
+    cli = build([*configs, steps, "--model.iterations_by_epoch", "{0: 5}"])
+    assert cli.model.training_iterations() == 5
 
 
 def test_parts_are_listed_once_and_described(capsys):

@@ -125,10 +125,13 @@ def _import_table(
         raise InputError(f"{kind}: expected the folder of the images with it; pass --images FOLDER")
     if "schema" in options:
         optional = [field.name for field in options["schema"].fields if field.optional]
+        categorical = [*categorical, *(field.name for field in options["schema"].fields if field.categorical)]
     else:
         optional = options["overrides"].optional if "overrides" in options else []
     of_csv = kind == "--csv"
-    table = read_csv(source, categorical=categorical, optional=optional) if of_csv else read_coco(source)
+    table = (
+        read_csv(source, categorical=categorical, optional=optional) if of_csv else read_coco(source, optional=optional)
+    )
     import_images(table, images, out, **options)
     hints = [
         f"left out the column {name!r}, which {'is of predictions' if name == CONFIDENCE else 'numbers the rows'}; "

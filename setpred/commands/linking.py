@@ -153,7 +153,7 @@ def _taken(arguments: list[str], name: str) -> str | None:
         if option != name:
             continue
         path = path if equals else "".join(arguments[place + 1 :][:1])
-        if path.lower().endswith((".csv", ".json")):
+        if path.lower().endswith((".csv", ".json", ".npz")):
             raise InputError(f"{name} {path}: expected FILE.h5; make one with `setpred data import`")
         if path.endswith(FILES):
             del arguments[place : place + (1 if equals else 2)]

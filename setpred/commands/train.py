@@ -88,6 +88,7 @@ OF_PARSER = re.compile("Does not validate|Problem with given class_path|Parser k
 # of the trainer's options, which checks others itself
 LEAST = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "gradient_clip_val": 0}
 LARGEST_SEED = 2**32 - 1  # NumPy's
+STEPS = re.compile(r"--model\.decoder\.(.+\.)?iterations(=|$)")  # options of descent steps
 NEWEST = ("last", "auto")  # values of --resume that are no paths
 IGNORED_WARNINGS = (
     "LightningCLI's args parameter",
@@ -461,6 +462,9 @@ def build(arguments: list[str]) -> TrainCLI:
     configs = configs or [default_config(rest)]
     # configurations come first, so that all other options override them, wherever they are
     arguments = [*(word for config in configs for word in ("--config", config)), *rest]
+    by_epoch = "--model.iterations_by_epoch"
+    if any(STEPS.match(word) for word in rest) and not any(word.partition("=")[0] == by_epoch for word in rest):
+        arguments.append(f"{by_epoch}=null")  # of a configuration: it would override the steps that the user asks for
     quiet()
     with guarded(arguments, configs, early.allow):
         return TrainCLI(

@@ -31,6 +31,8 @@ CLASSES = ("label", "class", "category", "type", "species", "kind", "name", "col
 NUMBERS = ("id", "index", "row", "unnamed: 0", "annotation_id", "object_id")  # columns that number the rows
 DELIMITERS = ",;\t|"
 MOST_NUMBERED = 100  # classes that are likely to be numbered
+MOST_UNREPEATED = 256  # classes of which most have one object
+MOST_CLASSES = 4096  # of a column
 MOST_BYTES = 2**30  # of a file of annotations
 
 
@@ -55,6 +57,7 @@ class Table:
     rows: list[Row] = field(default_factory=list)
     classes: dict[str, tuple[str, ...] | None] = field(default_factory=dict)  # None for a column of numbers
     images: list[str] | None = None
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)  # width and height that the file states
     left_out: list[str] = field(default_factory=list)  # columns that number the rows, or of confidences
     skeleton: list[tuple[str, str]] = field(default_factory=list)  # pairs of keypoints
 
@@ -76,7 +79,7 @@ def read_csv(path: str | os.PathLike[str], *, categorical: Sequence[str] = (), o
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(path.glob("*.csv"))
+        files = sorted(file for file in path.glob("*.csv") if not file.name.startswith("."))
         if not files:
             raise InputError(f"{path}: expected CSV files, one per image, got a folder without any")
         tables = [_read_rows(file, image=file.stem) for file in files]
@@ -117,20 +120,24 @@ def _counts(rows: Sequence[Row], column: str) -> bool:
 
 
 def _read_rows(path: Path, *, image: str | None) -> tuple[list[str], list[Row]]:
-    reader = csv.reader(io.StringIO(text := _decoded(path), newline=""), delimiter=_delimiter(text))
+    text = _decoded(path)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text), strict=True)
     try:
         header = [cell.strip().lower() for cell in next(reader, [])]
         header[:1] = [name or "unnamed: 0" for name in header[:1]]  # of pandas, which numbers the rows so
         if len(set(header)) < len(header) or not all(header):
             got = ", ".join(map(repr, header))
             raise InputError(f"{path}, line 1: expected a different name for every column, got {got}")
-        named = [name for name in header if name in IMAGE] if image is None else []
+        named = [name for name in header if name in IMAGE]
+        if image is not None and named:
+            raise InputError(f"{path}, line 1: expected no column of images in a table of one image, got {named[0]!r}")
         if image is None and len(named) != 1:
             got = f"got {', '.join(named)}" if named else f"got {', '.join(map(repr, header)) or 'an empty file'}"
             raise InputError(f"{path}, line 1: expected one column of images, such as {IMAGE[0]!r}, {got}")
         columns = [name for name in header if name not in named]
         if not columns:
-            raise InputError(f"{path}, line 1: expected columns besides {named[0]!r}, separated by one of , ; tab |")
+            what = f"columns besides {named[0]!r}" if named else "names of columns"
+            raise InputError(f"{path}, line 1: expected {what}, separated by one of , ; tab |")
         rows = []
         for cells in reader:
             where = f"{path}, line {reader.line_num}"
@@ -179,8 +186,15 @@ def _numbers_or_classes(rows: Sequence[Row], column: str, *, forced: bool) -> tu
         text = row.values[column]
         place = f"{row.where}, column {column!r}"
         if classes:
-            if not text:
-                raise InputError(f"{place}: expected a class, got nothing; fill it in, or leave the row out")
+            if not text or text.lower() == "nan":
+                raise InputError(
+                    f"{place}: expected a class, got {text or 'nothing'}; fill it in, or leave the row out"
+                )
+            if not forced and column not in CLASSES and _number(text.replace(",", ".")) is not None:
+                raise InputError(
+                    f"{place}: expected a number or a class, got {shown(text)}; write decimals with a point, or pass "
+                    f"--categorical {column}"
+                )
             continue
         if number is None:
             first = next((other.where for other, n in zip(rows, numbers, strict=True) if n is not None), None)
@@ -192,7 +206,15 @@ def _numbers_or_classes(rows: Sequence[Row], column: str, *, forced: bool) -> tu
         if not math.isfinite(number):
             raise InputError(f"{place}: expected a finite number, got {text}; leave the row out")
         row.values[column] = number
-    return tuple(sorted({row.values[column] for row in rows})) if classes else None
+    if not classes:
+        return None
+    found = sorted({row.values[column] for row in rows})
+    if len(found) > min(MOST_CLASSES, max(MOST_UNREPEATED, len(rows) // 2)):
+        raise InputError(
+            f"{rows[0].where}, column {column!r}: expected classes, got {len(found)} different words in {len(rows)} "
+            "rows; remove the column"
+        )
+    return tuple(found)
 
 
 def possible_classes(table: Table) -> dict[str, int]:
@@ -222,13 +244,16 @@ def _check_repeats(rows: Sequence[Row]) -> None:
         seen[key] = row.where
 
 
-def read_coco(path: str | os.PathLike[str]) -> Table:
+def read_coco(path: str | os.PathLike[str], *, optional: Collection[str] = ()) -> Table:
     """Read COCO JSON: boxes, categories, keypoints and attributes of `annotations`, for the images of `images`.
 
     Boxes `[x, y, width, height]` become corners; `category` is the category's name; the entries of an annotation's
     `attributes` are further columns. Regions of crowds (`iscrowd`) are left out. Keypoints `[x, y, v, ...]` have the
     names that their category gives them. One with v = 0 is absent; occluded ones (v = 1) have a place like visible
     ones. Keypoints of other categories are absent, too.
+
+    Args:
+        optional: attributes with numbers that annotations may lack; their value is None then.
 
     Raises:
         InputError: names the annotation that cannot be understood.
@@ -237,6 +262,11 @@ def read_coco(path: str | os.PathLike[str]) -> Table:
     document, names, categories = _read_document(path)
     parts, skeleton = _keypoints(document.get("categories") or [], path)
     table = Table(str(path), images=list(names.values()), skeleton=skeleton)
+    if repeated := [name for name, count in Counter(names.values()).items() if count > 1]:
+        raise InputError(f"{path}: images: expected names of files that differ, got {shown(repeated[0])} twice")
+    for item in document["images"]:
+        if all(type(item.get(side)) is int and item[side] > 0 for side in ("width", "height")):
+            table.sizes[item["file_name"]] = item["width"], item["height"]
     every = dict.fromkeys(itertools.chain(*parts.values()))
     for number, annotation in enumerate(document["annotations"]):
         where = f"{path}, annotation {number}"
@@ -262,6 +292,8 @@ def read_coco(path: str | os.PathLike[str]) -> Table:
         if not isinstance(attributes, dict):
             raise InputError(f"{where}: expected attributes by name, got {shown(attributes)}")
         for name, value in attributes.items():
+            if value is None:
+                continue
             if name.lower() in values or not (type(value) in (str, bool) or _is_number(value)):
                 got = shown({name: value})
                 raise InputError(f"{where}: expected an attribute with a finite number or a name, got {got}")
@@ -273,6 +305,9 @@ def read_coco(path: str | os.PathLike[str]) -> Table:
         table.rows.append(Row(names[annotation["image_id"]], values, where, keypoints))
     columns = dict.fromkeys(name for row in table.rows for name in row.values)
     for name in columns:
+        if name in optional:
+            for row in table.rows:
+                row.values[name] = row.values.get(name)
         kinds = {isinstance(row.values.get(name), str) for row in table.rows}
         lacking = next((row.where for row in table.rows if name not in row.values), None)
         if lacking or len(kinds) > 1:

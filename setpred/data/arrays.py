@@ -225,7 +225,10 @@ class Objects:
                 gone, zero = np.isnan(numbers[name]).all(-1), (numbers[name] == 0).all(-1)
             else:
                 text = values.dtype.kind in "US"
-                classes[name] = np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values.astype(str)
+                try:
+                    classes[name] = np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values.astype(str)
+                except UnicodeDecodeError as error:
+                    raise InputError(f"{path}, array {name!r}: expected text in UTF-8, got: {error}") from error
                 gone, zero = values == (values.dtype.type() if text else -1), values == values.dtype.type()
             absent.append((name, gone, zero))
         present = _presence(path, arrays, PRESENT, shape)
@@ -242,7 +245,14 @@ class Objects:
             there = present & ~np.isnan(values).all(-1) if name in optional else present
             _check_finite(f"{path}, array {name!r}", values, there, "object")
         for name, values in classes.items():
-            _reject(present & np.isin(values, ("", "-1")), f"{path}, array {name!r}", "expected a class", values)
+            nothing = ("", "-1", "nan", "NaN")
+            _reject(present & np.isin(values, nothing), f"{path}, array {name!r}", "expected a class, got {}", values)
+        if "extent" in numbers:
+            narrow = present & (numbers["extent"] <= 0).any(-1)
+            advice = "expected a width and height above 0, got {}"
+            _reject(narrow, f"{path}, array 'extent'", advice, numbers["extent"])
+        if "coords" in numbers:
+            _check_repeats(path, numbers, classes, present)
         return cls(path, numbers, classes, present)
 
     def check_pixels(self, width: int, height: int, names: Collection[str]) -> None:
@@ -337,6 +347,22 @@ class Objects:
         return elements
 
 
+def _check_repeats(
+    path: Any, numbers: Mapping[str, np.ndarray], classes: Mapping[str, np.ndarray], present: np.ndarray
+) -> None:
+    """Raise `InputError` if an object with a position repeats another one, as padding by zeros does."""
+    columns = [values.reshape(present.size, -1) for values in numbers.values()]
+    columns += [np.unique(values, return_inverse=True)[1].reshape(-1, 1) for values in classes.values()]
+    examples = np.repeat(np.arange(len(present)), present.shape[1])
+    rows = np.nonzero(present.ravel())[0]
+    every = np.concatenate([examples[:, None], *columns], axis=1)[rows]
+    _, first = np.unique(every, axis=0, return_index=True)
+    wrong = np.zeros(present.size, bool)
+    wrong[np.delete(rows, first)] = True
+    advice = "{} repeats another object; leave one of them out, or say by a 'mask' [n, N] or 'sizes' [n] which exist"
+    _reject(wrong.reshape(present.shape), f"{path}, array 'coords'", advice, numbers["coords"])
+
+
 def _integer(text: str) -> float:
     return int(text) if text.lstrip("-").isdecimal() else math.inf
 
@@ -394,7 +420,7 @@ def import_arrays(
     schema: ElementSchema | None = None,
     overrides: Overrides | None = None,
     inputs: InputSets | None = None,
-    units: str = "pixels",
+    units: str | None = None,
     force: bool = False,
 ) -> ElementSchema:
     """Write the arrays of a file as a prepared file; return its schema. The module describes the arrays.
@@ -404,7 +430,7 @@ def import_arrays(
         schema: of the file, instead of the inferred one: that of another file, whose classes and scales are kept.
         overrides: changes of the inferred schema; present objects may lack its optional fields, or those of `schema`.
         inputs: those of another file, whose offset and scale are kept; inferred unless given.
-        units: of positions on images: "pixels", or "given", kept as they are.
+        units: of positions on images: "pixels" (the default), or "given", kept as they are.
 
     Raises:
         InputError: what is wrong with an array, with its name, example and object.
@@ -414,7 +440,10 @@ def import_arrays(
         got = "both" if "inputs" in arrays else listed(sorted(arrays)) or "nothing"
         raise InputError(f"{path}: expected one of the arrays 'inputs' and 'images', got {got}")
     source: dict[str, Any] = {"kind": "imported", "from": Path(path).name}
+    if "inputs" in arrays and units not in (None, "given"):
+        raise InputError(f"{path}: positions with inputs that are sets are kept as given; leave out --units {units}")
     if "images" in arrays:
+        units = units or "pixels"
         if units == "relative":
             raise InputError(f"{path}: expected --units pixels or given for arrays, got relative")
         given = _pictures(path, arrays["images"])

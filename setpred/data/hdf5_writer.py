@@ -32,6 +32,7 @@ def write_set_file(
     workers: int = 0,
     force: bool = False,
     names: Sequence[str] | None = None,
+    keep: bool = True,
 ) -> str:
     """Write the rows that `make` gives for the items to `path`, with progress.
 
@@ -45,6 +46,7 @@ def write_set_file(
         workers: processes that make rows; 0 works in this one.
         force: replace a finished file of this name, which stays until the new one is complete.
         names: of the images, to be shown with them.
+        keep: whether the finished shards stay after an `InputError` of `make`.
 
     Returns:
         The SHA-256 of the content.
@@ -63,7 +65,7 @@ def write_set_file(
     _check_space(path, folder, header)
     job = plain_json({"producer": producer, "header": header.to_json()})
     numbers = math.prod(next(iter(header.layout().values()))[0][1:])  # of an input
-    options = {"pixels": max(1, numbers // 3), "workers": workers, "description": description}
+    options = {"pixels": max(1, numbers // 3), "workers": workers, "description": description, "keep": keep}
     with (
         writing(path, hint=f"; the complete shards stay in {folder.name}, run the same command again to resume"),
         finished_shards(folder, items, partial(_save_rows, make), _load_rows, job=job, **options) as shards,

@@ -34,12 +34,13 @@ from setpred.data.hdf5 import Header, Record
 from setpred.data.hdf5_writer import write_set_file
 from setpred.data.images import REPAIR, find_images, load_image, stated_size
 from setpred.data.overrides import Overrides
-from setpred.errors import InputError, shown
+from setpred.errors import InputError, plural, shown
 from setpred.files import LARGEST_IMAGE
-from setpred.schema import BOX, ElementSchema, Field, categorical, continuous, periodic
+from setpred.schema import BOX, LARGEST_SIZE, ElementSchema, Field, categorical, continuous, periodic
 
 ANGLE = re.compile(r"(?:angle|theta|orientation|heading|rotation|yaw|azimuth|bearing)(?:_?(deg|rad)\w*)?")
 TURNS = {"degrees": 360.0, "radians": 2 * math.pi}
+MOST_BYTES = 2**32  # of the sets of a file
 SMALL = 64  # pixels: images that are no larger are stored at this size, others at twice this
 
 
@@ -113,7 +114,7 @@ def import_images(
     image_size: int | None = None,
     schema: ElementSchema | None = None,
     overrides: Overrides | None = None,
-    units: str = "pixels",
+    units: str | None = None,
     xy: str | None = None,
     workers: int = 0,
     force: bool = False,
@@ -127,7 +128,7 @@ def import_images(
         schema: of the file, instead of the inferred one: that of another file, whose classes and scales are kept.
         overrides: changes of the inferred schema.
         units: of positions and extents: "pixels" of their image, "relative" to its width and height, or "given":
-            kept as they are, and scaled by their range.
+            kept as they are, and scaled by their range. By default pixels, but given with a coordinate z.
         xy: whether x and y are the "centre" or the "corner" of a box with width and height.
         workers: processes that decode images; 0 decodes in this one.
         say: gets a sentence about each column that might be an angle.
@@ -141,7 +142,19 @@ def import_images(
     layout = _Layout.of(table, xy)
     if taken := [name for name in table.classes if name in TAKEN]:
         raise InputError(f"{table.source}: a column cannot be named {taken[0]!r}, which has a meaning here; rename it")
-    units = "given" if "z" in layout.position else units
+    if text := [name for name in layout.columns if table.classes[name] is not None]:
+        raise InputError(f"{table.source}: expected numbers of a position in column {text[0]!r}, not classes")
+    if xy is not None and not (layout.sides and layout.position == ("x", "y")):
+        raise InputError(f"{table.source}: --xy: expected columns x, y, width and height with it; leave it out")
+    in_space = "z" in layout.position
+    if in_space and units not in (None, "given"):
+        raise InputError(f"{table.source}: positions x, y and z are kept as given; leave out --units {units}")
+    units = units or ("given" if in_space else "pixels")
+    _check_stated(table, sizes)
+    if layout.corners:
+        _leave_out_sizes(table, sizes, say)
+    if table.images is not None and (rest := sorted(set(find_images([images])).difference(map(str, paths.values())))):
+        say(f"left out {plural(len(rest), 'image')} without annotations, such as {shown(rest[0])}")
     placed = schema is not None and schema.side is None and any(field.name == "coords" for field in schema.fields)
     if placed and layout.columns and units != "given":
         raise InputError(f"{table.source}: the positions of the schema are not in pixels; pass --units given")
@@ -150,9 +163,19 @@ def import_images(
     side = (schema and schema.side) or float(max(map(max, sizes.values())))
     objects = _objects(table, layout, units, sizes, side)
     overrides = overrides or Overrides()
-    schema = _inferred(table, layout, units, objects, side, overrides, say) if schema is None else schema
+    if schema is None:
+        schema = _inferred(table, layout, units, objects, side, overrides, say)
+    elif unused := sorted(
+        {name for name in table.classes if name not in layout.columns} - {f.name for f in schema.fields}
+    ):
+        say(f"left out {plural(len(unused), 'column')} that the schema lacks: {', '.join(unused)}")
     size = checked_image_size(image_size, max(map(max, sizes.values())))
-    elements = np.zeros((len(paths), schema.max_objects, schema.set_dim), np.float32)
+    if (shape := (len(paths), schema.max_objects, schema.set_dim)) and math.prod(shape) * 4 > MOST_BYTES:
+        raise InputError(
+            f"{table.source}: {shape[0]} images of up to {shape[1]} objects of {shape[2]} numbers take "
+            f"{math.prod(shape) * 4:,} bytes, expected at most {MOST_BYTES:,}; split the table, or the largest sets"
+        )
+    elements = np.zeros(shape, np.float32)
     for number, name in enumerate(paths):
         found = objects.get(name, [])
         if len(found) > schema.max_objects:
@@ -180,6 +203,7 @@ def import_images(
         workers=workers,
         force=force,
         names=[path.name for path in paths.values()],
+        keep=False,  # an image that is repaired is other input
     )
     return schema
 
@@ -189,6 +213,29 @@ def _records(rows: Sequence[tuple[Path, np.ndarray, int]], *, size: int) -> list
         Record(load_image(path, size, padded=True, advice=REPAIR), element, np.full(3, np.nan), n)
         for path, element, n in rows
     ]
+
+
+def _check_stated(table: Table, sizes: Mapping[str, tuple[int, int]]) -> None:
+    for name, stated in table.sizes.items():
+        if sizes[name] != stated:
+            expected, got = ("{}x{}".format(*size) for size in (stated, sizes[name]))
+            raise InputError(
+                f"{table.source}: image {shown(name)}: expected {expected} pixels, as stated there, got {got}; give "
+                "the images that were annotated, or correct the size"
+            )
+
+
+def _leave_out_sizes(table: Table, sizes: Mapping[str, tuple[int, int]], say: Callable[[str], None]) -> None:
+    """Leave out columns that repeat the size of the image next to the corners of a box, as in tables of TensorFlow."""
+    for pair in SIDES:
+        if all(name in table.classes for name in pair) and all(
+            tuple(row.values[name] for name in pair) == sizes[row.image] for row in table.rows
+        ):
+            say(f"left out the columns {pair[0]} and {pair[1]}, which are the size of each image")
+            for name in pair:
+                del table.classes[name]
+                for row in table.rows:
+                    del row.values[name]
 
 
 def _match(table: Table, folder: Path) -> dict[str, Path]:
@@ -327,6 +374,8 @@ def inferred_schema(
         say: gets a sentence about each field that might be an angle.
     """
     overrides.check_names([*numbers, *classes])
+    if max_objects > LARGEST_SIZE:
+        raise InputError(f"{source}: expected sets of at most {LARGEST_SIZE} objects, got {max_objects}; split them")
     fields: list[Field] = []
     for name, values in numbers.items():
         place, may_lack = name in BOX, name in optional

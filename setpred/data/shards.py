@@ -29,6 +29,7 @@ def finished_shards(
     pixels: int,
     workers: int,
     description: str,
+    keep: bool = True,
 ) -> Iterator[list[Path]]:
     """Make the shards that are missing or damaged; yield the files of all, in order; remove the folder after the block.
 
@@ -40,6 +41,7 @@ def finished_shards(
         job: text that identifies what is made: the settings and the code.
         pixels: of an image.
         workers: processes that make shards; 0 works in this one.
+        keep: whether the finished shards stay if `make` raises an `InputError`, for the same job without the error.
 
     Raises:
         InputError: another process makes them, the disk is full, no permission; and whatever `make` raises.
@@ -56,10 +58,15 @@ def finished_shards(
         if done:
             print(f"resuming {folder} after {done} of {len(items)} images", file=sys.stderr)
         tasks = ((items[first : first + size], path) for first, path in missing)
-        with closing(ordered_map(partial(_write_shard, make), tasks, workers=workers)) as written:
-            images = itertools.chain.from_iterable(map(range, written))
-            for _ in progress(images, total=len(items), initial=done, description=description):
-                pass
+        try:
+            with closing(ordered_map(partial(_write_shard, make), tasks, workers=workers)) as written:
+                images = itertools.chain.from_iterable(map(range, written))
+                for _ in progress(images, total=len(items), initial=done, description=description):
+                    pass
+        except InputError:
+            if not keep:
+                shutil.rmtree(folder)
+            raise
         yield paths
         shutil.rmtree(folder)
 
