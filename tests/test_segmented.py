@@ -1,5 +1,6 @@
 """Segmentations by models: scores, labels, figures, PNG masks and RLE."""
 
+import copy
 import json
 
 import numpy as np
@@ -14,7 +15,15 @@ from torch.nn import functional
 from setpred.checkpoint import save_model
 from setpred.commands.evaluate import evaluate
 from setpred.commands.predict import run
-from setpred.commands.segmentation import Segments, image_labels, scored_masks, segment, segmented_images, slot_labels
+from setpred.commands.segmentation import (
+    Segments,
+    image_labels,
+    masks_of,
+    scored_masks,
+    segment,
+    segmented_images,
+    slot_labels,
+)
 from setpred.data.datamodule import SetDataModule
 from setpred.data.dataset import open_data
 from setpred.data.exporting import to_coco, to_segment
@@ -54,6 +63,22 @@ def voting():
         last.bias[CLEVR.set_dim - 1] += 1.5
         last.bias[-1] += 3
     return model
+
+
+def test_masks_of_gated_votes_are_where_votes_are_present_whatever_their_mass():
+    model, images = voting().eval(), torch.rand(4, 3, SIDE, SIDE)
+    model.encoder.gated = True
+    light = copy.deepcopy(model)
+    with torch.no_grad():
+        light.encoder.network[-1].bias[-1] -= 20  # of the mass
+        features, few = (each.encode(images) for each in (model, light))
+        elements = model.decoder(features)
+        found = masks_of(model, features, elements)
+        assert torch.equal(masks_of(light, few, elements), found)
+        assert not torch.allclose(masks_of(voting().eval(), features, elements), found)
+    presence = features[..., CLEVR.set_dim - 1].clamp(0, 1)
+    torch.testing.assert_close(found.sum(1).flatten(1), presence)
+    assert ((presence > 0) & (presence < 1)).any()
 
 
 @pytest.fixture(scope="module")

@@ -197,6 +197,7 @@ def default_configuration(path: Path, module: dict[str, Any]) -> dict[str, Any]:
     in_image = sizes.schema.side is not None and sizes.schema.slice("coords").start == 0
     if in_image:  # votes are offsets, and where nothing is they may point anywhere
         encoder["anchored"], loss["only_present"] = True, names
+        del encoder["gated"]  # votes for nothing are far from most objects, and many votes place one precisely
         if (apart := spacing(module["init_args"]["train"])) is not None:  # elements compete over half this distance
             weight = max(weight, float(f"{4 / max(apart, 0.01) ** 2:.2g}"))
     decoder["objective"]["init_args"]["weights"] = decoder["start"]["init_args"]["weights"] = [weight] * head

@@ -16,6 +16,7 @@ from setpred.decoders import IDSPN
 from setpred.errors import InputError, plural
 from setpred.evaluation import PASS, check_finite, encoder_autocast, for_evaluation, pad_to_pass
 from setpred.inner import Problem, Sum, VotingEnergy
+from setpred.inner.voting import Ballot
 from setpred.losses import Reconstruction
 from setpred.metrics import adjusted_rand_index, masks_to_labels, segmentation_scores
 from setpred.metrics.segmentation import SCORES
@@ -87,8 +88,14 @@ def masks_of(model: SetPredictor, features: Tensor, elements: Tensor) -> Tensor:
     """Masks `[batch, set_size, h, w]` of elements that a model predicts from features."""
     if discovers(model):
         return composite(elements).masks
+    energy, problem = voting_energy(model), Problem(features.float(), elements)
     with torch.autocast(features.device.type, enabled=False):
-        supports = voting_energy(model).supports(elements, Problem(features.float(), elements))
+        if any(getattr(part, "gated", False) for part in model.encoder.modules()):
+            # the mass of an object is in few of its tokens, its presence in all
+            presence = Ballot.of(problem.latent, energy.set_dim).votes[..., -1].clamp(0, 1)
+            supports = energy.shares(elements, problem) * presence.unsqueeze(1)
+        else:
+            supports = energy.supports(elements, problem)
     side = math.isqrt(supports.shape[-1])
     if side**2 != supports.shape[-1]:
         raise InputError(f"expected tokens on a square grid for masks, got {supports.shape[-1]}; use another model")

@@ -118,6 +118,11 @@ class VotingEnergy(nn.Module):
         """Compute m_n a_in `[batch, set_size, tokens]`: the part of each token's mass that supports each element."""
         return self._supports(elements, Ballot.of(problem.latent, self.set_dim), problem.mask)
 
+    def shares(self, elements: Tensor, problem: Problem) -> Tensor:
+        """Compute a_in `[batch, set_size, tokens]`: the share of each element in each token, whatever its mass."""
+        shares = self._logits(elements, Ballot.of(problem.latent, self.set_dim), problem.mask).softmax(1)
+        return fill_absent(shares, problem.mask)
+
     def _supports(self, elements: Tensor, ballot: Ballot, mask: Tensor | None) -> Tensor:
         supports = self._logits(elements, ballot, mask).softmax(1) * ballot.masses.unsqueeze(1)
         return fill_absent(supports, mask)
