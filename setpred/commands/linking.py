@@ -181,6 +181,7 @@ def default_configuration(path: Path, module: dict[str, Any]) -> dict[str, Any]:
     sizes = SetDataModule.sizes(module["init_args"])
     config, head = read_yaml(path), precise(sizes)
     encoder, decoder = config["model"]["encoder"]["init_args"], config["model"]["decoder"]["init_args"]
+    del encoder["gated"]  # many votes place an object more precisely, and tokens of sets find nothing to vote for
     trunk = encoder["tokens"]["init_args"]["trunk"]["init_args"]
     if sizes.inputs is not None:
         encoder["tokens"] = set_encoder(sizes.inputs)
@@ -197,7 +198,6 @@ def default_configuration(path: Path, module: dict[str, Any]) -> dict[str, Any]:
     in_image = sizes.schema.side is not None and sizes.schema.slice("coords").start == 0
     if in_image:  # votes are offsets, and where nothing is they may point anywhere
         encoder["anchored"], loss["only_present"] = True, names
-        del encoder["gated"]  # votes for nothing are far from most objects, and many votes place one precisely
         if (apart := spacing(module["init_args"]["train"])) is not None:  # elements compete over half this distance
             weight = max(weight, float(f"{4 / max(apart, 0.01) ** 2:.2g}"))
     decoder["objective"]["init_args"]["weights"] = decoder["start"]["init_args"]["weights"] = [weight] * head

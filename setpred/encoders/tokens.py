@@ -87,7 +87,8 @@ class Votes(nn.Module):
         hidden_dim: width of the hidden layer.
         anchored: whether the first two numbers of a vote are offsets; needs tokens of a square map, row by row.
         gated: whether tokens that vote for nothing have no mass: m = σ(b) · f, where f is the last number of the vote,
-            its presence, clamped to [0, 1] and without gradients. Otherwise they pull small objects to zero.
+            its presence, clamped to [0, 1] and without gradients. Otherwise they pull small objects to zero. Tokens
+            without mass learn nothing from the elements, so a model whose presences begin below 0 may not learn.
         massive: whether the last number of a vote, its presence, is its mass; then the start learns from what presence
             learns.
     """
