@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.timing import Row, compared, in_turns, peak_bandwidth
+from setpred.checkpoint.untrusted import read_yaml
 from setpred.commands.train import build
 from setpred.data.datamodule import SetDataModule
 from setpred.data.hdf5 import Header, Record
@@ -200,7 +201,8 @@ def rows(quick: bool) -> list[Row]:
         make_file(large, sizes.images, sizes.image_size)
         make_file(small, sizes.steps * sizes.step_batch, 64)
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-            sets = {"set_size": OBJECTS[1], "batch_size": sizes.step_batch}
+            set_size = read_yaml(QUICKSTART)["data"]["init_args"]["set_size"]
+            sets = {"set_size": set_size, "batch_size": sizes.step_batch}
             best = "device" if device == "cuda" else True
             ours = waiting(module(small, best, image_size=64, **sets), device)
             plain = waiting(PlainModule(small, **sets), device)

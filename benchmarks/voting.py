@@ -103,7 +103,6 @@ def slots_module(config: Path, device: str) -> SetPrediction:
     trunk = voting["model"]["encoder"]["init_args"]["tokens"]["init_args"]["trunk"]
     options = {
         "model.encoder.init_args.trunk": json.dumps(trunk),
-        "model.decoder.init_args.set_size": voting["model"]["decoder"]["init_args"]["set_size"],
         "data": json.dumps(voting["data"]),
     }
     return module_of(SLOTS, device, *(f"--{name}={value}" for name, value in options.items()))

@@ -23,7 +23,7 @@ FILES = (".h5", ".hdf5")
 DEFAULT_STEPS = 1500  # of a training without a configuration, whatever the size of the data
 BATCH = 32
 MOST_EPOCHS = 200
-SPARE = 2  # elements more than the fullest set has objects: where two share an object, none is missed
+SPARE = 2  # elements for images more than the fullest has objects: where two share an object, none is missed
 WINDOWS = 32  # of a long vector, about
 VECTOR_TOKENS = 16  # of a short one
 SET_WEIGHT = 20.0  # of positions, which the inputs of sets state more precisely than an image does
@@ -181,7 +181,7 @@ def default_configuration(path: Path, module: dict[str, Any]) -> dict[str, Any]:
     sizes = SetDataModule.sizes(module["init_args"])
     config, head = read_yaml(path), precise(sizes)
     encoder, decoder = config["model"]["encoder"]["init_args"], config["model"]["decoder"]["init_args"]
-    del encoder["gated"]  # many votes place an object more precisely, and tokens of sets find nothing to vote for
+    del encoder["gated"]  # many votes place an object more precisely, and those of clusters die
     trunk = encoder["tokens"]["init_args"]["trunk"]["init_args"]
     if sizes.inputs is not None:
         encoder["tokens"] = set_encoder(sizes.inputs)
@@ -205,7 +205,9 @@ def default_configuration(path: Path, module: dict[str, Any]) -> dict[str, Any]:
     loss["beta"] = dict.fromkeys(names, 0.05)
     batch = min(BATCH, sizes.images)
     epochs = math.ceil(DEFAULT_STEPS / max(1, sizes.images // batch))
-    given = {"set_size": sizes.set_size + SPARE, "batch_size": batch, "eval_batch_size": 64}
+    given = {"batch_size": batch, "eval_batch_size": 64}
+    if sizes.inputs is None:
+        given["set_size"] = sizes.set_size + SPARE
     config["data"] = {**module, "init_args": {**module["init_args"], **given}}
     epochs = min(epochs, MOST_EPOCHS)
     between = max(1, epochs // 20)  # small data: validate some twenty times, not after every few steps
