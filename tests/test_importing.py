@@ -293,7 +293,9 @@ def test_one_table_per_image_says_what_it_lacks(images, tmp_path):
     (folder / "a.csv").write_text("x,y\n3,4")
     (folder / "._a.csv").write_bytes(b"\0")  # as macOS writes beside every file
     assert len(imported(read_csv(folder), images, tmp_path, say=said.append)) == 1
-    assert said == [f"left out 2 images without annotations, such as '{images}/b.png'"]
+    assert len(said) == 1
+    assert said[0].startswith("left out 2 images without annotations, such as ")  # a long path is shortened
+    assert said[0].endswith("/b.png'")
     for text, message in (("", "b.csv, line 1: expected names of columns"), ("image,x,y\nb,3,4", "got 'image'")):
         (folder / "b.csv").write_text(text)
         with pytest.raises(InputError, match=message):
