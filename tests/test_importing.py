@@ -408,6 +408,7 @@ def test_the_default_model_fits_to_how_far_apart_objects_are(tmp_path, apart, we
     assert parts["decoder"]["init_args"]["objective"]["init_args"]["weights"] == [weight] * 2
     assert parts["decoder"]["init_args"]["start"]["init_args"]["weights"] == [weight] * 2
     assert parts["encoder"]["init_args"]["anchored"]
+    assert "gated" not in parts["encoder"]["init_args"]  # it is the quickstart's
     assert parts["loss"]["init_args"]["only_present"] == ["coords"]
 
 

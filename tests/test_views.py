@@ -136,7 +136,9 @@ def test_a_model_of_views_trains_and_is_scored_with_any_number_of_them(path, tmp
         file = f"rendered-{SIDE}-3to6-views4-seed{seed}-{4 * scenes}.h5"
         render_file(tmp_path / file, images=4 * scenes, views=4, seed=seed, **size)
     folder = train(["--config", str(config), "--runs", str(tmp_path), "--trainer.max_epochs=1", *options])
-    assert evaluate([str(folder / "last.ckpt")])["images"] == 3
+    assert evaluate([str(folder / "last.ckpt"), "--data", str(path)])["images"] == 4
     drawn = tmp_path / "figures"
-    assert evaluate([str(folder / "last.ckpt"), "--data", str(path), "--figures", str(drawn)])["images"] == 4
-    assert {"predictions.png", "refinement.gif"} < {figure.name for figure in drawn.iterdir()}  # on the first views
+    assert evaluate([str(folder / "last.ckpt"), "--figures", str(drawn)])["images"] == 3
+    names = {figure.name for figure in drawn.iterdir()}
+    assert {"predictions.png", "refinement.gif"} < names  # on the first views
+    assert "supports.png" not in names  # the tokens of four square maps are a square number, but of no one image
