@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -188,3 +189,11 @@ def test_results_of_earlier_runs_are_replaced(inputs, tmp_path):
     for start in ('{"annotations": [\n{', '{"annotations": [\n]', '[\n{"image_id": 1'):
         out.write_text(start)
         check_outputs({"--out": out})
+
+
+def test_a_link_is_judged_by_what_it_points_to(tmp_path):
+    for name, taken in (("target", True), ("config.yaml", False)):
+        (tmp_path / name).write_text("old: 1\n")
+        (tmp_path / f"to-{name[:6]}").symlink_to(name)
+        with nullcontext() if taken else pytest.raises(InputError, match="something else"):
+            check_outputs({"--out": tmp_path / f"to-{name[:6]}"}, inputs=[])

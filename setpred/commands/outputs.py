@@ -88,8 +88,10 @@ def _check_file(option: str, path: Path, read: set[Any], *, streams: bool) -> No
     if not _is_stream(path) and os.path.isfile(path) and os.access(path, os.R_OK):
         with writing(path), open(path, "rb") as file:
             start = file.read(4096)
-        expected = _RESULTS if option == "--json" else CONTENTS.get(path.suffix.lower(), _RESULTS)
-        if start and not re.match(expected, start):
+        suffix = (Path(os.path.realpath(path)).suffix or path.suffix).lower()
+        # text without a suffix, such as the target of a link, says nothing about its kind
+        expected = CONTENTS.get(suffix, _RESULTS if suffix else rb"[^\0]*$")
+        if start and not re.match(_RESULTS if option == "--json" else expected, start):
             raise InputError(
                 f"{option} {path}: this file holds something else than the command writes, and would be replaced; "
                 "choose another name, or remove it"
