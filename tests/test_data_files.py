@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -520,6 +521,29 @@ def test_ordered_map_keeps_the_order_and_the_errors_and_takes_no_more_than_it_ne
     assert len(taken) < 50
     with pytest.raises(InputError, match=r"not a regular file .*; give a file"):
         next(results)
+
+
+FAULTS = """
+import numpy, resource
+from setpred.workers import keep_freed_memory
+numbers = []
+for keep in (lambda: None, keep_freed_memory):
+    keep()
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            arrays = [numpy.ones(2**19) for _ in range(8)]
+            del arrays
+    numbers.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(*numbers)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the malloc of glibc")
+def test_freed_memory_stays_with_the_process():
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    returned, kept = map(int, done.stdout.split())  # pages asked for by 20 times 8 arrays of 4 MiB
+    assert kept < 100 < returned
 
 
 def test_ordered_map_reports_a_dead_worker():

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from setpred.errors import InputError, nearest
 from setpred.files import write_atomically
+from setpred.workers import keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
@@ -184,6 +185,7 @@ def exit_code(command: Callable[[], int | None], *, interrupted: str = "interrup
 
 def start(main: Callable[[], int]) -> int:
     """Run the `main` of a command as the program; return its exit status."""
+    keep_freed_memory()
     sys.argv[1:] = expanded(sys.argv[1:])
     # a stream is None if the parent process closed it
     streams = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
