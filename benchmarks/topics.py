@@ -7,11 +7,12 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-from benchmarks import growth, memory, minutes_to_ap
+from benchmarks import growth, memory, minutes_to_ap, trunk
+from setpred.workers import keep_freed_memory
 
 TOPICS = ("decoder", "voting", "train_step", "matching", "average_precision", "data", "inference")  # with rows
 # with a separate section, `measure` and `markdown`
-EXTRAS = {"memory": memory, "growth": growth, "minutes_to_ap": minutes_to_ap}
+EXTRAS = {"trunk": trunk, "memory": memory, "growth": growth, "minutes_to_ap": minutes_to_ap}
 
 
 def measure(topic: str, quick: bool) -> Any:
@@ -22,5 +23,6 @@ def measure(topic: str, quick: bool) -> Any:
 
 def measure_alone(topic: str, quick: bool) -> Any:
     """Measure a topic in a fresh process, without the threads, caches or memory of another topic."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+    spawn, start = multiprocessing.get_context("spawn"), None if topic == "memory" else keep_freed_memory
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=start) as process:  # a command starts so
         return process.submit(measure, topic, quick).result()

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +38,8 @@ from setpred.training.task import SetPrediction
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "clevr_fspool.yaml"
 ITERATIONS = (40, 20)  # of the second half of the training, and of the first
-PARTS = ("encoder", "decoder", "matching and loss", "optimizer")
+LOSS = "matching and loss"
+Piece = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -84,28 +85,39 @@ class Ours:
         self.optimizer.step()
         return loss.detach()
 
-    def parts(self) -> dict[str, float]:
-        """Seconds of each part, forward and backward, in one step that is split into them."""
-        model, found = self.module.model, dict.fromkeys(PARTS, 0.0)
-        kept: dict[str, Any] = {}
+    def parts(self, pieces: Mapping[str, Piece] | None = None) -> dict[str, list[float]]:
+        """Seconds of each part of one step that is split into them: forward, then backward.
+
+        `pieces` are the successive functions from images to sets, encoder and decoder unless given.
+        """
+        model, target = self.module.model, self.batch["elements"].to(self.device)
+        if pieces is None:
+            pieces = {"encoder": model.encode, "decoder": self.decode}
+        found: dict[str, list[float]] = {}
 
         def timed(part: str, work: Callable[[], Any]) -> None:
             with self.autocast():
-                found[part] += seconds(lambda: kept.update(result=work()), self.device)
+                found.setdefault(part, []).append(seconds(work, self.device))
 
         self.optimizer.zero_grad()
-        timed("encoder", lambda: model.encode(self.on_device()["image"]))
-        latent = kept["result"]
-        cut = latent.detach().requires_grad_()
-        timed("decoder", lambda: model.decoder(cut, iterations=self.module.training_iterations()))
-        elements = kept["result"]
-        ends = elements.detach().requires_grad_()
-        target = self.batch["elements"].to(self.device)
-        timed("matching and loss", lambda: self.module.loss(ends, target).mean().backward())
-        timed("decoder", lambda: elements.backward(ends.grad))
-        timed("encoder", lambda: latent.backward(cut.grad))
+        ends = self.on_device()["image"]
+        steps: list[tuple[str, Tensor, Tensor]] = []
+        for name, piece in pieces.items():
+            kept: list[Tensor] = []
+            timed(name, lambda piece=piece, start=ends, kept=kept: kept.append(piece(start)))
+            steps.append((name, ends, kept[0]))
+            ends = kept[0].detach().requires_grad_()
+        timed(LOSS, lambda: self.module.loss(ends.float(), target).mean().backward())
+        upstream = ends.grad
+        for name, start, result in reversed(steps):
+            if result.requires_grad:
+                timed(name, lambda result=result, upstream=upstream: result.backward(upstream))
+                upstream = start.grad
         timed("optimizer", lambda: (self.module.on_before_optimizer_step(self.optimizer), self.optimizer.step()))
         return found
+
+    def decode(self, features: Tensor) -> Tensor:
+        return self.module.model.decoder(features, iterations=self.module.training_iterations())
 
 
 @dataclass
@@ -245,10 +257,16 @@ def step_row(module: SetPrediction, sizes: Sizes, iterations: int, device: str) 
     )
 
 
+def median_parts(ours: Ours, turns: int, pieces: Mapping[str, Piece] | None = None) -> dict[str, list[float]]:
+    """Median seconds of each part of a step, forward and backward; one step comes first, unmeasured."""
+    cuts = [ours.parts(pieces) for _ in range(turns + 1)][1:]
+    together = {part: zip(*(cut[part] for cut in cuts), strict=True) for part in cuts[0]}
+    return {part: [statistics.median(times) for times in turns_of] for part, turns_of in together.items()}
+
+
 def shares(ours: Ours, turns: int) -> str:
     """Share of a step of each of its parts."""
-    cuts = [ours.parts() for _ in range(turns)]
-    parts = {part: statistics.median(cut[part] for cut in cuts) for part in PARTS}
+    parts = {part: sum(times) for part, times in median_parts(ours, turns).items()}
     return "ours: " + ", ".join(f"{part} {100 * taking / sum(parts.values()):.1f} %" for part, taking in parts.items())
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import __main__, decoder, growth, memory, minutes_to_ap, report, voting
+from benchmarks import __main__, decoder, growth, memory, minutes_to_ap, report, trunk, voting
 from benchmarks.report import Report, filled
 from benchmarks.timing import Row, flops, products_alone
 from benchmarks.topics import EXTRAS, TOPICS, measure
+from benchmarks.train_step import LOSS
 from setpred.commands.compare.results import add_result
 from setpred.decoders import IDSPN, GreedyVotes
 from setpred.errors import InputError
@@ -46,6 +47,24 @@ def test_every_topic_gives_rows(topic):
     promised["voting"] |= {"decoder_slots_per_voting_quickstart_cpu", "train_step_slots_per_quickstart_cpu"}
     promised["inference"] = {"predict_cpu", "predict_slots_per_voting_cpu"}
     assert promised.get(topic, set()) <= set(keys)
+
+
+def test_the_layers_of_a_trunk_are_the_whole_model_and_give_its_step():
+    whole, split = (trunk.stepping("quickstart", voting.QUICK, half=False) for _ in range(2))
+    weights, pieces = dict(split.module.named_parameters()), trunk.layers(split)
+    parts = split.parts(pieces)
+    assert len(pieces) == 7  # two stages and two blocks between images, votes and decoder
+    assert [name for name, times in parts.items() if len(times) == 1] == ["images to floats", LOSS, "optimizer"]
+    whole.step()
+    for name, expected in whole.module.named_parameters():
+        torch.testing.assert_close(weights[name], expected, msg=name)
+
+
+def test_the_trunks_are_measured_with_their_tables():
+    found = trunk.measure(quick=True)["quickstart"]
+    assert [len(found[part]) for part in ("trunk", "execution", "parts")] == [10, 4, 9]
+    assert all(taken > 0 for part in ("trunk", "execution") for taken in found[part].values())
+    assert "24-48, 2 blocks, 16x16 tokens" in trunk.markdown({"quickstart": found})
 
 
 def test_plain_dspn_is_the_unrolled_descent():
