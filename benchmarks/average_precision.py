@@ -10,7 +10,6 @@ targets once at the measured bandwidth.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.timing import Row, compared, in_turns, peak_bandwidth, seconds
+from benchmarks.timing import Row, compared, in_turns, peak_bandwidth, print_results, seconds
 from setpred.metrics import THRESHOLDS, average_precision, threshold_name
 from setpred.schema import CLEVR, ElementSchema
 
@@ -121,12 +120,5 @@ def rows(quick: bool) -> list[Row]:
         return [row(*sizes, device) for device in devices for sizes in (QUICK if quick else IMAGES).items()]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few images")
-    for line in rows(parser.parse_args().quick):
-        print(line, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_results(__doc__, rows)

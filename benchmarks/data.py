@@ -15,7 +15,6 @@ Notes: the share of a training step with the quickstart's model that waits for d
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.timing import Row, compared, in_turns, peak_bandwidth
+from benchmarks.timing import Row, compared, in_turns, peak_bandwidth, print_results
 from setpred.checkpoint.untrusted import read_yaml
 from setpred.commands.train import build
 from setpred.data.datamodule import SetDataModule
@@ -213,12 +212,5 @@ def rows(quick: bool) -> list[Row]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few images")
-    for line in rows(parser.parse_args().quick):
-        print(line, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_results(__doc__, rows)

@@ -10,7 +10,6 @@ gradients (tests/test_fast.py).
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.timing import Row, compared, flops, in_turns, peak_flops, ratio_of, seconds
+from benchmarks.timing import Row, compared, flops, in_turns, peak_flops, print_results, ratio_of, seconds
 from setpred.aggregators import EquilibriumAggregation, FSPool, PairwiseSetEncoder, ResidualPotential, SetEncoder
 from setpred.decoders import IDSPN
 from setpred.inner import EquilibriumMatching, GradientDescent, LatentMatching
@@ -212,12 +211,5 @@ def rows(quick: bool) -> list[Row]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes")
-    for row in rows(parser.parse_args().quick):
-        print(row, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_results(__doc__, rows)

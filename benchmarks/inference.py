@@ -11,7 +11,6 @@ matrix products and convolutions of ours alone. All take turns in one run.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 import shutil
@@ -27,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import decoder
-from benchmarks.timing import Row, Way, compared, in_turns, products_alone, seconds
+from benchmarks.timing import Row, Way, compared, in_turns, print_results, products_alone, seconds
 from benchmarks.train_step import of_dtype
 from benchmarks.voting import SLOTS, against_slots, floor_of, plain_sets
 from setpred.commands.predict import predict
@@ -139,12 +138,5 @@ def rows(quick: bool) -> list[Row]:
         return [row for device in devices for row in measured(paths, device, turns)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="few pictures")
-    for line in rows(parser.parse_args().quick):
-        print(line, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_results(__doc__, rows)

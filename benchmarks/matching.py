@@ -12,7 +12,6 @@ on the host.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable
 
@@ -21,7 +20,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.timing import Row, Way, compared, in_turns, seconds
+from benchmarks.timing import Row, Way, compared, in_turns, print_results, seconds
 from setpred.losses import HungarianLoss
 from setpred.matching import hungarian, pairwise_smooth_l1
 from setpred.schema import CLEVR
@@ -101,12 +100,5 @@ def rows(quick: bool) -> list[Row]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small batches")
-    for line in rows(parser.parse_args().quick):
-        print(line, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_results(__doc__, rows)

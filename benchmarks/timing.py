@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from setpred.workers import keep_freed_memory
 
 Way = Callable[[], Any]
 
@@ -47,6 +50,16 @@ def compared(name: str, key: str, plain: list[float], ours: list[float], **rest:
     """Build a row from two lists of seconds, measured in turns."""
     ratio, spread = ratio_of(plain, ours)
     return Row(name, key, 1e3 * statistics.median(plain), 1e3 * statistics.median(ours), ratio, spread, **rest)
+
+
+def print_results(text: str | None, measure: Callable[[bool], Iterable[Any]]) -> None:
+    """Run one topic as a program, described by `text`: print what it measures, in small sizes with --quick."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes")
+    quick = parser.parse_args().quick
+    keep_freed_memory()  # as the commands do
+    for each in measure(quick):
+        print(each, flush=True)
 
 
 def seconds(way: Way, device: str = "cpu") -> float:

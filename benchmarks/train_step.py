@@ -13,7 +13,6 @@ must agree.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks import decoder
-from benchmarks.timing import Row, Way, compared, flops, in_turns, peak_flops, seconds
+from benchmarks.timing import Row, Way, compared, flops, in_turns, peak_flops, print_results, seconds
 from setpred.commands.train import build
 from setpred.decoders import IDSPN
 from setpred.losses import HungarianLoss
@@ -318,12 +317,5 @@ def rows(quick: bool) -> list[Row]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes")
-    for row in rows(parser.parse_args().quick):
-        print(row, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_results(__doc__, rows)

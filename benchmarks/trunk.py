@@ -10,7 +10,6 @@ docs/equilibrium.md has the AP of these trunks after equal times.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks.tables import markdown as table
-from benchmarks.timing import in_turns
+from benchmarks.timing import in_turns, print_results
 from benchmarks.train_step import Ours, Piece, batch_of, median_parts, module_of, trains_in_half
 from benchmarks.voting import CONFIGS, QUICK, Sizes
 from setpred.nn import unit_images
@@ -119,11 +118,5 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join([*found, "`python -m benchmarks.trunk`"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes")
-    print(markdown(measure(parser.parse_args().quick)))
-
-
 if __name__ == "__main__":
-    main()
+    print_results(__doc__, lambda quick: [markdown(measure(quick))])

@@ -12,7 +12,6 @@ benchmarks/inference.py.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections.abc import Callable
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import decoder
-from benchmarks.timing import Row, Way, compared, in_turns, products_alone, ratio_of
+from benchmarks.timing import Row, Way, compared, in_turns, print_results, products_alone, ratio_of
 from benchmarks.train_step import Ours, Plain, agree, batch_of, module_of, shares, trains_in_half
 from setpred.checkpoint.untrusted import read_yaml
 from setpred.decoders import IDSPN, GreedyVotes
@@ -193,12 +192,5 @@ def rows(quick: bool) -> list[Row]:
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes")
-    for row in rows(parser.parse_args().quick):
-        print(row, flush=True)
-
-
 if __name__ == "__main__":
-    main()
+    print_results(__doc__, rows)
