@@ -105,7 +105,7 @@ class Ours:
             kept: list[Tensor] = []
             timed(name, lambda piece=piece, start=ends, kept=kept: kept.append(piece(start)))
             steps.append((name, ends, kept[0]))
-            ends = kept[0].detach().requires_grad_()
+            ends = kept[0].detach().requires_grad_(kept[0].requires_grad)  # images need no gradient
         timed(LOSS, lambda: self.module.loss(ends.float(), target).mean().backward())
         upstream = ends.grad
         for name, start, result in reversed(steps):

@@ -21,6 +21,7 @@ from benchmarks.tables import markdown as table
 from benchmarks.timing import in_turns, print_results
 from benchmarks.train_step import Ours, Piece, batch_of, median_parts, module_of, trains_in_half
 from benchmarks.voting import CONFIGS, QUICK, Sizes
+from setpred.errors import plural
 from setpred.nn import unit_images
 
 TRUNK = "--model.encoder.init_args.tokens.init_args.trunk.init_args"
@@ -52,7 +53,7 @@ def trunk_steps(name: str, sizes: Sizes, half: bool) -> dict[str, Ours]:
         options = (f"{TRUNK}.widths", json.dumps(widths), f"{TRUNK}.blocks", str(blocks))
         ours = stepping(name, sizes, half=half, options=options)
         side = ours.module.model.encoder.image_size // 2 ** len(widths)
-        found[f"{'-'.join(map(str, widths))}, {blocks} blocks, {side}x{side} tokens"] = ours
+        found[f"{'-'.join(map(str, widths))}, {plural(blocks, 'block')}, {side}x{side} tokens"] = ours
     return found
 
 
@@ -109,12 +110,14 @@ def markdown(results: dict[str, Any]) -> str:
             for part, times in of["parts"].items()
         ]
         found.append(f"**configs/{name}.yaml**, batches of {of['batch']}, {of['precision']} unless stated.")
-        found.append(table(("part of a step", "forward, ms", "backward, ms", "share"), parts))
+        found.append(
+            table(("part of a step", "forward, ms", "backward, ms", "share"), parts, numbers=(1, 2, 3)).strip()
+        )
         for kind in ("trunk", "execution"):
             taken = of[kind]
             first = next(iter(taken.values()))
             rows = [[each, f"{ms:.1f}", f"{ms / first:.2f}"] for each, ms in taken.items()]
-            found.append(table((kind, "ms a step", "against the first"), rows))
+            found.append(table((kind, "ms a step", "against the first"), rows, numbers=(1, 2)).strip())
     return "\n\n".join([*found, "`python -m benchmarks.trunk`"])
 
 
