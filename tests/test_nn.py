@@ -4,7 +4,16 @@ import pytest
 import torch
 
 from setpred.errors import InputError
-from setpred.nn import MLP, LayerNorm, Positive, batch_norms, diagonal, estimating_statistics, softplus_inverse
+from setpred.nn import (
+    MLP,
+    LayerNorm,
+    Positive,
+    batch_norms,
+    diagonal,
+    estimating_statistics,
+    log_sum_exp,
+    softplus_inverse,
+)
 
 
 def third_derivative_error(norm):
@@ -79,3 +88,18 @@ def test_estimated_statistics_are_the_mean_over_the_batches_and_nothing_else_cha
     assert (norm.momentum, norm.training) == (0.1, False)
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name]) or "running" in name
+
+
+@pytest.mark.parametrize("scale", [0.1, 10.0, 300.0])
+def test_log_sum_exp_is_that_of_torch_with_its_derivatives(scale):
+    values = scale * torch.randn(3, 5, 7, dtype=torch.float64)
+    values[0, 1], values[1, :2, 3] = -torch.inf, values[1, 2, 3]  # absent terms, and equal ones
+    found = []
+    for function in (log_sum_exp, torch.logsumexp):
+        point = values.clone().requires_grad_()
+        result = function(point, 1)
+        (gradient,) = torch.autograd.grad(result.square().sum(), point, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), point)
+        found.append((result, gradient, second))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)

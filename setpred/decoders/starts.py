@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from setpred.errors import InputError
 from setpred.inner.voting import Ballot
-from setpred.nn import diagonal
+from setpred.nn import SMALLEST_EXPONENT, diagonal
 
 
 def gaussian(shape: Sequence[int], features: Tensor, *, seed: int | None) -> Tensor:
@@ -133,7 +133,7 @@ class GreedyVotes(nn.Module):
             heaviest, chosen = masses.max(-1, keepdim=True)
             centre = scaled.gather(1, chosen.unsqueeze(-1).expand(-1, -1, self.set_dim))
             apart = lengths + centre.square().sum(-1) - 2 * (scaled * centre).sum(-1)
-            kernel = (-0.5 * apart.clamp(min=0)).exp()
+            kernel = (-0.5 * apart.clamp(0, -2 * SMALLEST_EXPONENT)).exp()
             shares = (masses * kernel).unsqueeze(-1) * precisions
             mean = (shares * votes).sum(1) / shares.sum(1).clamp(min=1e-8)
             picks.append(mean * (20 * (heaviest - self.floor)).sigmoid())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from setpred.errors import InputError
 from setpred.inner.objectives import Problem
-from setpred.nn import diagonal
+from setpred.nn import diagonal, log_sum_exp
 from setpred.sets import fill_absent
 
 
@@ -95,7 +95,8 @@ class VotingEnergy(nn.Module):
     def potentials(self, elements: Tensor, problem: Problem) -> Tensor:
         """Compute F(x_n, Y) = -m_n log Σ_i exp(-½ |y_i - v_n|²_{B p_n}) `[batch, tokens]`; 0 for an empty set."""
         ballot = Ballot.of(problem.latent, self.set_dim)
-        potentials = -ballot.masses * self._logits(elements, ballot, problem.mask).logsumexp(1)
+        lengths = (ballot.precisions * ballot.votes.square()) @ self.weights
+        potentials = ballot.masses * (0.5 * lengths - log_sum_exp(self._logits(elements, ballot, problem.mask), 1))
         return potentials if problem.mask is None else potentials * problem.mask.any(1, keepdim=True)
 
     def curvature(self, elements: Tensor, problem: Problem) -> Tensor:
@@ -128,11 +129,13 @@ class VotingEnergy(nn.Module):
         return fill_absent(supports, mask)
 
     def _logits(self, elements: Tensor, ballot: Ballot, mask: Tensor | None) -> Tensor:
-        """-½ |y_i - v_n|²_{B p_n} `[batch, set_size, tokens]`, by matrix products."""
-        metric = self.weights * ballot.precisions
+        """½ |v_n|² - ½ |y_i - v_n|², both of the metric B p_n, `[batch, set_size, tokens]`: one product for all tokens.
+
+        A softmax over the elements does not see the first term.
+        """
         elements = fill_absent(elements, mask)
-        cross = elements @ (metric * ballot.votes).mT - 0.5 * (elements.square() @ metric.mT)
-        logits = cross - 0.5 * (metric * ballot.votes.square()).sum(-1).unsqueeze(1)
+        straight, square = self.weights * elements, 0.5 * self.weights * elements.square()
+        logits = straight @ (ballot.precisions * ballot.votes).mT - square @ ballot.precisions.mT
         if mask is None:
             return logits
         absent = ~mask & mask.any(1, keepdim=True)  # finite in an empty set, whose softmax has no meaning
