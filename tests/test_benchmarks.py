@@ -52,7 +52,11 @@ def test_every_topic_gives_rows(topic):
 def test_the_layers_of_a_trunk_are_the_whole_model_and_give_its_step():
     whole, split = (trunk.stepping("quickstart", voting.QUICK, half=False) for _ in range(2))
     weights, pieces = dict(split.module.named_parameters()), trunk.layers(split)
+    first, given = list(pieces)[1], []
+    layer = pieces[first]
+    pieces[first] = lambda images: given.append(images.requires_grad) or layer(images)
     parts = split.parts(pieces)
+    assert given == [False]  # a training step has no gradient of its images
     assert len(pieces) == 7  # two stages and two blocks between images, votes and decoder
     assert [name for name, times in parts.items() if len(times) == 1] == ["images to floats", LOSS, "optimizer"]
     whole.step()

@@ -524,26 +524,32 @@ def test_ordered_map_keeps_the_order_and_the_errors_and_takes_no_more_than_it_ne
 
 
 FAULTS = """
-import numpy, resource
-from setpred.workers import keep_freed_memory
-numbers = []
-for keep in (lambda: None, keep_freed_memory):
-    keep()
-    for _ in range(3):
+import resource, sys
+import numpy
+from setpred.commands.common import start
+from setpred.workers import ordered_map
+
+def faults(rounds):
+    for _ in range(rounds):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for _ in range(20):
             arrays = [numpy.ones(2**19) for _ in range(8)]
             del arrays
-    numbers.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(*numbers)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if __name__ == "__main__":
+    print(faults(3), *ordered_map(faults, [3], workers=1), flush=True)
+    start(lambda: print(faults(3)))
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs the malloc of glibc")
-def test_freed_memory_stays_with_the_process():
-    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
-    returned, kept = map(int, done.stdout.split())  # pages asked for by 20 times 8 arrays of 4 MiB
-    assert kept < 100 < returned
+def test_freed_memory_stays_with_the_process_of_a_command_and_of_a_worker(tmp_path):
+    script = tmp_path / "faults.py"
+    script.write_text(FAULTS)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    plain, worker, command = map(int, done.stdout.split())  # pages asked for by 20 times 8 arrays of 4 MiB
+    assert max(worker, command) < 100 < plain
 
 
 def test_ordered_map_reports_a_dead_worker():
