@@ -142,6 +142,10 @@ FLOWS = ["flow matching", "flow matching of a vector"]
 STARTED = [*SLOT_DECODERS, *FLOWS, "transformer", "transformer, random", "idspn", "idspn, best", "dspn"]
 # weights without effect: DETR's elements are zeros when they first attend to each other
 IDLE = {"detr": {"decoder.0.own.value.weight"}}
+# attention to one token is 1 whatever the query; some processors round its gradient to zero, others nearly
+IDLE["flow matching of a vector"] = {
+    f"layers.{layer}.across.{part}" for layer in (0, 1) for part in ("query.weight", "query.bias", "key.weight")
+}
 # decoders whose gradients are not those of the value, by design
 APPROXIMATE = {"implicit slot attention", "implicit slot mixture", "slots by sharp transport, constant steps"}
 APPROXIMATE |= {"idspn", "idspn, best"}
@@ -213,7 +217,8 @@ def test_every_parameter_learns(name):
         if part.startswith("start") and getattr(decoder, "gradient_steps", None) is not None:
             assert parameter.grad is None  # a fixed point does not depend on its start
         else:
-            assert (parameter.grad.abs().max() > 0) == (part not in IDLE.get(name, ())), part
+            least = 1e-12 if name == "flow matching of a vector" else 0.0
+            assert (parameter.grad.abs().max() > least) == (part not in IDLE.get(name, ())), part
 
 
 @every
