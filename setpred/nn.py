@@ -112,6 +112,15 @@ class MLP(nn.Sequential):
         super().__init__(*layers[:-1])
 
 
+def product_by_rows(few: Tensor, many: Tensor) -> Tensor:
+    """Compute few @ many, `[batch, n, k]` and `[batch, k, m]`, with equal results for equal examples to the last bit.
+
+    Where n is not a multiple of 4, MKL's kernel depends on the alignment of an example, and kernels round differently.
+    """
+    rows = few.shape[1]
+    return (nn.functional.pad(few, (0, 0, 0, -rows % 4)) @ many)[:, :rows] if rows % 4 else few @ many
+
+
 # terms of e⁻⁸⁰ change no sum with 1 in it, and MKL's exp takes ten to thirty times as long where it underflows
 SMALLEST_EXPONENT = -80.0
 

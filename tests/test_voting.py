@@ -339,3 +339,22 @@ def test_the_rest_of_the_weights_is_that_of_a_longer_list():
     for wide, brief, other in (energies, starts):
         close(brief, wide)
         assert not torch.allclose(other, wide)
+
+
+@pytest.mark.parametrize("set_size", [1, 2, 3, 5, 7, 8])
+@pytest.mark.parametrize("tokens", [5, 22, 256])
+def test_equal_examples_have_equal_sets_to_the_last_bit(set_size, tokens):
+    generator = torch.Generator().manual_seed(0)
+    votes = torch.cat(
+        [torch.randn(1, tokens, 9, generator=generator), torch.rand(1, tokens, 4, generator=generator)], -1
+    )
+    decoder = IDSPN(
+        VotingEnergy(set_dim=9, precise=3, weights=[8, 8, 8]),
+        GradientDescent(iterations=6),
+        set_size=set_size,
+        set_dim=9,
+        start=GreedyVotes(set_size, 9, weights=[8, 8, 8]),
+    )
+    with torch.no_grad():
+        found = decoder(votes.repeat(64, 1, 1))
+    assert torch.equal(found, found[:1].expand_as(found))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from setpred.errors import InputError
 from setpred.inner.objectives import Problem
-from setpred.nn import diagonal, log_sum_exp
+from setpred.nn import diagonal, log_sum_exp, product_by_rows
 from setpred.sets import fill_absent
 
 
@@ -107,10 +107,10 @@ class VotingEnergy(nn.Module):
         """Compute ∂E/∂Y and h, both `[batch, set_size, set_dim]`, in closed form: faster than autograd."""
         ballot = Ballot.of(problem.latent, self.set_dim)
         supports = self._supports(elements, ballot, problem.mask)
-        gathered = supports @ ballot.precisions
+        gathered = product_by_rows(supports, ballot.precisions)
         present = elements if problem.mask is None else elements.masked_fill(~problem.mask.unsqueeze(-1), 0.0)
         pull = self.prior_weight * problem.moved(elements) + gathered * present
-        gradient = self.weights * (pull - supports @ (ballot.precisions * ballot.votes))
+        gradient = self.weights * (pull - product_by_rows(supports, ballot.precisions * ballot.votes))
         # without a prior and support there is no gradient either
         curvature = self.weights * (self.prior_weight + gathered).clamp(min=torch.finfo(gathered.dtype).tiny)
         return gradient, curvature
@@ -135,7 +135,8 @@ class VotingEnergy(nn.Module):
         """
         elements = fill_absent(elements, mask)
         straight, square = self.weights * elements, 0.5 * self.weights * elements.square()
-        logits = straight @ (ballot.precisions * ballot.votes).mT - square @ ballot.precisions.mT
+        logits = product_by_rows(straight, (ballot.precisions * ballot.votes).mT)
+        logits = logits - product_by_rows(square, ballot.precisions.mT)
         if mask is None:
             return logits
         absent = ~mask & mask.any(1, keepdim=True)  # finite in an empty set, whose softmax has no meaning
