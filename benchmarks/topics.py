@@ -23,6 +23,7 @@ def measure(topic: str, quick: bool) -> Any:
 
 def measure_alone(topic: str, quick: bool) -> Any:
     """Measure a topic in a fresh process, without the threads, caches or memory of another topic."""
-    spawn, start = multiprocessing.get_context("spawn"), None if topic == "memory" else keep_freed_memory
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=start) as process:  # a command starts so
+    spawn = multiprocessing.get_context("spawn")
+    start = None if topic == "memory" else keep_freed_memory  # as the commands do; the growth of memory needs it freed
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=start) as process:
         return process.submit(measure, topic, quick).result()

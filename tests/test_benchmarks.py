@@ -13,6 +13,7 @@ from benchmarks.report import Report, filled
 from benchmarks.timing import Row, flops, products_alone
 from benchmarks.topics import EXTRAS, TOPICS, measure
 from benchmarks.train_step import LOSS
+from setpred.checkpoint.untrusted import read_yaml
 from setpred.commands.compare.results import add_result
 from setpred.decoders import IDSPN, GreedyVotes
 from setpred.errors import InputError
@@ -62,6 +63,13 @@ def test_the_layers_of_a_trunk_are_the_whole_model_and_give_its_step():
     whole.step()
     for name, expected in whole.module.named_parameters():
         torch.testing.assert_close(weights[name], expected, msg=name)
+
+
+@pytest.mark.parametrize("name", list(trunk.TRUNKS))
+def test_the_trunk_that_others_are_compared_with_is_the_configured_one(name):
+    encoder = read_yaml(trunk.CONFIGS / f"{name}.yaml")["model"]["encoder"]["init_args"]
+    configured = encoder["tokens"]["init_args"]["trunk"]["init_args"]
+    assert trunk.TRUNKS[name][0] == (configured["widths"], configured["blocks"])
 
 
 def test_the_trunks_are_measured_with_their_tables():

@@ -129,7 +129,7 @@ class VotingEnergy(nn.Module):
         return fill_absent(supports, mask)
 
     def _logits(self, elements: Tensor, ballot: Ballot, mask: Tensor | None) -> Tensor:
-        """½ |v_n|² - ½ |y_i - v_n|², both of the metric B p_n, `[batch, set_size, tokens]`: one product for all tokens.
+        """½ |v_n|² - ½ |y_i - v_n|², both of the metric B p_n, `[batch, set_size, tokens]`, by matrix products.
 
         A softmax over the elements does not see the first term.
         """
