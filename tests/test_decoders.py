@@ -118,6 +118,7 @@ TOKEN_DECODERS = {
     "flow matching": lambda: flow(token_dim=DIM),
     "seq2set": lambda: Seq2Set(token_dim=DIM, hidden_dim=7, embedding_dim=4, **SETS),
     "slots by transport, two heads": lambda: SlotAttention(SinkhornAttention(dim=4), heads=2, **SLOTS),
+    "slots by cosine transport": lambda: SlotAttention(SinkhornAttention(dim=8, cosine=True), **SLOTS),
     "broadcast slots": lambda: broadcast(SlotAttention(**SLOTS)),
     "broadcast slots, subpixel": lambda: broadcast(SlotAttention(**SLOTS), subpixel=True, smoothing=0),
     "readout of slots": lambda: Readout(SlotAttention(**SLOTS), hidden_dim=3, set_dim=OUT),
@@ -549,12 +550,14 @@ def test_weights_are_a_plan_between_the_learned_marginals():
     close(attention(queries, keys, None, None).sum(-1), of_slots)  # exact after any number of iterations
 
 
-def test_the_plan_is_the_cheapest_at_its_temperature():
+@pytest.mark.parametrize("cosine", [False, True])
+def test_the_plan_is_the_cheapest_at_its_temperature(cosine):
     """P = diag(u) exp(-cost / τ) diag(v): the logarithm's interaction is that of the costs."""
     queries, keys, attention = transport_problem()
-    attention.temperature = 0.7
+    attention.temperature, attention.cosine = 0.7, cosine
     logs = attention(queries, keys, None, None).log()
-    costs = (queries.unsqueeze(-2) - keys.unsqueeze(-3)).norm(dim=-1)
+    pair = queries.unsqueeze(-2), keys.unsqueeze(-3)
+    costs = 1 - torch.cosine_similarity(*pair, dim=-1) if cosine else (pair[0] - pair[1]).norm(dim=-1)
 
     def interaction(matrix):
         return matrix - matrix.mean(-1, keepdim=True) - matrix.mean(-2, keepdim=True) + matrix.mean((-1, -2), True)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from setpred.decoders.starts import gaussian
 from setpred.inner import GradientDescent, State, inner_gradient, minimise
@@ -102,8 +103,9 @@ class MESH(nn.Module):
 class SinkhornAttention(nn.Module):
     """Attention weights from the entropic transport plan of least cost between tokens and slots.
 
-        argmin_P Σ_si P_si |k_s - q_i| / τ + KL(P | a bᵀ)   with   Σ_i P_si = a_s,  Σ_s P_si = b_i
+        argmin_P Σ_si P_si C_si / τ + KL(P | a bᵀ)   with   Σ_i P_si = a_s,  Σ_s P_si = b_i
 
+    for costs C_si = |k_s - q_i|, or 1 - cos(k_s, q_i), which the published model of videos has, with τ = 1/6.
     Both marginals are learned, a = n softmax_s(α(k_s)) and b = n softmax_i(β(q_i)) for n slots; the weights are P
     transposed. Sums over tokens equal b exactly, sums over slots equal a at convergence. In Slot Attention, in place of
     `SlotSoftmax`, this is SA-SH, and with `mesh` SA-MESH (Zhang et al., ICML 2023). The released code takes the
@@ -116,6 +118,7 @@ class SinkhornAttention(nn.Module):
         hidden_dim: width of the networks α and β.
         iterations: number of iterations of Sinkhorn's algorithm.
         temperature: τ.
+        cosine: whether costs are 1 - cos instead of the distance.
     """
 
     def __init__(
@@ -126,9 +129,10 @@ class SinkhornAttention(nn.Module):
         hidden_dim: int = 128,
         iterations: int = 5,
         temperature: float = 1.0,
+        cosine: bool = False,
     ) -> None:
         super().__init__()
-        self.mesh = mesh
+        self.mesh, self.cosine = mesh, cosine
         self.iterations, self.temperature = iterations, temperature
         # no last bias, which a softmax would ignore
         self.token_mass, self.slot_mass = (
@@ -152,8 +156,11 @@ class SinkhornAttention(nn.Module):
         def transport(cost: Tensor, start: Transport | None) -> Transport:
             return sinkhorn(cost, a, b, epsilon=self.temperature, iterations=self.iterations, start=start)
 
-        # not by |k|² + |q|² - 2kq, whose rounding near zero the root would magnify
-        cost, start = torch.cdist(keys, queries, compute_mode="donot_use_mm_for_euclid_dist"), None
+        if self.cosine:
+            cost = 1 - functional.normalize(keys, dim=-1) @ functional.normalize(queries, dim=-1).mT
+        else:  # not by |k|² + |q|² - 2kq, whose rounding near zero the root would magnify
+            cost = torch.cdist(keys, queries, compute_mode="donot_use_mm_for_euclid_dist")
+        start = None
         if self.mesh is not None:
             cost, start = self.mesh(cost, transport, noise)
         return transport(cost, start).plan.mT.unflatten(0, (batch, heads))
