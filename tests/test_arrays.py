@@ -12,6 +12,7 @@ from tiny import untrained_checkpoint
 
 from setpred.aggregators import PMA
 from setpred.checkpoint import load_checkpoint
+from setpred.commands import gradients
 from setpred.commands.data import main as data_command
 from setpred.commands.evaluate import evaluate
 from setpred.commands.predict import predict_sets
@@ -26,8 +27,10 @@ from setpred.encoders.elements import local_moments
 from setpred.encoders.isab import ISAB
 from setpred.errors import InputError
 from setpred.evaluation import predict, predict_in_passes
-from setpred.model import Step
+from setpred.losses.soft_equivariance import SYMMETRIES
+from setpred.model import SetPredictor, Step
 from setpred.schema import CLEVR
+from setpred.sets import mean_present
 
 N, MOST, PLACES = 6, 5, 3
 SIZES = np.array([5, 2, 0, 1, 3, 4])  # of the input sets
@@ -486,6 +489,44 @@ def test_a_release_and_a_program_predict_as_the_checkpoint(trained, tmp_path):
         mask = torch.arange(size) < torch.tensor([[size], [1], [size], [size]])
         with torch.no_grad():
             torch.testing.assert_close(program(sets, mask), loaded.model(sets, mask=mask), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("trained", ["sets"], indirect=True)
+def test_the_command_measures_symmetry_in_the_units_of_the_schema(trained, tmp_path, monkeypatch, capsys):
+    """A model that predicts the mean of its set moves with it; one that predicts a fixed point does not."""
+    _, path = trained
+    coords, out = load_checkpoint(path).schema.field("coords"), tmp_path / "out.json"
+    command = [str(path), "--data", str(tmp_path / "val.h5"), "--symmetries", *SYMMETRIES, "--json", str(out)]
+
+    def moved(place):
+        def forward(self, inputs, *, mask, iterations):
+            found = inputs.new_zeros(len(inputs), PLACES, self.decoder.set_dim)
+            found[:, 0, :2] = (place(inputs, mask) - coords.offset) / coords.scale
+            found[:, 0, -1] = mask.any(1)
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SetPredictor, "forward", forward)
+            patch.setattr(gradients, "compare_gradients", lambda *given, **options: {})
+            patch.setattr(gradients, "format_report", lambda result: "")
+            gradients.check(command)
+        found = json.loads(out.read_text())["equivariance"]
+        assert "distance of positions" in capsys.readouterr().out
+        return {name: max(each["moved"]) for name, each in found.items()}, found["rotation"]["different"]
+
+    following, different = moved(mean_present)
+    assert max(following.values()) < 1e-4
+    assert max(different) > 0.1
+    assert min(moved(lambda inputs, mask: inputs.new_full((N, 2), 15.0))[0].values()) > 0.1
+    real = gradients.check(command)  # with the inner problem
+    assert set(real) >= {"equivariance", "agreement"}
+    assert min(max(each["moved"]) for each in real["equivariance"].values()) > 0
+
+
+@pytest.mark.parametrize("trained", ["vectors"], indirect=True)
+def test_the_symmetry_of_vectors_is_not_defined(trained, tmp_path):
+    with pytest.raises(InputError, match=r"--symmetries: expected .* got vectors of 5 numbers; leave it out"):
+        gradients.check([str(trained[1]), "--data", str(tmp_path / "val.h5"), "--symmetries", "rotation"])
 
 
 @pytest.mark.parametrize("trained", ["sets"], indirect=True)

@@ -10,8 +10,10 @@ from setpred.decoders import MLPDecoder
 from setpred.errors import InputError
 from setpred.losses import CrossEntropy, HungarianLoss, SoftEquivariance, equivariance_error
 from setpred.losses.soft_equivariance import SYMMETRIES, moved, orthogonal
+from setpred.metrics import symmetry_distances
 from setpred.model import SetPredictor, Step
 from setpred.schema import ElementSchema, continuous
+from setpred.sets import mean_present
 
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [0, 0, 0, 1, 1]]).bool()
 every_symmetry = pytest.mark.parametrize("symmetry", SYMMETRIES)
@@ -131,3 +133,53 @@ def test_wrong_arguments_are_errors():
     images = {"image": torch.zeros(3, 3, 4, 4)}
     with pytest.raises(InputError, match="model of input sets, got images"):
         SoftEquivariance(weights={"rotation": 1.0}).penalty(step_of(CrossEntropy(), **images), torch.zeros(3, 1, 4))
+
+
+# --- the distance between moved and predicted sets --------------------------------------------------------------------
+
+
+def distances(predict, inputs, mask=None, **options):
+    torch.manual_seed(0)
+    return symmetry_distances(predict, inputs, mask, **{"dims": 2, "cutoff": 50.0} | options)
+
+
+def around_their_mean(inputs, mask):
+    """Each position, half as far from the mean of its set: equivariant; the presence is that of the input."""
+    centre = mean_present(inputs[..., :2], mask).unsqueeze(1)
+    return torch.cat([0.5 * (inputs[..., :2] + centre), mask.unsqueeze(-1).double()], dim=-1)
+
+
+@every_symmetry
+def test_the_distance_is_zero_for_equivariant_sets_and_that_of_a_loop_for_others(symmetry):
+    inputs = normal(3, 5, 3) + 20  # far from the origin: motions are about the mean of all points
+    moved_off, different = distances(lambda x: around_their_mean(x, MASK), inputs, MASK, symmetry=symmetry)
+    assert moved_off.max() < 1e-9
+    assert different.min() > 0.1
+
+    def fixed(x):  # positions that do not follow the input
+        return torch.cat([x.new_ones(3, 4, 2) + 20, x.new_ones(3, 4, 1)], dim=-1)
+
+    off, none = distances(fixed, inputs, MASK, symmetry=symmetry)
+    assert none.max() == 0
+    torch.manual_seed(0)
+    matrix, shift = SYMMETRIES[symmetry](3, 2, inputs)
+    present = inputs[..., :2][MASK]
+    centre, unit = present.mean(0), present.std()
+    for found, a, b in zip(off, matrix, shift, strict=True):  # the point goes to c + (point - c) A + unit b
+        point = torch.tensor([21.0, 21.0]).double()
+        assert found.item() == pytest.approx((centre + (point - centre) @ a + unit * b - point).norm().item())
+
+
+def test_an_absent_element_may_be_anywhere():
+    inputs = normal(3, 5, 3)
+
+    def predict(x, junk):
+        found = around_their_mean(x, MASK)
+        return torch.where(found[..., 2:] > 0, found, torch.tensor([junk, junk, 0.0]).double())
+
+    first, second = (distances(lambda x, j=j: predict(x, j), inputs, MASK, symmetry="rotation") for j in (0.0, 7.0))
+    torch.testing.assert_close(first, second)
+    assert first[0].max() < 1e-9
+    for wrong in ({"symmetry": "shear"}, {"dims": 4}, {"inputs": inputs[:1]}):
+        with pytest.raises(InputError, match=r"expected one of rotation, .*at least . numbers and two examples"):
+            symmetry_distances(nn.Identity(), **{"inputs": inputs, "symmetry": "rotation", "dims": 2} | wrong)

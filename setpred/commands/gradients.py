@@ -1,4 +1,4 @@
-"""Measure the gradients of a trained model's inner problem: `setpred gradients CHECKPOINT`."""
+"""Measure the gradients and the symmetry of a trained model: `setpred gradients CHECKPOINT`."""
 
 import math
 import statistics
@@ -11,9 +11,13 @@ from setpred.checkpoint.load import load_checkpoint, read_checkpoint, training_i
 from setpred.commands.common import Parser, at_least, choose_device, exit_code, write_json
 from setpred.commands.evaluate import open_validation_data
 from setpred.commands.outputs import check_outputs
+from setpred.errors import InputError
 from setpred.inner import Implicit
 from setpred.inner.diagnostics import OWN, compare_gradients
-from setpred.model import inputs_of
+from setpred.losses.soft_equivariance import SYMMETRIES
+from setpred.metrics import symmetry_distances
+from setpred.model import SetPredictor, inputs_of
+from setpred.schema import ElementSchema
 
 GRADES = (  # least cosine, verb
     (0.95, "follows"),
@@ -33,6 +37,53 @@ def described(part: Any) -> str:
     if isinstance(part, Implicit):
         return f"Implicit({described(part.solver)}{', best=True' if part.best else ''})"
     return f"{type(part).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(part).items())})"
+
+
+def equivariance(
+    model: SetPredictor,
+    inputs: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    schema: ElementSchema,
+    symmetries: Sequence[str],
+    iterations: int | None,
+) -> dict[str, dict[str, list[float]]]:
+    """Measure how far predicted positions are from equivariant: `symmetry_distances` by symmetry, for each example.
+
+    The positions of the input are its first numbers, as many as the schema's `position` has; "moved" is the distance
+    that a motion of the input causes, "different" that of different inputs, both in the schema's units.
+    """
+    dims = sum(field.numbers for field in schema.position)
+    vectors = mask is None and inputs.shape[1] == 1
+    if not model.takes_sets or vectors or inputs.shape[-1] < dims or len(inputs) < 2:
+        given = "vectors" if vectors else f"{len(inputs)} sets"
+        given = f"{given} of {inputs.shape[-1]} numbers" if model.takes_sets else "images"
+        raise InputError(
+            f"--symmetries: expected at least two input sets whose first {dims} numbers are a position, as those of "
+            f"the predicted objects, got {given}; leave it out"
+        )
+
+    def positions(moved: torch.Tensor) -> torch.Tensor:
+        predicted = model(moved.float(), mask=mask, iterations=iterations).double()
+        places = [schema.values(predicted, field.name) for field in schema.position]
+        return torch.cat([*places, predicted[..., -1:]], dim=-1)
+
+    cutoff = next(each for each in schema.thresholds if math.isfinite(each))
+    found = {}
+    with torch.no_grad():
+        for symmetry in symmetries:
+            torch.manual_seed(0)
+            pair = symmetry_distances(positions, inputs.double(), mask, symmetry=symmetry, dims=dims, cutoff=cutoff)
+            found[symmetry] = dict(zip(("moved", "different"), (each.tolist() for each in pair), strict=True))
+    return found
+
+
+def format_symmetries(found: dict[str, dict[str, list[float]]]) -> list[str]:
+    """Format the results of `equivariance` as lines."""
+    lines = [f"  {'distance of positions':22} {'median':>10}   range; 0 if the prediction moves with its input"]
+    different = next(iter(found.values()))["different"]
+    lines += [f"  {name:22} {_spread(each['moved'])}" for name, each in found.items()]
+    return [*lines, f"  {'other inputs':22} {_spread(different)}"]
 
 
 def format_report(result: dict[str, Any]) -> str:
@@ -112,7 +163,8 @@ def parser() -> Parser:
     options = Parser(
         "gradients",
         "Measure how good the gradients through a model's inner descent are: compare every differentiation with the "
-        "exact implicit gradient, and report how far the descent converges and how its objective curves there.",
+        "exact implicit gradient, and report how far the descent converges and how its objective curves there; and how "
+        "equivariant the model is.",
     )
     count = at_least(1)
     options.add_argument("checkpoint", help="a .ckpt of `setpred train`, with a decoder such as IDSPN")
@@ -125,6 +177,13 @@ def parser() -> Parser:
     options.add_argument(
         "--damping", type=at_least(0, float), default=0.0, help="added to the Hessian in CG and exact (default: 0)"
     )
+    options.add_argument(
+        "--symmetries",
+        nargs="+",
+        choices=list(SYMMETRIES),
+        default=[],
+        help="for models of input sets: also measure how far predicted positions are from moving with the input",
+    )
     options.add_shared("--device", "--allow", "--json")
     return options
 
@@ -135,7 +194,8 @@ def check(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     The image encoder runs as in evaluation, decoder and loss in double precision. See `compare_gradients`.
 
     Raises:
-        InputError: wrong checkpoint, data or options; a decoder without an inner problem.
+        InputError: wrong checkpoint, data or options; without `--symmetries`, a decoder without an inner problem; with
+            it, a model of images.
     """
     options = parser().parse_args(arguments)
     content = read_checkpoint(options.checkpoint)
@@ -147,25 +207,34 @@ def check(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     device = choose_device(options.device)
     batch = data.__getitems__(range(len(data)))
     model = loaded.model.to(device)
-    with torch.no_grad():
-        latent = model.encode(*(None if part is None else part.to(device) for part in inputs_of(batch))).double()
+    given = [None if part is None else part.to(device) for part in inputs_of(batch)]
+    iterations = training_iterations(content) if options.iterations is None else options.iterations
     result = {
         "checkpoint": str(options.checkpoint),
         "data": str(options.data or loaded.data["path"]),
         "images": len(data),
         "epoch": loaded.epoch,
         "loss": type(loss).__name__,
-    } | compare_gradients(
-        model.decoder.double(),
-        loss.to(device).double(),
-        latent,
-        batch["elements"].to(device).double(),
-        iterations=training_iterations(content) if options.iterations is None else options.iterations,
-        steps=options.steps,
-        damping=options.damping,
-    )
-    result["own"] = described(model.decoder.differentiation)
-    print(format_report(result))
+    }
+    if options.symmetries:
+        result["equivariance"] = equivariance(
+            model, *given, schema=loaded.schema, symmetries=options.symmetries, iterations=iterations
+        )
+        print("\n".join([f"Symmetry of {result['checkpoint']}", *format_symmetries(result["equivariance"]), ""]))
+    if not options.symmetries or hasattr(model.decoder, "differentiation"):
+        with torch.no_grad():
+            latent = model.encode(*given).double()
+        result |= compare_gradients(
+            model.decoder.double(),
+            loss.to(device).double(),
+            latent,
+            batch["elements"].to(device).double(),
+            iterations=iterations,
+            steps=options.steps,
+            damping=options.damping,
+        )
+        result["own"] = described(model.decoder.differentiation)
+        print(format_report(result))
     write_json(options.json, result)
     return result
 

@@ -27,7 +27,7 @@ from setpred.metrics.segmentation import (
     mean_iou,
     segmentation_scores,
 )
-from setpred.metrics.set_distances import ClassWasserstein, SetDistances
+from setpred.metrics.set_distances import ClassWasserstein, SetDistances, symmetry_distances
 
 __all__ = [
     "THRESHOLDS",
@@ -64,6 +64,7 @@ __all__ = [
     "right_numbers",
     "right_predictions",
     "segmentation_scores",
+    "symmetry_distances",
     "threshold_name",
     "true_positives",
 ]

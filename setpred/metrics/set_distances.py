@@ -1,16 +1,18 @@
 """Distances between predicted and real sets of points."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from setpred.errors import InputError
+from setpred.losses.soft_equivariance import SYMMETRIES, moved
 from setpred.matching import check_pair, hungarian, transport_cost
 from setpred.metrics.average_precision import GatheredSets
 from setpred.metrics.averages import MeanMetric
 from setpred.schema import ElementSchema
-from setpred.sets import mean_present, presence_mask
+from setpred.sets import check_set, fill_absent, mean_present, presence_mask
 
 
 def positive_cutoff(cutoff: float) -> float:
@@ -70,6 +72,53 @@ class SetDistances(MeanMetric):
 
     def values(self, predicted: Tensor, target: Tensor) -> dict[str, Tensor]:
         return set_distances(predicted, target, cutoff=self.cutoff)
+
+
+def symmetry_distances(
+    predict: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    mask: Tensor | None = None,
+    *,
+    symmetry: str,
+    dims: int,
+    cutoff: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Compute d(f(g x), g f(x)) of each example, and d(f(x), f(x')) of each and the next: `[batch]` twice.
+
+    d is the distance "hungarian" of `SetDistances`, in units of the positions: how far a prediction is off because the
+    input was moved, and how far apart predictions of different inputs are. Unlike `setpred.losses.equivariance_error`
+    it knows absent elements, and g is about the mean of all present positions of `inputs`, with their deviation as the
+    unit of a translation.
+
+    Args:
+        predict: f, inputs to `[batch, n, dims + 1]`: positions and presence.
+        inputs, mask: x `[batch, m, input_dim]` and bool `[batch, m]`; at least two examples.
+        symmetry: see `setpred.losses.equivariance_error`.
+        dims: how many of the first numbers of an element of the input, and of the output, are its position.
+        cutoff: c of `SetDistances`.
+
+    Raises:
+        InputError: an unknown symmetry, fewer numbers than `dims`, or a single example.
+    """
+    check_set(inputs, mask)
+    if symmetry not in SYMMETRIES or not 1 <= dims <= inputs.shape[-1] or len(inputs) < 2:
+        raise InputError(
+            f"expected one of {', '.join(SYMMETRIES)}, inputs of at least {dims} numbers and two examples, got "
+            f"{symmetry}, {inputs.shape[-1]} and {len(inputs)}"
+        )
+    rows = inputs[..., :dims].flatten(0, 1) if mask is None else inputs[..., :dims][mask]
+    centre, unit = rows.mean(0), rows.std().clamp(min=torch.finfo(rows.dtype).tiny)
+    matrix, shift = SYMMETRIES[symmetry](len(inputs), dims, inputs)
+    motion = (
+        matrix,
+        unit * shift + centre - (centre @ matrix).unsqueeze(1),
+    )  # about the centre, as `moved` knows the origin alone
+    here = predict(fill_absent(inputs, mask))
+    there = predict(moved(inputs, motion, mask))
+    expected = moved(here, tuple(part.to(here.dtype) for part in motion))
+    return tuple(
+        set_distances(*pair, cutoff=cutoff)["hungarian"] for pair in ((there, expected), (here, here.roll(1, 0)))
+    )
 
 
 class ClassWasserstein(GatheredSets):
