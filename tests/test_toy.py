@@ -28,9 +28,18 @@ from setpred.encoders import Elements, SmallCNN
 from setpred.errors import InputError, NotFiniteError
 from setpred.inner import Conditioned, GradientDescent, LatentMatching, Sum
 from setpred.losses import CrossEntropy, HungarianLoss, SoftEquivariance, SquaredError
-from setpred.metrics import AbsoluteError, Accuracy, EnergyScore, NumberingAccuracy, SetDistances
+from setpred.metrics import (
+    AbsoluteError,
+    Accuracy,
+    EnergyScore,
+    NumberingAccuracy,
+    SampledPrecision,
+    SetDistances,
+    average_precision,
+)
 from setpred.model import SetPredictor, Step
 from setpred.nonfinite.locate import diagnose
+from setpred.schema import ElementSchema, continuous
 from setpred.training.task import SetPrediction
 
 SMALL = {"train_sets": 40, "val_sets": 12, "batch_size": 4}
@@ -232,6 +241,42 @@ def test_the_energy_score_against_a_loop():
     for options, words in (({"samples": 1}, "at least 2 samples"), ({"cutoff": 0.0}, "positive cutoff")):
         with pytest.raises(InputError, match=words):
             EnergyScore(**options)
+
+
+def test_the_precision_of_samples_against_a_loop():
+    """Of all samples, of the one nearest to the others, and of the one nearest to the truth."""
+    schema = ElementSchema("point", [continuous("coords", 2)], max_objects=4)
+    samples, target = points(4 * 9, 3, 0.7, seed=2).unflatten(0, (4, 9)).nan_to_num(), points(9, 4, 0.7, seed=5)
+    samples[2, :5, :, :2] = target[:5, :3, :2].nan_to_num()  # some are right
+    metric = SampledPrecision(samples=4, cutoff=1.0, thresholds=(math.inf, 0.2), schema=schema)
+    for some in (slice(0, 4), slice(4, 9)):
+        metric.update(samples[:, some], target[some])
+    found = metric.compute()
+
+    def distance(one, other):
+        return np.array([distances_twin(p, t, 1.0)[1] for p, t in zip(one, other, strict=True)])
+
+    far = np.stack([distance(each, target) for each in samples])
+    apart = np.stack([np.sum([distance(one, other) for other in samples], axis=0) for one in samples])
+    number = np.arange(9)
+    sets = {
+        "ap": (samples.flatten(0, 1), target.repeat(4, 1, 1)),
+        "medoid_ap": (samples[apart.argmin(0), number], target),
+        "best_ap": (samples[far.argmin(0), number], target),
+    }
+    for name, pair in sets.items():
+        scores = average_precision(*pair, thresholds=(math.inf, 0.2), schema=schema)
+        assert [found[f"{name}_inf"], found[f"{name}_0.2"]] == pytest.approx(list(scores.values()))
+        assert float(found[name]) == pytest.approx(np.mean(list(scores.values())))
+    energies = EnergyScore(samples=4)(samples, target)
+    for name in ("energy", "distance", "spread"):
+        assert float(found[name]) == pytest.approx(float(energies[name]))
+    assert found["best_ap"] > found["ap"]
+    samples[2, ..., 2] += 0.001 * torch.arange(27).view(9, 3)  # no two alike, whose order would be that of the images
+    one = SampledPrecision(samples=2, thresholds=(0.2,), schema=schema)(samples[2:3].expand(2, -1, -1, -1), target)
+    assert one["ap"] == one["medoid_ap"] == one["best_ap"] > one["spread"] == 0
+    with pytest.raises(ValueError, match="expected 4 predictions of each set"):
+        metric.update(samples[0], target)
 
 
 def test_a_metric_of_samples_gets_predictions_of_successive_seeds():

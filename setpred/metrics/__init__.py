@@ -16,7 +16,7 @@ from setpred.metrics.averages import AbsoluteError, Accuracy, Mean, MeanMetric
 from setpred.metrics.box_precision import BoxAveragePrecision, box_average_precision, match_boxes
 from setpred.metrics.calibration import CalibrationFit, fit_calibration, reliability, right_predictions
 from setpred.metrics.coverage import Coverage
-from setpred.metrics.energy_score import EnergyScore, energy_score
+from setpred.metrics.energy_score import EnergyScore, SampledPrecision, energy_score
 from setpred.metrics.numbering import NumberingAccuracy, right_numbers
 from setpred.metrics.segmentation import (
     Segmentation,
@@ -43,6 +43,7 @@ __all__ = [
     "Mean",
     "MeanMetric",
     "NumberingAccuracy",
+    "SampledPrecision",
     "Segmentation",
     "SetDistances",
     "adjusted_rand_index",

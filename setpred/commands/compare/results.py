@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,8 +52,12 @@ def add_result(path: Path, run: Run) -> None:
 
 
 def is_ap(score: str) -> bool:
-    """Return whether a score is an average precision, which is shown in %."""
-    return score == AP or score.startswith(f"{AP}_")
+    """Return whether a score is an average precision, which is shown in %.
+
+    >>> [is_ap(score) for score in ("val_ap", "val_ap_0.5", "val_medoid_ap_inf", "val_box_ap50", "val_energy")]
+    [True, True, True, True, False]
+    """
+    return re.fullmatch(r"val_([a-z]+_)?ap\d*(_.+)?", score) is not None
 
 
 def heading(score: str) -> str:
