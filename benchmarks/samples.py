@@ -1,11 +1,14 @@
-"""Samples of a model of `setpred.data.toy.Depths`, scored by number of steps against the known chances.
+"""Samples of a model of `configs/worlds/depths` or `configs/occluded`, scored by number of steps.
 
-    python -m benchmarks.samples CHECKPOINT                 # a minute
-    python -m benchmarks.samples CHECKPOINT --picture FILE  # and draws samples, and chances against shares
+    python -m benchmarks.samples CHECKPOINT                 # a minute; scenes some minutes
+    python -m benchmarks.samples CHECKPOINT --picture FILE  # and draws samples
 
-An input fits two sets: in front, of chance q, and behind. A sample is in front if its mean depth is positive. Prints
-for each number of steps the energy score, the ratio of spread and distance, which is 1 for samples of the truth, the
-mean over inputs of |share in front - q|, and the slope of the share over q. The first line is of samples of the truth.
+An input of depths fits two sets: in front, of chance q, and behind. A sample is in front if its mean depth is positive.
+Prints for each number of steps the energy score, the ratio of spread and distance, which is 1 for samples of the truth,
+the mean over inputs of |share in front - q|, and the slope of the share over q. The first line is of samples of the
+truth.
+
+Scenes have the scores of `SampledPrecision`, and the objects in the hidden part: mean and deviation of their number.
 """
 
 from __future__ import annotations
@@ -16,15 +19,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from setpred.checkpoint.load import load_checkpoint
+from setpred.checkpoint.load import Checkpoint, load_checkpoint
+from setpred.data.dataset import SetFile
 from setpred.data.toy import Depths
-from setpred.metrics import EnergyScore
+from setpred.encoders import Occluded
+from setpred.metrics import EnergyScore, SampledPrecision
 from setpred.model import SetPredictor
+from setpred.rendering.camera import NOMINAL_CAMERA
+from setpred.schema import CLEVR
 from setpred.sets import mean_present, presence_mask
-from setpred.visualise.style import FAINT, PLAIN, WRONG, Sheet, styled
+from setpred.visualise.style import FAINT, GROUND, PLAIN, WRONG, Sheet, styled
+from setpred.visualise.world import VIEW, as_pictures, draw_filled, draw_outlined, on_map, show_image, show_map
 
-STEPS = (1, 2, 4, 10, 20, 50)
-SAMPLES, SETS = 16, 500
+STEPS, SCENE_STEPS = (1, 2, 4, 10, 20, 50), (1, 2, 4, 10, 20)
+SAMPLES, SETS, DRAWN = 16, 500, 4
 
 
 def shares(samples: Tensor) -> Tensor:
@@ -63,8 +71,61 @@ def draw(path: Path, samples: Tensor, seen: Tensor, target: Tensor) -> Path:
     return sheet.save(path)
 
 
+def hidden_objects(samples: Tensor, share: float) -> Tensor:
+    """Number of objects of sets `[..., n, dim]` whose centre is in the hidden right part of the image, `[...]`."""
+    places = CLEVR.values(samples, "coords").double().numpy()
+    column = torch.from_numpy(NOMINAL_CAMERA.project(places, 1, 1)[..., 0])
+    return ((column > 1 - share) & presence_mask(samples)).sum(-1)
+
+
+@styled()
+def draw_scenes(path: Path, images: Tensor, target: Tensor, samples: Tensor, share: float) -> Path:
+    """Draw images with their hidden part, and maps of the real objects (outlines) and of all samples (symbols)."""
+    sheet = Sheet(2.6 * len(images), 4.6, dpi=100)
+    top, bottom = sheet.subplots(2, len(images))
+    sheet.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.99, wspace=0.04, hspace=0.02)
+    for column, picture in enumerate(as_pictures(images)):
+        show_image(top[column], picture)
+        top[column].axvspan((1 - share) * VIEW[0], VIEW[0], color=GROUND, alpha=0.85)
+        show_map(bottom[column], NOMINAL_CAMERA, labelled=False)
+        for sample in samples[:, column]:
+            for found in CLEVR.decode(sample):
+                draw_filled(
+                    bottom[column], found, on_map(found["coords"], NOMINAL_CAMERA), opacity=1 / len(samples) ** 0.5
+                )
+        for real in CLEVR.decode(target[column]):
+            draw_outlined(bottom[column], real, on_map(real["coords"], NOMINAL_CAMERA), zorder=5)
+    return sheet.save(path)
+
+
+@torch.no_grad()
+def measure_scenes(loaded: Checkpoint, data: str | None, picture: Path | None) -> str:
+    """Table of the samples of scenes by number of steps."""
+    images = SetFile(data or loaded.data["path"])
+    batch = images.__getitems__(range(min(SETS, len(images))))
+    model, target = loaded.model.eval(), batch["elements"]
+    share = next(part.share for part in model.modules() if isinstance(part, Occluded))
+    lines = [
+        "| steps | AP at inf | of the medoid | of the best | energy | spread / distance | hidden objects | deviation |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    real = hidden_objects(target, share).double()
+    lines.append(f"| truth | | | | | | {real.mean():.2f} | {real.std():.2f} |")
+    for steps in SCENE_STEPS if getattr(model.decoder, "denoises", False) else (model.decoder.iterations,):
+        samples = torch.cat([model.samples(part, SAMPLES, iterations=steps) for part in batch["image"].split(50)], 1)
+        metric = SampledPrecision(samples=SAMPLES, schema=CLEVR)
+        found, counts = metric(samples, target), hidden_objects(samples, share).double()
+        numbers = [f"{100 * float(found[name]):.1f}" for name in ("ap_inf", "medoid_ap_inf", "best_ap_inf")]
+        numbers += [f"{found['energy']:.3f}", f"{found['spread'] / found['distance']:.3f}"]
+        lines.append("| " + " | ".join([str(steps), *numbers, f"{counts.mean():.2f}", f"{counts.std():.2f}"]) + " |")
+        if picture is not None and steps == model.decoder.iterations:
+            draw_scenes(picture, batch["image"][:DRAWN], target[:DRAWN], samples[:, :DRAWN], share)
+    return "\n".join(lines)
+
+
 @torch.no_grad()
 def measure(model: SetPredictor, picture: Path | None) -> str:
+    """Table of the samples of depths by number of steps."""
     world = Depths(train_sets=1, val_sets=SETS, set_size=model.decoder.set_size, batch_size=SETS)
     world.setup()
     batch = world.val_data.__getitems__(range(SETS))
@@ -88,10 +149,15 @@ def measure(model: SetPredictor, picture: Path | None) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="a .ckpt of configs/worlds/depths")
+    parser.add_argument("checkpoint", help="a .ckpt of configs/worlds/depths or configs/occluded")
+    parser.add_argument("--data", help="scenes (default: those of the model's validation)")
     parser.add_argument("--picture", type=Path, help="PNG to draw")
     options = parser.parse_args(arguments)
-    print(measure(load_checkpoint(options.checkpoint).model, options.picture))
+    loaded = load_checkpoint(options.checkpoint)
+    if loaded.image_size is None:
+        print(measure(loaded.model, options.picture))
+    else:
+        print(measure_scenes(loaded, options.data, options.picture))
 
 
 if __name__ == "__main__":

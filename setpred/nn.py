@@ -285,3 +285,10 @@ def estimating_statistics(norms: Sequence[BatchNorm]) -> Iterator[None]:
             norm.momentum = momentum
             norm.train(training)
             norm.num_batches_tracked.copy_(tracked)
+
+
+def copy_attributes(source: nn.Module, target: nn.Module, names: Sequence[str]) -> None:
+    """Give a module those of the attributes that another one has and that are not None."""
+    for name in names:
+        if getattr(source, name, None) is not None:
+            setattr(target, name, getattr(source, name))

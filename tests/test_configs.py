@@ -23,7 +23,7 @@ from setpred.schema import ElementSchema
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 COMPARED = sorted((CONFIGS / "compare").glob("*.yaml"))
-IMAGES = sorted(CONFIGS.glob("*.yaml")) + COMPARED
+IMAGES = sorted(CONFIGS.glob("*.yaml")) + COMPARED + sorted((CONFIGS / "occluded").glob("*.yaml"))
 DISCOVERY = sorted((CONFIGS / "discovery").glob("*.yaml"))
 VIEWS = sorted((CONFIGS / "views").glob("*.yaml"))
 WORLDS = sorted((CONFIGS / "worlds").rglob("*.yaml"))

@@ -281,13 +281,17 @@ def test_every_listed_part_exists():
 
 
 def test_every_compared_configuration_has_its_row():
-    for path in (path for kind in ("compare", "views", "worlds") for path in (ROOT / "configs" / kind).rglob("*.yaml")):
+    for path in (
+        path
+        for kind in ("compare", "occluded", "views", "worlds")
+        for path in (ROOT / "configs" / kind).rglob("*.yaml")
+    ):
         assert f"| {path.stem} |" in RESULTS, f"docs/results.md has no row of {path.parent.name}/{path.stem}"
 
 
 @pytest.mark.parametrize("text", [PARTS, RESULTS], ids=["parts", "results"])
 def test_named_configurations_exist(text):
-    for named in re.findall(r"(?:configs/)?((?:compare|worlds|discovery|views)/[\w/.{},]+)", text):
+    for named in re.findall(r"(?:configs/)?((?:compare|occluded|worlds|discovery|views)/[\w/.{},]+)", text):
         before, _, rest = named.rstrip(".,").partition("{")
         names, _, after = rest.partition("}")
         for path in [f"{before}{name}{after}" for name in names.split(",")]:

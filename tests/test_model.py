@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from setpred.aggregators import FSPool, SetEncoder
-from setpred.decoders import IDSPN
-from setpred.encoders import ResNet, SmallCNN
+from setpred.decoders import IDSPN, FlowMatching
+from setpred.encoders import Occluded, ResNet, SmallCNN, Supervised
 from setpred.inner import GradientDescent, LatentMatching, Problem
-from setpred.model import SetPredictor
+from setpred.losses import HungarianLoss
+from setpred.model import SetPredictor, Step
 from setpred.schema import CLEVR
+from setpred.training.task import SetPrediction
 
 LATENT, SIZE = 16, 4
 
@@ -52,9 +54,50 @@ def test_resnet_is_the_published_trunk_and_head(depth, size, width):
         assert encoder(torch.rand(2, 3, size, size)).shape == (2, 64)
 
 
+def test_what_is_occluded_has_no_influence_and_the_rest_has():
+    torch.manual_seed(0)
+    encoder = Occluded(SmallCNN(image_size=16, latent_dim=12, width=4), share=0.4).eval()  # columns 10 to 15
+    assert (encoder.image_size, encoder.latent_dim) == (16, 12)
+    image = torch.rand(2, 3, 16, 16)
+    for column in (0, 9, 10, 15):
+        other = image.clone()
+        other[..., column] = 0
+        assert torch.equal(encoder(other), encoder(image)) == (column >= 10)
+    grey = image.clone()
+    grey[..., 10:] = 0.5
+    assert torch.equal(encoder(image), encoder.encoder(grey))
+
+
+def test_a_supervised_encoder_adds_the_loss_of_its_decoder_in_training_alone():
+    torch.manual_seed(0)
+    encoder = Supervised(
+        SmallCNN(image_size=16, latent_dim=LATENT, width=4), decoder(), HungarianLoss(weights={"coords": 2})
+    )
+    flow = FlowMatching(latent_dim=LATENT, dim=8, heads=2, layers=1, hidden_dim=8, set_size=SIZE, set_dim=CLEVR.set_dim)
+    task = SetPrediction(encoder, flow, loss=HungarianLoss(aligned=True))
+    batch = {"image": images(), "elements": torch.rand(7, SIZE, CLEVR.set_dim)}
+    step = Step(task.model, task.loss, batch)
+    torch.manual_seed(1)
+    predicted = step.predict()
+    own = task.loss(predicted, batch["elements"])
+    torch.manual_seed(2)  # of the start of the descent
+    expected = HungarianLoss(weights={"coords": 2}, schema=CLEVR)(encoder.decoder(encoder.features), batch["elements"])
+    torch.manual_seed(2)
+    losses = step.losses([predicted])
+    torch.testing.assert_close(losses, own + expected)
+    assert encoder.features is None  # nothing is kept alive
+    losses.sum().backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in encoder.decoder.parameters())
+    task.eval()
+    predicted = step.predict()
+    torch.testing.assert_close(step.losses([predicted]), task.loss(predicted, batch["elements"]))
+    assert encoder.features is None
+
+
 @pytest.mark.parametrize(
     "build",
     [
+        lambda: Occluded(SmallCNN(image_size=16), share=1.0),
         lambda: SmallCNN(image_size=48),
         lambda: ResNet(depth=20, image_size=128),
         lambda: ResNet(image_size=100),

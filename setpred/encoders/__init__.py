@@ -5,8 +5,9 @@ from setpred.encoders.elements import Elements, ElementTokens, Normalised, Poole
 from setpred.encoders.invariant_coordinates import InvariantCoordinates
 from setpred.encoders.positions import LinearPosition, SeqPE, SinePosition, position_grid
 from setpred.encoders.resnet import ResNet, ResNetTrunk
+from setpred.encoders.supervised import Supervised
 from setpred.encoders.surface import SurfaceTokens
-from setpred.encoders.tokens import PositionedTokens, Tokens, Votes
+from setpred.encoders.tokens import Occluded, PositionedTokens, Tokens, Votes
 from setpred.encoders.vsformer import ViewTokens
 from setpred.nn import record_parts
 
@@ -16,6 +17,7 @@ __all__ = [
     "InvariantCoordinates",
     "LinearPosition",
     "Normalised",
+    "Occluded",
     "Pooled",
     "PositionedTokens",
     "ResNet",
@@ -27,6 +29,7 @@ __all__ = [
     "SlotTrunk",
     "SmallCNN",
     "SmallTrunk",
+    "Supervised",
     "SurfaceTokens",
     "Tokens",
     "ViewTokens",

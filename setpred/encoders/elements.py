@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from setpred.encoders.isab import ISAB
 from setpred.errors import InputError, shown
-from setpred.nn import MLP, EncoderLayer
+from setpred.nn import MLP, EncoderLayer, copy_attributes
 from setpred.sets import check_set, fill_absent, token_mask
 
 
@@ -227,13 +227,6 @@ class Pooled(nn.Module):
             return self.aggregator(self.tokens(inputs))
         tokens = self.tokens(inputs, mask)
         return self.aggregator(tokens, token_mask(mask, tokens.shape[1]))
-
-
-def copy_attributes(source: nn.Module, target: nn.Module, names: Sequence[str]) -> None:
-    """Give a module those of the attributes that another one has and that are not None."""
-    for name in names:
-        if getattr(source, name, None) is not None:
-            setattr(target, name, getattr(source, name))
 
 
 class Normalised(nn.Module):

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from setpred.encoders.positions import LinearPosition
 from setpred.errors import InputError
-from setpred.nn import MLP
+from setpred.nn import MLP, copy_attributes
 from setpred.sets import token_mask
 
 
@@ -67,6 +67,33 @@ class PositionedTokens(Tokens):
         return self.network(self.norm(rows + self.position(rows)))
 
 
+class Occluded(nn.Module):
+    """Encoder of images whose right part is hidden: another encoder, of grey in its place.
+
+    What is hidden has more than one answer, so point predictors and samplers differ (`configs/occluded/`). The data do
+    not change: scores count hidden objects, and pictures show them.
+
+    Args:
+        encoder: image to tokens or to a vector.
+        share: hidden part of the width, above 0 and below 1; the edge is between two pixels.
+
+    Raises:
+        InputError: a share out of range.
+    """
+
+    def __init__(self, encoder: nn.Module, *, share: float = 0.4) -> None:
+        super().__init__()
+        if not 0 < share < 1:
+            raise InputError(f"expected a hidden share above 0 and below 1, got {share}; set share to a part of 1")
+        self.encoder, self.share = encoder, share
+        copy_attributes(encoder, self, ("image_size", "token_dim", "latent_dim"))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """`[batch, 3, H, W]` in [0, 1] to the features of the other encoder."""
+        seen = round(image.shape[-1] * (1 - self.share))
+        return self.encoder(functional.pad(image[..., :seen], (0, image.shape[-1] - seen), value=0.5))
+
+
 class Votes(nn.Module):
     """Encoder that predicts, from each token, its element v, the precisions p of v, and the mass m of its vote.
 
@@ -114,9 +141,7 @@ class Votes(nn.Module):
             raise InputError("expected votes that are gated or massive, got both; leave one out")
         self.anchored, self.gated, self.massive = anchored, gated, massive
         self.tokens = tokens
-        for name in ("image_size", "in_dim"):
-            if getattr(tokens, name, None) is not None:
-                setattr(self, name, getattr(tokens, name))
+        copy_attributes(tokens, self, ("image_size", "in_dim"))
         self.set_dim, self.token_dim = set_dim, set_dim + precise + 1
         self.norm = nn.LayerNorm(tokens.token_dim)
         self.network = MLP(tokens.token_dim, hidden_dim, self.token_dim)

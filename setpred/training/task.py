@@ -222,8 +222,9 @@ class SetPrediction(pl.LightningModule):
                 f"frozen: expected a part of the model that learns, got all of them frozen by {list(frozen)}; leave "
                 "one out"
             )
-        if hasattr(self.loss, "use_schema") and self.schema is not None:
-            self.loss.use_schema(self.schema)
+        for part in (self.loss, *self.model.modules()):  # the loss, and those of parts that supervise themselves
+            if hasattr(part, "use_schema") and self.schema is not None:
+                part.use_schema(self.schema)
         self.scores = Scores(metric, self.schema)
         # move with the module
         self.mean_loss, self.metric, self.calibration_fit = self.scores.parts
