@@ -14,8 +14,10 @@ Scenes have the scores of `SampledPrecision`, and the objects in the hidden part
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,13 +25,23 @@ from setpred.checkpoint.load import Checkpoint, load_checkpoint
 from setpred.data.dataset import SetFile
 from setpred.data.toy import Depths
 from setpred.encoders import Occluded
+from setpred.errors import InputError
 from setpred.metrics import EnergyScore, SampledPrecision
 from setpred.model import SetPredictor
-from setpred.rendering.camera import NOMINAL_CAMERA
+from setpred.rendering.camera import NOMINAL_CAMERA, Camera
 from setpred.schema import CLEVR
 from setpred.sets import mean_present, presence_mask
 from setpred.visualise.style import FAINT, GROUND, PLAIN, WRONG, Sheet, styled
-from setpred.visualise.world import VIEW, as_pictures, draw_filled, draw_outlined, on_map, show_image, show_map
+from setpred.visualise.world import (
+    VIEW,
+    as_pictures,
+    cameras_of,
+    draw_filled,
+    draw_outlined,
+    on_map,
+    show_image,
+    show_map,
+)
 
 STEPS, SCENE_STEPS = (1, 2, 4, 10, 20, 50), (1, 2, 4, 10, 20)
 SAMPLES, SETS, DRAWN = 16, 500, 4
@@ -71,22 +83,23 @@ def draw(path: Path, samples: Tensor, seen: Tensor, target: Tensor) -> Path:
     return sheet.save(path)
 
 
-def hidden_objects(samples: Tensor, share: float) -> Tensor:
-    """Number of objects of sets `[..., n, dim]` whose centre is in the hidden right part of the image, `[...]`."""
+def hidden_objects(samples: Tensor, cameras: Sequence[Camera], edge: float) -> Tensor:
+    """Number of objects of sets `[..., images, n, dim]` whose centre is right of an edge, a share of the width."""
     places = CLEVR.values(samples, "coords").double().numpy()
-    column = torch.from_numpy(NOMINAL_CAMERA.project(places, 1, 1)[..., 0])
-    return ((column > 1 - share) & presence_mask(samples)).sum(-1)
+    pixels = [camera.project(places[..., image, :, :], 1, 1) for image, camera in enumerate(cameras)]
+    column = torch.from_numpy(np.stack(pixels, axis=-3))[..., 0]
+    return ((column > edge) & presence_mask(samples)).sum(-1)
 
 
 @styled()
-def draw_scenes(path: Path, images: Tensor, target: Tensor, samples: Tensor, share: float) -> Path:
+def draw_scenes(path: Path, images: Tensor, target: Tensor, samples: Tensor, edge: float) -> Path:
     """Draw images with their hidden part, and maps of the real objects (outlines) and of all samples (symbols)."""
     sheet = Sheet(2.6 * len(images), 4.6, dpi=100)
     top, bottom = sheet.subplots(2, len(images))
     sheet.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.99, wspace=0.04, hspace=0.02)
     for column, picture in enumerate(as_pictures(images)):
         show_image(top[column], picture)
-        top[column].axvspan((1 - share) * VIEW[0], VIEW[0], color=GROUND, alpha=0.85)
+        top[column].axvspan(edge * VIEW[0], VIEW[0], color=GROUND, alpha=0.85)
         show_map(bottom[column], NOMINAL_CAMERA, labelled=False)
         for sample in samples[:, column]:
             for found in CLEVR.decode(sample):
@@ -104,22 +117,27 @@ def measure_scenes(loaded: Checkpoint, data: str | None, picture: Path | None) -
     images = SetFile(data or loaded.data["path"])
     batch = images.__getitems__(range(min(SETS, len(images))))
     model, target = loaded.model.eval(), batch["elements"]
-    share = next(part.share for part in model.modules() if isinstance(part, Occluded))
+    hidden = next((part for part in model.modules() if isinstance(part, Occluded)), None)
+    if hidden is None:
+        raise InputError("expected a model with an Occluded encoder, as of configs/occluded")
+    edge = hidden.seen(loaded.image_size, hidden.share) / loaded.image_size
+    cameras = cameras_of([images.camera(image) for image in range(len(target))], len(target))
     lines = [
         "| steps | AP at inf | of the medoid | of the best | energy | spread / distance | hidden objects | deviation |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    real = hidden_objects(target, share).double()
+    real = hidden_objects(target, cameras, edge).double()
     lines.append(f"| truth | | | | | | {real.mean():.2f} | {real.std():.2f} |")
-    for steps in SCENE_STEPS if getattr(model.decoder, "denoises", False) else (model.decoder.iterations,):
+    own = model.decoder.iterations
+    for steps in sorted({*SCENE_STEPS, own}) if getattr(model.decoder, "denoises", False) else [own]:
         samples = torch.cat([model.samples(part, SAMPLES, iterations=steps) for part in batch["image"].split(50)], 1)
         metric = SampledPrecision(samples=SAMPLES, schema=CLEVR)
-        found, counts = metric(samples, target), hidden_objects(samples, share).double()
+        found, counts = metric(samples, target), hidden_objects(samples, cameras, edge).double()
         numbers = [f"{100 * float(found[name]):.1f}" for name in ("ap_inf", "medoid_ap_inf", "best_ap_inf")]
         numbers += [f"{found['energy']:.3f}", f"{found['spread'] / found['distance']:.3f}"]
         lines.append("| " + " | ".join([str(steps), *numbers, f"{counts.mean():.2f}", f"{counts.std():.2f}"]) + " |")
-        if picture is not None and steps == model.decoder.iterations:
-            draw_scenes(picture, batch["image"][:DRAWN], target[:DRAWN], samples[:, :DRAWN], share)
+        if picture is not None and steps == own:
+            draw_scenes(picture, batch["image"][:DRAWN], target[:DRAWN], samples[:, :DRAWN], edge)
     return "\n".join(lines)
 
 

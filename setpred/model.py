@@ -9,32 +9,9 @@ from torch import Tensor, nn
 
 from setpred.errors import InputError
 from setpred.inner import OfTokens
-from setpred.nn import unit_images
+from setpred.nn import check_parts, unit_images
+from setpred.schema import ElementSchema
 from setpred.sets import fill_absent, token_mask
-
-
-def check_parts(encoder: nn.Module, decoder: nn.Module) -> None:
-    """Raise `InputError` if the encoder gives other features than the decoder takes.
-
-    Parts of tokens state their length as `token_dim`. The `latent_dim` of vectors is compared if both parts state it.
-    """
-    features = []
-    for part in (encoder, decoder):
-        tokens, vector = (getattr(part, name, None) for name in ("token_dim", "latent_dim"))
-        features.append(("a vector", vector) if tokens is None else ("tokens", tokens))
-    (given, size), (taken, wanted) = features
-    if given == taken and (size == wanted or None in (size, wanted)):
-        return
-    if given == taken:
-        advice = f"give both the same {'token_dim' if given == 'tokens' else 'latent_dim'}"
-    else:
-        example = "PositionedTokens" if taken == "tokens" else "SmallCNN"
-        advice = f"take an encoder that gives {taken}, such as setpred.encoders.{example}"
-        if (given, wanted) == ("tokens", None):  # what a part does not state, too
-            advice += "; a decoder of tokens states their length as its attribute token_dim"
-    gives, takes = (kind + (f" of {length} numbers" if length else "") for kind, length in features)
-    names = [type(part).__name__ for part in (encoder, decoder)]
-    raise InputError(f"the encoder {names[0]} gives {gives}, the decoder {names[1]} takes {takes}; {advice}")
 
 
 class SetPredictor(nn.Module):
@@ -66,6 +43,12 @@ class SetPredictor(nn.Module):
                 "expected a set encoder for an objective that is conditioned on an input set, got "
                 f"{type(encoder).__name__}, which takes images; take a set encoder, or leave out `Conditioned`"
             )
+
+    def use_schema(self, schema: ElementSchema) -> None:
+        """Give the losses within the model, as of `setpred.encoders.Supervised`, their groups of numbers."""
+        for part in self.modules():
+            if part is not self and hasattr(part, "use_schema"):
+                part.use_schema(schema)
 
     def encode(self, inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """Compute features from uint8 or unit float images `[batch, 3, H, W]`, or from sets `[batch, n, in_dim]`."""
@@ -233,7 +216,7 @@ class Step:
         *earlier, last = iterates
         losses = self.loss(last.float(), self.target)
         for part in (self.loss, *self.model.modules()) if self.model.training else ():
-            if hasattr(part, "penalty"):
+            if hasattr(part, "penalty") and part.training:  # frozen parts have none
                 losses = losses + part.penalty(self, last)
         if not self.auxiliary:
             return losses

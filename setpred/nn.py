@@ -292,3 +292,27 @@ def copy_attributes(source: nn.Module, target: nn.Module, names: Sequence[str]) 
     for name in names:
         if getattr(source, name, None) is not None:
             setattr(target, name, getattr(source, name))
+
+
+def check_parts(encoder: nn.Module, decoder: nn.Module) -> None:
+    """Raise `InputError` if the encoder gives other features than the decoder takes.
+
+    Parts of tokens state their length as `token_dim`. The `latent_dim` of vectors is compared if both parts state it.
+    """
+    features = []
+    for part in (encoder, decoder):
+        tokens, vector = (getattr(part, name, None) for name in ("token_dim", "latent_dim"))
+        features.append(("a vector", vector) if tokens is None else ("tokens", tokens))
+    (given, size), (taken, wanted) = features
+    if given == taken and (size == wanted or None in (size, wanted)):
+        return
+    if given == taken:
+        advice = f"give both the same {'token_dim' if given == 'tokens' else 'latent_dim'}"
+    else:
+        example = "PositionedTokens" if taken == "tokens" else "SmallCNN"
+        advice = f"take an encoder that gives {taken}, such as setpred.encoders.{example}"
+        if (given, wanted) == ("tokens", None):  # what a part does not state, too
+            advice += "; a decoder of tokens states their length as its attribute token_dim"
+    gives, takes = (kind + (f" of {length} numbers" if length else "") for kind, length in features)
+    names = [type(part).__name__ for part in (encoder, decoder)]
+    raise InputError(f"the encoder {names[0]} gives {gives}, the decoder {names[1]} takes {takes}; {advice}")

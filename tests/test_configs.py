@@ -8,9 +8,9 @@ import yaml
 from PIL import Image
 from tiny import untrained
 
-from setpred.checkpoint import allowed_classes, read_checkpoint
+from setpred.checkpoint import allowed_classes, load_checkpoint, read_checkpoint
 from setpred.checkpoint import build as build_part
-from setpred.checkpoint.load import KEY
+from setpred.checkpoint.load import KEY, save_checkpoint
 from setpred.commands.config import plain
 from setpred.commands.train import build, check_fit
 from setpred.data.annotations import read_csv
@@ -18,7 +18,9 @@ from setpred.data.importing import import_images
 from setpred.decoders import IDSPN
 from setpred.encoders import ResidualTrunk
 from setpred.inner import Unrolled
-from setpred.model import SetPredictor, target_name
+from setpred.model import SetPredictor, Step, target_name
+from setpred.nonfinite import repro
+from setpred.nonfinite.locate import Stage
 from setpred.schema import ElementSchema
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -42,9 +44,14 @@ def take_a_step(model, inputs, target, mask=None):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before = [parameter.detach().clone() for parameter in trained]
     optimizer = model.configure_optimizers()
+    kind = "input" if model.model.takes_sets else "image"
+    batch = {kind: inputs, target_name(model.loss): target, "elements": target} | (
+        {} if mask is None else {"input_mask": mask}
+    )
     # two descent steps suffice to reach every parameter
-    predicted = model(inputs, mask=mask, iterations=2 if isinstance(model.model.decoder, IDSPN) else None)
-    loss = model.loss(predicted, target).mean()
+    iterations = 2 if isinstance(model.model.decoder, IDSPN) else None
+    step = Step(model.model, model.loss, batch, iterations=iterations)
+    loss = step.losses([step.predict()]).mean()
     loss.backward()
     optimizer.step()
     moved = [not torch.equal(old, new) for old, new in zip(before, trained, strict=True)]
@@ -102,6 +109,34 @@ def test_a_configuration_of_images_takes_a_step(path):
         again = rebuilt(cli).to(memory_format=torch.channels_last).eval()
         with torch.no_grad():
             torch.testing.assert_close(again(images), predictor.eval()(images))
+
+
+class Trainer:
+    """What `repro.save` reads of a trainer."""
+
+    def __init__(self, folder):
+        self.default_root_dir, self.world_size, self.precision = folder, 1, "32-true"
+        self.global_step = self.current_epoch = 0
+
+
+def test_losses_within_a_model_have_the_schema_again_after_loading(tmp_path):
+    """From a checkpoint, and from a saved step, which repeats the penalty."""
+    task = built(CONFIGS / "occluded" / "flow_matching.yaml").model
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    batch = {"image": images, "elements": torch.rand(2, 8, task.schema.set_dim, generator=generator)}
+    step = Step(task.model, task.loss, batch, seed=3)
+    task.trainer = trainer = Trainer(tmp_path)
+    repro.save(task, step, Stage("loss", [0]))
+    saved = repro.read(next(tmp_path.glob("repro*"))).step
+    save_checkpoint(read_checkpoint(next(tmp_path.glob("repro*"))), tmp_path / "a.ckpt")
+    loaded = Step(load_checkpoint(tmp_path / "a.ckpt").model.train(), task.loss, batch)
+    found = []
+    for each in (step, saved, loaded):
+        torch.manual_seed(3)
+        found.append(each.losses([each.predict()]))
+    assert trainer.world_size == 1  # alive: the task holds it weakly
+    torch.testing.assert_close(found[1:], [found[0]] * 2)
 
 
 @pytest.mark.parametrize("path", DISCOVERY, ids=name)

@@ -530,11 +530,11 @@ def test_slot_softmax_against_a_loop():
         close(weights[b, 0], shares / shares.sum(1, keepdim=True), rtol=1e-6, atol=1e-6)
 
 
-def transport_problem():
+def transport_problem(**options):
     """Queries, keys, and an attention whose marginals are not uniform."""
     torch.manual_seed(3)
     queries, keys = (torch.randn(2, 2, n, 3, dtype=torch.float64) for n in (SIZE, 7))
-    return queries, keys, SinkhornAttention(dim=3, iterations=200).double()
+    return queries, keys, SinkhornAttention(dim=3, iterations=200, **options).double()
 
 
 def test_weights_are_a_plan_between_the_learned_marginals():
@@ -553,8 +553,7 @@ def test_weights_are_a_plan_between_the_learned_marginals():
 @pytest.mark.parametrize("cosine", [False, True])
 def test_the_plan_is_the_cheapest_at_its_temperature(cosine):
     """P = diag(u) exp(-cost / τ) diag(v): the logarithm's interaction is that of the costs."""
-    queries, keys, attention = transport_problem()
-    attention.temperature, attention.cosine = 0.7, cosine
+    queries, keys, attention = transport_problem(temperature=0.7, cosine=cosine)
     logs = attention(queries, keys, None, None).log()
     pair = queries.unsqueeze(-2), keys.unsqueeze(-3)
     costs = 1 - torch.cosine_similarity(*pair, dim=-1) if cosine else (pair[0] - pair[1]).norm(dim=-1)
@@ -563,6 +562,14 @@ def test_the_plan_is_the_cheapest_at_its_temperature(cosine):
         return matrix - matrix.mean(-1, keepdim=True) - matrix.mean(-2, keepdim=True) + matrix.mean((-1, -2), True)
 
     close(interaction(logs), interaction(-costs / 0.7), rtol=1e-6, atol=1e-6)
+
+
+def test_a_key_near_zero_has_no_huge_gradient_from_its_direction():
+    queries, keys, attention = transport_problem(cosine=True)
+    keys[0, 0, 0] *= 1e-9
+    keys.requires_grad_()
+    attention(queries, keys, None, None).square().sum().backward()
+    assert keys.grad[0, 0, 0].norm() < 100
 
 
 @pytest.mark.parametrize("differentiation", [None, Unrolled()], ids=["constant steps", "unrolled"])

@@ -1,11 +1,14 @@
 """Laws of image encoders and of the complete predictor."""
 
+import copy
+
 import pytest
 import torch
 
 from setpred.aggregators import FSPool, SetEncoder
 from setpred.decoders import IDSPN, FlowMatching
 from setpred.encoders import Occluded, ResNet, SmallCNN, Supervised
+from setpred.errors import InputError
 from setpred.inner import GradientDescent, LatentMatching, Problem
 from setpred.losses import HungarianLoss
 from setpred.model import SetPredictor, Step
@@ -20,6 +23,10 @@ def decoder():
     encoder = SetEncoder(FSPool(LATENT, set_size=SIZE), hidden_dim=16, set_dim=CLEVR.set_dim)
     descent = GradientDescent(iterations=5, momentum=0.9, clip=10.0)
     return IDSPN(LatentMatching(encoder), descent, set_size=SIZE, set_dim=CLEVR.set_dim)
+
+
+def flow():
+    return FlowMatching(latent_dim=LATENT, dim=8, heads=2, layers=1, hidden_dim=8, set_size=SIZE, set_dim=CLEVR.set_dim)
 
 
 @pytest.fixture
@@ -73,8 +80,7 @@ def test_a_supervised_encoder_adds_the_loss_of_its_decoder_in_training_alone():
     encoder = Supervised(
         SmallCNN(image_size=16, latent_dim=LATENT, width=4), decoder(), HungarianLoss(weights={"coords": 2})
     )
-    flow = FlowMatching(latent_dim=LATENT, dim=8, heads=2, layers=1, hidden_dim=8, set_size=SIZE, set_dim=CLEVR.set_dim)
-    task = SetPrediction(encoder, flow, loss=HungarianLoss(aligned=True))
+    task = SetPrediction(encoder, flow(), loss=HungarianLoss(aligned=True))
     batch = {"image": images(), "elements": torch.rand(7, SIZE, CLEVR.set_dim)}
     step = Step(task.model, task.loss, batch)
     torch.manual_seed(1)
@@ -88,16 +94,51 @@ def test_a_supervised_encoder_adds_the_loss_of_its_decoder_in_training_alone():
     assert encoder.features is None  # nothing is kept alive
     losses.sum().backward()
     assert all(parameter.grad.abs().max() > 0 for parameter in encoder.decoder.parameters())
-    task.eval()
-    predicted = step.predict()
-    torch.testing.assert_close(step.losses([predicted]), task.loss(predicted, batch["elements"]))
-    assert encoder.features is None
+    with pytest.raises(ValueError, match="expected a prediction in training before its loss"):
+        step.losses([predicted])
+    task.zero_grad()
+    step.predict()
+    encoder.penalty(step, predicted).sum().backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in encoder.encoder.parameters())  # trained along
+    for evaluated in (encoder, task):  # a frozen encoder, or a validation
+        evaluated.eval()
+        predicted = step.predict()
+        torch.testing.assert_close(step.losses([predicted]), task.loss(predicted, batch["elements"]))
+        assert encoder.features is None
+
+
+def test_a_supervised_encoder_is_copied_without_the_features_of_a_step():
+    encoder = Supervised(SmallCNN(image_size=16, latent_dim=LATENT, width=4), decoder(), HungarianLoss())
+    encoder(images() / 255)
+    assert encoder.features.grad_fn is not None
+    assert copy.deepcopy(encoder).features is None
+    assert encoder.features is not None
+
+
+@pytest.mark.parametrize(
+    ("latent", "inner", "options", "words"),
+    [
+        (LATENT, decoder, {"aligned": True}, "IDSPN and HungarianLoss with aligned True"),
+        (LATENT, lambda: flow(), {}, "FlowMatching and HungarianLoss with aligned False"),
+        (
+            LATENT + 1,
+            lambda: flow(),
+            {},
+            "SmallCNN gives a vector of 17 numbers, the decoder FlowMatching takes a vector of 16",
+        ),
+    ],
+)
+def test_a_supervised_encoder_rejects_parts_that_do_not_fit(latent, inner, options, words):
+    with pytest.raises(InputError, match=words):
+        Supervised(SmallCNN(image_size=16, latent_dim=latent, width=4), inner(), HungarianLoss(**options))
 
 
 @pytest.mark.parametrize(
     "build",
     [
         lambda: Occluded(SmallCNN(image_size=16), share=1.0),
+        lambda: Occluded(SmallCNN(image_size=16), share=0.01),
+        lambda: Occluded(SmallCNN(image_size=16), share=0.99),
         lambda: SmallCNN(image_size=48),
         lambda: ResNet(depth=20, image_size=128),
         lambda: ResNet(image_size=100),

@@ -15,7 +15,16 @@ from setpred.checkpoint import torch_export as programs
 from setpred.checkpoint.torch_export import SCHEMA_FILE, export_program
 from setpred.commands.release import main
 from setpred.data.scenes import render_records
-from setpred.decoders import IDSPN, MESH, GaussianStart, GreedyVotes, SinkhornAttention, SlotAttention, SlotMixture
+from setpred.decoders import (
+    IDSPN,
+    MESH,
+    FlowMatching,
+    GaussianStart,
+    GreedyVotes,
+    SinkhornAttention,
+    SlotAttention,
+    SlotMixture,
+)
 from setpred.encoders import PositionedTokens, ResidualTrunk, SmallCNN, SmallTrunk, Votes
 from setpred.errors import InputError
 from setpred.inner import GradientDescent, LatentMatching, VotingEnergy
@@ -58,11 +67,19 @@ def slots(kind=SlotAttention, *parts, **options):
     return PositionedTokens(SmallTrunk(image_size=16, width=4), token_dim=8), kind(*parts, **sizes, **options)
 
 
+def flow_matching():
+    torch.manual_seed(0)
+    sizes = {"set_size": 4, "set_dim": CLEVR.set_dim, "token_dim": 8, "dim": 8, "heads": 2, "hidden_dim": 8}
+    tokens = PositionedTokens(SmallTrunk(image_size=16, width=4), token_dim=8)
+    return tokens, FlowMatching(layers=1, iterations=3, **sizes)
+
+
 MODELS = {
     "descent": descent,
     "momentum and a fixed start": lambda: descent(0.9, start=GaussianStart(4, CLEVR.set_dim, seed=3)),
     "momentum and a start from features": lambda: descent(0.9, start=Read(16, CLEVR.set_dim)),
     "voting": voting,
+    "flow matching": flow_matching,
     "slots from tokens": lambda: slots(start=Read(8, 8)),
     "mixture": lambda: slots(SlotMixture),
     "mesh": lambda: slots(SlotAttention, SinkhornAttention(MESH(), dim=8, hidden_dim=8)),

@@ -1,5 +1,7 @@
 """The equivariance error against known answers, and the regulariser in a training step."""
 
+import math
+
 import pytest
 import torch
 from problems import check_slope, close, normal
@@ -11,6 +13,7 @@ from setpred.errors import InputError
 from setpred.losses import CrossEntropy, HungarianLoss, SoftEquivariance, equivariance_error
 from setpred.losses.soft_equivariance import SYMMETRIES, moved, orthogonal
 from setpred.metrics import symmetry_distances
+from setpred.metrics.set_distances import set_distances
 from setpred.model import SetPredictor, Step
 from setpred.schema import ElementSchema, continuous
 from setpred.sets import mean_present
@@ -140,7 +143,7 @@ def test_wrong_arguments_are_errors():
 
 def distances(predict, inputs, mask=None, **options):
     torch.manual_seed(0)
-    return symmetry_distances(predict, inputs, mask, **{"dims": 2, "cutoff": 50.0} | options)
+    return symmetry_distances(predict, inputs, mask, **{"dims": 2, "cutoff": 500.0} | options)
 
 
 def around_their_mean(inputs, mask):
@@ -151,9 +154,13 @@ def around_their_mean(inputs, mask):
 
 @every_symmetry
 def test_the_distance_is_zero_for_equivariant_sets_and_that_of_a_loop_for_others(symmetry):
-    inputs = normal(3, 5, 3) + 20  # far from the origin: motions are about the mean of all points
+    inputs = normal(3, 5, 3) * torch.tensor([1.0, 2.0, 1.0]) + torch.tensor([20.0, -40.0, 0.0])
+    inputs[~MASK] = math.nan  # motions are about the mean of all present points, far from the origin
     moved_off, different = distances(lambda x: around_their_mean(x, MASK), inputs, MASK, symmetry=symmetry)
     assert moved_off.max() < 1e-9
+    predicted = around_their_mean(inputs.nan_to_num(), MASK)
+    expected = set_distances(predicted, predicted.roll(1, 0), cutoff=500.0)["hungarian"]
+    torch.testing.assert_close(different, expected)
     assert different.min() > 0.1
 
     def fixed(x):  # positions that do not follow the input
@@ -161,10 +168,13 @@ def test_the_distance_is_zero_for_equivariant_sets_and_that_of_a_loop_for_others
 
     off, none = distances(fixed, inputs, MASK, symmetry=symmetry)
     assert none.max() == 0
+    capped, _ = distances(fixed, inputs, MASK, symmetry=symmetry, cutoff=1e-3)
+    assert capped.max() <= 1e-3 < off.max()
     torch.manual_seed(0)
     matrix, shift = SYMMETRIES[symmetry](3, 2, inputs)
     present = inputs[..., :2][MASK]
-    centre, unit = present.mean(0), present.std()
+    centre = present.mean(0)
+    unit = ((present - centre) ** 2).mean().sqrt()
     for found, a, b in zip(off, matrix, shift, strict=True):  # the point goes to c + (point - c) A + unit b
         point = torch.tensor([21.0, 21.0]).double()
         assert found.item() == pytest.approx((centre + (point - centre) @ a + unit * b - point).norm().item())
@@ -172,6 +182,7 @@ def test_the_distance_is_zero_for_equivariant_sets_and_that_of_a_loop_for_others
 
 def test_an_absent_element_may_be_anywhere():
     inputs = normal(3, 5, 3)
+    few = MASK & (torch.arange(15).view(3, 5) == 2)
 
     def predict(x, junk):
         found = around_their_mean(x, MASK)
@@ -180,6 +191,8 @@ def test_an_absent_element_may_be_anywhere():
     first, second = (distances(lambda x, j=j: predict(x, j), inputs, MASK, symmetry="rotation") for j in (0.0, 7.0))
     torch.testing.assert_close(first, second)
     assert first[0].max() < 1e-9
-    for wrong in ({"symmetry": "shear"}, {"dims": 4}, {"inputs": inputs[:1]}):
-        with pytest.raises(InputError, match=r"expected one of rotation, .*at least . numbers and two examples"):
+    for wrong in ({"symmetry": "shear"}, {"dims": 4}, {"dims": 1}, {"inputs": inputs[:1]}):
+        with pytest.raises(InputError, match=r"expected one of rotation, .*positions of . to 3 numbers and two"):
             symmetry_distances(nn.Identity(), **{"inputs": inputs, "symmetry": "rotation", "dims": 2} | wrong)
+    with pytest.raises(InputError, match="at least two present elements in the inputs, got 1"):
+        symmetry_distances(nn.Identity(), inputs, few, symmetry="rotation", dims=2)

@@ -277,6 +277,10 @@ def test_the_precision_of_samples_against_a_loop():
     assert one["ap"] == one["medoid_ap"] == one["best_ap"] > one["spread"] == 0
     with pytest.raises(ValueError, match="expected 4 predictions of each set"):
         metric.update(samples[0], target)
+    wrong = {"samples": 2.5}, {"thresholds": ()}, {"thresholds": (0.5, -1)}, {"cutoff": math.nan}
+    for options, words in zip(wrong, ("2 samples", "thresholds over 0", "thresholds over 0", "cutoff"), strict=True):
+        with pytest.raises(InputError, match=words):
+            SampledPrecision(**options)
 
 
 def test_a_metric_of_samples_gets_predictions_of_successive_seeds():

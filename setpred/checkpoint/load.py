@@ -156,6 +156,8 @@ def load_checkpoint(
         schema = None if record["schema"] is None else ElementSchema.from_dict(record["schema"])
         image_size = None if model.takes_sets else _integer(record["data"]["image_size"], 1, LARGEST_IMAGE)
         set_dim = None if schema is None else schema.set_dim
+        if schema is not None:
+            model.use_schema(schema)
         for part, name, stated in ((model.encoder, "image_size", image_size), (model.decoder, "set_dim", set_dim)):
             if None not in (stated, actual := getattr(part, name, None)) and actual != stated:
                 raise ValueError(f"its {name} is {stated}, but {type(part).__name__} has {actual}")

@@ -11,6 +11,7 @@ from setpred.checkpoint.load import load_checkpoint, read_checkpoint, training_i
 from setpred.commands.common import Parser, at_least, choose_device, exit_code, write_json
 from setpred.commands.evaluate import open_validation_data
 from setpred.commands.outputs import check_outputs
+from setpred.encoders import ViewTokens
 from setpred.errors import InputError
 from setpred.inner import Implicit
 from setpred.inner.diagnostics import OWN, compare_gradients
@@ -51,13 +52,19 @@ def equivariance(
     """Measure how far predicted positions are from equivariant: `symmetry_distances` by symmetry, for each example.
 
     The positions of the input are its first numbers, as many as the schema's `position` has; "moved" is the distance
-    that a motion of the input causes, "different" that of different inputs, both in the schema's units.
+    that a motion of the input causes, "different" that of different inputs, both in the schema's units. The cutoff of
+    the distance is the range of a position, two scales of its field.
     """
     dims = sum(field.numbers for field in schema.position)
     vectors = mask is None and inputs.shape[1] == 1
-    if not model.takes_sets or vectors or inputs.shape[-1] < dims or len(inputs) < 2:
+    views = any(isinstance(part, ViewTokens) for part in model.modules())
+    if any(field.period for field in schema.position) or not dims:
+        raise InputError(
+            f"--symmetries: expected objects with a position, got the schema {schema.name!r} without; leave it out"
+        )
+    if not model.takes_sets or views or vectors or inputs.shape[-1] < dims or len(inputs) < 2:
         given = "vectors" if vectors else f"{len(inputs)} sets"
-        given = f"{given} of {inputs.shape[-1]} numbers" if model.takes_sets else "images"
+        given = f"{given} of {inputs.shape[-1]} numbers" if model.takes_sets and not views else "images"
         raise InputError(
             f"--symmetries: expected at least two input sets whose first {dims} numbers are a position, as those of "
             f"the predicted objects, got {given}; leave it out"
@@ -68,8 +75,7 @@ def equivariance(
         places = [schema.values(predicted, field.name) for field in schema.position]
         return torch.cat([*places, predicted[..., -1:]], dim=-1)
 
-    cutoff = next(each for each in schema.thresholds if math.isfinite(each))
-    found = {}
+    cutoff, found = 2 * schema.position[0].scale, {}
     with torch.no_grad():
         for symmetry in symmetries:
             torch.manual_seed(0)
@@ -171,12 +177,8 @@ def parser() -> Parser:
     options.add_shared("--data")
     options.add_argument("--images", type=count, default=16, help="use the first IMAGES images (default: %(default)s)")
     options.add_argument("--iterations", type=count, help="descent steps (default: those of the training)")
-    options.add_argument(
-        "--steps", type=count, nargs="+", default=[1, 5, 10], help="steps of truncated methods (default: 1 5 10)"
-    )
-    options.add_argument(
-        "--damping", type=at_least(0, float), default=0.0, help="added to the Hessian in CG and exact (default: 0)"
-    )
+    options.add_argument("--steps", type=count, nargs="+", help="steps of truncated methods (default: 1 5 10)")
+    options.add_argument("--damping", type=at_least(0, float), help="added to the Hessian in CG and exact (default: 0)")
     options.add_argument(
         "--symmetries",
         nargs="+",
@@ -216,12 +218,18 @@ def check(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "epoch": loaded.epoch,
         "loss": type(loss).__name__,
     }
+    inner = not options.symmetries or hasattr(model.decoder, "differentiation")
+    if not inner and (options.steps or options.damping is not None):
+        raise InputError(
+            f"--steps and --damping: expected a decoder with an inner problem, such as IDSPN, got "
+            f"{type(model.decoder).__name__}; leave them out"
+        )
     if options.symmetries:
         result["equivariance"] = equivariance(
             model, *given, schema=loaded.schema, symmetries=options.symmetries, iterations=iterations
         )
         print("\n".join([f"Symmetry of {result['checkpoint']}", *format_symmetries(result["equivariance"]), ""]))
-    if not options.symmetries or hasattr(model.decoder, "differentiation"):
+    if inner:
         with torch.no_grad():
             latent = model.encode(*given).double()
         result |= compare_gradients(
@@ -230,8 +238,8 @@ def check(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             latent,
             batch["elements"].to(device).double(),
             iterations=iterations,
-            steps=options.steps,
-            damping=options.damping,
+            steps=options.steps or (1, 5, 10),
+            damping=options.damping or 0.0,
         )
         result["own"] = described(model.decoder.differentiation)
         print(format_report(result))

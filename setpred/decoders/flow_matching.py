@@ -87,7 +87,7 @@ class FlowMatching(SetDecoder):
         yield noise
         elements = noise
         for step in range(iterations):
-            time = noise.new_full((len(noise), 1, 1), step / iterations)
+            time = torch.full_like(noise[:, :1, :1], step / iterations)
             clean = self.denoise(elements, time, tokens, mask)
             elements = elements + (clean - elements) / (iterations - step)
             yield elements

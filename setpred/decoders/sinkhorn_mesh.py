@@ -105,7 +105,8 @@ class SinkhornAttention(nn.Module):
 
         argmin_P Σ_si P_si C_si / τ + KL(P | a bᵀ)   with   Σ_i P_si = a_s,  Σ_s P_si = b_i
 
-    for costs C_si = |k_s - q_i|, or 1 - cos(k_s, q_i), which the published model of videos has, with τ = 1/6.
+    for costs C_si = |k_s - q_i|, or 1 - cos(k_s, q_i). The published model of videos has costs 6 (1 - cos) at τ = 1:
+    cosine costs, τ = 1/6, and a step size and noise of `MESH` divided by 6.
     Both marginals are learned, a = n softmax_s(α(k_s)) and b = n softmax_i(β(q_i)) for n slots; the weights are P
     transposed. Sums over tokens equal b exactly, sums over slots equal a at convergence. In Slot Attention, in place of
     `SlotSoftmax`, this is SA-SH, and with `mesh` SA-MESH (Zhang et al., ICML 2023). The released code takes the
@@ -157,7 +158,9 @@ class SinkhornAttention(nn.Module):
             return sinkhorn(cost, a, b, epsilon=self.temperature, iterations=self.iterations, start=start)
 
         if self.cosine:
-            cost = 1 - functional.normalize(keys, dim=-1) @ functional.normalize(queries, dim=-1).mT
+            # a constant token has a key near zero, whose direction is no information: its gradient stays bounded
+            keys, queries = (functional.normalize(each, dim=-1, eps=1e-2) for each in (keys, queries))
+            cost = 1 - keys @ queries.mT
         else:  # not by |k|² + |q|² - 2kq, whose rounding near zero the root would magnify
             cost = torch.cdist(keys, queries, compute_mode="donot_use_mm_for_euclid_dist")
         start = None

@@ -75,7 +75,7 @@ class Occluded(nn.Module):
 
     Args:
         encoder: image to tokens or to a vector.
-        share: hidden part of the width, above 0 and below 1; the edge is between two pixels.
+        share: hidden part of the width, rounded to pixels: at least one, and not all.
 
     Raises:
         InputError: a share out of range.
@@ -83,14 +83,20 @@ class Occluded(nn.Module):
 
     def __init__(self, encoder: nn.Module, *, share: float = 0.4) -> None:
         super().__init__()
-        if not 0 < share < 1:
-            raise InputError(f"expected a hidden share above 0 and below 1, got {share}; set share to a part of 1")
+        width = getattr(encoder, "image_size", None)
+        if not 0 < share < 1 or (width and not 0 < self.seen(width, share) < width):
+            raise InputError(f"expected a hidden share of one pixel to all but one, got {share}; change it")
         self.encoder, self.share = encoder, share
         copy_attributes(encoder, self, ("image_size", "token_dim", "latent_dim"))
 
+    @staticmethod
+    def seen(width: int, share: float) -> int:
+        """How many columns of an image are not hidden."""
+        return round(width * (1 - share))
+
     def forward(self, image: Tensor) -> Tensor:
         """`[batch, 3, H, W]` in [0, 1] to the features of the other encoder."""
-        seen = round(image.shape[-1] * (1 - self.share))
+        seen = self.seen(image.shape[-1], self.share)
         return self.encoder(functional.pad(image[..., :seen], (0, image.shape[-1] - seen), value=0.5))
 
 

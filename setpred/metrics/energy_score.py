@@ -69,8 +69,8 @@ class SampledPrecision(GatheredSets):
         energy, distance, spread    of `energy_score`
 
     The precision is `average_precision`, the distance "hungarian" of `SetDistances` over all numbers of an element in
-    the scale of the model, classes included. The medoid is the least expected distance among the samples, the answer of
-    a minimum Bayes risk decoder. A decoder of one answer has equal scores for all three.
+    the scale of the model, classes included. The medoid has the least expected distance among the samples, as the
+    answer of a minimum Bayes risk decoder. A decoder of one answer has equal scores for all three, but for ties.
 
     Args:
         samples: k, at least 2; seeds follow that of the model.
@@ -94,6 +94,8 @@ class SampledPrecision(GatheredSets):
     ) -> None:
         super().__init__(schema)
         self.samples, self.cutoff, self.thresholds = at_least_two(samples), positive_cutoff(cutoff), tuple(thresholds)
+        if not self.thresholds or not all(threshold > 0 for threshold in self.thresholds):
+            raise InputError(f"expected thresholds over 0, got {list(self.thresholds)}; give at least one")
 
     def update(self, predicted: Tensor, target: Tensor) -> None:
         """Keep samples `[samples, batch, n, dim]` and the truth `[batch, m, dim]`."""
@@ -124,7 +126,7 @@ class SampledPrecision(GatheredSets):
 
 def at_least_two(samples: int) -> int:
     """Return a number of samples; raise `InputError` if it has no pairs."""
-    if samples < 2:
+    if not isinstance(samples, int) or samples < 2:
         raise InputError(f"expected at least 2 samples, got {samples}; the score needs pairs")
     return samples
 

@@ -17,7 +17,7 @@ from setpred.sets import check_set, fill_absent, mean_present, presence_mask
 
 def positive_cutoff(cutoff: float) -> float:
     """Return a cutoff; raise `InputError` unless it is positive."""
-    if cutoff <= 0:
+    if not cutoff > 0:
         raise InputError(f"expected a positive cutoff, got {cutoff}; give a distance in units of the positions")
     return cutoff
 
@@ -83,12 +83,12 @@ def symmetry_distances(
     dims: int,
     cutoff: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Compute d(f(g x), g f(x)) of each example, and d(f(x), f(x')) of each and the next: `[batch]` twice.
+    """Compute d(f(g x), g f(x)) of each example, and d(f(x), f(x')) of each and the one before: `[batch]` twice.
 
     d is the distance "hungarian" of `SetDistances`, in units of the positions: how far a prediction is off because the
     input was moved, and how far apart predictions of different inputs are. Unlike `setpred.losses.equivariance_error`
-    it knows absent elements, and g is about the mean of all present positions of `inputs`, with their deviation as the
-    unit of a translation.
+    it knows absent elements, and g is about the mean of all present positions of `inputs`, with their root mean square
+    distance from it, over all coordinates, as the unit of a translation.
 
     Args:
         predict: f, inputs to `[batch, n, dims + 1]`: positions and presence.
@@ -98,16 +98,21 @@ def symmetry_distances(
         cutoff: c of `SetDistances`.
 
     Raises:
-        InputError: an unknown symmetry, fewer numbers than `dims`, or a single example.
+        InputError: an unknown symmetry, or a rotation of one number; fewer numbers than `dims`, a single example, or
+            fewer than two present elements.
     """
     check_set(inputs, mask)
-    if symmetry not in SYMMETRIES or not 1 <= dims <= inputs.shape[-1] or len(inputs) < 2:
+    least = 1 + (symmetry == "rotation")
+    if symmetry not in SYMMETRIES or not least <= dims <= inputs.shape[-1] or len(inputs) < 2:
         raise InputError(
-            f"expected one of {', '.join(SYMMETRIES)}, inputs of at least {dims} numbers and two examples, got "
-            f"{symmetry}, {inputs.shape[-1]} and {len(inputs)}"
+            f"expected one of {', '.join(SYMMETRIES)}, positions of {least} to {inputs.shape[-1]} numbers and two "
+            f"examples, got {symmetry}, {dims} and {len(inputs)}"
         )
     rows = inputs[..., :dims].flatten(0, 1) if mask is None else inputs[..., :dims][mask]
-    centre, unit = rows.mean(0), rows.std().clamp(min=torch.finfo(rows.dtype).tiny)
+    if len(rows) < 2:
+        raise InputError(f"expected at least two present elements in the inputs, got {len(rows)}; give more examples")
+    centre = rows.mean(0)
+    unit = (rows - centre).square().mean().sqrt()
     matrix, shift = SYMMETRIES[symmetry](len(inputs), dims, inputs)
     motion = (
         matrix,

@@ -15,6 +15,7 @@ from setpred.checkpoint.load import read_checkpoint, rebuild_model, save_checkpo
 from setpred.errors import InputError, listed, reason, shown
 from setpred.model import Step, target_name
 from setpred.nonfinite.locate import Stage, diagnose
+from setpred.schema import ElementSchema
 
 KEY = "repro"  # of the record in a file, next to weights and description as in a checkpoint
 HALVES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}  # Lightning's names of autocast precisions
@@ -82,6 +83,8 @@ def read(path: str | os.PathLike[str], *, allow: Iterable[str] = (), device: tor
         )
     parts = nn.ModuleDict({"model": rebuild_model(content, path, allow=allow), "loss": training_loss(content, allow)})
     try:
+        if content[CHECKPOINT_KEY].get("schema") is not None:
+            parts["model"].use_schema(ElementSchema.from_dict(content[CHECKPOINT_KEY]["schema"]))
         # the memory layout of a training
         parts.to(device, memory_format=torch.channels_last).train(bool(record["training"]))
         for name in record["evaluating"]:

@@ -222,7 +222,7 @@ class SetPrediction(pl.LightningModule):
                 f"frozen: expected a part of the model that learns, got all of them frozen by {list(frozen)}; leave "
                 "one out"
             )
-        for part in (self.loss, *self.model.modules()):  # the loss, and those of parts that supervise themselves
+        for part in (self.loss, self.model):
             if hasattr(part, "use_schema") and self.schema is not None:
                 part.use_schema(self.schema)
         self.scores = Scores(metric, self.schema)
