@@ -5,11 +5,13 @@ import math
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks import __main__, decoder, growth, memory, minutes_to_ap, report, trunk, voting
 from benchmarks.report import Report, filled
+from benchmarks.samples import hidden_objects
 from benchmarks.timing import Row, flops, products_alone
 from benchmarks.topics import EXTRAS, TOPICS, measure
 from benchmarks.train_step import LOSS
@@ -18,6 +20,7 @@ from setpred.commands.compare.results import add_result
 from setpred.decoders import IDSPN, GreedyVotes
 from setpred.errors import InputError
 from setpred.inner import GradientDescent, VotingEnergy, compiled
+from setpred.rendering.camera import NOMINAL_CAMERA, Camera
 from setpred.schema import CLEVR
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -227,3 +230,19 @@ def test_the_page_has_its_marks_and_every_topic_its_command():
     filled(page, dict.fromkeys(report.PARTS, ""))
     for topic in (*TOPICS, *EXTRAS):
         assert f"python -m benchmarks.{topic}" in import_module(f"benchmarks.{topic}").__doc__
+
+
+def test_hidden_objects_are_those_right_of_the_edge_in_their_image():
+    """Seen from the other side of the scene, left and right change places."""
+    right = NOMINAL_CAMERA.axes()[0]
+    sets = np.zeros((2, 3, CLEVR.set_dim), dtype=np.float32)
+    for row, place in enumerate((right, -right, 2 * right)):
+        sets[:, row, :3] = place / 3
+    sets[:, :2, -1] = 1  # the third is absent
+    x, y, z = NOMINAL_CAMERA.location
+    cameras = [NOMINAL_CAMERA, Camera((-x, -y, z))]
+    counts = hidden_objects(torch.from_numpy(sets), cameras, 0.5)
+    assert counts.tolist() == [1, 1]
+    only_right = torch.from_numpy(sets[:, :1])
+    assert hidden_objects(only_right, cameras, 0.5).tolist() == [1, 0]
+    assert hidden_objects(only_right.expand(4, -1, -1, -1), cameras, 0.99).tolist() == [[0, 0]] * 4

@@ -91,7 +91,7 @@ class Occluded(nn.Module):
 
     @staticmethod
     def seen(width: int, share: float) -> int:
-        """How many columns of an image are not hidden."""
+        """Count the columns of an image that are not hidden."""
         return round(width * (1 - share))
 
     def forward(self, image: Tensor) -> Tensor:
