@@ -82,7 +82,7 @@ class SampledPrecision(GatheredSets):
         InputError: a number out of range.
     """
 
-    monitor = "ap"
+    monitor, mode, higher_is_better = "energy", "min", False  # the proper score: AP is best for a sure model
 
     def __init__(
         self,
