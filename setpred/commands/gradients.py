@@ -228,7 +228,9 @@ def check(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         result["equivariance"] = equivariance(
             model, *given, schema=loaded.schema, symmetries=options.symmetries, iterations=iterations
         )
-        print("\n".join([f"Symmetry of {result['checkpoint']}", *format_symmetries(result["equivariance"]), ""]))
+        result["cutoff"] = 2 * loaded.schema.position[0].scale
+        heading = f"Symmetry of {result['checkpoint']}, distances up to {result['cutoff']:g}"
+        print("\n".join([heading, *format_symmetries(result["equivariance"]), ""]))
     if inner:
         with torch.no_grad():
             latent = model.encode(*given).double()
