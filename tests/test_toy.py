@@ -275,6 +275,10 @@ def test_the_precision_of_samples_against_a_loop():
     samples[2, ..., 2] += 0.001 * torch.arange(27).view(9, 3)  # no two alike, whose order would be that of the images
     one = SampledPrecision(samples=2, thresholds=(0.2,), schema=schema)(samples[2:3].expand(2, -1, -1, -1), target)
     assert one["ap"] == one["medoid_ap"] == one["best_ap"] > one["spread"] == 0
+    perfect = SampledPrecision(samples=2, schema=schema)(target.nan_to_num().expand(2, -1, -1, -1), target)
+    better = {"min": min, "max": max}[metric.mode]
+    assert better(perfect[metric.monitor], found[metric.monitor]) == perfect[metric.monitor] == 0
+    assert metric.higher_is_better == (metric.mode == "max")
     with pytest.raises(ValueError, match="expected 4 predictions of each set"):
         metric.update(samples[0], target)
     wrong = {"samples": 2.5}, {"thresholds": ()}, {"thresholds": (0.5, -1)}, {"cutoff": math.nan}

@@ -114,10 +114,8 @@ def symmetry_distances(
     centre = rows.mean(0)
     unit = (rows - centre).square().mean().sqrt()
     matrix, shift = SYMMETRIES[symmetry](len(inputs), dims, inputs)
-    motion = (
-        matrix,
-        unit * shift + centre - (centre @ matrix).unsqueeze(1),
-    )  # about the centre, as `moved` knows the origin alone
+    # about the centre: x goes to c + (x - c) A + b, and `moved` knows the origin alone
+    motion = matrix, unit * shift + centre - (centre @ matrix).unsqueeze(1)
     here = predict(fill_absent(inputs, mask))
     there = predict(moved(inputs, motion, mask))
     expected = moved(here, tuple(part.to(here.dtype) for part in motion))
